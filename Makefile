@@ -1,0 +1,53 @@
+# Every target sets up what it needs; a machine with python3 (3.11 or newer) and make is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+FLOOR := .venv-floor/bin
+EXTRAS := test,demo,docs
+# The suite serves its own Hub on loopback and takes nothing from the network; the tests that use that Hub lift the first.
+OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all test-floor lint format docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: .venv/.installed ## make .venv with the newest tested versions (constraints.txt)
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints.txt
+	touch $@
+
+.venv-floor/.installed: pyproject.toml constraints-floor.txt
+	test -x $(FLOOR)/pip || $(PYTHON) -m venv .venv-floor
+	$(FLOOR)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints-floor.txt
+	touch $@
+
+demo: venv ## run examples/demo_classify.py
+	$(BIN)/python examples/demo_classify.py
+
+lint: venv ## ruff (rules and format) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv ## rewrite the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint ## lint, then the fast tests
+	$(OFFLINE) $(BIN)/python -m pytest -q
+
+test-all: venv ## every test that needs no accelerator
+	$(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu"
+
+test-floor: .venv-floor/.installed ## the fast tests on the oldest supported versions (constraints-floor.txt)
+	$(OFFLINE) $(FLOOR)/python -m pytest -q
+
+docs: venv ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+clean: ## remove caches and build outputs, not the environments
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

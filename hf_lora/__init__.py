@@ -1,0 +1,94 @@
+"""LoRA fine-tuning for Hugging Face models: one import changes in a training script.
+
+    from hf_lora import LoraTrainer as Trainer, LoraTrainingArguments as TrainingArguments
+
+Public names are imported when they are first used, so `import hf_lora` costs nothing by itself.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "LoraConfig": "config",
+    "LoraModel": "model",
+    "apply_lora": "model",
+    "get_peft_model": "model",
+    "pipeline": "load",
+    "explain_targets": "adapt.targets",
+    "check_adapter": "adapt.check",
+    "LoraTrainer": "train.trainer",
+    "LoraSeq2SeqTrainer": "train.trainer",
+    "LoraTrainerMixin": "train.trainer",
+    "LoraTrainingArguments": "train.arguments",
+    "LoraSeq2SeqTrainingArguments": "train.arguments",
+    "build_compute_metrics": "train.metrics",
+    "LoraError": "errors",
+    "ConfigError": "errors",
+    "TargetError": "errors",
+    "StateError": "errors",
+    "MergeError": "errors",
+    "AdapterFileError": "errors",
+    "BaseMismatchError": "errors",
+    "TrainingError": "errors",
+}
+
+__all__ = [
+    "AdapterFileError",
+    "BaseMismatchError",
+    "ConfigError",
+    "LoraConfig",
+    "LoraError",
+    "LoraModel",
+    "LoraSeq2SeqTrainer",
+    "LoraSeq2SeqTrainingArguments",
+    "LoraTrainer",
+    "LoraTrainerMixin",
+    "LoraTrainingArguments",
+    "MergeError",
+    "StateError",
+    "TargetError",
+    "TrainingError",
+    "__version__",
+    "apply_lora",
+    "build_compute_metrics",
+    "check_adapter",
+    "explain_targets",
+    "get_peft_model",
+    "pipeline",
+]
+
+if TYPE_CHECKING:
+    from .adapt.check import check_adapter
+    from .adapt.targets import explain_targets
+    from .config import LoraConfig
+    from .errors import (
+        AdapterFileError,
+        BaseMismatchError,
+        ConfigError,
+        LoraError,
+        MergeError,
+        StateError,
+        TargetError,
+        TrainingError,
+    )
+    from .load import pipeline
+    from .model import LoraModel, apply_lora, get_peft_model
+    from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
+    from .train.metrics import build_compute_metrics
+    from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,97 @@
+"""Find layers whose parent multiplies by `child.weight` itself, so that the child's forward is never called.
+
+LoRA on such a child does nothing, sometimes in one mode or on one device only. No trace can tell beforehand, so the
+parent's source is read: any use of `self.<child>.weight` in it that is not a mere question about dtype, device or
+shape. It can raise a false alarm, and miss a use through another name; `check_adapter` and the Trainer's guard look at
+what really ran.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..layers.extend import plain
+from .walk import original_modules
+
+_HARMLESS_ATTRIBUTES = frozenset(
+    {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "size", "dim", "numel", "is_cuda", "__class__"}
+)
+_HARMLESS_CALLS = frozenset({"isinstance", "hasattr", "getattr", "len", "type", "id"})
+_NOT_FORWARD = (
+    "__init__",
+    "_init",
+    "init_",
+    "reset_",
+    "_reset",
+    "tie_",
+    "_tie",
+    "post_init",
+    "set_",
+    "_load",
+    "load_",
+)
+_LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "transformers.generation", "hf_lora")
+
+
+def bypassed_modules(model: nn.Module) -> dict[str, str]:
+    """Original name -> reason, of every module whose parent's source multiplies by its weight."""
+    found: dict[str, str] = {}
+    for name, module in original_modules(model):
+        cls = plain(type(module))
+        for child in weights_used_by(cls):
+            path = f"{name}.{child}" if name else child
+            found[path] = f"{cls.__name__} multiplies by its weight itself, so its forward may never run"
+    return found
+
+
+@functools.cache
+def weights_used_by(cls: type) -> frozenset[str]:
+    """Dotted paths of children, below `self`, whose weight the methods of `cls` use in arithmetic."""
+    found: set[str] = set()
+    for method, function in inspect.getmembers(cls, inspect.isfunction):
+        function = inspect.unwrap(function)
+        if method.startswith(_NOT_FORWARD) or (function.__module__ or "").startswith(_LIBRARY_BASES):
+            continue
+        names = function.__code__.co_names
+        if "weight" not in names and "bias" not in names:
+            continue
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError, SyntaxError):
+            continue  # no source at hand (an interactive session, a compiled module): nothing is known
+        found.update(_used(tree))
+    return frozenset(found)
+
+
+def _used(tree: ast.AST) -> Iterator[str]:
+    parents: dict[ast.AST, ast.AST] = {c: p for p in ast.walk(tree) for c in ast.iter_child_nodes(p)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr == "weight":
+            path = _path_below_self(node.value)
+            if path and not _is_harmless(node, parents[node]):
+                yield path
+
+
+def _path_below_self(node: ast.AST) -> str | None:
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" and names else None
+
+
+def _is_harmless(node: Any, parent: ast.AST) -> bool:
+    if isinstance(parent, ast.Attribute):
+        return parent.attr in _HARMLESS_ATTRIBUTES
+    if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):
+        return parent.func.id in _HARMLESS_CALLS
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+    return isinstance(node.ctx, ast.Store)

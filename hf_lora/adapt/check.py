@@ -1,0 +1,159 @@
+"""Compare a model with its merged self, and name the layers where they differ.
+
+A parent that multiplies by `child.weight` itself bypasses the adapter but not the merged weight. No inspection finds
+every such place; running both does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import StateError
+from ..layers.base import LoraLayer
+from .merge import disabled, folded
+from .state import require_state
+from .walk import adapter_layers
+
+NOISE = 1e-3
+"""A difference below this share of the adapter's own effect is rounding."""
+
+
+@dataclass
+class AdapterCheck:
+    """What `check_adapter` found. All norms are of the model's floating-point outputs together.
+
+    error: norm of merged minus unmerged output, over the norm of the output.
+    effect: norm of unmerged minus base output, over the norm of the output.
+    faulty: layer -> its own share of the error, of layers whose merged weight acts otherwise than their adapter.
+    never_called: layers whose forward did not run for this batch.
+    """
+
+    error: float
+    effect: float
+    faulty: dict[str, float] = field(default_factory=dict)
+    never_called: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.faulty
+
+    def __str__(self) -> str:
+        lines = [f"merged against unmerged: relative error {self.error:.1e}, effect of the adapter {self.effect:.1e}"]
+        lines += [f"  differs: {name} (relative error {error:.1e})" for name, error in self.faulty.items()]
+        lines += [f"  never called: {name}" for name in self.never_called]
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
+    """Run `batch` through the model with adapters beside the weights, and folded into them, and compare.
+
+    The weights are held in float32 for the time of the call and restored to the bit. Where the outputs differ, each
+    layer is folded alone: one more forward a layer.
+
+    Args:
+        batch: keyword arguments of the model's forward.
+
+    Raises:
+        StateError: no adapter is active, or the model is merged.
+    """
+    state = require_state(model, "check_adapter")
+    state.refuse_merged("check_adapter")
+    if not state.activity.active:
+        raise StateError("check_adapter: no adapter is active. Call set_adapter(name) first.")
+    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m._lora.names for a in state.activity.active)}
+    was_training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with _float32(model):
+            return _compare(model, layers, batch)
+    finally:
+        for module in was_training:
+            module.training = True
+
+
+def _compare(model: nn.Module, layers: dict[str, LoraLayer], batch: Mapping[str, Any]) -> AdapterCheck:
+    batch = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+    called: set[str] = set()
+    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    unmerged = _output(model, batch)
+    for hook in hooks:
+        hook.remove()
+    with disabled(model):
+        base = _output(model, batch)
+    with _all_folded(layers):
+        merged = _output(model, batch)
+    size = max(float(unmerged.norm()), 1e-30)
+    effect, error = float((unmerged - base).norm()), float((merged - unmerged).norm())
+    allowed = NOISE * effect + 64 * torch.finfo(torch.float32).eps * size
+    report = AdapterCheck(error / size, effect / size)
+    report.never_called = [n for n in layers if n not in called]
+    if error > allowed:
+        for name, layer in layers.items():
+            with _all_folded({name: layer}):
+                alone = float((_output(model, batch) - unmerged).norm())
+            if alone > allowed / max(1.0, len(layers) ** 0.5):
+                report.faulty[name] = alone / size
+    return report
+
+
+def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)  # some losses sample points: the same ones in every run
+        output = model(**batch)
+    leaves = [leaf for leaf in tree_leaves(dict(_items(output))) if isinstance(leaf, Tensor)]
+    return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
+
+
+def _items(output: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(output, Mapping):
+        yield from ((k, v) for k, v in output.items() if k != "past_key_values")
+    else:
+        yield "output", output
+
+
+@contextmanager
+def _all_folded(layers: dict[str, LoraLayer]) -> Iterator[None]:
+    """Plain layers with folded weights in place of adapted ones."""
+    kept: list[tuple[Any, Any, tuple[str, ...]]] = []
+    try:
+        for layer in layers.values():
+            state = layer._lora
+            names = state.activity.acting[state.names]
+            weight: Any = layer.weight
+            new = weight.detach().clone()
+            for rows, block in folded(layer, names):
+                new[rows] = block
+            kept.append((layer, weight.data, state.names))
+            weight.data = new
+            state.names = ()
+        yield
+    finally:
+        for layer, data, names in reversed(kept):
+            layer.weight.data = data
+            layer._lora.names = names
+
+
+@contextmanager
+def _float32(model: nn.Module) -> Iterator[None]:
+    """Floating-point parameters and buffers as float32; going up and back down loses no bit of bf16 or fp16."""
+    kept = [
+        (t, t.data)
+        for t in (*model.parameters(), *model.buffers())
+        if t.is_floating_point() and t.dtype in (torch.bfloat16, torch.float16)
+    ]
+    for tensor, data in kept:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in kept:
+            tensor.data = data

@@ -1,0 +1,181 @@
+"""Which modules are the task's head: what the base checkpoint did not hold, so it must be trained and saved whole.
+
+Loading marks each parameter that came from a checkpoint with transformers' `_is_hf_initialized`. Where any mark is
+there, what has none is new. A model made from a config, or a deep copy, has no marks; there, what lies outside the
+backbone (`base_model_prefix`) is the head, unless it is a language model's output embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TargetError
+from ..layers.extend import plain
+from .walk import module_at, original_modules
+
+
+def is_marked(parameter: Any) -> bool:
+    return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def has_marks(model: nn.Module) -> bool:
+    """Whether any parameter is marked as loaded from a checkpoint."""
+    return any(is_marked(p) for p in model.parameters())
+
+
+def is_random(model: Any) -> bool:
+    """Whether a transformers model was made from a config, so that its base holds random weights."""
+    config = getattr(model, "config", None)
+    return config is not None and not getattr(config, "_name_or_path", "") and not has_marks(model)
+
+
+def output_embedding(model: Any) -> nn.Module | None:
+    """The output embedding of a language model, or None."""
+    return _embedding(model, "get_output_embeddings")
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """The token embedding of a transformers model, or None."""
+    return _embedding(model, "get_input_embeddings")
+
+
+def _embedding(model: Any, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
+    try:
+        found = get() if get else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The output embeddings of the model and of the language models in it."""
+    found = (output_embedding(m) for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    return [m for m in found if m is not None]
+
+
+def outside_backbone(model: Any) -> list[str]:
+    """Names of the model's children, with parameters, outside its backbone; empty where it has no backbone of its own.
+
+    A backbone that holds less than half of the parameters is not taken for one.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    backbone = model._modules.get(prefix) if prefix else None
+    if backbone is None:
+        return []
+    names = [
+        n for n, m in model._modules.items() if m is not None and n != prefix and any(True for _ in m.parameters())
+    ]
+    inside = sum(p.numel() for p in backbone.parameters())
+    outside = sum(p.numel() for n in names for p in model._modules[n].parameters())
+    return names if inside >= outside else []
+
+
+def find_heads(model: nn.Module) -> dict[str, str]:
+    """Name -> reason, of the modules that the base checkpoint did not hold: the outermost of each."""
+    if has_marks(model):
+        found = dict.fromkeys(_unmarked(model), "not in the base checkpoint")
+        if found and _is_resized(model):  # transformers has then made a new output embedding around the base's rows
+            head = output_embedding(model)
+            found = {name: why for name, why in found.items() if module_at(model, name) is not head}
+        return found
+    if output_embedding(model) is not None:
+        return {}
+    return dict.fromkeys(outside_backbone(model), "the task's head, outside the backbone")
+
+
+def _is_resized(model: nn.Module) -> bool:
+    from .resize import checkpoint_vocabulary, vocabulary_of
+
+    return checkpoint_vocabulary(model) not in (None, vocabulary_of(model))
+
+
+def _unmarked(model: nn.Module) -> list[str]:
+    found: list[str] = []
+    for name, module in original_modules(model):
+        if (
+            not name
+            or any(name.startswith(f + ".") for f in found)
+            or isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        ):
+            continue
+        parameters = list(module.parameters())
+        if parameters and not any(is_marked(p) for p in parameters):
+            found.append(name)
+    return found
+
+
+def twin(model: Any, num_labels: int, cls: type | None = None) -> Any:
+    """A model of `model`'s own class (or `cls`) and config but for the number of labels, without memory (on meta)."""
+    config = copy.deepcopy(model.config)
+    config.num_labels = num_labels
+    with torch.device("meta"):
+        return (cls or plain(type(model)))(config)
+
+
+def new_head(twin_model: Any, path: str, like: nn.Module) -> nn.Module:
+    """The head `path` of a `twin`, given memory where `like` lives and initialised as its own class does it."""
+    head: nn.Module = twin_model.get_submodule(path)
+    device = next((p.device for p in like.parameters()), torch.device("cpu"))
+    head.to_empty(device=device)
+    for module in head.modules():
+        twin_model._init_weights(module)
+    return head
+
+
+def with_task_head(backbone: Any, task_type: str) -> Any:
+    """A model of the task's own class around the weights of a backbone; its head is new.
+
+    Raises:
+        TargetError: transformers has no class of that task for this model.
+    """
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[task_type])
+    try:
+        cls = auto._model_mapping[type(backbone.config)]
+    except KeyError:
+        raise TargetError(
+            f"task_type={task_type!r}: transformers has no {AUTO_CLASSES[task_type]} for {type(backbone).__name__}. "
+            "Load a model that has the head you want, or leave task_type out."
+        ) from None
+    cls = cls[0] if isinstance(cls, (list, tuple)) else cls
+    whole = twin(backbone, backbone.config.num_labels, cls)
+    whole._modules[whole.base_model_prefix] = backbone
+    for name in outside_backbone(whole) or [n for n in whole._modules if n != whole.base_model_prefix]:
+        new_head(whole, name, backbone)
+    whole.config = backbone.config
+    whole.train(backbone.training)
+    return whole
+
+
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def task_type_of(model: Any) -> str | None:
+    """PEFT's task type for a transformers class, read off the mappings of transformers' auto classes."""
+    import transformers
+
+    cls = plain(type(model))
+    for task, auto in AUTO_CLASSES.items():
+        mapping = getattr(transformers, auto)._model_mapping
+        config = type(getattr(model, "config", None))
+        if config in mapping and cls in _as_tuple(mapping[config]):
+            return task
+    return None
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

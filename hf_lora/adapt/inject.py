@@ -1,0 +1,241 @@
+"""Put adapters into a model and take them out: free functions over any `nn.Module`."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..config import PRESETS, LoraConfig
+from ..errors import ConfigError, Faults, StateError
+from ..layers.base import LoraLayer, end_layer, start_layer
+from ..layers.init import INITS
+from ..layers.methods import ADDITIVE
+from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias, remove_bias
+from ..layers.storage import execution_device
+from .heads import is_random
+from .merge import untie_all
+from .resize import checkpoint_vocabulary
+from .state import ATTRIBUTE, LoraState, Task, require_state, set_active, state_of, update_requires_grad
+from .targets import Explanation, Target, resolve
+from .walk import adapter_layers, bias_layers, module_at, original_modules, put, replacements
+
+
+def inject(
+    model: nn.Module,
+    config: LoraConfig,
+    name: str = "default",
+    *,
+    trainable: bool = True,
+    allow_bypassed: bool = False,
+    from_file: bool = False,
+    layers: set[str] | None = None,
+    saved: dict[str, str] | None = None,
+    heads: dict[str, nn.Module] | None = None,
+    task: Task | None = None,
+    call: str = "apply_lora(model, config)",
+) -> Explanation:
+    """Add adapter `name` to `model` in place and make it the active one.
+
+    The base is frozen (what required gradients before is recorded). All is checked before anything is changed.
+
+    Args:
+        layers: of the layers that `config` matches, adapt these only (a loaded file says which it holds).
+        saved: keep these modules whole rather than those that `config` names.
+        heads: original name -> module to keep for this adapter in place of a copy of the base's.
+        task: labels of this adapter; the base's where not given.
+
+    Raises:
+        TargetError, StateError, ConfigError: see `apply_lora`.
+    """
+    _check_name(name)
+    state = state_of(model)
+    _check_model(model, state, name, call)
+    plan = resolve(model, config, call, allow_bypassed, from_file)
+    if layers is not None:
+        plan.layers = [t for t in plan.layers if t.name in layers]
+    if saved is not None:
+        plan.saved = saved
+    if state is None:
+        state = _first(model)
+    for target in plan.layers:
+        _adapt(target, config, name, state)
+    for path in plan.saved:
+        _save_whole(model, path, name, state, (heads or {}).get(path))
+    for path in plan.biases:
+        add_bias(module_at(model, path), name, state.activity)
+    state.configs[name] = config
+    state.tasks[name] = task or state.base_task
+    state.heads[name] = plan.saved
+    state.skipped[name] = plan.skipped
+    state.notes[name] = plan.notes
+    state.named_by_user[name] = config.target_modules not in PRESETS and not from_file
+    if trainable:
+        state.trainable.add(name)
+    else:
+        update_requires_grad(model, state, [name])
+    set_active(model, state, (name,))
+    return plan
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Remove one adapter; the last one that remains takes over where it was active, else none.
+
+    Raises:
+        StateError: the adapter is not there, or the model is merged.
+    """
+    state = require_state(model, "delete_adapter")
+    state.require(name)
+    state.refuse_merged("delete_adapter")
+    for layer in adapter_layers(model).values():
+        if name in layer._lora.names:
+            layer.remove_lora(name)
+            if not layer._lora.names:
+                end_layer(layer)
+    for biased in bias_layers(model).values():
+        if name in biased._bias_names:
+            remove_bias(biased, name)
+            if not biased._bias_names:
+                end_bias(biased)
+    for path, replacement in replacements(model).items():
+        if name in replacement._names:
+            replacement.remove_copy(name)
+            if not replacement._names:
+                put(model, path, replacement.base_layer)
+    for table in (state.configs, state.tasks, state.heads, state.skipped, state.notes, state.named_by_user):
+        del table[name]
+    state.trainable.discard(name)
+    remaining = tuple(n for n in state.activity.active if n != name)
+    if not remaining and state.configs:
+        remaining = (next(reversed(state.configs)),)
+    set_active(model, state, remaining)
+
+
+def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
+    """Take adapter `name` off some layers, and list them as left out."""
+    state = require_state(model, "drop_layers")
+    for path, layer in adapter_layers(model).items():
+        if path in paths and name in layer._lora.names:
+            layer.remove_lora(name)
+            if not layer._lora.names:
+                end_layer(layer)
+            state.skipped[name][path] = reason
+
+
+def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
+    """Remove every adapter, give each layer its class back, and restore the `requires_grad` found at the start.
+
+    Args:
+        keep_heads: leave the active adapter's heads in place of the base's (after a merge).
+    """
+    state = require_state(model, "unload")
+    swapped = []
+    for path, replacement in replacements(model).items():
+        kept = replacement.running() if keep_heads else replacement.base_layer
+        if kept is not replacement.base_layer:
+            swapped.append(f"{path}.")
+            like = next((p for p in replacement.base_layer.parameters()), None)
+            kept = kept.to(like.dtype) if like is not None else kept
+        put(model, path, kept)
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    if any((key.startswith(p)) != (source.startswith(p)) for p in swapped for key, source in ties.items()):
+        untie_all(model)  # the copy is no longer what its original was tied to
+    state.activity.set(merged=())
+    for layer in adapter_layers(model).values():
+        end_layer(layer)
+    for biased in bias_layers(model).values():
+        end_bias(biased)
+    delattr(model, ATTRIBUTE)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(state.required_grad.get(name, True))
+    return model
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ConfigError(
+            f"{name!r} cannot name an adapter: a name has no dot, slash or white space and is not a method of "
+            "torch.nn.ModuleDict. Choose another, such as 'default'."
+        )
+
+
+def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str) -> None:
+    faults = Faults(call)
+    step = ""
+    if state is not None:
+        if name in state.configs:
+            raise StateError(
+                f"{call}: the model already has an adapter {name!r}. To start again (a notebook cell run twice), call "
+                f"model.unload() first; to add another, give it another name; to load weights into this one, use "
+                "load_adapter_weights."
+            )
+        state.refuse_merged(call)
+        return
+    for path, module in original_modules(model):
+        kind = type(module)
+        if any(c.__module__.startswith("peft.tuners") for c in kind.__mro__):
+            faults.add(f"{path or type(model).__name__} is a PEFT layer ({kind.__module__}.{kind.__name__})")
+            step = (
+                "Save that adapter with PEFT (peft_model.save_pretrained(folder)), take PEFT off "
+                "(base = peft_model.unload()), and load it: LoraModel.from_pretrained(folder, base_model=base)."
+            )
+            break
+        if any(c.__name__ == "FSDPModule" for c in kind.__mro__):
+            faults.add(f"{path or type(model).__name__} is sharded already, so the factors' gradients would not be")
+            step = "Call apply_lora before fully_shard."
+            break
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            faults.add(f"{path or type(model).__name__} is wrapped for data parallelism")
+            step = "Apply LoRA to the model inside (its .module) and wrap it again."
+            break
+        if path and state_of(module) is not None:
+            faults.add(f"{path} has adapters of its own")
+            step = f"Call unload() on {path}, then apply LoRA to the whole model."
+            break
+    faults.check(StateError, step)
+
+
+def _first(model: nn.Module) -> LoraState:
+    state = LoraState(
+        required_grad={n: p.requires_grad for n, p in model.named_parameters()},
+        base_task=Task.of(model),
+        vocabulary=checkpoint_vocabulary(model),
+        random_base=is_random(model),
+        has_batchnorm=any(isinstance(m, _BatchNorm) for m in model.modules()),
+    )
+    setattr(model, ATTRIBUTE, state)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return state
+
+
+def _adapt(target: Target, config: LoraConfig, name: str, state: LoraState) -> None:
+    layer = target.module
+    if not isinstance(layer, LoraLayer):
+        layer = start_layer(layer, target.shape, target.storage, state.activity)
+    shapes = target.shape.shapes(layer, target.r)
+    a, b = INITS[config.init_lora_weights](target.shape, *shapes, execution_device(layer))
+    layer.add_lora(name, ADDITIVE, a, b, target.alpha, target.scaling, config.lora_dropout)
+
+
+def _save_whole(model: nn.Module, path: str, name: str, state: LoraState, head: nn.Module | None) -> None:
+    parent = module_at(model, path.rpartition(".")[0])
+    leaf = path.rpartition(".")[2]
+    present = parent._modules[leaf]
+    assert present is not None
+    replacement = present
+    if not isinstance(present, Replacement):
+        replacement = Replacement(present, state.activity)
+        setattr(parent, leaf, replacement)
+    assert isinstance(replacement, Replacement)
+    own = replacement.add_copy(name, head)
+    for module in list(own.modules()):  # a copy of an adapted module is kept whole: no factors in it
+        if isinstance(module, BiasLayer):
+            end_bias(module)
+        if isinstance(module, LoraLayer):
+            end_layer(module)
+    own.train(present.training)
+    for parameter in own.parameters():
+        parameter.requires_grad_(True)

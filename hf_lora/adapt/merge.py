@@ -1,0 +1,278 @@
+"""Fold adapters into the base weights, and take them out again.
+
+Rows of a weight are read as float32, the updates are added in float32, and the sum is rounded once: at most one unit
+in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a weight.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import Faults, MergeError, StateError
+from ..layers.base import LoraLayer
+from ..layers.extend import plain
+from ..layers.shapes import ConvShape
+from .state import LoraState, require_state, set_active, slots
+from .walk import adapter_layers, bias_layers, module_at, original_modules
+
+BLOCK_ELEMENTS = 1 << 21
+"""Elements of a row block: 8 MiB of float32."""
+
+
+def merge(
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    keep: bool = True,
+    call: str = "merge",
+) -> tuple[str, ...]:
+    """Fold the active adapters (or `names`, which become active) into the weights, in place.
+
+    Args:
+        untie: give an adapted layer that shares its weight with another its own copy of it first.
+        keep: keep each folded weight's original, so that `unmerge` restores every bit: as much memory as the adapted
+            layers' weights.
+
+    Returns:
+        The names that are merged now.
+
+    Raises:
+        StateError: already merged, nothing active, or the adapters are disabled.
+        MergeError: lists every layer that cannot be folded. The weights are as they were.
+    """
+    state = require_state(model, call)
+    state.refuse_merged(call)
+    if not state.activity.enabled:
+        raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
+    before = state.activity.active
+    if names is not None:
+        set_active(model, state, (names,) if isinstance(names, str) else tuple(names))
+    active = state.activity.active
+    if not active:
+        raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
+    layers = {n: layer for n, layer in adapter_layers(model).items() if _acting(layer, state)}
+    try:
+        _check(model, state, layers, active, untie, call)
+    except MergeError:
+        set_active(model, state, before)
+        raise
+    if untie:
+        _untie(model, layers)
+    for name, layer in layers.items():
+        try:
+            _fold(layer, _acting(layer, state), keep)
+        except MergeError as error:
+            _restore(layers)
+            set_active(model, state, before)
+            raise MergeError(f"{call}: {name}: {error}. The weights are as they were.") from None
+    for biased in bias_layers(model).values():
+        for n in biased._bias_names:
+            if n in active:
+                bias: Any = biased.bias
+                biased._bias_original = bias.detach().clone() if keep else None
+                bias.data.copy_(biased.lora_bias[n].weight)
+    state.activity.set(merged=active)
+    if not keep:
+        forget_originals(model)
+    return active
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restore every bit of the base weights; the adapters act beside them again.
+
+    Raises:
+        StateError: nothing is merged.
+    """
+    state = require_state(model, "unmerge_adapter")
+    if not state.activity.merged:
+        raise StateError("unmerge_adapter: no adapter is merged.")
+    if state.activity.enabled:
+        _restore(adapter_layers(model))
+        for biased in bias_layers(model).values():
+            if biased._bias_original is not None:
+                cast(Tensor, biased.bias).data.copy_(biased._bias_original)
+    forget_originals(model)
+    state.activity.set(merged=())
+
+
+def forget_originals(model: nn.Module) -> None:
+    for layer in adapter_layers(model).values():
+        layer._lora.original = None
+    for biased in bias_layers(model).values():
+        biased._bias_original = None
+
+
+def set_enabled(model: nn.Module, enabled: bool) -> None:
+    """Let the active adapters act, or not; where they are merged, the kept originals are swapped with the weights."""
+    state = require_state(model, "enable_adapters" if enabled else "disable_adapters")
+    if state.activity.enabled == enabled:
+        return
+    if state.activity.merged:
+        for layer in adapter_layers(model).values():
+            if layer._lora.original is not None:
+                _swap(layer.weight, layer._lora.original)  # type: ignore[arg-type]
+        for biased in bias_layers(model).values():
+            if biased._bias_original is not None:
+                _swap(biased.bias, biased._bias_original)  # type: ignore[arg-type]
+    state.activity.set(enabled=enabled)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model for the time of a `with` block; afterwards the state that was found."""
+    state = require_state(model, "disable_adapter")
+    before = state.activity.enabled
+    set_enabled(model, False)
+    try:
+        yield
+    finally:
+        set_enabled(model, before)
+
+
+def folded(layer: LoraLayer, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, block) of the layer's weight with the adapters `names` in it, float32, block by block."""
+    state = layer._lora
+    method = state.method[names[0]]
+    shape = state.storage.shape(layer)
+    step = max(1, BLOCK_ELEMENTS // max(1, _product(shape[1:])))
+    for start in range(0, shape[0], step):
+        rows = slice(start, min(start + step, shape[0]))
+        block = state.storage.read(layer, rows)
+        yield rows, method.fold(layer, block, names, rows)
+
+
+@torch.no_grad()
+def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool) -> None:
+    state = layer._lora
+    # Only float16 can overflow where base and update are finite; there a failure half way must be undone.
+    if keep or layer.weight.dtype == torch.float16:
+        state.original = layer.weight.detach().clone()  # type: ignore[operator]
+    for rows, block in folded(layer, names):
+        state.storage.write(layer, rows, block)
+
+
+@torch.no_grad()
+def _restore(layers: dict[str, LoraLayer]) -> None:
+    for layer in layers.values():
+        if layer._lora.original is not None:
+            cast(Tensor, layer.weight).data.copy_(layer._lora.original)
+            layer._lora.original = None
+
+
+def _swap(parameter: Tensor, kept: Tensor) -> None:
+    now = parameter.detach().clone()
+    parameter.data.copy_(kept)
+    kept.copy_(now)
+
+
+def _acting(layer: LoraLayer, state: LoraState) -> tuple[str, ...]:
+    return tuple(n for n in state.activity.active if n in layer._lora.names)
+
+
+def _check(
+    model: nn.Module, state: LoraState, layers: dict[str, LoraLayer], active: tuple[str, ...], untie: bool, call: str
+) -> None:
+    faults = Faults(call)
+    for name in active:
+        for slot in slots(model, name):
+            if slot.tensor.is_floating_point() and not torch.isfinite(slot.tensor).all():
+                faults.add(f"adapter {name!r}: {slot.path}.{slot.role} holds NaN or infinity")
+    users = weight_users(model)
+    for path, layer in layers.items():
+        weight: Any = layer.weight
+        if isinstance(layer._lora.shape, ConvShape) and layer.groups > 1:  # type: ignore[operator]
+            faults.add(
+                f"{path}: the update of a grouped convolution crosses its groups, which no grouped weight can hold"
+            )
+        if weight.is_meta:
+            faults.add(
+                f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"
+            )
+        elif not layer._lora.storage.owns(layer):
+            faults.add(f"{path}: its weight is {type(weight).__name__} now, which cannot be folded in place")
+        shared = [n for n in users[id(weight)] if n != path]
+        if shared and untie and _forward_asks_for_ties(model):
+            faults.add(
+                f"{path}: its weight is tied to {', '.join(shared)}, and untying would change what the model "
+                "computes, as its forward asks whether embeddings are tied. Keep the adapter unmerged"
+            )
+        elif shared and not untie:
+            faults.add(
+                f"{path}: its weight is tied to {', '.join(shared)}, which the update must not reach. Either keep the "
+                "adapter unmerged, or pass untie=True to give the layer its own weight (the model then saves both)"
+            )
+    faults.check(MergeError, "Nothing was changed. Adapters work unmerged in any case.")
+
+
+def weight_users(model: nn.Module) -> dict[int, list[str]]:
+    """id of a weight -> original names of the modules that hold it."""
+    users: dict[int, list[str]] = {}
+    for name, module in original_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(id(weight), []).append(name)
+    return users
+
+
+def _untie(model: Any, layers: dict[str, LoraLayer]) -> None:
+    """Give every adapted layer a weight of its own, in memory and in what the model will save."""
+    users = weight_users(model)
+    shared = [layer for layer in layers.values() if len(users[id(layer.weight)]) > 1]
+    if not shared:
+        return
+    for layer in shared:
+        _own(layer, "weight")
+    untie_all(model)
+
+
+def untie_all(model: Any) -> None:
+    """Make copies of what a transformers model ties, and say in its config that nothing is tied.
+
+    A config says of all ties at once whether they hold, and a file without ties must hold every tensor.
+    """
+    ties = getattr(model, "all_tied_weights_keys", None)
+    for key, source in (ties or {}).items():
+        (path, _, name), (source_path, _, source_name) = key.rpartition("."), source.rpartition(".")
+        holder: Any = module_at(model, path)
+        if holder._parameters.get(name) is module_at(model, source_path)._parameters.get(source_name):
+            _own(holder, name)
+    if ties is not None:
+        model.all_tied_weights_keys = {}
+    for config in _configs(model):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def _own(module: Any, name: str) -> None:
+    parameter = module._parameters[name]
+    if parameter is not None:
+        module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+
+
+def _forward_asks_for_ties(model: nn.Module) -> bool:
+    """Whether the model computes something else, such as a scale, where its config says that embeddings are tied."""
+    cls: Any = plain(type(model))
+    forward = inspect.unwrap(cls.forward)
+    return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+def _configs(model: Any) -> Iterator[Any]:
+    config = getattr(model, "config", None)
+    if config is not None:
+        yield config
+        if hasattr(config, "get_text_config"):
+            yield config.get_text_config()
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for n in shape:
+        result *= n
+    return result

@@ -1,0 +1,86 @@
+"""Tables and one-liners for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .state import require_state, slots
+from .walk import adapter_layers
+
+
+def trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters; a packed 4-bit weight counts as the elements that it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
+        if shape is not None:
+            count = shape.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def trainable_line(model: nn.Module) -> str:
+    """The line that PEFT's users know: trainable and all parameters, and the share."""
+    trainable, total = trainable_parameters(model)
+    share = 100 * trainable / max(1, total)
+    return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+def adapter_table(model: nn.Module, name: str | None = None) -> str:
+    """Every adapted layer with shape, rank, alpha and parameters; what is trained whole; what was left out and why."""
+    state = require_state(model, "adapter_table")
+    names = [name] if name is not None else list(state.configs)
+    tables = []
+    for each in names:
+        state.require(each)
+        rows = [
+            (path, _shape(layer), layer._lora.rank[each], layer._lora.alpha[each], _count(layer, each))
+            for path, layer in adapter_layers(model).items()
+            if each in layer._lora.names
+        ]
+        whole = [(p, w, sum(s.tensor.numel() for s in slots(model, each) if s.role == "copy" and _in(s.path, p)))
+                 for p, w in state.heads[each].items()]  # fmt: skip
+        tables.append(f"adapter {each!r}\n" + _table(rows, whole, state.skipped[each], state.notes[each]))
+    return "\n\n".join(tables)
+
+
+def explanation_table(plan: Any) -> str:
+    """The same table of what would be adapted: see `explain_targets`."""
+    rows = [(t.name, "{} -> {}".format(*t.shape.features(t.module)), t.r, t.alpha, t.parameters) for t in plan.layers]
+    whole = [(path, why, None) for path, why in plan.saved.items()]
+    return _table(rows, whole, plan.skipped, plan.notes)
+
+
+def _table(rows: list[Any], whole: list[Any], skipped: dict[str, str], notes: Iterable[str]) -> str:
+    cells: list[tuple[str, ...]] = [("layer", "shape", "r", "alpha", "parameters")]
+    cells += [(n, s, str(r), f"{a:g}", f"{c:,}") for n, s, r, a, c in rows]
+    cells.append((f"{len(rows)} layers", "", "", "", f"{sum(row[4] for row in rows):,}"))
+    lines = _columns(cells)
+    if whole:
+        lines += ["trained whole:", *(f"  {n}: {why}" + (f", {c:,} parameters" if c else "") for n, why, c in whole)]
+    if skipped:
+        lines += ["left out:", *(f"  {n}: {why}" for n, why in skipped.items())]
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _columns(cells: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return ["  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in cells]  # fmt: skip
+
+
+def _shape(layer: Any) -> str:
+    return "{} -> {}".format(*layer._lora.shape.features(layer))
+
+
+def _count(layer: Any, name: str) -> int:
+    return sum(factor.weight.numel() for _, factor in layer.factors(name))
+
+
+def _in(path: str, parent: str) -> bool:
+    return path.startswith(parent + ".")

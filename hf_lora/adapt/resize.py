@@ -1,0 +1,161 @@
+"""Resizing the vocabulary of a model with adapters: factors and copies of the embeddings grow with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError
+from ..layers.base import LoraLayer
+from ..layers.replacement import BiasLayer, Replacement
+from .heads import output_embedding
+from .state import require_state, state_of, update_requires_grad
+from .walk import adapter_layers, original_modules, put, replacements
+
+
+@contextmanager
+def resizing(model: Any) -> Iterator[None]:
+    """Let transformers see plain embeddings, to resize them in a `with` block; then fit ours to them."""
+    state = require_state(model, "resize_token_embeddings")
+    state.refuse_merged("resize_token_embeddings")
+    _refuse_joined(model)
+    embeddings = {id(m): m for m in (model.get_input_embeddings(), output_embedding(model)) if m is not None}
+    wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
+    for path, replacement in wrapped.items():
+        put(model, path, replacement.base_layer)
+    adapted_head = output_embedding(model)
+    sizes = {id(layer): layer.weight.shape for layer in _matrices(model)}
+    try:
+        yield
+    finally:
+        head = output_embedding(model)
+        if adapted_head is not None and head is not None and head is not adapted_head:
+            _graft(adapted_head, head)
+        tied = [layer for layer in _matrices(model) if layer.weight.shape != sizes.get(id(layer))]
+        for layer in {id(m): m for m in (model.get_input_embeddings(), head, *tied)}.values():
+            if isinstance(layer, LoraLayer):
+                _fit_factors(layer)
+            if isinstance(layer, BiasLayer):
+                _fit_biases(layer)
+        for path, replacement in wrapped.items():
+            base = model.get_submodule(path)
+            put(model, path, replacement)
+            replacement.base_layer = base
+            for copy in replacement.copies.values():
+                _fit_copy(copy, base)
+        update_requires_grad(model, state, state.configs)  # transformers freezes a whole frozen embedding again
+
+
+def _refuse_joined(model: Any) -> None:
+    """Several embeddings that hold one weight become one module when transformers resizes them."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    held = {n: m for n, m in original_modules(model) if isinstance(m, nn.Embedding) and m.weight is weight}
+    adapted = [name for name, module in held.items() if isinstance(module, LoraLayer)]
+    if len(held) > 1 and adapted:
+        raise StateError(
+            f"resize_token_embeddings: {', '.join(held)} hold one weight, and resizing makes one module of them: the "
+            f"adapters of {', '.join(adapted)} would be lost or reach all. Resize the vocabulary before apply_lora."
+        )
+
+
+def _matrices(model: Any) -> list[Any]:
+    """The adapted layers whose weight a tie to the embeddings may resize."""
+    return [m for m in adapter_layers(model).values() if isinstance(m, (nn.Linear, nn.Embedding))]
+
+
+def _graft(old: nn.Module, new: nn.Module) -> None:
+    """Move the adapters of a layer that transformers replaced, if it has any, to the one that stands there now."""
+    for mixin, data in ((LoraLayer, ("_lora",)), (BiasLayer, ("_bias_names", "_bias_activity", "_bias_original"))):
+        if isinstance(old, mixin):
+            mixin.extend(new)
+            for attribute in data:
+                setattr(new, attribute, getattr(old, attribute))
+    for name, child in old._modules.items():
+        if name.startswith("lora_"):
+            new.add_module(name, child)
+    new.train(old.training)
+
+
+def _fit_factors(layer: Any) -> None:
+    if isinstance(layer, nn.Linear):  # stale where a tie, and not transformers, brought the new weight
+        layer.out_features = layer.weight.shape[0]
+    for name in layer._lora.names:
+        shapes = layer._lora.shape.shapes(layer, layer._lora.rank[name])
+        for (_, factor), shape in zip(layer.factors(name), shapes, strict=False):
+            factor.weight = _fitted(factor.weight, torch.zeros(shape, device=factor.weight.device))
+
+
+def _fit_biases(layer: Any) -> None:
+    for factor in layer.lora_bias.values():
+        factor.weight = _fitted(factor.weight, layer.bias.detach().float())
+
+
+def _fit_copy(copy: Any, base: Any) -> None:
+    """Give a copy of an embedding, or of what holds one, the rows of its original, new ones with its values."""
+    made: dict[int, nn.Parameter] = {}  # what is shared in the copy stays shared
+    for path, own in copy.named_modules():
+        like = base.get_submodule(path)
+        for name, parameter in list(own._parameters.items()):
+            if parameter is not None and parameter.shape != like._parameters[name].shape:
+                new = made.setdefault(id(parameter), _fitted(parameter, like._parameters[name].detach().float()))
+                setattr(own, name, new)
+        for attribute in ("num_embeddings", "out_features"):
+            if hasattr(own, attribute):
+                setattr(own, attribute, getattr(like, attribute))
+
+
+def _fitted(old: nn.Parameter, like: Tensor) -> nn.Parameter:
+    new = like.clone()
+    common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
+    new[common] = old.detach()[common]
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of the model's input embedding, or None."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if getter else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
+
+
+def checkpoint_vocabulary(model: Any) -> int | None:
+    """Rows of the input embedding in the checkpoint that the model came from, where its config is on this machine."""
+    from transformers.utils.hub import cached_file
+
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        file = cached_file(
+            name, "config.json", local_files_only=True,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return None
+    inner = values.get("text_config")
+    size = values.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return size if isinstance(size, int) else None
+
+
+def frozen_new_rows(model: Any) -> tuple[int, int] | None:
+    """(rows in the checkpoint, rows now) where the vocabulary has grown and no active adapter trains the embedding.
+
+    Such rows would be in no file: a reloaded model would have other ones.
+    """
+    state = state_of(model)
+    now = vocabulary_of(model)
+    if state is None or state.vocabulary is None or now is None or now <= state.vocabulary:
+        return None
+    embedding = model.get_input_embeddings()
+    kept = isinstance(embedding, Replacement) and any(n in embedding._names for n in state.activity.active)
+    return None if kept else (state.vocabulary, now)

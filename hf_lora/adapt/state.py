@@ -1,0 +1,207 @@
+"""What is known of a model's adapters, and their tensors by the names of the unadapted model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..config import LoraConfig
+from ..errors import StateError, nearest
+from ..layers.base import Activity
+from .walk import adapter_layers, bias_layers, replacements
+
+ATTRIBUTE = "_hf_lora"
+
+
+@dataclass
+class Task:
+    """The task that an adapter was trained for, as transformers' config describes one."""
+
+    num_labels: int | None = None
+    id2label: dict[int, str] | None = None
+    label2id: dict[str, int] | None = None
+    problem_type: str | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> Task:
+        config = getattr(model, "config", None)
+        if config is None or getattr(config, "id2label", None) is None:
+            return cls()
+        return cls(
+            len(config.id2label),
+            {int(k): v for k, v in config.id2label.items()},
+            dict(config.label2id or {}),
+            getattr(config, "problem_type", None),
+        )
+
+    @classmethod
+    def from_labels(cls, num_labels: int | None, id2label: dict[int, str] | None) -> Task:
+        if id2label is None:
+            id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
+        return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
+
+    def apply(self, model: Any) -> None:
+        """Write the task to the model and its config, where the losses read it."""
+        config = getattr(model, "config", None)
+        if config is None or self.id2label is None:
+            return
+        config.id2label = dict(self.id2label)
+        config.label2id = dict(self.label2id or {})
+        config.problem_type = self.problem_type
+        if hasattr(model, "num_labels"):
+            model.num_labels = self.num_labels
+
+
+@dataclass
+class LoraState:
+    """Everything about a model's adapters that is not a tensor. It lives on the root module."""
+
+    activity: Activity = field(default_factory=Activity)
+    configs: dict[str, LoraConfig] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    heads: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Adapter -> name -> why, of the modules that it keeps whole."""
+    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Adapter -> name -> why, of what its configuration left out."""
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    named_by_user: dict[str, bool] = field(default_factory=dict)
+    """Adapter -> whether its layers were named (a list or regular expression) rather than found by a preset."""
+    trainable: set[str] = field(default_factory=set)
+    """Adapters whose tensors require gradients while they are active."""
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    """Original parameter name -> requires_grad before the first adapter."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """Of the base model, taken before anything changed: see files/fingerprint.py."""
+    base_task: Task = field(default_factory=Task)
+    """The model's own task, before the first adapter."""
+    random_base: bool = False
+    vocabulary: int | None = None
+    """Rows of the input embedding in the base checkpoint, as far as is known: see resize.py."""
+    has_batchnorm: bool = False
+    resumable: bool = False
+    """A LoraTrainer is in charge, which can resume from the checkpoints that are saved."""
+
+    def require(self, name: str) -> None:
+        if name not in self.configs:
+            raise StateError(
+                f"There is no adapter {name!r}{nearest(name, self.configs)}. "
+                f"The model holds {', '.join(map(repr, self.configs)) or 'none'}."
+            )
+
+    def refuse_merged(self, call: str) -> None:
+        if self.activity.merged:
+            raise StateError(
+                f"{call}: the adapters {', '.join(map(repr, self.activity.merged))} are merged into the weights. "
+                "Call unmerge_adapter() first."
+            )
+
+
+def state_of(model: nn.Module) -> LoraState | None:
+    """The adapters' state of a model that LoRA was applied to, else None."""
+    return model.__dict__.get(ATTRIBUTE)
+
+
+def base_task(model: nn.Module) -> Task:
+    """The task of the base model's own head, whichever adapter is active."""
+    state = state_of(model)
+    return Task.of(model) if state is None else state.base_task
+
+
+def require_state(model: nn.Module, call: str) -> LoraState:
+    state = state_of(model)
+    if state is None:
+        raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
+    return state
+
+
+class Slot(NamedTuple):
+    """One tensor of an adapter.
+
+    path: original name of its module; for a `copy` the original name of the parameter or buffer itself.
+    role: `lora_A`, `lora_B`, a method's further factor, `bias` or `copy`.
+    shape: class name of the layer's shape, or "".
+    """
+
+    path: str
+    role: str
+    shape: str
+    tensor: Any
+
+
+def slots(model: nn.Module, name: str) -> Iterator[Slot]:
+    """Every tensor that adapter `name` owns, in the order of the model's modules."""
+    for path, layer in adapter_layers(model).items():
+        if name in layer._lora.names:
+            for role, factor in layer.factors(name):
+                yield Slot(path, role, type(layer._lora.shape).__name__, factor.weight)
+    for path, biased in bias_layers(model).items():
+        if name in biased._bias_names:
+            yield Slot(path, "bias", "", biased.lora_bias[name].weight)
+    for path, replacement in replacements(model).items():
+        if name in replacement._names:
+            copied = replacement.copies[name]
+            for key, tensor in copied.state_dict(keep_vars=True).items():
+                yield Slot(f"{path}.{key}", "copy", "", tensor)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
+    """The trainable tensors of one adapter."""
+    for slot in slots(model, name):
+        if isinstance(slot.tensor, nn.Parameter):
+            yield slot.tensor
+
+
+def update_requires_grad(model: nn.Module, state: LoraState, names: Any) -> None:
+    """Let the tensors of `names` require gradients where the adapter is active and trainable."""
+    for name in names:
+        wanted = name in state.trainable and name in state.activity.active
+        for parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(wanted)
+            if not wanted:
+                parameter.grad = None
+
+
+def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
+    """Make `names` the active adapters.
+
+    Raises:
+        StateError: a name is unknown, the model is merged, or the adapters cannot act together.
+    """
+    state.refuse_merged("set_adapter")
+    for name in names:
+        state.require(name)
+    if len(set(names)) != len(names):
+        raise StateError(f"set_adapter({list(names)}): an adapter is named twice.")
+    if len(names) > 1:
+        _refuse_conflicts(model, names)
+    before = state.activity.active
+    state.activity.set(active=names)
+    changed = {n for n in (*before, *names) if (n in before) != (n in names)} & state.trainable
+    update_requires_grad(model, state, changed)
+    for name in names[:1]:
+        state.tasks[name].apply(model)
+
+
+def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
+    faults = []
+    for path, replacement in replacements(model).items():
+        both = [n for n in names if n in replacement._names]
+        if len(both) > 1:
+            faults.append(f"{path}: {' and '.join(map(repr, both))} each have their own")
+    for path, biased in bias_layers(model).items():
+        both = [n for n in names if n in biased._bias_names]
+        if len(both) > 1:
+            faults.append(f"{path}.bias: {' and '.join(map(repr, both))} each have their own")
+    for path, layer in adapter_layers(model).items():
+        methods = {layer._lora.method[n].kind: layer._lora.method[n] for n in names if n in layer._lora.names}
+        count = sum(n in layer._lora.names for n in names)
+        if count > 1 and not all(m.additive for m in methods.values()):
+            faults.append(f"{path}: {', '.join(methods)} cannot act on one layer together")
+        if len(methods) > 1:
+            faults.append(f"{path}: adapters of the methods {', '.join(methods)} cannot act together")
+    if faults:
+        listed = "\n".join(f"  - {f}" for f in faults[:20])
+        raise StateError(f"set_adapter({list(names)}): these adapters cannot be active together:\n{listed}")

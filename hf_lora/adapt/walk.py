@@ -1,0 +1,75 @@
+"""Walk a model under the names that its modules had before anything was adapted.
+
+A `Replacement` adds `base_layer` and `copies` to the tree, an adapted layer `lora_*`. Configurations, files and tables
+speak of the original names; these functions are the one place that knows the difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ..layers.base import LoraLayer
+from ..layers.replacement import BiasLayer, Replacement
+
+
+def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(original name, module) of every module of the unadapted model, each once, parents first."""
+    for name, module in _walk(model):
+        if not isinstance(module, Replacement):
+            yield name, module
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:
+        name, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        if isinstance(module, Replacement):
+            stack.append((name, module.base_layer))
+            continue
+        ours = isinstance(module, (LoraLayer, BiasLayer))
+        for child_name, child in reversed(list(module._modules.items())):
+            if child is not None and not (ours and child_name.startswith("lora_")):
+                stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
+    """Original name -> layer, of every layer that holds factors of any adapter."""
+    return {name: m for name, m in original_modules(model) if isinstance(m, LoraLayer)}
+
+
+def replacements(model: nn.Module) -> dict[str, Replacement]:
+    """Original name -> replacement, of every module that is kept whole for some adapter."""
+    return {name: module for name, module in _walk(model) if isinstance(module, Replacement)}
+
+
+def bias_layers(model: nn.Module) -> dict[str, BiasLayer]:
+    """Original name -> layer, of every layer whose bias some adapter trains."""
+    return {name: m for name, m in original_modules(model) if isinstance(m, BiasLayer)}
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module of an original name, looked up through replacements."""
+    module: Any = model
+    for part in path.split(".") if path else []:
+        module = _inside(module)._modules[part]
+    found = _inside(module)
+    assert isinstance(found, nn.Module)
+    return found
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set what stands at an original name, a replacement included."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(module_at(model, parent), leaf, module)
+
+
+def _inside(module: Any) -> Any:
+    return module.base_layer if isinstance(module, Replacement) else module

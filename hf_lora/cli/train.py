@@ -1,0 +1,71 @@
+"""`hf-lora train`: the options that say what to train on are declared here; all others go to one argument parser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+EPILOG = """\
+Every other field of LoraTrainingArguments, so of transformers' TrainingArguments too, is an option as well:
+--num-train-epochs 5, --learning-rate 1e-3, --lora-r 16, --lora-target-modules query value, --bf16 …
+`hf-lora train --all-options` lists them. A YAML file given with --config holds any of them as `name: value`; options
+on the command line win over it.
+
+Example: hf-lora train --model MODEL --train-file train.csv --test-file test.csv --lora-r 16 --output-dir my-adapter
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command to `app`."""
+    app.command(
+        epilog=EPILOG,
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "token_normalize_func": lambda token: token.replace("_", "-"),
+        },
+    )(train)
+
+
+def train(
+    ctx: typer.Context,
+    config: Path | None = typer.Option(None, help="YAML file with any of the options."),
+    model: str | None = typer.Option(None, help="Base model: a folder or a name on the Hub."),
+    task: str | None = typer.Option(None, help="text-classification or causal-lm; not given: told by the columns."),
+    train_file: str | None = typer.Option(None, help="CSV, TSV, JSON, JSONL or parquet file to train on."),
+    eval_file: str | None = typer.Option(None, help="File for the evaluations during training."),
+    test_file: str | None = typer.Option(None, help="File for the evaluation at the end."),
+    dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, in place of files."),
+    train_split: str | None = typer.Option(None, help="Split of the data set to train on; not given: train."),
+    eval_split: str | None = typer.Option(None, help="Split for the evaluations during training."),
+    test_split: str | None = typer.Option(None, help="Split for the evaluation at the end."),
+    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts; not given: found by name."),
+    label_column: str | None = typer.Option(None, help="Column of the labels; not given: found by name."),
+    completion_column: str | None = typer.Option(None, help="Column of what is learned after the prompt (causal-lm)."),
+    max_length: int | None = typer.Option(None, help="Tokens kept of a text; not given: at most 512."),
+    output_dir: str | None = typer.Option(None, help="Folder for the adapter; not given: hf_lora_run."),
+    all_options: bool = typer.Option(False, "--all-options", help="List every option, and leave."),
+) -> None:
+    """Fine-tune a model on files of text.
+
+    The task is text classification or a causal language model. The adapter and the tokenizer are saved.
+    """
+    from ..train.run import argument_parser, finetune, parse_arguments
+
+    if all_options:
+        typer.echo(argument_parser().format_help())
+        raise typer.Exit
+    own = {
+        "model": model, "task": task, "train_file": train_file, "eval_file": eval_file, "test_file": test_file,
+        "dataset": dataset, "train_split": train_split, "eval_split": eval_split, "test_split": test_split,
+        "text_column": text_column, "label_column": label_column, "completion_column": completion_column,
+        "max_length": max_length, "output_dir": output_dir,
+    }  # fmt: skip
+    declared = [f"--{name}={value}" for name, value in own.items() if value is not None]
+    result = finetune(parse_arguments([*declared, *ctx.args], config))
+    for name, value in result.metrics.items():
+        if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
+            typer.echo(f"{name}: {value:,.4g}")
+    typer.echo(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
+    typer.echo(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')

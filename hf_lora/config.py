@@ -1,0 +1,243 @@
+"""`LoraConfig`: what to adapt and how, in the field names and the file format that PEFT made standard."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import ConfigError, Faults, nearest
+
+ALL_LINEAR = "all-linear"
+ATTENTION = "attention"
+PRESETS = (ALL_LINEAR, ATTENTION)
+TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Fields of PEFT's adapter_config.json that we read past as long as they hold the value at which they do nothing.
+# Another value changes what the adapter computes, so it is an error.
+_DEFAULTS_OF_OTHERS: dict[str, tuple[Any, ...]] = {
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+}
+# Fields of PEFT that exist and are not supported: no misspelt ones of ours.
+_OF_OTHERS = frozenset(
+    [
+        "use_dora",
+        "lora_bias",
+        "use_qalora",
+        "use_bdlora",
+        "ensure_weight_tying",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "megatron_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "arrow_config",
+        "velora_config",
+        "kasa_config",
+        "monteclora_config",
+        "qalora_group_size",
+    ]
+)
+# These say nothing about the maths; any value will do.
+_DESCRIPTIVE = frozenset({"auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core"})
+
+
+@dataclass
+class LoraConfig:
+    """How LoRA is applied to a model (Hu et al. 2021, arXiv:2106.09685: W' = W + scaling · B A).
+
+    Args:
+        r: rank R of every adapted layer.
+        lora_alpha: scaling = lora_alpha / r; `None` means 2 r.
+        lora_dropout: probability in [0, 1) of dropping an element of the adapter's input, in training only.
+        target_modules: names or suffixes of modules, one regular expression (matched against the whole name),
+            `"all-linear"` (every linear layer but the output head) or `"attention"` (those of attention blocks).
+        exclude_modules: names, suffixes or one regular expression of modules to leave out.
+        layers_to_transform: index or indices of the layers to adapt (with a list or a preset as `target_modules`).
+        layers_pattern: name(s) of the list that the indices count in, such as `"layers"` or `"h"`.
+        rank_pattern: name, suffix or regular expression of a module -> its own rank.
+        alpha_pattern: the same for its own alpha.
+        use_rslora: scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
+        bias: `"none"`, `"lora_only"` (biases of the adapted layers are trained) or `"all"`.
+        modules_to_save: modules trained whole and kept in the adapter. `None` finds a task head that the base
+            checkpoint did not hold; `[]` means none.
+        init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with deviation 1/r, B zero) or
+            `False` (B random too: the model changes at once; for tests).
+        fan_in_fan_out: kept for the file format; whether a weight is stored transposed is read off the layer itself.
+        task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
+        base_model_name_or_path: where the base model came from.
+        revision: the base model's revision.
+
+    Raises:
+        ConfigError: lists every field with a wrong value.
+    """
+
+    r: int = 8
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | Literal["gaussian"] = True
+    fan_in_fan_out: bool = False
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple, frozenset)):
+                setattr(self, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
+        if self.task_type is not None:
+            self.task_type = str(getattr(self.task_type, "value", self.task_type))
+        self.rank_pattern = dict(self.rank_pattern or {})
+        self.alpha_pattern = dict(self.alpha_pattern or {})
+        faults = Faults("LoraConfig(…)")
+        self._check(faults)
+        faults.check(ConfigError, "Correct these fields; LoraConfig's docstring says what each one takes.")
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha`, or 2 r where it was not given."""
+        return 2 * self.r if self.lora_alpha is None else self.lora_alpha
+
+    def scaling(self, r: int, alpha: float) -> float:
+        """The factor in front of B A for one layer's rank and alpha."""
+        return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def _check(self, faults: Faults) -> None:
+        if not _is_int(self.r) or self.r < 1:
+            faults.add(f"r={self.r!r} must be a whole number from 1 up")
+        if self.lora_alpha is not None and (not _is_number(self.lora_alpha) or self.lora_alpha <= 0):
+            faults.add(f"lora_alpha={self.lora_alpha!r} must be a positive number, or None for 2 r")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            faults.add(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        for name, optional in (("target_modules", False), ("exclude_modules", True)):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                if value not in PRESETS:
+                    _check_regex(faults, name, value)
+            elif not (value is None and optional) and not _is_list_of(value, str):
+                faults.add(f"{name}={value!r} must be a list of names or one regular expression")
+        if self.target_modules == []:
+            faults.add("target_modules=[] adapts nothing")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                _check_regex(faults, name, key)
+                good = _is_int(value) if name == "rank_pattern" else _is_number(value)
+                if not good or value <= 0:
+                    faults.add(f"{name}[{key!r}]={value!r} must be positive")
+        if self.bias not in ("none", "all", "lora_only"):
+            faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
+        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
+            faults.add(f"init_lora_weights={self.init_lora_weights!r} is not supported (True, False or 'gaussian')")
+        if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
+            faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
+        indices = self.layers_to_transform
+        if indices is not None and not (_is_int(indices) or _is_list_of(indices, int)):
+            faults.add(f"layers_to_transform={indices!r} must be one index or a list of them")
+        if indices is not None and isinstance(self.target_modules, str) and self.target_modules not in PRESETS:
+            faults.add("layers_to_transform cannot be used with a regular expression as target_modules")
+        if self.layers_pattern and indices is None:
+            faults.add("layers_pattern needs layers_to_transform")
+        if self.task_type is not None and self.task_type not in TASK_TYPES:
+            faults.add(f"task_type={self.task_type!r} is unknown{nearest(self.task_type, TASK_TYPES)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of PEFT's adapter_config.json: plain JSON values, `lora_alpha` resolved."""
+        values = dataclasses.asdict(self)
+        values["lora_alpha"] = self.alpha
+        return {"peft_type": "LORA", "inference_mode": True, "auto_mapping": None, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], call: str = "LoraConfig.from_dict(…)") -> LoraConfig:
+        """Read an adapter_config.json.
+
+        Raises:
+            ConfigError: a field holds a wrong value, or one that is not supported is not at its default.
+        """
+        faults = Faults(call)
+        own = {f.name for f in dataclasses.fields(cls)}
+        kind = values.get("peft_type", "LORA")
+        kind = str(getattr(kind, "value", kind)).upper()
+        if kind != "LORA":
+            faults.add(f"peft_type={kind!r}: only LORA adapters are supported")
+        for name, value in values.items():
+            if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
+                continue
+            hint = "" if name in _OF_OTHERS else nearest(name, own)
+            faults.add(f"{name}={value!r} is not supported{hint}")
+        taken = {name: value for name, value in values.items() if name in own}
+        if taken.get("target_modules", ...) is None:
+            faults.add("target_modules=None: the adapter's layers must be named")
+            del taken["target_modules"]
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(taken.get(name) or {}, Mapping):
+                faults.add(f"{name}={taken.pop(name)!r} must be a mapping from a pattern to a number")
+        config = None
+        try:
+            config = cls(**{**{"lora_alpha": 8}, **taken})
+        except ConfigError as error:
+            faults.found += [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+        faults.check(
+            ConfigError, "Correct or remove these fields, or load the adapter with the library that wrote it."
+        )
+        assert config is not None
+        return config
+
+    @classmethod
+    def from_any(cls, config: LoraConfig | Mapping[str, Any] | Any | None) -> LoraConfig:
+        """A `LoraConfig` from a `LoraConfig` (copied), a mapping, a `peft.LoraConfig`, or None for the defaults."""
+        if config is None:
+            return cls()
+        if isinstance(config, cls):
+            return dataclasses.replace(config)
+        if isinstance(config, Mapping):
+            # Without a type it is one of our own, where a missing lora_alpha means 2 r and not PEFT's default.
+            own = {} if "peft_type" in config else {"lora_alpha": None}
+            return cls.from_dict({**own, **config}, call="LoraConfig.from_any(…)")
+        if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
+            return cls.from_dict(config.to_dict(), call=f"{type(config).__module__}.{type(config).__name__}")
+        raise ConfigError(
+            f"A LoRA config was expected, not {type(config).__name__}. Pass hf_lora.LoraConfig(…), a mapping with its "
+            "fields, or a peft.LoraConfig."
+        )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _is_inert(name: str, value: Any) -> bool:
+    """Whether a field that we do not know holds the value at which it does nothing."""
+    return value is None or value is False or value in ({}, [], "", ()) or value in _DEFAULTS_OF_OTHERS.get(name, ())
+
+
+def _check_regex(faults: Faults, name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        faults.add(f"{name}: {pattern!r} is not a regular expression ({error})")

@@ -1,0 +1,78 @@
+"""Write a merged model to a folder: a full model that every tool can load, with no trace of the adapter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import AdapterFileError, ConfigError, nearest
+from .files.format import CONFIG_NAME
+from .hub.pull import local_adapter
+from .load import PROCESSORS, find_processor, load_lora
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge_to_folder(
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    base_model: Any = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    **kwargs: Any,
+) -> Path:
+    """Load an adapter with its base, fold it in, and save the full model with its tokenizer or processor.
+
+    Args:
+        adapter: a folder, or a repository on the Hub.
+        out: the folder to write; it must be new or empty unless `overwrite`.
+        base_model: a model, or its folder or repository; None takes the one that the adapter's config names.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold is then done on float32 weights (4 bytes a parameter
+            of memory) and rounded once. None keeps the checkpoint's.
+        kwargs: for `LoraModel.from_pretrained`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: `dtype` is none of the three.
+        AdapterFileError: the folder is not empty, or holds an adapter; or the adapter cannot be loaded.
+        MergeError: the adapter cannot be folded.
+    """
+    folder = Path(out)
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
+    check_new_folder(folder, overwrite)
+    if isinstance(base_model, (str, os.PathLike)) and folder.resolve() == Path(base_model).resolve():
+        raise AdapterFileError(f"{folder} is the base model's own folder. Name another one.")
+    source = local_adapter(adapter, kwargs.get("revision"), kwargs.get("token"))
+    loading = "float32" if dtype is not None else None
+    model = load_lora(source, base_model=base_model, merge=True, dtype=loading, **kwargs)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
+    base = base_model if isinstance(base_model, (str, os.PathLike)) else model.config._name_or_path
+    for auto in PROCESSORS.values():
+        processor = find_processor(auto, source, base)
+        if processor is not None:
+            processor.save_pretrained(folder)
+    return folder
+
+
+def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """See that a folder can be written without mixing its files with others.
+
+    Raises:
+        AdapterFileError: it is a file, it is not empty (unless `overwrite`), or it holds an adapter.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise AdapterFileError(f"{path} is a file. Name a folder.")
+    if (path / CONFIG_NAME).exists():
+        raise AdapterFileError(f"{path} holds an adapter ({CONFIG_NAME}). Name another folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise AdapterFileError(f"{path} is not empty. Name a new folder, or pass --overwrite (overwrite=True).")

@@ -1,0 +1,301 @@
+"""Save an adapter of a model to a folder, and load one into a model: everything checked before anything is changed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.heads import input_embedding, new_head, output_embedding, task_type_of, twin
+from ..adapt.inject import inject
+from ..adapt.match import matches
+from ..adapt.resize import vocabulary_of
+from ..adapt.state import Task, base_task, require_state, slots, state_of
+from ..adapt.targets import Explanation, resolve
+from ..adapt.walk import adapter_layers, module_at, original_modules
+from ..config import PRESETS, LoraConfig
+from ..errors import AdapterFileError, BaseMismatchError, Faults
+from ..layers.extend import plain
+from .fingerprint import differs, identify
+from .format import FULL_MODEL_FILES, AdapterFile, compare, key_of, keys_of, read_adapter, write_adapter
+
+
+def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> tensor (not copied) of one adapter."""
+    require_state(model, "get_adapter_state_dict").require(name)
+    return keys_of(slots(model, name))
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write one adapter in PEFT's format, with `hf_lora.json` beside it.
+
+    Args:
+        state_dict: gathered tensors, by the names of `model.state_dict()`, to write in place of the model's own.
+
+    Raises:
+        AdapterFileError: a tensor is empty or not finite. Files that were there are unchanged.
+    """
+    state = require_state(model, "save_adapter")
+    state.require(name)
+    tensors = adapter_state_dict(model, name)
+    if state_dict:
+        gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict}
+        tensors = {key: gathered.get(id(tensor), tensor) for key, tensor in tensors.items()}
+    beside = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
+    if beside:
+        warnings.warn(
+            f"{folder} holds {', '.join(beside)}, so other loaders will take it for a full model and overlook the "
+            "adapter. Save adapters to a folder of their own.",
+            stacklevel=3,
+        )
+    return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name))
+
+
+def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
+    """adapter_config.json of one adapter, such that PEFT finds the same layers."""
+    state = require_state(model, "save_adapter")
+    config = state.configs[name]
+    values = config.to_dict()
+    adapted = {p for p, layer in adapter_layers(model).items() if name in layer._lora.names}
+    everything = [path for path, _ in original_modules(model) if path]
+    values["modules_to_save"] = list(state.heads[name]) or None
+    if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(state.heads[name])):
+        values |= {
+            "target_modules": shortest_names(adapted, everything),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    values["fan_in_fan_out"] = any(
+        type(layer._lora.shape).__name__ == "TransposedShape" for layer in adapter_layers(model).values()
+    )
+    values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
+    values["task_type"] = config.task_type or task_type_of(model)
+    if values["task_type"] is None:
+        cls = plain(type(model))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return values
+
+
+def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
+    """Names that match `adapted` and nothing else: a last component where all modules of that name are adapted."""
+    last = {path.rpartition(".")[2] for path in adapted}
+    others = {path.rpartition(".")[2] for path in everything if path not in adapted}
+    clear = last - others
+    return sorted(clear) + sorted(path for path in adapted if path.rpartition(".")[2] not in clear)
+
+
+def extras_of(model: Any, name: str) -> dict[str, Any]:
+    """hf_lora.json of one adapter."""
+    import transformers
+
+    from .. import __version__
+
+    state = require_state(model, "save_adapter")
+    task = state.tasks[name]
+    return {
+        "base": state.identity,
+        "architecture": plain(type(model)).__name__,
+        "num_labels": task.num_labels,
+        "id2label": {str(k): v for k, v in task.id2label.items()} if task.id2label else None,
+        "problem_type": task.problem_type,
+        "vocabulary": vocabulary_of(model),
+        "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def load_adapter(
+    model: nn.Module,
+    source: str | os.PathLike[str] | AdapterFile,
+    name: str = "default",
+    *,
+    is_trainable: bool = False,
+    allow_other_base: bool = False,
+    call: str = "load_adapter",
+) -> Explanation:
+    """Add an adapter from a folder to a model, and make it the active one.
+
+    Raises:
+        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes.
+        BaseMismatchError: the adapter belongs to another base (`allow_other_base=True` loads it all the same).
+    """
+    file = source if isinstance(source, AdapterFile) else read_adapter(source)
+    call = f"{call}({str(file.path)!r}, {name!r})"
+    state = state_of(model)
+    identity = state.identity if state is not None else identify(model)
+    difference = differs(file.extras.get("base") or {}, identity)
+    if difference and not allow_other_base:
+        raise BaseMismatchError(
+            f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
+        )
+    plan = resolve(model, file.config, call, from_file=True)
+    task = _task_in(file, model)
+    expected = {
+        key_of(t.name, role, type(t.shape).__name__): shape
+        for t in plan.layers
+        for role, shape in zip(("lora_A", "lora_B"), t.shape.shapes(t.module, t.r), strict=True)
+    }
+    adapted = {t.name for t in plan.layers}
+    expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
+    plan.saved |= _whole_embeddings(model, file)
+    plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
+    task = task or _task_by_shape(model, plan, file)
+    heads = _heads(model, plan, task)
+    for path in plan.saved:
+        head = heads.get(path) or module_at(model, path)
+        expected |= {
+            key_of(f"{path}.{k}", "copy"): tuple(v.shape) for k, v in head.state_dict().items() if "lora_" not in k
+        }
+    _check_base_copies(model, file, allow_other_base, call)
+    faults = Faults(call)
+    compare(expected, file.tensors, faults)
+    faults.check(AdapterFileError, "Nothing was changed. Check that the adapter and the model belong together.")
+    config = file.config
+    inject(
+        model, config, name, trainable=is_trainable, from_file=True, layers=adapted, heads=heads, task=task, call=call,
+        saved=plan.saved,
+    )  # fmt: skip
+    require_state(model, call).identity = identity
+    assign(model, name, file.tensors)
+    return plan
+
+
+def load_adapter_weights(
+    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str = "default"
+) -> None:
+    """Put saved values into an adapter that the model holds already, exactly.
+
+    Args:
+        source: an adapter's folder, or tensors by file key.
+
+    Raises:
+        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes.
+    """
+    path = "tensors" if isinstance(source, Mapping) else str(source)
+    require_state(model, "load_adapter_weights").refuse_merged("load_adapter_weights")
+    tensors = source if isinstance(source, Mapping) else read_adapter(source).tensors
+    faults = Faults(f"load_adapter_weights({path!r}, {name!r})")
+    own = adapter_state_dict(model, name)
+    tensors = {_alias(key, own): tensor for key, tensor in tensors.items()}
+    compare({key: tuple(t.shape) for key, t in own.items()}, tensors, faults)
+    faults.check(AdapterFileError, "Nothing was changed.")
+    assign(model, name, tensors)
+
+
+@torch.no_grad()
+def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors by file key into an adapter; they were compared before."""
+    own = adapter_state_dict(model, name)
+    for key, tensor in tensors.items():
+        own[_alias(key, own)].copy_(tensor)
+
+
+def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
+    """Whether PEFT's matching of a named configuration gives exactly the adapted layers."""
+    if config.exclude_modules or config.layers_to_transform is not None:
+        return False
+    inside = tuple(f"{head}." for head in heads)
+    found = {p for p in everything if matches(config.target_modules, p) and not f"{p}.".startswith(inside)}
+    return found == adapted
+
+
+def _whole_embeddings(model: Any, file: AdapterFile) -> dict[str, str]:
+    """Embeddings that a foreign file holds whole though its config names none: PEFT writes a resized vocabulary so."""
+    if file.extras:
+        return {}
+    ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
+    named = [path for path, m in original_modules(model) if id(m) in ends]
+    return {p: "the file holds it whole" for p in named if key_of(f"{p}.weight", "copy") in file.tensors}
+
+
+def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bool, call: str) -> None:
+    """A copy of a base weight in a foreign file says which base it is, up to the rounding of a 16-bit copy."""
+    faults = Faults(call)
+    modules = dict(original_modules(model)) if file.base_copies else {}
+    for path, copied in file.base_copies.items():
+        weight = modules[path]._parameters.get("weight") if path in modules else None
+        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            continue
+        if weight.shape != copied.shape:
+            faults.add(f"{path}: the file's base has a weight {list(copied.shape)}, this one {list(weight.shape)}")
+        elif not torch.allclose(weight.detach().cpu().float(), copied.float(), rtol=2**-7, atol=1e-6):
+            faults.add(f"{path}: the file holds other base weights for it than this model does")
+    if not allow_other_base:
+        faults.check(
+            BaseMismatchError, "Load the base that the adapter was trained on, or pass allow_other_base=True."
+        )
+
+
+def _alias(key: str, own: Mapping[str, Any]) -> str:
+    """A bias of an adapted layer may be written with or without `base_layer`."""
+    if key in own:
+        return key
+    other = (
+        key.replace(".base_layer.bias", ".bias") if ".base_layer." in key else key.replace(".bias", ".base_layer.bias")
+    )
+    return other if other in own else key
+
+
+def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> str:
+    keys = [key_of(path, "bias", adapted=a) for a in (path in adapted, path not in adapted)]
+    return next((key for key in keys if key in tensors), keys[0])
+
+
+def _bias_shape(module: Any) -> tuple[int, ...]:
+    return tuple(module.bias.shape)
+
+
+def _holds(key: str, path: str) -> bool:
+    return key.startswith(key_of(f"{path}.", "copy"))
+
+
+def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
+    extras = file.extras
+    if extras.get("id2label"):
+        id2label = {int(k): v for k, v in extras["id2label"].items()}
+        return Task(len(id2label), id2label, {v: k for k, v in id2label.items()}, extras.get("problem_type"))
+    return None
+
+
+def _heads(model: Any, plan: Explanation, task: Task | None) -> dict[str, nn.Module]:
+    """New heads for an adapter with another number of labels than the model's; the tensors fill them."""
+    labels = task.num_labels if task is not None else None
+    present = base_task(model).num_labels
+    if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
+        return {}
+    other = twin(model, labels)
+    with torch.random.fork_rng(devices=_used_devices()):
+        return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
+
+
+def _task_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> Task | None:
+    """The labels of a foreign file, without names, where they are not the model's."""
+    labels = _labels_by_shape(model, plan, file)
+    return Task.from_labels(labels, None) if labels is not None else None
+
+
+def _labels_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> int | None:
+    """The label count of a foreign file, where it is not the model's: how many outputs its head has."""
+    present = base_task(model).num_labels
+    for path in plan.saved:
+        for key, own in module_at(model, path).state_dict().items():
+            held = file.tensors.get(key_of(f"{path}.{key}", "copy"))
+            if held is None or not own.dim() or held.shape == own.shape or own.shape[0] != present:
+                continue
+            if held.shape[1:] == own.shape[1:]:
+                return int(held.shape[0])
+    return None
+
+
+def _used_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -1,0 +1,275 @@
+"""The names on disk: PEFT's adapter format, and `hf_lora.json` beside it. No other file knows them.
+
+    adapter_config.json           the configuration, in PEFT's fields
+    adapter_model.safetensors     base_model.model.<module>.lora_A.weight and so on, float32
+    hf_lora.json                  base identity, architecture, labels, vocabulary, versions
+
+The files are written beside their places and moved there when all are whole, so a failed write leaves the old ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..adapt.state import Slot
+from ..config import LoraConfig
+from ..errors import AdapterFileError, ConfigError, Faults, nearest
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+LEGACY_WEIGHTS_NAME = "adapter_model.bin"
+EXTRAS_NAME = "hf_lora.json"
+PREFIX = "base_model.model."
+_PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
+FULL_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass
+class AdapterFile:
+    """An adapter as it lies on disk: its configuration, its tensors by file key, and what is ours alone."""
+
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+    extras: dict[str, Any] = field(default_factory=dict)
+    path: Path = Path()
+    raw: dict[str, Any] = field(default_factory=dict)
+    """adapter_config.json as it was read."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    """Module -> the base's weight, where another library put a copy of it into the file."""
+
+
+def key_of(path: str, role: str, shape: str = "", adapted: bool = True) -> str:
+    """The file key of one tensor: see `adapt.state.Slot` for the arguments."""
+    if role == "copy":
+        return f"{PREFIX}{path}"
+    if role == "bias":
+        return f"{PREFIX}{path}.base_layer.bias" if adapted else f"{PREFIX}{path}.bias"
+    if shape == "EmbeddingShape" and role in ("lora_A", "lora_B"):
+        return f"{PREFIX}{path}.lora_embedding_{role[-1]}"
+    return f"{PREFIX}{path}.{role}.weight"
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(path, role) of a file key: the inverse of `key_of`, where a bias has the role "bias" and a copy "copy"."""
+    path = key.removeprefix(PREFIX)
+    module, _, last = path.rpartition(".")
+    if last in ("lora_embedding_A", "lora_embedding_B"):
+        return module, f"lora_{last[-1]}"
+    module, _, role = module.rpartition(".")
+    if role.startswith("lora_") and last == "weight":
+        return module, role
+    if role == "base_layer" and last == "bias":
+        return module, "bias"
+    return path, "copy"
+
+
+def keys_of(slots: Iterable[Slot]) -> dict[str, Tensor]:
+    """File key -> tensor of an adapter's slots."""
+    found = list(slots)
+    adapted = {slot.path for slot in found if slot.role == "lora_A"}
+    return {key_of(s.path, s.role, s.shape, s.path in adapted): s.tensor for s in found}
+
+
+def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the adapter's tensors, module -> weight) of what PEFT puts in a file.
+
+    Beside an adapted embedding or output embedding PEFT puts a copy of the base's weight; with trained biases it
+    writes those of whole modules twice more, under its wrapper's names.
+    """
+    own: dict[str, Tensor] = {}
+    copies: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removesuffix(".base_layer.weight")
+        if path != key and (f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors):
+            copies[path.removeprefix(PREFIX)] = tensor
+        elif not _is_written_twice(key, tensors):
+            own[key] = tensor
+    return own, copies
+
+
+def _is_written_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether `key` names a tensor inside PEFT's wrapper of a module that is in the file under its plain name too."""
+    match = _PEFT_WRAPPER.match(key)
+    if match is None:
+        return False
+    path, wrapper, inside = match.groups()
+    plain = [f"{path}.{inside}"]
+    if wrapper == "modules_to_save":  # the adapter's name may stand after it
+        plain.append(f"{path}.{inside.partition('.')[2]}")
+    return any(name in tensors for name in plain)
+
+
+def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], faults: Faults) -> None:
+    """Add a fault for every tensor that is missing, misshapen, not finite, or that nothing takes."""
+    for key, shape in expected.items():
+        if key not in tensors:
+            faults.add(f"missing: {key} {list(shape)}{nearest(key, tensors.keys() - expected.keys(), 1)}")
+        elif tuple(tensors[key].shape) != tuple(shape):
+            faults.add(f"shape: {key} is {list(tensors[key].shape)} in the file, {list(shape)} in the model")
+    for key, tensor in tensors.items():
+        if key not in expected:
+            faults.add(f"unexpected: {key} {list(tensor.shape)}{nearest(key, expected.keys() - tensors.keys(), 1)}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            faults.add(f"values: {key} holds NaN or infinity")
+
+
+def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter's folder.
+
+    Raises:
+        AdapterFileError: a file is absent, truncated, or not what its name says; the message names it and what to do.
+    """
+    path = Path(folder)
+    config = read_config(path)
+    weights = path / WEIGHTS_NAME
+    if not weights.is_file():
+        if (path / LEGACY_WEIGHTS_NAME).is_file():
+            raise AdapterFileError(
+                f"{path} holds {LEGACY_WEIGHTS_NAME}, a pickle. Convert it once: hf-lora convert {path} --out FOLDER"
+            )
+        raise AdapterFileError(f"{path} holds {CONFIG_NAME} and no {WEIGHTS_NAME}: the adapter is incomplete.")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterFileError(
+            f"{weights} is not a whole safetensors file ({error}). Copy or download it again."
+        ) from error
+    if not tensors:
+        raise AdapterFileError(f"{weights} holds no tensors.")
+    own, copies = split_base_copies(tensors)
+    return AdapterFile(config, own, read_extras(path), path, _read_json(path / CONFIG_NAME), copies)
+
+
+def read_config(path: Path) -> LoraConfig:
+    """The adapter_config.json of a folder."""
+    file = path / CONFIG_NAME
+    if not file.is_file():
+        inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}")) if path.is_dir() else []
+        also = f" It holds the adapters {', '.join(inner)} in folders of their own: name one." if inner else ""
+        there = "is no adapter's folder" if path.is_dir() else "does not exist"
+        raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
+    values = _read_json(file)
+    try:
+        return LoraConfig.from_dict(values, call=str(file))
+    except ConfigError as error:
+        raise AdapterFileError(str(error)) from error
+
+
+def read_extras(path: Path) -> dict[str, Any]:
+    """The hf_lora.json of a folder, empty where another library wrote the adapter."""
+    file = path / EXTRAS_NAME
+    return _read_json(file) if file.is_file() else {}
+
+
+def write_adapter(
+    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], extras: Mapping[str, Any]
+) -> Path:
+    """Write an adapter's three files; they take their places together, when all are whole.
+
+    Raises:
+        AdapterFileError: a tensor is not finite or empty (a parameter that was not gathered); nothing was written.
+    """
+    path = Path(folder)
+    faults = Faults(f"saving an adapter to {path}")
+    ready = {}
+    for key, tensor in tensors.items():
+        if tensor.numel() == 0 or tensor.is_meta:
+            faults.add(f"{key} is empty here: gather sharded parameters first")
+        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            faults.add(f"{key} holds NaN or infinity")
+        else:
+            ready[key] = tensor.detach().to("cpu").contiguous()
+    faults.check(AdapterFileError, "Nothing was written; files that were there are unchanged.")
+    path.mkdir(parents=True, exist_ok=True)
+    ready = _unshared(ready)
+    writers: dict[str, Callable[[Path], Any]] = {
+        WEIGHTS_NAME: lambda file: save_file(ready, file, metadata={"format": "pt"}),
+        EXTRAS_NAME: lambda file: file.write_text(_json(extras), encoding="utf-8"),
+        CONFIG_NAME: lambda file: file.write_text(_json(config), encoding="utf-8"),
+    }
+    replace_together(path, writers)
+    return path
+
+
+def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Let each writer make its file beside its place; once all are whole and on the disk, move them there."""
+    staged: dict[str, Path] = {}
+    umask = os.umask(0)
+    os.umask(umask)
+    try:
+        for name, write in writers.items():
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
+            os.close(handle)
+            staged[name] = Path(temporary)
+            write(staged[name])
+            with staged[name].open("rb") as file:
+                os.fsync(file.fileno())
+            staged[name].chmod(0o666 & ~umask)
+        for name, whole in staged.items():
+            whole.replace(folder / name)
+    finally:
+        for left in staged.values():
+            left.unlink(missing_ok=True)
+
+
+def convert_bin(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> AdapterFile:
+    """Rewrite an old adapter, whose tensors are a pickle, in today's format.
+
+    The pickle is read with `weights_only=True`: it can hold tensors and nothing that runs.
+
+    Raises:
+        AdapterFileError: the folder holds no such adapter, or its pickle holds more than tensors.
+    """
+    path = Path(folder)
+    read_config(path)
+    weights = path / LEGACY_WEIGHTS_NAME
+    if not weights.is_file():
+        raise AdapterFileError(f"{path} holds no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
+    try:
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError … by what is wrong
+        raise AdapterFileError(f"{weights} cannot be read as a file of tensors alone ({error}).") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterFileError(f"{weights} holds more than tensors.")
+    values = _read_json(path / CONFIG_NAME)
+    write_adapter(out, values, tensors, read_extras(path))
+    return read_adapter(out)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory; a shared one is written for each name."""
+    seen: set[int] = set()
+    result = {}
+    for key, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        result[key] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return result
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterFileError(f"{file} is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{file} holds {type(values).__name__}, not an object.")
+    return values
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

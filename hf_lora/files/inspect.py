@@ -1,0 +1,232 @@
+"""What an adapter's file holds, layer by layer, and how large each update is: without the base model."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapt.match import PatternTable
+from ..config import LoraConfig
+from ..errors import AdapterFileError
+from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, split_key
+
+
+@dataclass
+class LayerSummary:
+    """One adapted layer of a file.
+
+    Args:
+        path: the layer's name in the model.
+        features: (I, O): inputs and outputs (rows and columns of an embedding, channels of a convolution).
+        r, alpha, scaling: its own, after the patterns of the configuration.
+        norm: Frobenius norm of the update, scaling · B A.
+        stable_rank: norm² over the largest singular value's square, from 1 to r: how many directions the update
+            really uses; 0 for an update of zero.
+        parameters: elements of all its factors.
+    """
+
+    path: str
+    features: tuple[int, int]
+    r: int
+    alpha: float
+    scaling: float
+    norm: float
+    stable_rank: float
+    parameters: int
+
+
+@dataclass
+class AdapterSummary:
+    """What `inspect_adapter` found; `str()` is a table.
+
+    Args:
+        path: the adapter's folder.
+        config: its configuration.
+        extras: the content of hf_lora.json, empty where another library wrote the adapter.
+        layers: the adapted layers, in the order of their names.
+        whole: name -> elements, of parameters that are kept whole: heads, `modules_to_save`, biases.
+        parameters: elements of all tensors.
+        bytes: size of the tensors' file.
+    """
+
+    path: Path
+    config: LoraConfig
+    extras: dict[str, Any]
+    layers: list[LayerSummary]
+    whole: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    bytes: int = 0
+
+    @property
+    def norm(self) -> float:
+        """Frobenius norm of all updates together."""
+        return float(sum(layer.norm**2 for layer in self.layers) ** 0.5)
+
+    def __str__(self) -> str:
+        config = self.config
+        head = [f"{self.path}: {self.parameters:,} parameters, {self.bytes:,} bytes"]
+        head.append(
+            f"base model: {config.base_model_name_or_path or 'not named'}; task: {config.task_type or 'not named'}"
+        )
+        if self.extras.get("num_labels") and config.task_type != "CAUSAL_LM":
+            names = list((self.extras.get("id2label") or {}).values())
+            head.append(
+                f"labels: {self.extras['num_labels']} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
+            )
+        if not self.extras:
+            head.append(f"no {EXTRAS_NAME}: written by another library")
+        cells = [("layer", "shape", "r", "alpha", "update norm", "stable rank", "parameters")]
+        for s in self.layers:
+            shape = f"{s.features[0]} -> {s.features[1]}"
+            cells.append((s.path, shape, str(s.r), f"{s.alpha:g}", f"{s.norm:.4g}", f"{s.stable_rank:.2f}",
+                          f"{s.parameters:,}"))  # fmt: skip
+        total = sum(s.parameters for s in self.layers)
+        cells.append((f"{len(self.layers)} layers", "", "", "", f"{self.norm:.4g}", "", f"{total:,}"))
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        table = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in cells
+        ]
+        whole = ["kept whole:", *(f"  {name}: {count:,}" for name, count in self.whole.items())] if self.whole else []
+        return "\n".join([*head, "", *table, *whole])
+
+    def plot(self, file: str | os.PathLike[str]) -> Path:
+        """Draw each layer's update norm over the depth of the model, one line for each kind of layer.
+
+        Args:
+            file: an image, such as `norms.png`; the suffix decides the format.
+
+        Raises:
+            AdapterFileError: matplotlib is not installed, cannot write that kind of file, or the place is not there.
+        """
+        return plot_norms(self, Path(file))
+
+
+def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
+    """Read an adapter's folder and sum up its layers. No update is formed: its norm comes from R x R matrices.
+
+    Raises:
+        AdapterFileError: a file is absent or broken, or a layer has one factor of two.
+    """
+    file = read_adapter(path)
+    factors: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, int] = {}
+    for key, tensor in file.tensors.items():
+        name, role = split_key(key)
+        if role in ("copy", "bias"):
+            whole[name if role == "copy" else f"{name}.bias"] = tensor.numel()
+        else:
+            factors.setdefault(name, {})[role] = tensor
+    half = [name for name, found in factors.items() if not {"lora_A", "lora_B"} <= found.keys()]
+    if half:
+        raise AdapterFileError(
+            f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} have one of lora_A and lora_B alone. "
+            "The file is incomplete."
+        )
+    alphas = PatternTable(file.config.alpha_pattern)
+    layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
+    return AdapterSummary(
+        file.path,
+        file.config,
+        file.extras,
+        layers,
+        whole,
+        sum(t.numel() for t in file.tensors.values()),
+        (file.path / WEIGHTS_NAME).stat().st_size,
+    )
+
+
+def _summary(file: AdapterFile, name: str, factors: dict[str, Tensor], alphas: PatternTable) -> LayerSummary:
+    a, b = factors["lora_A"], factors["lora_B"]
+    r = a.shape[0]
+    alpha = alphas.get(name, file.config.alpha)
+    scaling = file.config.scaling(r, alpha)
+    values = scaling * singular_values(a, b)
+    norm = float(values.norm())
+    largest = float(values.max())
+    stable = (norm / largest) ** 2 if largest > 0 else 0.0
+    parameters = sum(t.numel() for t in factors.values())
+    return LayerSummary(name, (a.shape[1], b.shape[0]), r, alpha, scaling, norm, stable, parameters)
+
+
+def singular_values(a: Tensor, b: Tensor) -> Tensor:
+    """The singular values of B A in float64, from the triangular factors of B and Aᵀ: no O x I matrix is formed.
+
+    Args:
+        a: (R, I, *kernel).
+        b: (O, R / groups, …); with several groups each block of outputs has ranks of its own.
+    """
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    groups = a.shape[0] // b.shape[1]
+    parts = []
+    for rows, columns in zip(a.chunk(groups), b.chunk(groups), strict=True):
+        outer = torch.linalg.qr(columns, mode="r").R
+        inner = torch.linalg.qr(rows.t(), mode="r").R
+        parts.append(torch.linalg.svdvals(outer @ inner.t()))
+    return torch.cat(parts)
+
+
+def plot_norms(summary: AdapterSummary, file: Path) -> Path:
+    """See `AdapterSummary.plot`."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        raise AdapterFileError("Drawing needs matplotlib. Run: pip install matplotlib") from error
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    alone: dict[str, float] = {}
+    for layer in summary.layers:
+        kind, depth = _kind(layer.path)
+        if depth is None:
+            alone[kind] = layer.norm
+        else:
+            kinds.setdefault(kind, []).append((depth, layer.norm))
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    short = _shortened([*kinds, *alone])
+    markers = "osD^v<>pP*Xh"
+    for i, (kind, points) in enumerate(kinds.items()):
+        depths, norms = zip(*sorted(points), strict=True)
+        axes.plot(depths, norms, marker=markers[i // 10 % len(markers)], color=f"C{i % 10}", label=short[kind])
+    for i, (kind, norm) in enumerate(alone.items(), start=len(kinds)):
+        axes.axhline(norm, linestyle="--", color=f"C{i % 10}", label=short[kind])
+    axes.set_xlabel("layer of the model")
+    axes.set_ylabel("norm of the update, ‖scaling · B A‖")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"{summary.path.name}: r={summary.config.r}, {len(summary.layers)} layers", fontsize="medium")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{file} cannot be drawn ({error}).") from error
+    return file
+
+
+def _kind(path: str) -> tuple[str, int | None]:
+    """A layer's name with its first number left open, and that number."""
+    found = re.search(r"(?:^|\.)(\d+)\.", path)
+    if found is None:
+        return path, None
+    return f"{path[: found.start(1)]}*{path[found.end(1) :]}", int(found[1])
+
+
+def _shortened(names: list[str]) -> dict[str, str]:
+    """The fewest last components that tell the names apart."""
+    for count in range(1, 1 + max((n.count(".") + 1 for n in names), default=1)):
+        short = {name: ".".join(name.split(".")[-count:]) for name in names}
+        if len(set(short.values())) == len(set(names)):
+            return short
+    return {name: name for name in names}
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

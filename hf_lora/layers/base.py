@@ -1,0 +1,274 @@
+"""The LoRA layer: an existing layer whose class is extended, with low-rank factors as child modules.
+
+Three axes meet here and are never multiplied. A *shape* knows how factors act on a kind of layer, a *method* belongs
+to an adapter and says what its factors do to the layer's output and weight, a *storage* knows how the weight's bits
+are kept. The layer holds one shape, one storage and a method for each adapter.
+
+The law that all of them obey: the layer's output equals that of the plain layer whose weight is
+`fold(read(layer))`; a fresh adapter changes no bit; merge then unmerge restores every bit.
+
+Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError
+from .extend import Extension
+from .ops import device_only
+
+MERGED_TRAINING = (
+    "The adapters are merged into the weights, so training would teach them nothing. "
+    "Call unmerge_adapter() (or merge_and_unload() if the adapters are done with) first."
+)
+
+
+class Activity:
+    """Which adapters act: one object shared by all adapted layers of a model, so that a switch touches no layer.
+
+    `acting` maps a layer's adapter names to those of them that act now. A forward reads it once.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[str, ...] = ()
+        self.enabled = True
+        self.merged: tuple[str, ...] = ()
+        self.acting: dict[tuple[str, ...], tuple[str, ...]] = {}
+
+    def set(
+        self,
+        active: tuple[str, ...] | None = None,
+        enabled: bool | None = None,
+        merged: tuple[str, ...] | None = None,
+    ) -> None:
+        self.active = self.active if active is None else active
+        self.enabled = self.enabled if enabled is None else enabled
+        self.merged = self.merged if merged is None else merged
+        for names in self.acting:
+            self.acting[names] = self._acting(names)
+
+    def watch(self, names: tuple[str, ...]) -> None:
+        """Make `acting[names]` available: called by a layer whose adapters change."""
+        self.acting[names] = self._acting(names)
+
+    def _acting(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(n for n in self.active if n in names) if self.enabled and not self.merged else ()
+
+
+class Factor(nn.Module):
+    """One trainable tensor of one adapter: a float32 master, whatever the model around it is cast to."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.to(torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factor:
+        super()._apply(device_only(fn), recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        # With assign=True the file's tensor becomes the parameter: it must be float32 by then.
+        super()._load_from_state_dict(as_masters(state_dict), prefix, *args)
+
+
+def as_masters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `state_dict` whose floating-point tensors are float32."""
+    return {
+        key: value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in state_dict.items()
+    }
+
+
+class Shape:
+    """How two factors act on one kind of layer. Stateless: one instance a kind."""
+
+    takes_dropout = True
+
+    def claims(self, layer: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def refuse(self, layer: nn.Module) -> str | None:
+        """Why this layer, though of the right class, cannot be adapted; None where it can."""
+        return None
+
+    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B as PEFT stores them; from attributes, since the weight may be packed or sharded."""
+        raise NotImplementedError
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        """(I, O) as a person would name them."""
+        raise NotImplementedError
+
+    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        """B A x: unscaled, without base product and bias; in the dtype of the products with x."""
+        raise NotImplementedError
+
+    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+        """`scaling * update`, with the scaling applied where the tensor is R wide."""
+        raise NotImplementedError
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        """Rows of B A in the layout of the layer's weight, float32."""
+        raise NotImplementedError
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """The norm of the weights of each output: (O,)."""
+        raise NotImplementedError
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        """v (O,) as a factor that multiplies rows of the weight by outputs."""
+        raise NotImplementedError
+
+    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+        """v (O,) as a factor that multiplies the layer's output."""
+        raise NotImplementedError
+
+
+class Method:
+    """What an adapter's factors do. Stateless: one instance a method, chosen for each adapter."""
+
+    kind = ""
+    extra: tuple[str, ...] = ()
+    """Names of factors besides A and B, such as `"lora_magnitude_vector"`."""
+    additive = False
+    """Whether adapters of this method add up, also with those of other additive methods."""
+
+    def start(self, layer: Any, name: str) -> None:
+        """Make the further factors of a new adapter (`layer.add_factor`)."""
+
+    def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        raise NotImplementedError
+
+    def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
+        """Rows of the weight with the adapters in it; `block` (float32) may be overwritten."""
+        raise NotImplementedError
+
+
+class Storage:
+    """How a backend keeps a layer's weight."""
+
+    kind = ""
+
+    def owns(self, layer: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        """The shape of the weight as `read` returns it."""
+        raise NotImplementedError
+
+    def read(self, layer: nn.Module, rows: slice) -> Tensor:
+        """Rows of the weight, float32, a copy."""
+        raise NotImplementedError
+
+    def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
+        """Round `block` once into the stored rows.
+
+        Raises:
+            MergeError: the storage cannot hold a value (not finite after rounding).
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class LayerState:
+    """Plain data of an adapted layer. It never holds a Parameter: sharding and loading replace parameters."""
+
+    shape: Shape
+    storage: Storage
+    activity: Activity
+    names: tuple[str, ...] = ()
+    method: dict[str, Method] = field(default_factory=dict)
+    rank: dict[str, int] = field(default_factory=dict)
+    alpha: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, float] = field(default_factory=dict)
+    dropout: dict[str, float] = field(default_factory=dict)
+    original: Tensor | None = None
+    """The weight before merge_adapter, kept so that unmerging restores every bit."""
+
+
+class LoraLayer(Extension):
+    """Mixed in before a layer's own class; owns the attributes `lora_*` and `_lora`, all else stays the layer's."""
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    _lora: LayerState
+
+    def product(self, x: Tensor) -> Tensor:
+        """The layer's own forward: dense, quantised or hooked."""
+        return cast(Tensor, super().forward(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output with the acting adapters in it; shapes and dtype are those of the plain layer."""
+        state = self._lora
+        names = state.activity.acting[state.names]
+        if not names:
+            return self.product(x)
+        return state.method[names[0]].forward(self, x, names)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and self._lora.activity.merged:
+            raise StateError(MERGED_TRAINING)
+        return super().train(mode)
+
+    def add_factor(self, kind: str, name: str, weight: Tensor) -> None:
+        """Hold `weight` as `self.<kind>[name].weight`, a float32 master."""
+        if not hasattr(self, kind):
+            setattr(self, kind, nn.ModuleDict())
+        getattr(self, kind)[name] = Factor(weight)
+
+    def factors(self, name: str) -> Iterator[tuple[str, Factor]]:
+        """(kind, factor) of one adapter, A and B first."""
+        for kind in ("lora_A", "lora_B", *self._lora.method[name].extra):
+            yield kind, getattr(self, kind)[name]
+
+    def add_lora(
+        self, name: str, method: Method, a: Tensor, b: Tensor, alpha: float, scaling: float, dropout: float
+    ) -> None:
+        state = self._lora
+        self.add_factor("lora_A", name, a)
+        self.add_factor("lora_B", name, b)
+        state.method[name] = method
+        state.rank[name] = a.shape[0]
+        state.alpha[name] = alpha
+        state.scaling[name] = scaling
+        state.dropout[name] = dropout if state.shape.takes_dropout else 0.0
+        method.start(self, name)
+        state.names = (*state.names, name)
+        state.activity.watch(state.names)
+
+    def remove_lora(self, name: str) -> None:
+        state = self._lora
+        for kind, _ in list(self.factors(name)):
+            del getattr(self, kind)[name]
+        for table in (state.method, state.rank, state.alpha, state.scaling, state.dropout):
+            del table[name]
+        state.names = tuple(n for n in state.names if n != name)
+        state.activity.watch(state.names)
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{n}: r={self._lora.rank[n]}" for n in self._lora.names)
+        return f"{super().extra_repr()}, lora({ranks})"
+
+
+def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Activity) -> LoraLayer:
+    """Extend `layer`'s class, in place; it has no adapter yet and computes what it did."""
+    LoraLayer.extend(layer)
+    assert isinstance(layer, LoraLayer)
+    layer._lora = LayerState(shape, storage, activity)
+    layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
+    activity.watch(())
+    return layer
+
+
+def end_layer(layer: LoraLayer) -> nn.Module:
+    """Give `layer` its own class back and remove all that `start_layer` and its adapters added."""
+    for kind in [k for k in layer._modules if k.startswith("lora_") and k != "lora_bias"]:
+        delattr(layer, kind)
+    del layer._lora
+    return LoraLayer.shrink(layer)

@@ -1,0 +1,165 @@
+"""What is kept whole for each adapter: a module (a task head, an entry of `modules_to_save`) or a bias."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+from .base import Activity, Factor, as_masters
+from .extend import Extension
+from .ops import device_only
+
+
+class _Copies(nn.ModuleDict):
+    """The adapters' copies: float32 masters, whatever the model around them is cast to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Copies:
+        super()._apply(device_only(fn), recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The copies below are loaded after this, from the same dict.
+        state_dict.update(as_masters({k: v for k, v in state_dict.items() if k.startswith(prefix)}))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Replacement(nn.Module):
+    """Stands where a module stood and runs the acting adapter's copy of it, or the frozen original.
+
+    A copy is float32: floating-point inputs are cast up to it and its output down to what the original would give.
+    Attributes are read from the module that runs. `weight` and `bias` are set on the original, so that tying goes on.
+    """
+
+    def __init__(self, base_layer: nn.Module, activity: Activity) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.copies = _Copies()
+        self._names: tuple[str, ...] = ()
+        self._activity = activity
+        activity.watch(())
+        self.train(base_layer.training)
+
+    def add_copy(self, name: str, module: nn.Module | None = None) -> nn.Module:
+        """Keep `module` (or a copy of the original) for an adapter, as float32."""
+        own = copy.deepcopy(self.base_layer) if module is None else module
+        self.copies[name] = own.to(torch.float32)
+        self._rename((*self._names, name))
+        return own
+
+    def remove_copy(self, name: str) -> None:
+        del self.copies[name]
+        self._rename(tuple(n for n in self._names if n != name))
+
+    def _rename(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._activity.watch(names)
+
+    def running(self) -> nn.Module:
+        """The copy of the acting adapter, else the original. Merging does not touch copies: they go on acting."""
+        activity = self._activity
+        if activity.enabled:
+            for name in activity.active:
+                if name in self._names:
+                    return self.copies[name]
+        return self.base_layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.running()
+        if module is self.base_layer:
+            return module(*args, **kwargs)
+        given = next((a.dtype for a in (*args, *kwargs.values()) if _is_float(a)), None)
+        device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
+        if given is not None and torch.is_autocast_enabled(device):
+            return module(*args, **kwargs)
+        if given is None:  # token ids: the original's dtype is the model's
+            given = next((p.dtype for p in self.base_layer.parameters()), torch.float32)
+        if given == torch.float32:
+            return module(*args, **kwargs)
+        args, kwargs = tree_map(lambda v: v.float() if _is_float(v) else v, (args, kwargs))
+        return tree_map(lambda v: v.to(given) if _is_float(v) else v, module(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.running(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("weight", "bias"):
+            setattr(self.base_layer, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+class BiasLayer(Extension):
+    """Mixed in before the class of a layer whose output is affine in its `bias`: each adapter has its own bias.
+
+    The difference from the base's bias is added to the output, so the base's stays as it is and an adapter that has
+    not learned yet changes no bit. It composes with `LoraLayer`, in either order.
+    """
+
+    lora_bias: nn.ModuleDict
+    _bias_names: tuple[str, ...]
+    _bias_activity: Activity
+    _bias_original: Tensor | None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(*args, **kwargs)
+        for name in self._bias_activity.acting[self._bias_names]:
+            bias: Any = self.bias
+            shift = self.lora_bias[name].weight - bias.to(torch.float32)
+            y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
+        return y
+
+
+def _dims_after_channel(layer: Any, y: Tensor) -> int:
+    """How many dimensions of the output y come after the one that the bias runs along."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return len(layer.kernel_size)
+    return y.dim() - 2 if isinstance(layer, (_BatchNorm, nn.GroupNorm)) else 0
+
+
+BIAS_CLASSES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+
+
+def add_bias(layer: nn.Module, name: str, activity: Activity) -> None:
+    """Give an adapter its own copy of `layer.bias`, a float32 master."""
+    biased: Any = layer
+    if not isinstance(layer, BiasLayer):
+        BiasLayer.extend(layer)
+        biased.lora_bias = nn.ModuleDict()
+        biased._bias_names = ()
+        biased._bias_activity = activity
+        biased._bias_original = None
+    biased.lora_bias[name] = Factor(biased.bias.detach().clone())
+    _rename_bias(biased, (*biased._bias_names, name))
+
+
+def remove_bias(layer: BiasLayer, name: str) -> None:
+    del layer.lora_bias[name]
+    _rename_bias(layer, tuple(n for n in layer._bias_names if n != name))
+
+
+def _rename_bias(layer: BiasLayer, names: tuple[str, ...]) -> None:
+    layer._bias_names = names
+    layer._bias_activity.watch(names)
+
+
+def end_bias(layer: BiasLayer) -> None:
+    """Give the layer its own class back."""
+    for attribute in ("lora_bias", "_bias_names", "_bias_activity", "_bias_original"):
+        delattr(layer, attribute)
+    BiasLayer.shrink(layer)

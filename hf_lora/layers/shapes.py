@@ -1,0 +1,222 @@
+"""The shapes: how two factors act on a linear layer, a transposed one, an embedding and a convolution.
+
+A new kind of layer is one class here. `SHAPES` is searched in order; the first that claims a layer has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .base import Shape
+from .extend import plain
+from .ops import weight_like
+
+
+def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
+    """Whether the layer's own class computes exactly what `cls` computes."""
+    own: Any = plain(type(layer))
+    return bool(own.forward is cls.forward)
+
+
+@torch.no_grad()
+def _computes_linear(layer: nn.Linear) -> bool:
+    """Whether a linear layer whose class has a forward of its own still computes W x + b, by trying it on two rows."""
+    weight = layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.is_meta or not weight.dtype.is_floating_point:
+        return False
+    if weight.shape != (layer.out_features, layer.in_features) or weight.dtype.itemsize < 2:
+        return False
+    x = torch.arange(2 * layer.in_features, device=weight.device).cos().view(2, -1).to(weight.dtype)
+    try:
+        cls: Any = plain(type(layer))
+        found = cls.forward(layer, x)
+        wanted = F.linear(x, weight, layer.bias)
+    except Exception:  # another signature, other inputs, no kernel: whatever it is, it is not known to be linear
+        return False
+    if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    allowed = 16 * torch.finfo(weight.dtype).eps * wanted.float().norm()
+    return bool((found.float() - wanted.float()).norm() <= allowed)
+
+
+class _Matrix(Shape):
+    """What a linear layer and its transposed twin share: x (…, I) -> (…, O)."""
+
+    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+        h = F.linear(x, weight_like(layer.lora_A[name].weight, x))
+        return F.linear(h * scaling, weight_like(layer.lora_B[name].weight, x))
+
+    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        h = F.linear(x, weight_like(layer.lora_A[name].weight, x))
+        return F.linear(h, weight_like(layer.lora_B[name].weight, x))
+
+    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        i, o = self.features(layer)
+        return (r, i), (o, r)
+
+    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+        return v
+
+
+class LinearShape(_Matrix):
+    """`nn.Linear`: weight (O, I)."""
+
+    def claims(self, layer: nn.Module) -> bool:
+        if not isinstance(layer, nn.Linear):
+            return False
+        return runs_forward_of(layer, nn.Linear) or _computes_linear(layer)
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        layer = cast(nn.Linear, layer)
+        weight = layer._parameters.get("weight")
+        if type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_floating_point():
+            # A tie to a vocabulary that grew gives an output layer more rows than it says.
+            return layer.in_features, max(layer.out_features, weight.shape[0])
+        return layer.in_features, layer.out_features
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        return cast(Tensor, layer.lora_B[name].weight[rows].float() @ layer.lora_A[name].weight.float())
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.norm(dim=1)
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        return v[rows, None]
+
+
+class TransposedShape(_Matrix):
+    """transformers' `Conv1D`: weight (I, O)."""
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Conv1D) and runs_forward_of(layer, Conv1D)
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        return cast(int, layer.nx), cast(int, layer.nf)
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+        return cast(Tensor, a[:, rows].t() @ b.t())
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.norm(dim=0)
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        return v[None, :]
+
+
+class EmbeddingShape(Shape):
+    """`nn.Embedding`: weight (V, O), A (R, V), B (O, R); ids (B, T) -> (B, T, O).
+
+    A subclass may multiply its rows by `embed_scale`; the update is then multiplied too.
+    """
+
+    takes_dropout = False
+
+    def claims(self, layer: nn.Module) -> bool:
+        if not isinstance(layer, nn.Embedding):
+            return False
+        return runs_forward_of(layer, nn.Embedding) or hasattr(layer, "embed_scale")
+
+    def refuse(self, layer: nn.Module) -> str | None:
+        if cast(nn.Embedding, layer).max_norm is not None:
+            return "an embedding with max_norm rewrites its own weight in forward"
+        return None
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        layer = cast(nn.Embedding, layer)
+        return layer.num_embeddings, layer.embedding_dim
+
+    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        v, o = self.features(layer)
+        return (r, v), (o, r)
+
+    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        h = F.embedding(x, a.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
+        h = h.to(layer.weight.dtype)
+        u = F.linear(h, weight_like(b, h))
+        scale = getattr(layer, "embed_scale", None)
+        return u if scale is None else u * (scale.to(u.dtype) if isinstance(scale, Tensor) else scale)
+
+    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+        return self.update(layer, name, x) * scaling
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
+        return cast(Tensor, a[:, rows].t() @ b.t())
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.norm(dim=0)
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        return v[None, :]
+
+    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+        return v
+
+
+class ConvShape(Shape):
+    """`nn.Conv1d/2d/3d`: weight (O, I/groups, *kernel), A (R, I, *kernel), B (O, R/groups, 1, …).
+
+    That is PEFT's form. With groups > 1 the update mixes groups, which no grouped weight can hold: such a layer trains
+    and is saved, and folding it is refused.
+    """
+
+    CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.CLASSES) and any(runs_forward_of(layer, cls) for cls in self.CLASSES)
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        return cast(nn.Conv2d, layer).in_channels, cast(nn.Conv2d, layer).out_channels
+
+    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        layer = cast(nn.Conv2d, layer)
+        ones = (1,) * len(layer.kernel_size)
+        return (r, layer.in_channels, *layer.kernel_size), (layer.out_channels, r // layer.groups, *ones)
+
+    def _hidden(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
+        weight = weight_like(layer.lora_A[name].weight, x)
+        return convolve(x, weight, None, layer.stride, padding, layer.dilation)
+
+    def _output(self, layer: Any, name: str, h: Tensor) -> Tensor:
+        convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
+        return convolve(h, weight_like(layer.lora_B[name].weight, h), groups=layer.groups)
+
+    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        return self._output(layer, name, self._hidden(layer, name, x))
+
+    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+        return self._output(layer, name, self._hidden(layer, name, x) * scaling)
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight[rows].float()
+        return cast(Tensor, (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:]))
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).norm(dim=1)
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        return v[rows].view(-1, *[1] * (1 + len(layer.kernel_size)))
+
+    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(layer.kernel_size))
+
+
+SHAPES: tuple[Shape, ...] = (LinearShape(), TransposedShape(), EmbeddingShape(), ConvShape())
+
+
+def shape_of(layer: nn.Module) -> Shape | None:
+    """The shape that claims `layer`, or None: its forward is not known, so LoRA on it could be wrong."""
+    return next((shape for shape in SHAPES if shape.claims(layer)), None)

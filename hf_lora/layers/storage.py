@@ -1,0 +1,59 @@
+"""The storages: how a backend keeps the bits of a layer's weight. A new backend is one class here."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MergeError
+from .base import Storage
+
+
+class DenseStorage(Storage):
+    """An ordinary floating-point parameter, in memory."""
+
+    kind = "dense"
+
+    def owns(self, layer: nn.Module) -> bool:
+        weight = layer._parameters.get("weight")
+        return type(weight) is nn.Parameter and weight.dtype.is_floating_point and weight.dtype.itemsize > 1
+
+    def shape(self, layer: nn.Module) -> tuple[int, ...]:
+        return tuple(cast(Tensor, layer.weight).shape)
+
+    def read(self, layer: nn.Module, rows: slice) -> Tensor:
+        return cast(Tensor, layer.weight).detach()[rows].to(torch.float32, copy=True)
+
+    def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
+        weight = cast(Tensor, layer.weight)
+        rounded = block.to(weight.dtype)
+        if not torch.isfinite(rounded).all():
+            raise MergeError(f"a merged value is not finite, or too large for {weight.dtype}")
+        weight.detach()[rows] = rounded
+
+
+STORAGES: tuple[Storage, ...] = (DenseStorage(),)
+
+
+def storage_of(layer: nn.Module) -> Storage | None:
+    """The storage that owns `layer`'s weight, or None."""
+    return next((storage for storage in STORAGES if storage.owns(layer)), None)
+
+
+def why_no_storage(layer: nn.Module) -> str:
+    """What is unusual about a weight that no storage owns."""
+    if "weight" not in layer._parameters:
+        return "its weight is computed from other tensors (a parametrisation), so a merged value would be lost"
+    weight = layer._parameters["weight"]
+    return f"its weight is kept as {type(weight).__name__} of {getattr(weight, 'dtype', None)}, which is not supported"
+
+
+def execution_device(layer: Any) -> torch.device:
+    """Where the layer computes: its weight's device, or its hook's where the weight is offloaded."""
+    hook = layer.__dict__.get("_hf_hook")
+    device = getattr(hook, "execution_device", None)
+    if device is None:
+        return cast(Tensor, layer.weight).device
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

@@ -1,0 +1,176 @@
+"""Load an adapter together with its base model, and make a pipeline of both."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from .adapt.heads import AUTO_CLASSES
+from .adapt.resize import vocabulary_of
+from .adapt.state import state_of
+from .errors import AdapterFileError, BaseMismatchError, LoraError
+from .files.adapters import load_adapter
+from .files.format import AdapterFile, key_of, read_adapter
+from .hub.pull import local_adapter
+from .model import begin
+
+PROCESSORS = {
+    "tokenizer": "AutoTokenizer",
+    "image_processor": "AutoImageProcessor",
+    "feature_extractor": "AutoFeatureExtractor",
+    "processor": "AutoProcessor",
+}
+"""A pipeline's parts -> the auto class that loads them."""
+
+
+def load_lora(
+    adapter: str | os.PathLike[str],
+    *,
+    base_model: Any = None,
+    merge: bool = False,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+    revision: str | None = None,
+    base_revision: str | None = None,
+    allow_other_base: bool = False,
+    token: str | None = None,
+    dtype: Any = None,
+    device_map: Any = None,
+    **base_kwargs: Any,
+) -> Any:
+    """Load an adapter with its base: `LoraModel.from_pretrained`.
+
+    Args:
+        adapter: a folder, or a repository on the Hub.
+        base_model: a model, or its folder or repository; None takes the one that the adapter's config names. The class
+            is the one that the adapter was trained on, else that of its task.
+        merge: fold the adapter into the weights and return the plain base class.
+        is_trainable: let the adapter require gradients.
+        revision, base_revision: of the adapter's and of the base's repository.
+        allow_other_base: load it onto another base model than it was trained on.
+        dtype, device_map, base_kwargs: for the base's own `from_pretrained`.
+
+    Returns:
+        A `LoraModel` in eval mode, or with `merge=True` the plain model.
+
+    Raises:
+        AdapterFileError: the adapter is broken or does not fit; lists every fault.
+        BaseMismatchError: the base is another one than the adapter was trained on.
+    """
+    folder = local_adapter(adapter, revision, token)
+    file = read_adapter(folder)
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):  # a head that the base lacks would draw random numbers
+        model = base_model
+        if not isinstance(base_model, nn.Module):
+            kwargs = {"dtype": dtype, "device_map": device_map, "token": token, **base_kwargs}
+            kwargs = {k: v for k, v in kwargs.items() if v is not None}
+            model = _load_base(file, base_model, base_revision or file.config.revision, kwargs)
+        rows = vocabulary_of(model)
+        _fit_vocabulary(model, file, allow_other_base)
+        try:
+            _put(model, file, adapter_name, is_trainable, allow_other_base)
+        except LoraError:
+            if vocabulary_of(model) != rows:  # a caller's model is left as it was
+                model.resize_token_embeddings(rows, mean_resizing=False)
+            raise
+    model.train(is_trainable)
+    return model.merge_and_unload() if merge else model
+
+
+def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """transformers' `pipeline` on an adapter. The base is found from the adapter's config; the tokenizer or processor
+    comes from the adapter's folder where it holds one, else from the base.
+
+    Args:
+        task: a task of `transformers.pipeline`.
+        adapter: a folder, or a repository on the Hub.
+        kwargs: those of `LoraModel.from_pretrained` go there, others to transformers' pipeline.
+    """
+    own = {"base_model", "merge", "revision", "base_revision", "allow_other_base", "dtype", "device_map", "token"}
+    model = load_lora(adapter, **{k: v for k, v in kwargs.items() if k in own})
+    rest = {k: v for k, v in kwargs.items() if k not in own}
+    folder = local_adapter(adapter, kwargs.get("revision"), kwargs.get("token"))
+    base = kwargs.get("base_model")
+    base = base if isinstance(base, (str, os.PathLike)) else model.config._name_or_path
+    for part, auto in PROCESSORS.items():
+        if part not in rest:
+            found = find_processor(auto, folder, base)
+            if found is not None:
+                rest[part] = found
+    make: Any = transformers.pipeline
+    return make(task, model=model, **rest)
+
+
+def find_processor(auto: str, folder: Path, base: Any) -> Any:
+    """What one of `PROCESSORS` finds in an adapter's folder, else with its base; None where there is none."""
+    names = {"AutoTokenizer": ("tokenizer_config.json", "tokenizer.json")}
+    wanted = names.get(auto, ("preprocessor_config.json", "processor_config.json"))
+    for source in (folder, base):
+        if source and Path(source).is_dir() and not any((Path(source) / n).is_file() for n in wanted):
+            continue
+        try:
+            return getattr(transformers, auto).from_pretrained(source) if source else None
+        except (OSError, ValueError, KeyError, ImportError):
+            continue
+    return None
+
+
+def _put(model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool) -> None:
+    """Load onto a model that may hold adapters already."""
+    if state_of(model) is not None:
+        model.load_adapter(file, name, is_trainable=is_trainable, allow_other_base=allow_other_base)
+        return
+    load_adapter(
+        model, file, name, is_trainable=is_trainable, allow_other_base=allow_other_base,
+        call="LoraModel.from_pretrained",
+    )  # fmt: skip
+    begin(model)
+
+
+def _load_base(file: AdapterFile, base: Any, revision: str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+    name = base or file.config.base_model_name_or_path
+    if not name:
+        raise AdapterFileError(
+            f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
+            "Pass base_model=, a model or where it lies."
+        )
+    if revision is not None:
+        kwargs["revision"] = revision
+    return _class_of(file).from_pretrained(name, **kwargs)
+
+
+def _class_of(file: AdapterFile) -> Any:
+    """The class that the adapter was trained on: by name, else the auto class of its task."""
+    mapped = (file.raw.get("auto_mapping") or {}).get("base_model_class")
+    for name in (file.extras.get("architecture"), mapped):
+        if name and hasattr(transformers, name):
+            return getattr(transformers, name)
+    return getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
+
+
+def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> None:
+    """Give the base the rows that it had in training, where the adapter holds the embedding whole."""
+    now = vocabulary_of(model)
+    if now is None or not isinstance(model, PreTrainedModel):
+        return
+    embedding = model.get_input_embeddings()
+    path = next((n for n, m in model.named_modules() if m is embedding), "")
+    whole = file.tensors.get(key_of(f"{path}.weight", "copy"))
+    saved = whole.shape[0] if whole is not None else file.extras.get("vocabulary")
+    if not isinstance(saved, int) or saved == now:
+        return
+    if whole is not None:
+        model.resize_token_embeddings(saved, mean_resizing=False)
+    elif saved > now and not allow_other_base:
+        raise BaseMismatchError(
+            f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "
+            f"embedding, the base has {now}, and the new rows are in no file. Resize the base as the training script "
+            "did and pass it as base_model=, or pass allow_other_base=True to do without them."
+        )

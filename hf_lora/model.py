@@ -1,0 +1,527 @@
+"""`apply_lora` and `LoraModel`: a transformers model with LoRA verbs. Each verb is a call to a function below."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import PreTrainedModel
+
+from .adapt.heads import (
+    CLASSIFICATION,
+    find_heads,
+    new_head,
+    output_embedding,
+    outside_backbone,
+    twin,
+    with_task_head,
+)
+from .adapt.inject import delete, eject, inject
+from .adapt.match import matches
+from .adapt.merge import disabled, merge, set_enabled, unmerge
+from .adapt.report import adapter_table, trainable_line
+from .adapt.resize import resizing
+from .adapt.state import LoraState, Task, base_task, require_state, set_active, state_of
+from .adapt.walk import module_at, original_modules
+from .config import LoraConfig
+from .errors import AdapterFileError, StateError
+from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weights, save_adapter
+from .files.fingerprint import identify
+from .files.format import PREFIX, AdapterFile
+from .hub.pull import local_adapter
+from .layers.base import MERGED_TRAINING
+from .layers.extend import Extension, plain
+
+M = TypeVar("M", bound=nn.Module)
+_OUTER = "_hf_lora_outer"
+
+
+def apply_lora(
+    model: M,
+    config: Any = None,
+    adapter_name: str = "default",
+    *,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    allow_bypassed: bool = False,
+) -> M:
+    """Put a LoRA adapter into `model`, in place, and freeze everything else.
+
+    A `PreTrainedModel` gains the verbs of `LoraModel` and stays what it was: `isinstance`, its forward, `generate` and
+    its tied weights. A name that the model does not hold yet adds another adapter, and makes it the active one. A
+    backbone without a head and a classification `task_type` gives the task's own class around the same weights.
+
+    Args:
+        model: any `nn.Module`; the verbs are there for transformers' models, the functions of `hf_lora.adapt` for all.
+        config: `LoraConfig`, a mapping of its fields, a `peft.LoraConfig`, or None for the defaults.
+        adapter_name: without a dot.
+        num_labels: labels of this adapter's own head, where they are not the model's.
+        id2label: their names.
+        allow_bypassed: adapt a named layer although its parent multiplies by its weight itself.
+
+    Returns:
+        `model`, or the task's model around it.
+
+    Raises:
+        ConfigError: a field of `config` or the adapter's name cannot be used.
+        TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
+        StateError: the name is taken, the model is merged, sharded, or holds PEFT layers.
+    """
+    config = LoraConfig.from_any(config)
+    if config.task_type in CLASSIFICATION and _is_backbone(model):
+        if num_labels is not None or id2label is not None:
+            Task.from_labels(num_labels, id2label).apply(model)
+            num_labels, id2label = None, None
+        model = with_task_head(model, config.task_type)
+    _add(model, adapter_name, config, num_labels, id2label, allow_bypassed, "apply_lora(model, config)")
+    return model
+
+
+get_peft_model = apply_lora
+"""The name under which PEFT's users know `apply_lora`."""
+
+
+class LoraModel(Extension, PreTrainedModel):
+    """A transformers model with adapters, made by `apply_lora` or `LoraModel.from_pretrained`; it has no constructor.
+
+    Its class is a subclass of the base's own with the base's name, so it is an instance of both.
+    """
+
+    _hf_peft_config_loaded = True  # transformers then leaves adapters, and quantised training, to us
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Constructing the class of an adapted model gives the plain base."""
+        if cls is LoraModel:
+            raise StateError(
+                "LoraModel has no constructor. Call apply_lora(model, config), or LoraModel.from_pretrained(adapter)."
+            )
+        base = plain(cls)
+        if base is cls or not (args or kwargs):  # without arguments: nn.DataParallel's replica, filled afterwards
+            return object.__new__(cls)
+        return base(*args, **kwargs)
+
+    # Loading ---------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load an adapter with its base model: see `hf_lora.load.load_lora`, which this calls."""
+        if cls is not LoraModel:
+            return plain(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+        from .load import load_lora
+
+        return load_lora(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        return plain(cls)._from_config(config, **kwargs)  # type: ignore[attr-defined]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """PyTorch's, which also takes the keys of an adapter's file.
+
+        Raises:
+            AdapterFileError: no key belongs to this model, or an adapter's keys do not fit it.
+        """
+        state = state_of(self)
+        if state is not None:
+            state.refuse_merged("load_state_dict")
+        if state is not None and any(key.startswith(PREFIX) for key in state_dict):
+            if not state.activity.active:
+                raise StateError("load_state_dict: no adapter is active to take these tensors.")
+            load_adapter_weights(self, state_dict, state.activity.active[0])
+            return nn.modules.module._IncompatibleKeys([], [])
+        if state_dict and not any(key in state_dict for key in self.state_dict()):
+            first = ", ".join(list(state_dict)[:3])
+            raise AdapterFileError(
+                f"load_state_dict: none of the {len(state_dict)} keys belongs to this model (the first: {first}). "
+                "An adapter's file has keys that begin with 'base_model.model.'."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    # Saving ----------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        adapter_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save adapters alone, in PEFT's format with `hf_lora.json` beside; atomically, a file at a time.
+
+        Args:
+            adapter_name: the one to save. None saves all: a single one, and one named "default", to the folder itself,
+                others to folders of their names in it.
+            state_dict: gathered tensors by the names of `self.state_dict()`, written in place of the model's own.
+
+        Raises:
+            StateError: called on an inner model, or while merged.
+            AdapterFileError: a tensor is empty or not finite; files that were there are unchanged.
+        """
+        state = _state(self, "save_pretrained")
+        if state.activity.merged:
+            raise StateError(
+                "save_pretrained: the adapters are merged. Call unmerge_adapter() to save them, or "
+                "merge_and_unload().save_pretrained(folder) to save the merged model."
+            )
+        if not is_main_process:
+            return
+        names = [adapter_name] if adapter_name is not None else list(state.configs)
+        for name in names:
+            inner = len(names) > 1 and name != "default"
+            save_adapter(self, Path(save_directory) / name if inner else save_directory, name, state_dict)
+        if re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
+            if not state.resumable:
+                state.resumable = True  # said once
+                print(
+                    f"{save_directory} holds the adapter alone. To resume from it, train with hf_lora.LoraTrainer in "
+                    "place of transformers.Trainer; transformers' own looks for full weights."
+                )
+        else:
+            print(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def get_adapter_state_dict(self, adapter_name: str | None = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The tensors of one adapter (the first active one), by the keys of its file; not copied."""
+        return adapter_state_dict(self, adapter_name or _first_active(self, "get_adapter_state_dict"))
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    @property
+    def lora_configs(self) -> dict[str, LoraConfig]:
+        """The configuration of each adapter."""
+        return dict(_state(self, "lora_configs").configs)
+
+    def add_adapter(
+        self,
+        name: str,
+        config: Any = None,
+        *,
+        num_labels: int | None = None,
+        id2label: dict[int, str] | None = None,
+        allow_bypassed: bool = False,
+    ) -> None:
+        """Add another adapter, with its own labels if given, and make it the active one: see `apply_lora`."""
+        if not isinstance(name, str):  # transformers' order: add_adapter(config, name)
+            name, config = config or "default", name
+        _state(self, "add_adapter")
+        config = LoraConfig.from_any(config)
+        _add(self, name, config, num_labels, id2label, allow_bypassed, f"add_adapter({name!r}, config)")
+
+    def load_adapter(  # type: ignore[override]
+        self,
+        adapter: str | os.PathLike[str] | AdapterFile,
+        adapter_name: str = "default",
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        is_trainable: bool = False,
+        allow_other_base: bool = False,
+    ) -> None:
+        """Add an adapter from a folder or the Hub, and make it the active one: see `files.adapters.load_adapter`."""
+        _state(self, "load_adapter")
+        source = adapter if isinstance(adapter, AdapterFile) else local_adapter(adapter, revision, token)
+        load_adapter(self, source, adapter_name, is_trainable=is_trainable, allow_other_base=allow_other_base)
+
+    def load_adapter_weights(self, adapter: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+        """Put the values of a saved adapter into one that is here: see `files.adapters.load_adapter_weights`."""
+        load_adapter_weights(self, adapter, adapter_name or _first_active(self, "load_adapter_weights"))
+
+    def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
+        """Remove adapters. Where an active one goes, the newest that remains becomes active."""
+        _state(self, "delete_adapter")
+        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+            delete(self, name)
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Make one adapter, or several together, the active ones; the first one's labels go to model and config.
+
+        Raises:
+            StateError: a name is unknown, the model is merged, or the adapters have heads of their own.
+        """
+        set_active(self, _state(self, "set_adapter"), _names(adapter_name))
+
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(_state(self, "active_adapters").activity.active)
+
+    def enable_adapters(self) -> None:
+        """Let the active adapters act again."""
+        _state(self, "enable_adapters")
+        set_enabled(self, True)
+
+    def disable_adapters(self) -> None:
+        """Compute what the base model computes, also where adapters are merged."""
+        _state(self, "disable_adapters")
+        set_enabled(self, False)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model for the time of a `with` block; afterwards the state that was found.
+
+        Raises:
+            StateError: a forward in training mode with activation checkpointing and gradients: its backward would
+                compute the forward again with the adapters.
+        """
+        _state(self, "disable_adapter")
+        guard = self.register_forward_pre_hook(_refuse_checkpointed)
+        try:
+            with disabled(self):
+                yield
+        finally:
+            guard.remove()
+
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
+        """Fold the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
+
+        The originals of the folded weights are kept: as much memory as those weights. See `adapt.merge.merge`.
+        """
+        _state(self, "merge_adapter")
+        merge(self, adapter_names, untie=untie, call="merge_adapter")
+
+    def unmerge_adapter(self) -> None:
+        """Restore every bit of the base weights; the adapters act beside them again."""
+        _state(self, "unmerge_adapter")
+        unmerge(self)
+
+    def merge_and_unload(
+        self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False
+    ) -> PreTrainedModel:
+        """Fold the active adapters into the weights and return the plain base model (the same object)."""
+        state = _state(self, "merge_and_unload")
+        if not state.activity.merged:
+            merge(self, adapter_names, untie=untie, keep=False, call="merge_and_unload")
+        elif not state.activity.enabled:
+            raise StateError("merge_and_unload: the adapters are disabled. Call enable_adapters() first.")
+        elif adapter_names is not None and _names(adapter_names) != state.activity.merged:
+            state.refuse_merged(f"merge_and_unload({adapter_names!r})")
+        eject(self, keep_heads=True)
+        return _end(self)
+
+    def unload(self) -> PreTrainedModel:
+        """Remove every adapter and return the plain base model (the same object), bit for bit what it was."""
+        state = _state(self, "unload")
+        if state.activity.merged:
+            unmerge(self)
+        own = state.base_task
+        eject(self)
+        own.apply(self)
+        return _end(self)
+
+    # Reports ---------------------------------------------------------------------------------------------------------
+
+    def print_trainable_parameters(self) -> None:
+        """Print the trainable and all parameters, and the share."""
+        print(trainable_line(self))
+
+    def adapter_table(self, adapter_name: str | None = None) -> str:
+        """Every adapted layer with shape, rank, alpha and parameters, and what was left out and why."""
+        _state(self, "adapter_table")
+        return adapter_table(self, adapter_name)
+
+    # What transformers does to a model -------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Any:
+        """PyTorch's; a frozen BatchNorm stays in eval mode, since its running statistics are in no adapter's file."""
+        state = state_of(self)
+        if state is not None and mode and state.activity.merged:
+            raise StateError(MERGED_TRAINING)
+        super().train(mode)
+        if state is not None and mode and state.has_batchnorm:
+            for module in self.modules():
+                own = (p for p in module._parameters.values() if p is not None)
+                if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in own):
+                    module.eval()
+        return self
+
+    def enable_input_require_grads(self) -> None:
+        """Let what goes into checkpointed layers require gradients; of a model that has none, the embeddings' outputs.
+
+        Reentrant checkpointing gives no gradient to a layer none of whose inputs requires one.
+        """
+        self.disable_input_require_grads()
+        checkpointed = [m for m in self.modules() if "_gradient_checkpointing_func" in m.__dict__]
+        for module in checkpointed:
+            function = module.__dict__["_gradient_checkpointing_func"]
+            module.__dict__["_gradient_checkpointing_func"] = partial(_with_gradient, function)
+        found: dict[int, nn.Module] = {}
+        for module in () if checkpointed else self.modules():
+            if isinstance(module, PreTrainedModel):
+                try:
+                    embedding = module.get_input_embeddings()
+                except (NotImplementedError, AttributeError):
+                    continue
+                if isinstance(embedding, nn.Module):
+                    found[id(embedding)] = embedding
+        self._require_grads_hooks = [m.register_forward_hook(_require_gradients) for m in found.values()]
+
+    def disable_input_require_grads(self) -> None:
+        for hook in self.__dict__.pop("_require_grads_hooks", []):
+            hook.remove()
+        for module in self.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(function, partial) and function.func is _with_gradient:
+                module.__dict__["_gradient_checkpointing_func"] = function.args[0]
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers'; factors and copies of the embeddings grow with it.
+
+        The new rows are frozen unless the embedding is in `modules_to_save`; LoraTrainer then refuses to start.
+        """
+        _state(self, "resize_token_embeddings")
+        with resizing(self):
+            super().resize_token_embeddings(*args, **kwargs)
+        return self.get_input_embeddings()
+
+
+# PreTrainedModel derives this from annotations; left in place it would hide the config class of every base.
+if "config_class" in LoraModel.__dict__:
+    del LoraModel.config_class
+
+
+def _state(model: nn.Module, call: str) -> LoraState:
+    outer = model.__dict__.get(_OUTER)
+    if outer is not None and state_of(model) is None:
+        raise StateError(
+            f"{call}: this {type(model).__name__} is part of a {outer} with adapters. Call it on the {outer}: its "
+            "file then holds names that can be loaded."
+        )
+    return require_state(model, call)
+
+
+def _first_active(model: nn.Module, call: str) -> str:
+    active = _state(model, call).activity.active
+    if not active:
+        raise StateError(f"{call}: no adapter is active. Name one.")
+    return active[0]
+
+
+def _is_backbone(model: Any) -> bool:
+    if not isinstance(model, PreTrainedModel) or state_of(model) is not None:
+        return False
+    from transformers import AutoModel
+
+    mapping = AutoModel._model_mapping
+    config = type(model.config)
+    found = mapping.get(config, ())
+    return type(model) in (found if isinstance(found, (list, tuple)) else (found,))
+
+
+def _add(
+    model: Any,
+    name: str,
+    config: LoraConfig,
+    num_labels: int | None,
+    id2label: dict[int, str] | None,
+    allow_bypassed: bool,
+    call: str,
+) -> None:
+    first = state_of(model) is None
+    if first and isinstance(model, PreTrainedModel) and model.__dict__.get(_OUTER) is not None:
+        _state(model, call)
+    identity = identify(model) if first else {}
+    task, heads = None, None
+    if num_labels is not None or id2label is not None:
+        task = Task.from_labels(num_labels, id2label)
+        heads, config = _own_heads(model, config, task, call)
+    inject(model, config, name, allow_bypassed=allow_bypassed, heads=heads, task=task, call=call)
+    if first:
+        require_state(model, call).identity = identity
+        if isinstance(model, PreTrainedModel):
+            begin(model)
+
+
+def _own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
+    """New heads for an adapter with labels of its own, and its configuration with them named."""
+    if config.modules_to_save:
+        wanted = set(config.modules_to_save)
+        paths = [name for name, _ in original_modules(model) if matches(wanted, name)]
+    else:
+        paths = list(find_heads(model)) or ([] if output_embedding(model) else outside_backbone(model))
+        config = dataclasses.replace(config, modules_to_save=paths)
+    heads: dict[str, nn.Module] = {}
+    if paths and task.num_labels == base_task(model).num_labels:
+        return heads, config
+    if paths and task.num_labels is not None:
+        other = twin(model, task.num_labels)
+        for path in paths:  # a head is what depends on the number of labels; the rest stays a copy of the base's
+            if _shapes(other.get_submodule(path)) != _shapes(module_at(model, path)):
+                heads[path] = new_head(other, path, module_at(model, path))
+    if not heads:
+        raise StateError(
+            f"{call}: {type(model).__name__} has no task head that could take num_labels={task.num_labels}."
+        )
+    return heads, config
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for key, tensor in module.state_dict().items() if "lora_" not in key]
+
+
+def begin(model: PreTrainedModel) -> None:
+    """Extend the class of a model that has adapters now, and of the transformers models in it."""
+    for module in list(model.modules()):
+        if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
+            LoraModel.extend(module)
+            if module is not model:
+                module.__dict__[_OUTER] = type(model).__name__
+    assert isinstance(model, LoraModel)
+    if _is_checkpointing(model):
+        model.enable_input_require_grads()
+    if model.training:
+        model.train()  # a frozen BatchNorm to eval
+
+
+def _end(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model whose adapters are gone its class back."""
+    if "_require_grads_hooks" in model.__dict__:
+        model.disable_input_require_grads()
+    for module in model.modules():
+        if isinstance(module, LoraModel):
+            LoraModel.shrink(module)
+            module.__dict__.pop(_OUTER, None)
+    return model
+
+
+def _is_checkpointing(model: nn.Module) -> bool:
+    # transformers renamed its property between the versions that are supported
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def _require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
+    for tensor in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
+            tensor.requires_grad_(True)
+
+
+def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call `checkpoint(function, *args)` with a first floating-point argument that requires a gradient."""
+    floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
+        first = args[floats[0]].detach().requires_grad_(True)
+        args = (*args[: floats[0]], first, *args[floats[0] + 1 :])
+    return checkpoint(function, *args, **kwargs)
+
+
+def _refuse_checkpointed(model: Any, _args: Any) -> None:
+    if model.training and torch.is_grad_enabled() and _is_checkpointing(model):
+        raise StateError(
+            "disable_adapter: with activation checkpointing the backward computes the forward again, after the block, "
+            "with the adapters in it, and its gradients would be wrong. Run this forward under torch.no_grad() or in "
+            "eval mode, or turn activation checkpointing off."
+        )

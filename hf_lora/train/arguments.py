@@ -1,0 +1,220 @@
+"""LoRA as command-line flags: the dataclasses that `HfArgumentParser` reads from flags, YAML, JSON or a dict.
+
+`HfArgumentParser` takes one type for each flag: no `list | str`, no `bool | str`, no dict with typed values. So the
+fields hold the forms that it can read (`list[str]`, a `re:` prefix, JSON text), and `lora_config()` turns them into a
+`LoraConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from ..config import PRESETS, LoraConfig
+from ..errors import ConfigError, Faults
+
+REGEX = "re:"
+_INIT: dict[str, bool | Literal["gaussian"]] = {"true": True, "false": False, "gaussian": "gaussian"}
+
+
+@dataclass
+class LoraArguments:
+    """The LoRA fields alone, for a script that parses them beside its own dataclasses.
+
+    `LoraTrainingArguments` holds the same fields together with Trainer's.
+
+    Raises:
+        ConfigError: lists every field whose text cannot be read or whose value is wrong.
+    """
+
+    lora_r: int = field(default=8, metadata={"help": "Rank of every adapted layer."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The update is scaled by alpha / r. Not given: 2 r."}
+    )
+    lora_dropout: float = field(
+        default=0.0, metadata={"help": "Dropout of the adapter's input, in training only; at least 0 and below 1."}
+    )
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={
+            "help": "Names or suffixes of the modules to adapt, or one of: all-linear (every linear layer but the "
+            "output head), attention, re:PATTERN (a regular expression matched against whole names)."
+        },
+    )
+    lora_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names or suffixes of modules to leave out, or one re:PATTERN."}
+    )
+    lora_layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Not given: all."}
+    )
+    lora_layers_pattern: list[str] | None = field(
+        default=None, metadata={"help": "Names of the lists that lora_layers_to_transform counts in, such as layers."}
+    )
+    lora_rank_pattern: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Ranks of some modules, as JSON: {"name or pattern": 16}.'}
+    )
+    lora_alpha_pattern: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Alphas of some modules, as JSON: {"name or pattern": 32}.'}
+    )
+    lora_use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r."})
+    lora_bias: Literal["none", "all", "lora_only"] = field(
+        default="none", metadata={"help": "Which biases are trained: none, those of the adapted layers, or all."}
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and kept in the adapter; the one word none for none at all. Not given: a "
+            "task head that the base checkpoint did not hold."
+        },
+    )
+    lora_init: str = field(
+        default="true",
+        metadata={
+            "choices": sorted(_INIT, reverse=True),
+            "help": "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: B random too (for tests).",
+        },
+    )
+    lora_task_type: str | None = field(
+        default=None, metadata={"help": "PEFT's name of the task, such as CAUSAL_LM or SEQ_CLS, for the saved config."}
+    )
+    lora_allow_bypassed: bool = field(
+        default=False,
+        metadata={"help": "Adapt named modules even where their parent uses their weight without calling them."},
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "LoRA+ (Hayou et al. 2024): the learning rate of B over that of A, which is learning_rate. "
+            "Not given: 1."
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of what is trained whole: heads, modules to save. Not given: learning_rate."},
+    )
+    lora_guard_steps: int = field(
+        default=4,
+        metadata={
+            "help": "For how many optimizer steps it is checked that every adapted layer learns; 0: not at all."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.lora_init = str(self.lora_init).lower()  # YAML reads true as a bool
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+        self.lora_config()
+
+    def lora_config(self) -> LoraConfig:
+        """The `LoraConfig` that the fields describe.
+
+        Raises:
+            ConfigError: lists every field whose text cannot be read or whose value is wrong.
+        """
+        faults = Faults(f"{type(self).__name__}(…)")
+        values: dict[str, Any] = {
+            "r": self.lora_r,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "target_modules": _names_or_regex(faults, "lora_target_modules", self.lora_target_modules),
+            "exclude_modules": _names_or_regex(faults, "lora_exclude_modules", self.lora_exclude_modules),
+            "layers_to_transform": self.lora_layers_to_transform,
+            "layers_pattern": self.lora_layers_pattern,
+            "rank_pattern": _table(faults, "lora_rank_pattern", self.lora_rank_pattern),
+            "alpha_pattern": _table(faults, "lora_alpha_pattern", self.lora_alpha_pattern),
+            "use_rslora": self.lora_use_rslora,
+            "bias": self.lora_bias,
+            "modules_to_save": _names(self.lora_modules_to_save),
+            "init_lora_weights": _INIT.get(self.lora_init, self.lora_init),
+            "task_type": self.lora_task_type,
+        }
+        if values["modules_to_save"] == ["none"]:
+            values["modules_to_save"] = []
+        for name in ("loraplus_lr_ratio", "head_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not rate > 0:
+                faults.add(f"{name}={rate!r} must be above 0")
+        if self.lora_guard_steps < 0:
+            faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")
+        config = None
+        try:
+            config = LoraConfig(**values)
+        except ConfigError as error:
+            found = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+            faults.found += [_as_flag(fault) for fault in found]
+        faults.check(ConfigError, "Correct these fields; each is LoraConfig's of that name with lora_ in front.")
+        assert config is not None
+        return config
+
+    def changed_lora_fields(self) -> list[str]:
+        """The names of the fields that shape the adapter and do not hold their defaults."""
+        default = LoraArguments()
+        shaping = [f.name for f in fields(LoraArguments) if f.name.startswith("lora_")]
+        shaping.remove("lora_guard_steps")
+        return [name for name in shaping if getattr(self, name) != getattr(default, name)]
+
+
+@dataclass
+class LoraTrainingArguments(LoraArguments, TrainingArguments):
+    """`transformers.TrainingArguments` with the LoRA fields: takes its place in an existing script.
+
+    Every field of `TrainingArguments` keeps its name, its default and its position. The fields of `LoraArguments`
+    come on top, as flags `--lora_r`, `--lora_target_modules query value`, `--loraplus_lr_ratio` …
+
+    Raises:
+        ConfigError: lists every LoRA field with a wrong value.
+    """
+
+
+@dataclass
+class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
+    """`transformers.Seq2SeqTrainingArguments` with the LoRA fields: takes its place in an existing script.
+
+    Raises:
+        ConfigError: lists every LoRA field with a wrong value.
+    """
+
+
+def _as_flag(fault: str) -> str:
+    """LoraConfig's word on one of its fields, under the name of the flag."""
+    fault = fault.replace("init_lora_weights", "init", 1)
+    return fault if fault.startswith("lora_") else f"lora_{fault}"
+
+
+def _names(value: list[str] | str | None) -> list[str] | None:
+    """A list of names; YAML may give one name, and flags may be separated by commas as well as by blanks."""
+    if value is None:
+        return None
+    items = [value] if isinstance(value, str) else list(value)
+    return [name.strip() for item in items for name in str(item).split(",") if name.strip()]
+
+
+def _names_or_regex(faults: Faults, name: str, value: list[str] | str | None) -> str | list[str] | None:
+    items = [value] if isinstance(value, str) else list(value or [])
+    if any(str(item).startswith(REGEX) for item in items):
+        if len(items) > 1:
+            faults.add(f"{name}={items!r}: a {REGEX} pattern stands alone; write the names into it")
+        return str(items[0]).removeprefix(REGEX)
+    names = _names(value)
+    presets = [item for item in names or [] if item in PRESETS]
+    if presets and names != presets[:1]:
+        faults.add(f"{name}={names!r}: {presets[0]!r} stands alone")
+    return presets[0] if presets else names
+
+
+def _table(faults: Faults, name: str, value: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            faults.add(f"{name}={value!r} is not JSON ({error})")
+            return {}
+    if value is not None and not isinstance(value, Mapping):
+        faults.add(f"{name}={value!r} must map names to numbers")
+        return {}
+    return dict(value or {})

@@ -1,0 +1,60 @@
+"""Different learning rates for A, B and the heads, as parameter groups of Trainer's own optimizer.
+
+LoRA+ (Hayou, Ghosh, Yu 2024, arXiv:2402.12354): with one rate for both factors, wide layers do not learn efficiently;
+B wants a higher rate than A.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..adapt.walk import adapter_layers, replacements
+from ..errors import ConfigError
+
+
+def learning_rates(
+    model: nn.Module, learning_rate: float, loraplus_lr_ratio: float | None, head_learning_rate: float | None
+) -> dict[int, float]:
+    """id of a parameter -> its learning rate, for those that do not have the common one."""
+    rates: dict[int, float] = {}
+    if loraplus_lr_ratio is not None:
+        for layer in adapter_layers(model).values():
+            for factor in layer.lora_B.values():
+                rates[id(factor.weight)] = learning_rate * loraplus_lr_ratio
+    if head_learning_rate is not None:
+        for replacement in replacements(model).values():
+            for parameter in replacement.copies.parameters():
+                rates[id(parameter)] = head_learning_rate
+    return rates
+
+
+def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
+    """Split the groups of a fresh optimizer so that each parameter has its rate; all else of a group is kept.
+
+    A scheduler multiplies every group's rate by the same factor, so the ratios stay through training.
+
+    Args:
+        optimizer: has not taken a step.
+        rates: see `learning_rates`; parameters that do not require gradients are ignored.
+
+    Raises:
+        ConfigError: the optimizer keeps its parameters to itself.
+    """
+    split: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        parts: dict[float | None, list[Any]] = {None: []}  # the common rate first: it is the one that is logged
+        for parameter in group["params"]:
+            parts.setdefault(rates.get(id(parameter)), []).append(parameter)
+        if len(parts) > 1 and not parts[None]:
+            del parts[None]
+        for rate, parameters in parts.items():
+            split.append({**group, "params": parameters, "lr": group["lr"] if rate is None else rate})
+    optimizer.param_groups[:] = split
+    placed = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    if not any(id_ in placed for id_ in rates) or any(placed[i] != rate for i, rate in rates.items() if i in placed):
+        raise ConfigError(
+            f"loraplus_lr_ratio and head_learning_rate need an optimizer with parameter groups; "
+            f"{type(optimizer).__name__} manages its parameters by itself. Choose another optim, such as adamw_torch."
+        )

@@ -1,0 +1,370 @@
+"""`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin that does the same to any Trainer.
+
+The training loop is Trainer's. What is added: the adapter is put into a model that has none, checkpoints hold the
+adapter alone and are complete or do not count, resuming and the best model read adapters, B and the heads may have
+rates of their own, and a guard sees that every adapted layer learns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
+from transformers.utils import logging
+
+from ..adapt.inject import drop_layers
+from ..adapt.state import require_state, state_of
+from ..compat import push_is_running, shifts_labels
+from ..config import LoraConfig
+from ..errors import AdapterFileError, ConfigError, StateError
+from ..files.adapters import load_adapter_weights, save_adapter
+from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
+from ..model import LoraModel, apply_lora
+from .arguments import LoraArguments
+from .checkpoint import (
+    adapter_folders,
+    begin_checkpoint,
+    check_parameter_order,
+    finish_checkpoint,
+    last_checkpoint,
+    read_manifest,
+    require_complete,
+)
+from .groups import learning_rates, split_by_rate
+from .guard import NEVER_CALLED, LayerGuard, check_finite
+from .start import announce, base_dtype, check_start, hold_batchnorm
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+logger = logging.get_logger(__name__)
+
+
+class LoraTrainerMixin(_Trainer):
+    """Put before any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
+
+    Takes every argument of the Trainer that it is mixed into, in the same order, and one more by keyword.
+
+    Args:
+        lora_config: what to adapt: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Where it is not
+            given, the LoRA fields of the training arguments count (`LoraTrainingArguments`), else LoraConfig's
+            defaults. Also applied to what `model_init` returns. A model that has adapters already is trained as it is.
+
+    Raises:
+        StateError: `lora_config` is given and the model has adapters already.
+        TargetError, ConfigError: the configuration does not fit the model; see `apply_lora`.
+        TrainingError: from `train`: nothing would be learned, or a value is not finite.
+    """
+
+    def __init__(self, *args: Any, lora_config: LoraConfig | Any | None = None, **kwargs: Any) -> None:
+        self._lora_config = lora_config
+        self._own_optimizer: Any = None
+        self._batchnorm_hook: RemovableHandle | None = None
+        self._counted: int | None = None
+        super().__init__(*args, **kwargs)
+        self._base_dtype = base_dtype(self.model)
+        self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
+        self.add_callback(self.guard)
+        self._adopt_metrics()
+        self._warn_of_fallback()
+
+    @property
+    def _bare_model(self) -> Any:
+        """The model without what Accelerate and torch.compile put around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    # Where the adapter comes from ------------------------------------------------------------------------------------
+
+    def create_accelerator_and_postprocess(self) -> None:
+        # Trainer calls this first of all, with the seed set, the model (if one was given) and the arguments in place.
+        if isinstance(self.model, nn.Module):
+            self._adapt(self.model)
+        asked = self.args.ddp_find_unused_parameters
+        kwargs: Any = self.args.gradient_checkpointing_kwargs or {}
+        if asked is None and self.args.gradient_checkpointing and not kwargs.get("use_reentrant", False):
+            # Trainer turns the search for unused parameters off where there is checkpointing, though only the
+            # reentrant kind cannot bear it. Adapters of layers that the task never calls need it: see guard.py.
+            self.args.ddp_find_unused_parameters = True
+        try:
+            super().create_accelerator_and_postprocess()
+        finally:
+            self.args.ddp_find_unused_parameters = asked
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        # Trainer writes a trial's values into the arguments later; those of the adapter are needed now.
+        for name, value in self._values_of(trial).items():
+            if name.startswith("lora_") and hasattr(self.args, name):
+                setattr(self.args, name, value)
+        self._adapt(model)
+        return model
+
+    def _values_of(self, trial: Any) -> dict[str, Any]:
+        if trial is None or isinstance(trial, dict):
+            return trial or {}
+        space = getattr(self, "hp_space", None)
+        return dict(space(trial) or {}) if space is not None else {}
+
+    def _adapt(self, model: nn.Module) -> None:
+        flags = self.args if isinstance(self.args, LoraArguments) else None
+        given, state = self._lora_config, state_of(model)
+        call = f"{type(self).__name__}(…, lora_config=…)"
+        if state is None:
+            config = flags.lora_config() if given is None and flags is not None else given
+            if apply_lora(model, config, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
+                raise StateError(
+                    f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
+                    f"num_labels=…), which builds one, and hand what it returns to {type(self).__name__}."
+                )
+            state = require_state(model, call)
+            reason = "lora_config is given" if given is not None else None
+        elif given is not None:
+            raise StateError(
+                f"{call}: the model already has the adapters {', '.join(map(repr, state.configs))}. Leave lora_config "
+                "out to train the active one, call model.unload() to start again, or model.add_adapter(name, config) "
+                "for one more."
+            )
+        else:
+            reason = f"the model already has the adapters {', '.join(map(repr, state.configs))}"
+        state.resumable = True
+        changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
+        if flags is not None and changed and flags.lora_config() not in state.configs.values():
+            logger.warning(f"These arguments have no effect, since {reason}: {', '.join(changed)}.")
+
+    # The start of training -------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint in `output_dir`.
+
+        Raises:
+            AdapterFileError: the checkpoint is not complete, holds no adapter, or does not fit the model.
+            TrainingError: nothing would be learned, or a value is not finite.
+        """
+        if resume_from_checkpoint is True:
+            folder = str(self.args.output_dir)
+            resume_from_checkpoint = last_checkpoint(folder)
+            if resume_from_checkpoint is None:
+                raise AdapterFileError(
+                    f"train(resume_from_checkpoint=True): there is no complete checkpoint in {folder}. Call train() "
+                    "to start from the beginning."
+                )
+        elif resume_from_checkpoint:
+            require_complete(resume_from_checkpoint)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.guard.finish()
+            if self._batchnorm_hook is not None:
+                self._batchnorm_hook.remove()
+                self._batchnorm_hook = None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """As `Trainer.create_optimizer`; then B and the heads get the rates that the arguments ask for."""
+        self._start()
+        ratio = getattr(self.args, "loraplus_lr_ratio", None)
+        head_rate = getattr(self.args, "head_learning_rate", None)
+        present = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if (ratio is None and head_rate is None) or (present is not None and present is self._own_optimizer):
+            return optimizer
+        if present is not None:
+            raise ConfigError(
+                "loraplus_lr_ratio and head_learning_rate make the optimizer's parameter groups, but an optimizer was "
+                "handed to the Trainer. Leave either out."
+            )
+        split_by_rate(optimizer, learning_rates(self._bare_model, self.args.learning_rate, ratio, head_rate))
+        self._own_optimizer = optimizer
+        return optimizer
+
+    def _start(self) -> None:
+        """Check and announce; every run of `train` comes by here with its model, before its first step."""
+        model = self._bare_model
+        check_start(model, f"{type(self).__name__}.train")
+        if self.is_world_process_zero():
+            announce(model, self.args.learning_rate if self.optimizer is None else None)
+            if base_dtype(model) != self._base_dtype:
+                logger.warning(
+                    f"An evaluation in half precision turned the base from {self._base_dtype} to {base_dtype(model)}, "
+                    "so training starts from rounded weights. Train before evaluating, or load the model again."
+                )
+        self._counted = None
+        if not isinstance(model, LoraModel) and self._batchnorm_hook is None:
+            self._batchnorm_hook = model.register_forward_pre_hook(hold_batchnorm)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (and the tokenizer) to `output_dir`, as `Trainer.save_model` does with a whole model.
+
+        Raises:
+            TrainingError: a trained tensor holds NaN or infinity; nothing was written.
+        """
+        check_finite(self._bare_model, f"save_model({str(output_dir or self.args.output_dir)!r})")
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self._bare_model
+        if isinstance(model, LoraModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:  # a module without save_pretrained: Trainer would write all its weights
+            folder = str(output_dir or self.args.output_dir)
+            for name in require_state(model, "save_model").configs:
+                save_adapter(model, _folder_of(model, folder, name), name, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder, TRAINING_ARGS_NAME))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        check_finite(self._bare_model, f"Saving {folder}")
+        if self.args.should_save:
+            begin_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        with self._manifest_after_state():
+            super()._save_checkpoint(model, trial)
+
+    @contextlib.contextmanager
+    def _manifest_after_state(self) -> Iterator[None]:
+        """Write the manifest right after trainer_state.json.
+
+        That is the last file of a checkpoint, and what follows (the push, the deletion of older checkpoints) counts on
+        it being there.
+        """
+        state, write = self.state, self.state.save_to_json
+
+        def write_both(json_path: str) -> None:
+            write(json_path)
+            left_out = _left_out(self._bare_model)
+            finish_checkpoint(Path(json_path).parent, state.global_step, self._parameters_in_order(), left_out)
+
+        state.save_to_json = write_both  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del state.save_to_json
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written its own before the manifest lists them
+
+    def _parameters_in_order(self) -> list[str] | None:
+        """Names of the trained parameters as the optimizer counts them; None where it hides them."""
+        names = {id(p): n for n, p in self._bare_model.named_parameters()}
+        groups = getattr(self.optimizer, "param_groups", [])
+        ordered = [names.get(id(p)) for group in groups for p in group["params"]]
+        return None if None in ordered else [n for n in ordered if n is not None]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_adapters(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        self._load_adapters(best)
+
+    def _load_adapters(self, folder: str) -> None:
+        if not adapter_folders(folder):
+            raise AdapterFileError(
+                f"{folder} holds no {CONFIG_NAME}, so it is no checkpoint of an adapter. A checkpoint of a whole "
+                "model goes on with transformers.Trainer, or is loaded with from_pretrained and adapted anew."
+            )
+        require_complete(folder)
+        model = self._bare_model
+        manifest = read_manifest(folder) or {}
+        for name, paths in (manifest.get("left_out") or {}).items():
+            drop_layers(model, name, set(paths), NEVER_CALLED)
+        for name in require_state(model, "load_adapter_weights").configs:
+            load_adapter_weights(model, _folder_of(model, folder, name), name)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            check_parameter_order(checkpoint, self._parameters_in_order())
+            if not any(Path(checkpoint).glob(f"{Path(OPTIMIZER_NAME).stem}*")) and not self.is_deepspeed_enabled:
+                logger.warning(
+                    f"{checkpoint} holds the adapter without the optimizer's state (save_only_model), so the "
+                    "optimizer and its schedule start anew and the run will not end as an uninterrupted one."
+                )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Trainer copies the files of an adapter only where PEFT is installed, and never our own.
+        pushes = self.is_world_process_zero() and self.args.hub_strategy != "end"
+        if pushes and (self.args.hub_always_push or not push_is_running(self)):
+            for folder in adapter_folders(checkpoint_folder):
+                target = Path(str(self.args.output_dir), folder.relative_to(checkpoint_folder))
+                target.mkdir(parents=True, exist_ok=True)
+                for name in (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME):
+                    if (folder / name).is_file():
+                        shutil.copy(folder / name, target / name)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    # Small things ----------------------------------------------------------------------------------------------------
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # Trainer counts the parameters anew at every step, which takes longer the more tensors there are.
+        name = getattr(self.model, "main_input_name", "input_ids")
+        own = super().floating_point_ops
+        if getattr(own, "__func__", None) is not Trainer.floating_point_ops or name not in inputs:
+            return own(inputs)
+        if self._counted is None:
+            self._counted = own({name: torch.empty(1)})
+        return int(inputs[name].numel()) * self._counted
+
+    def _adopt_metrics(self) -> None:
+        """Use what `build_compute_metrics` made to its full: reduced logits, labels shifted as the model does."""
+        metrics: Any = self.compute_metrics
+        if not hasattr(metrics, "preprocess_logits_for_metrics"):
+            return
+        if getattr(metrics, "shift_labels", False) is None:
+            self.compute_metrics = metrics = copy.copy(metrics)
+            metrics.shift_labels = shifts_labels(self)
+        if self.preprocess_logits_for_metrics is None:
+            self.preprocess_logits_for_metrics = metrics.preprocess_logits_for_metrics
+
+    def _warn_of_fallback(self) -> None:
+        kind = str(getattr(self.accelerator.distributed_type, "value", self.accelerator.distributed_type)).upper()
+        for asked, name in ((self.args.fsdp, "FSDP"), (self.args.deepspeed, "DEEPSPEED")):
+            if asked and kind not in (name, "XLA") and self.is_world_process_zero():
+                logger.warning(
+                    f"{name} was asked for, but Accelerate runs {kind}: it does so without a word on a CPU. Every "
+                    "process holds the whole model."
+                )
+
+
+class LoraTrainer(LoraTrainerMixin, Trainer):
+    """`transformers.Trainer` that trains a LoRA adapter; takes its place in an existing script.
+
+    Takes Trainer's arguments, in their order, and `lora_config` by keyword; see `LoraTrainerMixin`.
+    """
+
+
+class LoraSeq2SeqTrainer(LoraTrainerMixin, Seq2SeqTrainer):
+    """`transformers.Seq2SeqTrainer` that trains a LoRA adapter; takes its place in an existing script.
+
+    Takes Seq2SeqTrainer's arguments, in their order, and `lora_config` by keyword; see `LoraTrainerMixin`.
+    """
+
+
+def _folder_of(model: nn.Module, folder: str | Path, name: str) -> Path:
+    """Where `LoraModel.save_pretrained(folder)` puts one of the model's adapters."""
+    several = len(require_state(model, "save_pretrained").configs) > 1
+    return Path(folder, name) if several and name != "default" else Path(folder)
+
+
+def _left_out(model: nn.Module) -> dict[str, list[str]]:
+    """Adapter -> layers that the guard took it off: a fresh model has to lose them before it can resume."""
+    skipped = require_state(model, "save_model").skipped
+    found = {name: [p for p, why in table.items() if why == NEVER_CALLED] for name, table in skipped.items()}
+    return {name: paths for name, paths in found.items() if paths}

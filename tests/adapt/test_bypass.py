@@ -1,0 +1,164 @@
+"""Layers whose parent multiplies by their weight: skipped by the preset, refused when named, found by a check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_same_tensors, batch_for, randomize, snapshot, tiny_bert, tiny_gpt2, tiny_llama
+from torch import Tensor, nn
+
+from hf_lora import LoraConfig, StateError, TargetError, apply_lora, check_adapter, explain_targets
+from hf_lora.adapt.inject import inject
+from hf_lora.adapt.walk import adapter_layers
+
+
+class Attends(nn.Module):
+    """Holds modules of PyTorch that bypass their children."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+        self.out = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.block(self.attention(x, x, x)[0]))
+
+
+def tiny_mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(
+        vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=1, expand=2, time_step_rank=4, conv_kernel=4
+    )
+    return MambaForCausalLM(config).eval()
+
+
+def tiny_wavlm() -> Any:
+    from transformers import WavLMConfig, WavLMModel
+
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2, num_buckets=8, max_bucket_distance=16,
+    )  # fmt: skip
+    return WavLMModel(config).eval()
+
+
+CASES = [
+    (Attends, ["attention.out_proj", "block.self_attn.out_proj", "block.linear1", "block.linear2"], "out_proj"),
+    (tiny_mamba, ["backbone.layers.0.mixer.dt_proj"], "dt_proj"),
+    (tiny_wavlm, [f"encoder.layers.0.attention.{n}" for n in ("q_proj", "k_proj", "v_proj", "out_proj")], "q_proj"),
+]
+
+
+@pytest.mark.parametrize(("make", "bypassed", "named"), CASES, ids=["torch", "mamba", "wavlm"])
+def test_bypassed_children_are_skipped_and_refused_when_named(make: Any, bypassed: list[str], named: str) -> None:
+    torch.manual_seed(0)
+    model = make()
+    plan = explain_targets(model)
+    for name in bypassed:
+        assert "multiplies by its weight itself" in plan.skipped[name], name
+    assert plan.layers
+    assert not {t.name for t in plan.layers} & set(bypassed)
+    with pytest.raises(TargetError) as error:
+        apply_lora(model, LoraConfig(target_modules=[named]))
+    assert "multiplies by its weight itself" in str(error.value)
+    assert "allow_bypassed=True" in str(error.value)
+    assert not adapter_layers(model)
+    apply_lora(model, LoraConfig(target_modules=[named]), allow_bypassed=True)
+    assert any(name.endswith(named) for name in adapter_layers(model))
+
+
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2], ids=["bert", "llama", "gpt2"])
+def test_no_false_alarm_on_common_models(make: Any) -> None:
+    assert not [why for why in explain_targets(make()).skipped.values() if "multiplies" in why]
+
+
+class Multiplies(nn.Module):
+    """Uses the weight of one child under another name, which no reading of the source finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.seen = nn.Linear(8, 8)
+        self.idle = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        child = self.inner
+        return self.seen(F.linear(x, child.weight, child.bias))
+
+
+class Direct(Multiplies):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.seen(F.linear(x, self.inner.weight))
+
+
+@pytest.mark.parametrize("cls", [Multiplies, Direct])
+def test_the_check_finds_a_real_bypass_and_names_it(cls: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), cls()).eval()
+    targets = LoraConfig(r=4, target_modules=["0", "inner", "seen", "idle"])
+    inject(model, targets, "default", allow_bypassed=True)
+    randomize(model)
+    before = snapshot(model)
+    report = check_adapter(model, {"input": torch.randn(5, 8)})
+    assert list(report.faulty) == ["1.inner"]
+    assert report.never_called == ["1.inner", "1.idle"]
+    assert not report.ok
+    assert report.error > 0.01
+    assert "differs: 1.inner" in str(report)
+    assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("make", [tiny_bert, tiny_llama, tiny_gpt2], ids=["bert", "llama", "gpt2"])
+def test_the_check_is_silent_on_a_clean_model(make: Any, dtype: torch.dtype, training: bool) -> None:
+    model = randomize(apply_lora(make().to(dtype), LoraConfig(r=4, lora_dropout=0.2), "default"), scale=0.1)
+    model.train(training)
+    before, modes = snapshot(model), {n: m.training for n, m in model.named_modules()}
+    y = model.eval()(**batch_for(model)).logits
+    model.train(training)
+    report = check_adapter(model, batch_for(model))
+    assert report.ok, str(report)
+    assert not report.never_called
+    assert report.effect > 0.05
+    assert report.error < 1e-4
+    assert_same_tensors(snapshot(model), before)
+    assert {n: m.training for n, m in model.named_modules()} == modes
+    assert torch.equal(model.eval()(**batch_for(model)).logits, y)
+
+
+def test_the_check_finds_mambas_bypass() -> None:
+    torch.manual_seed(0)
+    model = tiny_mamba()
+    apply_lora(model, LoraConfig(r=4, target_modules=["dt_proj", "x_proj"]), allow_bypassed=True)
+    randomize(model)
+    report = check_adapter(model, {"input_ids": torch.randint(0, 64, (2, 8))})
+    assert "backbone.layers.0.mixer.dt_proj" in report.faulty
+
+
+def test_the_check_needs_an_active_unmerged_adapter() -> None:
+    model = tiny_llama()
+    with pytest.raises(StateError, match="has no adapters"):
+        check_adapter(model, batch_for(model))
+    apply_lora(model)
+    model.set_adapter([])
+    with pytest.raises(StateError, match="no adapter is active"):
+        check_adapter(model, batch_for(model))
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.raises(StateError, match="merged"):
+        check_adapter(model, batch_for(model))
+
+
+def test_an_error_in_the_batch_restores_the_model() -> None:
+    model = randomize(apply_lora(tiny_llama().to(torch.bfloat16)))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="input_ids"):
+        check_adapter(model, {"no_such_argument": 1})
+    assert_same_tensors(snapshot(model), before)

@@ -1,0 +1,313 @@
+"""Tied embeddings and resized vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    VOCABULARY,
+    assert_near,
+    assert_same_tensors,
+    backward,
+    batch_for,
+    randomize,
+    snapshot,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_t5,
+)  # fmt: skip
+from torch import Tensor
+
+from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora
+from hf_lora.adapt.resize import frozen_new_rows
+from hf_lora.adapt.state import require_state
+from hf_lora.adapt.walk import adapter_layers, replacements
+
+
+def tied_llama(seed: int = 0) -> Any:
+    return tiny_llama(seed, tied=True)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        batch = batch_for(model)
+        return model(**batch).logits  # labels give T5 its decoder's input
+
+
+def quiet_t5(seed: int = 0) -> Any:
+    return tiny_t5(seed, tie_word_embeddings=True)
+
+
+TIED: dict[str, tuple[Callable[..., Any], list[str]]] = {
+    "llama-embedding": (tied_llama, ["embed_tokens"]),
+    "llama-head": (tied_llama, ["lm_head"]),
+    "gpt2-embedding": (tiny_gpt2, ["wte"]),
+    "t5-encoder": (quiet_t5, ["encoder.embed_tokens"]),
+    "t5-head": (quiet_t5, ["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_merging_one_side_of_a_tie_is_refused_with_the_two_ways_out(case: str) -> None:
+    make, targets = TIED[case]
+    model = randomize(apply_lora(make(), LoraConfig(r=4, target_modules=[*targets])))
+    before, y = snapshot(model), logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError) as error:
+            merge()
+        message = str(error.value)
+        assert "is tied to" in message
+        assert "keep the adapter unmerged" in message
+        assert "untie=True" in message
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), y)
+    assert any("shares its weight with" in note for note in require_state(model, "test").notes["default"])
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_untying_gives_the_right_result_and_survives_a_save(case: str, tmp_path: Path) -> None:
+    make, targets = TIED[case]
+    model = randomize(apply_lora(make(), LoraConfig(r=4, target_modules=[*targets])), scale=0.1)
+    y = logits(model)
+    assert not torch.allclose(y, logits(make()), atol=1e-2)
+    plain = model.merge_and_unload(untie=True)
+    assert_near(logits(plain), y, torch.float32, 64)
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(plain))
+    plain.tie_weights()  # what loading, resizing and Trainer's saves call
+    assert_near(logits(plain), y, torch.float32, 64)
+
+
+def test_untied_and_unmerged_is_the_base_again() -> None:
+    model = randomize(apply_lora(tied_llama(), LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])))
+    y = logits(model)
+    base = logits(tied_llama().requires_grad_(False))
+    model.merge_adapter(untie=True)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+
+
+def test_an_untied_model_merges_both() -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"])))
+    y = logits(model)
+    assert_near(logits(model.merge_and_unload()), y, torch.float32, 64)
+
+
+def test_adapters_that_leave_a_tie_alone_merge_and_keep_it() -> None:
+    model = randomize(apply_lora(tied_llama(), LoraConfig(r=4)))
+    plain = model.merge_and_unload()
+    assert plain.lm_head.weight is plain.model.embed_tokens.weight
+    assert plain.config.tie_word_embeddings
+
+
+def test_a_tie_stays_through_apply_and_unload() -> None:
+    model = apply_lora(tied_llama(), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    model.unload()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# Resizing ------------------------------------------------------------------------------------------------------------
+
+MORE = VOCABULARY + 6
+RESIZED = {
+    "factors elsewhere": {"target_modules": ["q_proj"]},
+    "LoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "LoRA on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "LoRA on both": {"target_modules": ["embed_tokens", "lm_head"]},
+    "embedding kept whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "head kept whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "both kept whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("rows", [MORE, VOCABULARY - 4])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind", RESIZED)
+def test_resizing_after_applying(kind: str, tied: bool, rows: int) -> None:
+    config = LoraConfig(r=4, **RESIZED[kind])  # type: ignore[arg-type]
+    model = randomize(apply_lora(tiny_llama(tied=tied), config))
+    old, before = logits(model), snapshot(model)
+    classes = {n: type(m) for n, m in model.named_modules()}
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    embedding = model.resize_token_embeddings(rows, mean_resizing=False)
+    assert embedding is model.get_input_embeddings()
+    common = min(rows, VOCABULARY)
+    assert model.config.vocab_size == rows
+    assert {n: type(m) for n, m in model.named_modules()} == classes
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == required
+    batch = batch_for(model)
+    batch = {k: v.clamp(max=common - 1) for k, v in batch.items()}
+    with torch.no_grad():
+        y = model(**batch).logits
+    assert y.shape[-1] == rows
+    if rows > VOCABULARY:
+        assert torch.equal(y[..., :common], old[..., :common])
+    gradients = backward(model, batch)
+    assert gradients.keys() == {n for n, r in required.items() if r}
+    for name, tensor in snapshot(model).items():  # the old rows are where they were
+        part = tuple(slice(0, min(a, b)) for a, b in zip(tensor.shape, before[name].shape, strict=True))
+        assert torch.equal(tensor[part], before[name][part]), name
+    if tied and "kept whole" not in kind:
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    with model.disable_adapter():
+        model(**batch)
+    plain = model.unload()
+    assert type(plain) is type(tiny_llama())
+    assert plain(**batch).logits.shape[-1] == rows
+    assert not adapter_layers(plain)
+    assert not replacements(plain)
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+def test_resizing_before_applying(kind: str) -> None:
+    model = tiny_llama()
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    randomize(apply_lora(model, LoraConfig(r=4, **RESIZED[kind])))  # type: ignore[arg-type]
+    y = logits(model)
+    assert y.shape[-1] == MORE
+    plain = model.merge_and_unload()
+    assert_near(logits(plain), y, torch.float32, 64)
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+def test_a_resized_model_saves_and_loads(kind: str, tmp_path: Path) -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, **RESIZED[kind]))  # type: ignore[arg-type]
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    randomize(model)
+    y = logits(model)
+    model.save_pretrained(tmp_path)
+    base = tiny_llama()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.load_state_dict(model.unload().state_dict())
+    loaded = LoraModel.from_pretrained(tmp_path, base_model=base, allow_other_base=True)
+    assert torch.equal(logits(loaded), y)
+
+
+def test_resizing_merges_and_trains_right_afterwards() -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"])))
+    model.resize_token_embeddings(MORE)
+    randomize(model)
+    batch = {k: v.clone() for k, v in batch_for(model).items()}
+    batch["input_ids"][0, :3] = MORE - 1  # a new token
+    y = model(**batch).logits
+    plain = model.merge_and_unload()
+    assert_near(plain(**batch).logits, y, torch.float32, 64)
+
+
+def test_resizing_with_two_adapters() -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["embed_tokens", "lm_head"]), "first")
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    randomize(model)
+    outputs = {}
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        outputs[name] = logits(model)
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    for name in ("first", "second"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model)[..., :VOCABULARY], outputs[name])
+        backward(model, batch_for(model))
+
+
+def test_resizing_while_merged_is_refused() -> None:
+    model = apply_lora(tiny_llama())
+    model.merge_adapter()
+    with pytest.raises(StateError, match="merged"):
+        model.resize_token_embeddings(MORE)
+
+
+def test_resizing_a_model_with_four_names_for_one_embedding() -> None:
+    model = randomize(apply_lora(quiet_t5(), LoraConfig(r=4, target_modules=["q"])))
+    old = logits(model)
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    assert_near(logits(model)[..., :VOCABULARY], old, torch.float32)
+    assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
+    model = randomize(apply_lora(quiet_t5(), LoraConfig(r=4, target_modules=["q", "encoder.embed_tokens"])))
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"hold one weight[\s\S]*Resize the vocabulary before apply_lora"):
+        model.resize_token_embeddings(MORE)
+    assert_same_tensors(snapshot(model), before)
+
+
+def test_frozen_new_rows_are_known(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path)
+
+    def load() -> Any:
+        return LlamaForCausalLM.from_pretrained(tmp_path)
+
+    model = apply_lora(load(), LoraConfig(r=4))
+    assert frozen_new_rows(model) is None
+    model.resize_token_embeddings(MORE)
+    assert frozen_new_rows(model) == (VOCABULARY, MORE)
+    model = load()
+    model.resize_token_embeddings(MORE)  # before applying: the checkpoint's size is on disk
+    apply_lora(model, LoraConfig(r=4))
+    assert frozen_new_rows(model) == (VOCABULARY, MORE)
+    model.add_adapter("whole", LoraConfig(r=4, modules_to_save=["embed_tokens"]))
+    assert frozen_new_rows(model) is None
+    model.set_adapter("default")
+    assert frozen_new_rows(model) == (VOCABULARY, MORE)
+    smaller = apply_lora(load(), LoraConfig(r=4))
+    smaller.resize_token_embeddings(VOCABULARY - 4)
+    assert frozen_new_rows(smaller) is None
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_keeps_the_trained_bias_of_a_head(tied: bool) -> None:
+    model = apply_lora(tiny_bert(cls="BertForMaskedLM", tie_word_embeddings=tied), LoraConfig(r=4, bias="all"))
+    randomize(model)
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    old, own = logits(model), set(model.get_adapter_state_dict())
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    y = logits(model)
+    assert y.shape[-1] == MORE
+    assert torch.equal(y[..., :VOCABULARY], old)
+    assert set(model.get_adapter_state_dict()) == own
+    found = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert found.items() <= required.items()  # transformers makes one of the two names of the head's bias
+    plain = model.merge_and_unload()
+    assert_near(logits(plain), y, torch.float32, 64)
+
+
+def test_resizing_what_holds_the_head_and_is_kept_whole() -> None:
+    config = LoraConfig(r=4, modules_to_save=["cls"])
+    model = randomize(apply_lora(tiny_bert(cls="BertForMaskedLM"), config))
+    old = logits(model)
+    model.resize_token_embeddings(MORE, mean_resizing=False)
+    assert logits(model).shape[-1] == MORE
+    assert torch.equal(logits(model)[..., :VOCABULARY], old)
+    with model.disable_adapter():
+        assert logits(model).shape[-1] == MORE
+    backward(model, batch_for(model))
+
+
+@pytest.mark.parametrize("kept", [["embed_tokens"], ["lm_head"]])
+def test_merging_a_tied_embedding_that_is_kept_whole_unties_what_is_saved(kept: list[str], tmp_path: Path) -> None:
+    """The adapter trained one side of the tie alone, so the merged model's file must hold both."""
+    model = randomize(apply_lora(tied_llama(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=kept)))
+    y = logits(model)
+    plain = model.merge_and_unload()
+    assert_near(logits(plain), y, torch.float32, 64)
+    plain.tie_weights()
+    assert_near(logits(plain), y, torch.float32, 64)
+    plain.save_pretrained(tmp_path)
+    loaded = type(plain).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(plain))
+    model = randomize(apply_lora(tied_llama(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=kept)))
+    assert model.unload().lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings

@@ -1,0 +1,475 @@
+"""The verbs of an adapted model: what each changes, what it restores, and when it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, assert_same_tensors, batch_for, randomize, snapshot, tiny_bert, tiny_gpt2, tiny_llama
+from torch import Tensor
+
+from hf_lora import ConfigError, LoraConfig, LoraModel, MergeError, StateError, apply_lora, get_peft_model
+from hf_lora.adapt.report import trainable_line, trainable_parameters
+from hf_lora.adapt.walk import adapter_layers, replacements
+
+
+def two(seed: int = 0) -> Any:
+    """A Llama with adapters "first" (acting on all layers) and "second" (on some), "first" being active."""
+    model = apply_lora(tiny_llama(), LoraConfig(r=4), "first")
+    model.add_adapter("second", LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "down_proj"]))
+    model.set_adapter("first")
+    return randomize(model, seed)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**batch_for(model, labels=False)).logits
+
+
+def grads(model: Any) -> set[str]:
+    """Names of the adapters whose tensors require gradients."""
+    names = {n for n, p in model.named_parameters() if p.requires_grad}
+    return {name for name in model.lora_configs if any(f".{name}." in n for n in names)}
+
+
+@pytest.fixture(scope="module")
+def base() -> Tensor:
+    return logits(tiny_llama().requires_grad_(False))
+
+
+# Activity ------------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_act_alone_and_together(base: Tensor) -> None:
+    model = two()
+    assert model.active_adapters() == ["first"]
+    first = logits(model)
+    model.set_adapter("second")
+    second = logits(model)
+    model.set_adapter(["first", "second"])
+    both = logits(model)
+    assert model.active_adapters() == ["first", "second"]
+    outputs = [base, first, second, both]
+    assert all(not torch.allclose(a, b, atol=1e-2) for i, a in enumerate(outputs) for b in outputs[:i])
+    for names in ("second", ["second"]):
+        model.merge_adapter(names)
+        assert_near(logits(model), second, torch.float32, 64)
+        model.unmerge_adapter()
+    model.set_adapter("first")
+    assert torch.equal(logits(model), first)
+    model.set_adapter([])
+    assert torch.equal(logits(model), base)
+
+
+def test_only_active_adapters_require_gradients() -> None:
+    model = two()
+    assert grads(model) == {"first"}
+    model.set_adapter("second")
+    assert grads(model) == {"second"}
+    model.set_adapter(["second", "first"])
+    assert grads(model) == {"first", "second"}
+    model(**batch_for(model)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.set_adapter("second")
+    assert all(p.grad is None for n, p in model.named_parameters() if ".first." in n)
+    model.add_adapter("third", LoraConfig(r=1))
+    assert grads(model) == {"third"}
+    model.disable_adapters()
+    model.enable_adapters()
+    assert grads(model) == {"third"}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
+
+
+def test_a_switch_keeps_frozen_what_was_loaded_for_inference(tmp_path: Path) -> None:
+    two().save_pretrained(tmp_path, adapter_name="second")
+    model = apply_lora(tiny_llama(), LoraConfig(r=4), "first")
+    model.load_adapter(tmp_path, "loaded")
+    assert grads(model) == set()
+    model.set_adapter(["loaded", "first"])
+    assert grads(model) == {"first"}
+    model.delete_adapter("loaded")
+    model.load_adapter(tmp_path, "loaded", is_trainable=True)
+    assert grads(model) == {"loaded"}
+
+
+@pytest.mark.parametrize("names", ["frist", ["first", "second", "first"], ["first", "thrid"]])
+def test_a_wrong_name_changes_nothing(names: Any) -> None:
+    model = two()
+    with pytest.raises(StateError, match="first"):
+        model.set_adapter(names)
+    assert model.active_adapters() == ["first"]
+    assert grads(model) == {"first"}
+
+
+# Disabling -----------------------------------------------------------------------------------------------------------
+
+
+def test_disabling_restores_what_it_found(base: Tensor) -> None:
+    model = two()
+    y, before = logits(model), snapshot(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+        assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), y)
+    with pytest.raises(RuntimeError, match="mine"), model.disable_adapter():
+        raise RuntimeError("mine")
+    assert torch.equal(logits(model), y)
+    model.disable_adapters()
+    with model.disable_adapter():
+        pass
+    assert torch.equal(logits(model), base)
+    model.enable_adapters()
+    assert torch.equal(logits(model), y)
+    assert_same_tensors(snapshot(model), before)
+    assert model.active_adapters() == ["first"]
+
+
+def test_disabling_a_merged_model_swaps_the_originals(base: Tensor) -> None:
+    model = two()
+    before = snapshot(model)
+    model.merge_adapter()
+    merged, weights = logits(model), snapshot(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), base)
+        with model.disable_adapter():
+            assert torch.equal(logits(model), base)
+    assert torch.equal(logits(model), merged)
+    assert_same_tensors(snapshot(model), weights)
+    model.disable_adapters()
+    assert torch.equal(logits(model), base)
+    model.unmerge_adapter()
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), base)  # it was disabled, and unmerging does not enable
+    model.enable_adapters()
+    assert_near(logits(model), merged, torch.float32, 64)
+
+
+def test_merging_inside_a_disabled_block_is_refused(base: Tensor) -> None:
+    model = two()
+    with model.disable_adapter():
+        with pytest.raises(StateError, match="enable_adapters"):
+            model.merge_adapter()
+        with pytest.raises(StateError, match="enable_adapters"):
+            model.merge_and_unload()
+        assert torch.equal(logits(model), base)
+    model.merge_adapter()
+    with model.disable_adapter(), pytest.raises(StateError, match="enable_adapters"):
+        model.merge_and_unload()
+
+
+def test_gradients_flow_through_a_disabled_forward_to_nothing_of_ours() -> None:
+    model = two()
+    with model.disable_adapter():
+        assert not model(**batch_for(model)).loss.requires_grad
+
+
+# Merged --------------------------------------------------------------------------------------------------------------
+
+WHILE_MERGED: dict[str, Callable[[Any, Path], Any]] = {
+    "set_adapter": lambda m, _: m.set_adapter("second"),
+    "add_adapter": lambda m, _: m.add_adapter("third", LoraConfig()),
+    "apply_lora": lambda m, _: apply_lora(m, LoraConfig(), "third"),
+    "delete_adapter": lambda m, _: m.delete_adapter("second"),
+    "load_adapter": lambda m, d: m.load_adapter(d, "third"),
+    "load_adapter_weights": lambda m, d: m.load_adapter_weights(d, "second"),
+    "load_state_dict of a base": lambda m, _: m.load_state_dict(tiny_llama(seed=3).state_dict(), strict=False),
+    "load_state_dict of an adapter": lambda m, _: m.load_state_dict(m.get_adapter_state_dict()),
+    "merge_and_unload another": lambda m, _: m.merge_and_unload(["second"]),
+    "merge_adapter": lambda m, _: m.merge_adapter(),
+    "merge_adapter another": lambda m, _: m.merge_adapter(["second"]),
+    "train": lambda m, _: m.train(),
+    "train a block": lambda m, _: m.model.layers[0].train(),
+    "save_pretrained": lambda m, d: m.save_pretrained(d / "x"),
+    "resize_token_embeddings": lambda m, _: m.resize_token_embeddings(70),
+}
+
+
+@pytest.mark.parametrize("verb", WHILE_MERGED)
+def test_while_merged_what_would_be_wrong_raises(verb: str, tmp_path: Path) -> None:
+    model = two()
+    model.save_pretrained(tmp_path, adapter_name="second")
+    model.merge_adapter()
+    before, y = snapshot(model), logits(model)
+    with pytest.raises(StateError, match="merged"):
+        WHILE_MERGED[verb](model, tmp_path)
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), y)
+    assert model.active_adapters() == ["first"]
+    assert not model.training
+    model.unmerge_adapter()
+    WHILE_MERGED["train"](model, tmp_path)
+
+
+def test_unmerging_what_is_not_merged_raises() -> None:
+    with pytest.raises(StateError, match="no adapter is merged"):
+        two().unmerge_adapter()
+
+
+def test_a_refused_merge_leaves_the_active_adapters() -> None:
+    model = two()
+    with torch.no_grad():
+        next(iter(adapter_layers(model).values())).lora_A["second"].weight.fill_(float("inf"))
+    before = snapshot(model)
+    with pytest.raises(MergeError, match="adapter 'second'"):
+        model.merge_adapter(["second"])
+    assert model.active_adapters() == ["first"]
+    assert_same_tensors(snapshot(model), before)
+    with pytest.raises(StateError, match="no adapter 'secnod'"):
+        model.merge_adapter(["secnod"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def test_merge_and_unload_gives_the_plain_base_class(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    model = make().to(dtype)
+    required = {n: i % 2 == 0 for i, (n, _) in enumerate(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(required[name])
+    randomize(apply_lora(model, LoraConfig(r=4)), scale=0.05)
+    y = logits(model)
+    plain = model.merge_and_unload()
+    assert plain is model
+    assert type(plain) is type(make())
+    assert not isinstance(plain, LoraModel)
+    assert {n: p.requires_grad for n, p in plain.named_parameters()} == required
+    assert {n: type(m) for n, m in plain.named_modules()} == {n: type(m) for n, m in make().named_modules()}
+    assert {p.dtype for p in plain.parameters()} == {dtype}
+    assert_near(logits(plain), y, dtype, 64)
+    assert not any("lora" in key for module in plain.modules() for key in module.__dict__)
+
+
+def test_merging_first_and_unloading_then_is_the_same() -> None:
+    one, other = two(), two()
+    one.set_adapter(["first", "second"])
+    other.set_adapter(["first", "second"])
+    one.merge_adapter()
+    assert_same_tensors(snapshot(one.merge_and_unload()), snapshot(other.merge_and_unload()))
+
+
+def test_unload_restores_every_bit_also_of_a_merged_model() -> None:
+    before = snapshot(tiny_llama())
+    model = two()
+    model.merge_adapter()
+    plain = model.unload()
+    assert type(plain) is type(tiny_llama())
+    assert_same_tensors(snapshot(plain), before)
+    assert all(p.requires_grad for p in plain.parameters())
+    again = apply_lora(plain, LoraConfig(r=2))  # and it can be adapted again
+    assert again.active_adapters() == ["default"]
+
+
+# Adding and deleting -------------------------------------------------------------------------------------------------
+
+
+def test_deleting_the_active_adapter_falls_back(base: Tensor) -> None:
+    model = two()
+    model.add_adapter("third", LoraConfig(r=1))
+    model.set_adapter("first")
+    first = logits(model)
+    model.delete_adapter("second")
+    assert model.active_adapters() == ["first"]
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("first")
+    assert model.active_adapters() == ["third"]
+    assert grads(model) == {"third"}
+    model.delete_adapter("third")
+    assert model.active_adapters() == []
+    assert not adapter_layers(model)
+    assert torch.equal(logits(model), base)
+    with pytest.raises(StateError, match="no adapter is active"):
+        model.merge_adapter()
+    model.add_adapter("again", LoraConfig(r=1))
+    assert model.active_adapters() == ["again"]
+
+
+def test_deleting_an_unknown_adapter_raises() -> None:
+    with pytest.raises(StateError, match=r"no adapter 'frist'.*did you mean 'first'"):
+        two().delete_adapter("frist")
+
+
+def test_applying_the_same_name_twice_names_unload() -> None:
+    model = apply_lora(tiny_llama())
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"already has an adapter 'default'[\s\S]*unload\(\)"):
+        apply_lora(model)
+    with pytest.raises(StateError, match="'default'"):
+        model.add_adapter("default", LoraConfig())
+    assert_same_tensors(snapshot(model), before)
+    apply_lora(model, LoraConfig(r=2), "other")
+    assert model.active_adapters() == ["other"]
+    assert list(model.lora_configs) == ["default", "other"]
+    assert model.lora_configs["other"].r == 2
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "a b", "a/b", "keys", "pop", "items", "forward", "a\\b", "training"])
+def test_names_that_cannot_be(name: str) -> None:
+    model = tiny_llama()
+    with pytest.raises(ConfigError, match="cannot name an adapter"):
+        apply_lora(model, adapter_name=name)
+    assert not isinstance(model, LoraModel)
+
+
+@pytest.mark.parametrize("name", ["default", "weight", "bias", "lora_A", "my-adapter_2", "größe", "base_layer"])
+def test_names_that_can_be(name: str) -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=2), name))
+    model(**batch_for(model)).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.get_adapter_state_dict(name)
+
+
+def test_transformers_order_of_arguments_works() -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=2))
+    model.add_adapter(LoraConfig(r=3), "other")
+    assert model.lora_configs["other"].r == 3
+    assert get_peft_model is apply_lora
+
+
+def test_the_callers_config_is_not_changed() -> None:
+    config = LoraConfig(r=2)
+    before = config.to_dict()
+    apply_lora(tiny_bert(), config).add_adapter("other", config, num_labels=7)
+    assert config.to_dict() == before
+
+
+def test_a_model_that_is_not_of_transformers_takes_adapters_too() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    assert apply_lora(model, LoraConfig(r=2)) is model
+    assert list(adapter_layers(model)) == ["0", "2"]
+
+
+# An adapter's own task -----------------------------------------------------------------------------------------------
+
+
+def test_adapters_with_other_label_counts_swap() -> None:
+    names = {i: f"intent {i}" for i in range(5)}
+    model = apply_lora(tiny_bert(labels=3), LoraConfig(r=4), "three")
+    model.add_adapter("five", LoraConfig(r=2), num_labels=5)
+    model.add_adapter("named", LoraConfig(r=2), id2label=names)
+    randomize(model)
+    batch = batch_for(model, labels=False)
+    seen = {}
+    for name, labels in (("three", 3), ("five", 5), ("named", 5), ("three", 3)):
+        model.set_adapter(name)
+        output = model(**batch, labels=torch.tensor([labels - 1, 0]))
+        assert output.logits.shape == (2, labels)
+        assert model.num_labels == model.config.num_labels == len(model.config.id2label) == labels
+        output.loss.backward()
+        assert all(p.grad is not None for n, p in model.named_parameters() if ".copies." in n and f".{name}." in n)
+        seen.setdefault(name, output.logits)
+        assert torch.equal(seen[name], output.logits)
+    model.set_adapter("named")
+    assert model.config.id2label == names
+    assert model.config.label2id == {v: k for k, v in names.items()}
+    model.set_adapter("three")
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+    plain = model.unload()
+    assert plain.num_labels == plain.config.num_labels == 3
+    assert type(plain.classifier) is torch.nn.Linear
+    assert_same_tensors(snapshot(plain), snapshot(tiny_bert(labels=3)))
+
+
+def test_two_active_adapters_with_their_own_heads_are_refused() -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=4), "first")
+    model.add_adapter("second", LoraConfig(r=4))
+    with pytest.raises(StateError, match="classifier: 'first' and 'second' each have their own"):
+        model.set_adapter(["first", "second"])
+    assert model.active_adapters() == ["second"]
+    model.add_adapter("headless", LoraConfig(r=4, modules_to_save=[]))
+    model.set_adapter(["first", "headless"])
+    randomize(model)
+    logits(model)
+
+
+def test_merge_and_unload_keeps_the_active_adapters_head_and_labels() -> None:
+    model = apply_lora(tiny_bert(labels=3), LoraConfig(r=4), "three")
+    model.add_adapter("five", LoraConfig(r=2), num_labels=5)
+    randomize(model)
+    y = logits(model)
+    plain = model.merge_and_unload()
+    assert plain.num_labels == plain.config.num_labels == 5
+    assert plain.classifier.out_features == 5
+    assert not replacements(plain)
+    assert_near(logits(plain), y, torch.float32, 64)
+
+
+def test_labels_of_its_own_need_a_head() -> None:
+    with pytest.raises(StateError, match="has no task head that could take num_labels=5"):
+        apply_lora(tiny_llama()).add_adapter("five", LoraConfig(), num_labels=5)
+
+
+def test_only_what_depends_on_the_labels_is_new() -> None:
+    """`modules_to_save` may name more than the head, and by suffixes; the rest starts as a copy of the base's."""
+    model = apply_lora(tiny_bert(labels=3), LoraConfig(r=4), "three")
+    config = LoraConfig(r=4, modules_to_save=["pooler", "classifier", "word_embeddings"])
+    model.add_adapter("five", config, num_labels=5)
+    assert sorted(replacements(model)) == ["bert.embeddings.word_embeddings", "bert.pooler", "classifier"]
+    for path in ("bert.embeddings.word_embeddings", "bert.pooler"):
+        replacement = replacements(model)[path]
+        kept = {k: t for k, t in replacement.base_layer.state_dict().items() if "lora_" not in k}
+        assert_same_tensors(replacement.copies["five"].state_dict(), kept)
+    assert logits(model).shape == (2, 5)
+
+
+def test_other_labels_from_the_start() -> None:
+    model = apply_lora(tiny_bert(labels=3), LoraConfig(r=4), num_labels=4)
+    assert logits(model).shape == (2, 4)
+    assert model.unload().num_labels == 3
+    assert logits(model).shape == (2, 3)
+
+
+# Inner models and reports --------------------------------------------------------------------------------------------
+
+
+def test_verbs_of_an_inner_model_name_the_outer_one(tmp_path: Path) -> None:
+    model = apply_lora(tiny_llama())
+    inner = model.model
+    assert isinstance(inner, LoraModel)
+    calls: list[Callable[[], Any]] = [
+        lambda: inner.save_pretrained(tmp_path), lambda: inner.merge_adapter(), lambda: inner.unmerge_adapter(),
+        lambda: inner.merge_and_unload(), lambda: inner.unload(), lambda: inner.set_adapter("default"),
+        lambda: inner.enable_adapters(), lambda: inner.disable_adapters(), lambda: inner.delete_adapter("default"),
+        lambda: inner.active_adapters(), lambda: inner.get_adapter_state_dict(), lambda: apply_lora(inner),
+        lambda: inner.add_adapter("x", LoraConfig()), lambda: inner.resize_token_embeddings(70),
+        lambda: inner.disable_adapter().__enter__(), lambda: inner.adapter_table(),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(StateError, match="part of a LlamaForCausalLM"):
+            call()
+    assert not list(tmp_path.iterdir())
+    model.unload()
+    assert type(inner) is type(tiny_llama().model)
+
+
+def test_a_part_that_has_adapters_is_refused() -> None:
+    model = tiny_llama()
+    apply_lora(model.model, LoraConfig(r=2))
+    with pytest.raises(StateError, match=r"model has adapters of its own[\s\S]*unload"):
+        apply_lora(model)
+
+
+def test_the_trainable_line_counts_right(capsys: pytest.CaptureFixture[str]) -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"]))
+    own = 2 * 4 * (32 + 32)
+    total = sum(p.numel() for p in tiny_llama().parameters()) + own
+    assert trainable_parameters(model) == (own, total)
+    line = f"trainable params: {own:,} || all params: {total:,} || trainable%: {100 * own / total:.4f}"
+    assert trainable_line(model) == line
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.strip() == line
+
+
+def test_the_adapters_table_tells_all() -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=4, rank_pattern={"query": 2}))
+    table = model.adapter_table()
+    assert "adapter 'default'" in table
+    rows = {line.split()[0]: line.split() for line in table.splitlines() if "->" in line}
+    assert rows["bert.encoder.layer.0.attention.self.query"][1:] == ["32", "->", "32", "2", "8", "128"]
+    assert rows["bert.encoder.layer.1.intermediate.dense"][1:] == ["32", "->", "48", "4", "8", "320"]
+    assert "classifier: the task's head, outside the backbone, 99 parameters" in table
+    with pytest.raises(StateError, match="no adapter 'x'"):
+        model.adapter_table("x")

@@ -1,0 +1,119 @@
+"""`hf-lora train` from files to an adapter that loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_lora import ConfigError, LoraModel
+from hf_lora.cli.main import app
+from hf_lora.train.run import DEFAULTS, parse_arguments
+
+
+def run(*words: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["train", *(str(word) for word in words)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+FAST = ("--num-train-epochs", "1", "--per-device-train-batch-size", "12", "--use_cpu", "--disable-tqdm", "true")
+
+
+def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    rows = texts_folder / "rows.csv"
+    result = run(
+        "--model", bert_folder, "--train-file", rows, "--test_file", rows, "--output-dir", tmp_path / "out",
+        "--lora-r", 4, "--lora_target_modules", "query", "value", *FAST,
+    )  # fmt: skip
+    assert "text-classification from the columns 'text', 'label': 24 train, 24 test, 2 labels" in result.output
+    assert "test_accuracy" in result.output
+    model = LoraModel.from_pretrained(tmp_path / "out")
+    assert model.config.id2label == {0: "no", 1: "yes"}
+    config = model.lora_configs["default"]
+    assert (config.r, set(config.target_modules)) == (4, {"query", "value"})
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    assert (tmp_path / "out" / "test_results.json").is_file()
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_yaml_with_flags_over_it(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {bert_folder}\ntrain_file: {texts_folder / 'rows.jsonl'}\nlearning_rate: 3e-3\nlora_r: 2\n"
+        f"lora-alpha: 3\nlora_rank_pattern: {{query: 3}}\nlora_target_modules: [query, key]\nmax_steps: 1\n"
+        f"save_strategy: 'no'\noutput_dir: {tmp_path / 'out'}\nuse_cpu: true\ndisable_tqdm: true\n"
+    )
+    run("--config", config, "--lora-r", "5")
+    model = LoraModel.from_pretrained(tmp_path / "out")
+    found = model.lora_configs["default"]
+    assert (found.r, found.lora_alpha, found.rank_pattern) == (5, 3.0, {"query": 3})
+    parsed = parse_arguments(["--lora-r=5"], config)
+    assert (parsed.training.lora_r, parsed.training.learning_rate) == (5, 3e-3)
+    assert parsed.training.report_to == []  # ["none"] as TrainingArguments reads it
+    assert {"learning_rate", "lora_r", "lora_alpha"} <= parsed.given
+
+
+def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    rows = texts_folder / "pairs.jsonl"
+    result = run(
+        "--model", llama_folder, "--train-file", rows, "--test-file", rows, "--output-dir", tmp_path,
+        "--learning-rate", "1e-2", "--save-strategy", "no", *FAST,
+    )  # fmt: skip
+    assert "causal-lm from the columns 'prompt', 'completion'" in result.output
+    assert "test_perplexity" in result.output
+    with torch.no_grad():
+        assert LoraModel.from_pretrained(tmp_path)(torch.tensor([[3, 4]])).logits.shape[:2] == (1, 2)
+
+
+def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
+    stderr = run("--model", "m", "--lora-rr", "4", "--learning-rat=1", "--train-file", "t.csv", code=2).stderr
+    assert "--lora-rr is no argument (did you mean" in stderr
+    assert "--lora-r" in stderr
+    assert "--learning-rate" in stderr
+    config = tmp_path / "run.yaml"
+    config.write_text("lora_rank: 4\nlearning_rates: 1\n")
+    stderr = run("--config", config, code=2).stderr
+    assert "lora_rank is no argument" in stderr
+    assert "'learning_rate'" in stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train-file", "t.csv"], "no model"),
+        (["--model", "m"], "either --train-file or --dataset"),
+        (["--model", "m", "--train-file", "t.csv", "--task", "text-clasification"], "'text-classification'"),
+        (["--model", "m", "--train-file", "/nowhere/t.csv"], "/nowhere/t.csv does not exist"),
+        (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
+        (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be a whole number from 1 up"),
+        (["--config", "/nowhere/run.yaml"], "cannot be read"),
+    ],
+)
+def test_wrong_calls_say_what_is_wrong(words: list[str], message: str) -> None:
+    assert message in run(*words, "--use-cpu", code=2).stderr
+
+
+def test_every_default_is_an_argument_and_is_overridden() -> None:
+    parsed = parse_arguments(["--warmup-steps", "3", "--per_device_train_batch_size", "2"])
+    assert parsed.training.warmup_steps == 3
+    assert parsed.training.per_device_train_batch_size == 2
+    assert parsed.training.per_device_eval_batch_size == DEFAULTS["per_device_eval_batch_size"]
+    assert parsed.given == {"warmup_steps", "per_device_train_batch_size"}
+
+
+def test_yaml_that_is_none(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("lora_r: [")
+    with pytest.raises(ConfigError, match="is no YAML"):
+        parse_arguments([], config)
+    config.write_text("- lora_r")
+    with pytest.raises(ConfigError, match="lines of the form"):
+        parse_arguments([], config)
+    config.write_text("lora_modules_to_save: []\n")
+    assert parse_arguments([], config).training.lora_config().modules_to_save == []

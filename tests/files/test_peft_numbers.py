@@ -1,0 +1,280 @@
+"""Our files in PEFT and PEFT's in ours: the same keys, the same outputs, the same gradients.
+
+The two differ by the order of float32 roundings alone: PEFT scales the update where it is O wide, we where it is R
+wide, and biases are added at another place. What rounding does to a model is measured with PEFT itself in float64:
+ours may be four times as far from it as PEFT's own float32 is, and 16 roundings besides.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+from families import FAMILIES, batch_of
+from helpers import assert_near, randomize, relative_error
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_lora import LoraConfig, LoraModel, apply_lora
+from hf_lora.files.adapters import adapter_state_dict
+from hf_lora.files.format import WEIGHTS_NAME, split_base_copies
+
+EPS = torch.finfo(torch.float32).eps
+OUTPUT_ROUNDINGS = 16
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    config: dict[str, Any]
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def base(self) -> Any:
+        return FAMILIES[self.family](**self.model)
+
+
+LLAMA_PATTERNS = dict(
+    target_modules=["q_proj", "v_proj", "down_proj"],
+    use_rslora=True,
+    lora_alpha=5,
+    rank_pattern={"layers.0.self_attn.q_proj": 3, "down_proj": 5},
+    alpha_pattern={"v_proj": 7},
+)
+LLAMA_EXCLUDE = dict(target_modules=["q_proj", "k_proj"], exclude_modules=["layers.0.self_attn.q_proj"])
+LLAMA_BIASES = dict(target_modules=["q_proj", "o_proj"], bias="lora_only")
+VIT_SAVED = dict(  # its names depend on transformers' version
+    target_modules=r".*\.(q_proj|v_proj|query|value|projection)",
+    lora_alpha=3,
+    modules_to_save=["classifier", "layernorm"],
+)
+RESNET_BIASES = dict(target_modules=["convolution"], bias="all", rank_pattern={"embedder.convolution": 2})
+CASES = {
+    "llama": Case("llama", {}),
+    "llama-patterns": Case("llama", LLAMA_PATTERNS),
+    "llama-embedding": Case("llama", dict(target_modules=["q_proj", "embed_tokens", "lm_head"], lora_alpha=3)),
+    "llama-layers": Case("llama", dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1])),
+    "llama-regex": Case("llama", dict(target_modules=r".*\.1\..*(q|o)_proj", r=3)),
+    "llama-exclude": Case("llama", LLAMA_EXCLUDE),
+    "llama-saved": Case("llama", dict(target_modules=["o_proj"], modules_to_save=["lm_head", "model.norm"])),
+    "llama-biases": Case("llama", LLAMA_BIASES, dict(attention_bias=True)),
+    "gpt2": Case("gpt2", {}),
+    "gpt2-embedding": Case("gpt2", dict(target_modules=["wte", "c_attn"], lora_alpha=3, bias="lora_only")),
+    "gpt2-biases": Case("gpt2", dict(target_modules=["c_attn", "c_proj"], bias="all")),
+    "bert": Case("bert", {}),
+    "bert-embedding": Case("bert", dict(target_modules=["word_embeddings", "query", "value"], use_rslora=True)),
+    "bert-biases": Case("bert", dict(bias="all")),
+    "t5": Case("t5", {}),
+    "t5-embedding": Case("t5", dict(target_modules=["q", "v", "encoder.embed_tokens"], lora_alpha=3)),
+    "t5-head": Case("t5", dict(target_modules=["q", "wo", "lm_head"])),
+    "vit": Case("vit", VIT_SAVED),
+    "vit-biases": Case("vit", dict(bias="all")),
+    "resnet": Case("resnet", dict(target_modules=["convolution"], modules_to_save=["classifier"])),
+    "resnet-biases": Case("resnet", RESNET_BIASES),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def ours(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An adapter of ours, its file, and PEFT's model loaded from it."""
+    case = CASES[request.param]
+    base = case.base()
+    model = randomize(apply_lora(copy.deepcopy(base), LoraConfig(**case.config))).eval()
+    folder = tmp_path_factory.mktemp("ours")
+    model.save_pretrained(folder)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder, is_trainable=True).eval()
+    return SimpleNamespace(case=case, base=base, model=model, folder=folder, theirs=theirs, batch=batch_of(base))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """An adapter that PEFT made, its file, and our model loaded from it."""
+    case = CASES[request.param]
+    base = case.base()
+    values = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **case.config}
+    if case.family in ("vit", "resnet") and "modules_to_save" not in values:
+        values["modules_to_save"] = ["classifier"]  # PEFT has no task for images that would find it
+    config = peft.LoraConfig(task_type=TASKS.get(case.family), **values)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if parameter.requires_grad and "original_module" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    folder = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(folder)
+    model = LoraModel.from_pretrained(folder, base_model=copy.deepcopy(base), is_trainable=True).eval()
+    return SimpleNamespace(case=case, base=base, model=model, folder=folder, theirs=theirs, batch=batch_of(base))
+
+
+def in_double(pair: SimpleNamespace) -> tuple[Any, dict[str, Tensor]]:
+    """PEFT's model and the batch in float64."""
+    batch = {k: v.double() if v.is_floating_point() else v for k, v in pair.batch.items()}
+    return copy.deepcopy(pair.theirs).double(), batch
+
+
+def bound(theirs: Tensor, exact: Tensor) -> float:
+    return 4 * float((theirs - exact).norm()) + 16 * EPS * float(exact.norm())
+
+
+def check_outputs(pair: SimpleNamespace, found: Tensor | None = None) -> None:
+    exact_model, exact_batch = in_double(pair)
+    with torch.no_grad():
+        exact = exact_model(**exact_batch).logits
+        found = pair.model(**pair.batch).logits if found is None else found
+        theirs, base = pair.theirs(**pair.batch).logits, pair.base(**pair.batch).logits
+    assert relative_error(exact, base) > 0.05, "an adapter that does nothing proves nothing"
+    assert float((found - exact).norm()) <= bound(theirs, exact)
+
+
+def gradients(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a PEFT model, by the keys of its file."""
+    model.zero_grad()
+    model(**batch).loss.backward()
+    return {
+        peft_key(n): p.grad
+        for n, p in model.named_parameters()
+        if p.grad is not None and "original_module" not in n
+    }  # fmt: skip
+
+
+def check_gradients(pair: SimpleNamespace) -> None:
+    exact, theirs = gradients(*in_double(pair)), gradients(pair.theirs, pair.batch)
+    pair.model.zero_grad()
+    pair.model(**pair.batch).loss.backward()
+    own = adapter_state_dict(pair.model, "default")
+    found = {k: t.grad for k, t in own.items() if t.grad is not None}
+    assert found.keys() == theirs.keys()
+    # A key's bias has no gradient (softmax takes constants away): what is computed for it is rounding.
+    noise = 16 * EPS * max(float(g.norm()) for g in exact.values())
+    wrong = {k for k, g in exact.items() if float((found[k] - g).norm()) > bound(theirs[k], g) + noise}
+    assert not wrong
+
+
+def peft_key(name: str) -> str:
+    """The key in a file of a parameter's name in PEFT's memory."""
+    return name.replace(".modules_to_save.default.", ".").replace(".default", "")
+
+
+def own_keys(folder: Path) -> set[str]:
+    own, _ = split_base_copies(load_file(folder / WEIGHTS_NAME))
+    return set(own)
+
+
+def test_peft_computes_the_same_from_our_file(ours: SimpleNamespace) -> None:
+    check_outputs(ours)
+
+
+def test_we_compute_the_same_from_pefts_file(foreign: SimpleNamespace) -> None:
+    check_outputs(foreign)
+
+
+def test_gradients_are_pefts(ours: SimpleNamespace) -> None:
+    check_gradients(ours)
+
+
+def test_gradients_are_pefts_from_its_file(foreign: SimpleNamespace) -> None:
+    check_gradients(foreign)
+
+
+def test_peft_writes_the_keys_and_values_that_we_do(ours: SimpleNamespace, tmp_path: Path) -> None:
+    ours.theirs.save_pretrained(tmp_path)
+    found, written = load_file(ours.folder / WEIGHTS_NAME), load_file(tmp_path / WEIGHTS_NAME)
+    own, copies = split_base_copies(written)
+    assert set(own) == set(found)
+    assert all(torch.equal(own[key], found[key]) for key in found)
+    assert {key.rpartition(".")[2] for key in set(written) - set(own)} <= {"weight", "bias"}
+    for path, copied in copies.items():
+        assert torch.equal(copied, ours.base.get_submodule(path).weight)
+
+
+def test_we_write_the_keys_and_values_that_peft_does(foreign: SimpleNamespace, tmp_path: Path) -> None:
+    foreign.model.save_pretrained(tmp_path)
+    found, written = load_file(tmp_path / WEIGHTS_NAME), load_file(foreign.folder / WEIGHTS_NAME)
+    assert set(found) == own_keys(foreign.folder)
+    assert all(torch.equal(found[key], written[key]) for key in found)
+
+
+def test_a_merged_model_is_pefts_unmerged_one(foreign: SimpleNamespace) -> None:
+    with torch.no_grad():
+        found = copy.deepcopy(foreign.model).merge_and_unload(untie=True)(**foreign.batch).logits
+    check_outputs(foreign, found)
+
+
+def test_several_adapters_in_both_directions(tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    batch = batch_of(base)
+    model = apply_lora(copy.deepcopy(base), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj", "down_proj"], use_rslora=True))
+    randomize(model)
+    model.save_pretrained(tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    theirs.load_adapter(tmp_path / "ours" / "other", "other")
+    outputs: dict[Any, Tensor] = {}
+    with torch.no_grad():
+        for names in (["default"], ["other"], ["default", "other"]):
+            model.set_adapter(names)
+            theirs.base_model.set_adapter(names)
+            outputs[tuple(names)] = model(**batch).logits
+            assert_near(outputs[tuple(names)], theirs(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+        assert len({float(y.sum()) for y in outputs.values()}) == 3
+
+        theirs.save_pretrained(tmp_path / "theirs")
+        again = LoraModel.from_pretrained(tmp_path / "theirs", base_model=copy.deepcopy(base))
+        again.load_adapter(tmp_path / "theirs" / "other", "other")
+        for names, expected in outputs.items():
+            again.set_adapter(names)
+            assert torch.equal(again(**batch).logits, expected)
+
+
+def test_automodel_takes_our_folder_as_a_model(tmp_path: Path) -> None:
+    """transformers, with PEFT installed, finds the base from our folder and loads the adapter onto it."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    for family, auto in (("llama", AutoModelForCausalLM), ("bert", AutoModelForSequenceClassification)):
+        FAMILIES[family]().save_pretrained(tmp_path / family)
+        base = auto.from_pretrained(tmp_path / family)
+        model = randomize(apply_lora(base, LoraConfig())).eval()
+        batch = batch_of(model)
+        model.save_pretrained(tmp_path / f"{family}-adapter")
+        with torch.no_grad():
+            expected = model(**batch).logits
+            found = auto.from_pretrained(tmp_path / f"{family}-adapter").eval()(**batch).logits
+        assert_near(found, expected, torch.float32, OUTPUT_ROUNDINGS)
+
+
+def test_a_peft_config_object_is_a_config() -> None:
+    """The same layers, ranks and scalings as PEFT gives."""
+    base = FAMILIES["llama"]()
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules={"q_proj", "down_proj"}, rank_pattern={"down_proj": 2})
+    model = apply_lora(copy.deepcopy(base), config)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    expected = {
+        n.removeprefix("base_model.model."): (m.r["default"], m.scaling["default"])
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    }
+    from hf_lora.adapt.inject import adapter_layers
+
+    found = {n: (m._lora.rank["default"], m._lora.scaling["default"]) for n, m in adapter_layers(model).items()}
+    assert found == expected
+
+
+def test_trained_biases_leave_the_running_statistics_of_a_frozen_norm_alone() -> None:
+    """They are in no file of ours nor of PEFT's, so an adapter must not move them."""
+    model = apply_lora(
+        FAMILIES["resnet"](), LoraConfig(target_modules=["convolution"], bias="all", modules_to_save=[])
+    )
+    before = {n: b.clone() for n, b in model.named_buffers()}
+    model.train()
+    model(**batch_of(model)).loss.backward()
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    biases = [p for n, p in model.named_parameters() if "normalization.lora_bias" in n]
+    assert biases
+    assert all(p.grad is not None for p in biases)

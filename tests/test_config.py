@@ -1,0 +1,188 @@
+"""`LoraConfig`: PEFT's file format both ways, and every wrong field in one error."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+
+from hf_lora import ConfigError, LoraConfig
+
+FULL: dict[str, Any] = dict(
+    r=5,
+    lora_alpha=7.5,
+    lora_dropout=0.25,
+    target_modules=["q_proj", "v_proj"],
+    exclude_modules=["layers.0.q_proj"],
+    layers_to_transform=[0, 1],
+    layers_pattern="layers",
+    rank_pattern={"q_proj": 3},
+    alpha_pattern={"v_proj": 6},
+    use_rslora=True,
+    bias="lora_only",
+    modules_to_save=["score"],
+    init_lora_weights="gaussian",
+    fan_in_fan_out=True,
+    task_type="SEQ_CLS",
+    base_model_name_or_path="somewhere/base",
+    revision="abc",
+)
+
+
+def test_every_field_goes_to_json_and_back() -> None:
+    assert set(FULL) == {f.name for f in dataclasses.fields(LoraConfig)}
+    config = LoraConfig(**FULL)
+    assert all(getattr(config, name) == value for name, value in FULL.items())
+    assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_default_round_trip_resolves_alpha() -> None:
+    config = LoraConfig(r=6)
+    assert (config.lora_alpha, config.alpha) == (None, 12)
+    again = LoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == dataclasses.replace(config, lora_alpha=12)
+
+
+def test_peft_reads_what_we_write(tmp_path: Path) -> None:
+    values = LoraConfig(**FULL).to_dict()
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    theirs = peft.PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(theirs, peft.LoraConfig)
+    for name, value in FULL.items():
+        found = getattr(theirs, name)
+        assert (sorted(found) if isinstance(found, set) else found) == value
+
+
+@pytest.mark.parametrize("kwargs", [{}, FULL, {"target_modules": ".*q_proj"}, {"task_type": peft.TaskType.CAUSAL_LM}])
+def test_we_read_what_peft_writes_and_its_objects(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    theirs = peft.LoraConfig(**{"target_modules": "all-linear", **kwargs})
+    theirs.save_pretrained(tmp_path)
+    from_file = LoraConfig.from_dict(json.loads((tmp_path / "adapter_config.json").read_text()))
+    from_object = LoraConfig.from_any(theirs)
+    for config in (from_file, from_object):
+        for name in FULL:
+            expected, found = getattr(theirs, name), getattr(config, name)
+            if isinstance(expected, set):
+                expected, found = sorted(expected), sorted(found)
+            assert found == expected or (expected is None and found == {})
+
+
+def test_pefts_alpha_where_a_file_names_none() -> None:
+    """A missing field means PEFT's default there, ours here."""
+    assert LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "r": 16}).alpha == 8
+    assert LoraConfig.from_any({"target_modules": ["q"], "r": 16}).alpha == 32
+
+
+def test_what_a_config_can_be_made_from() -> None:
+    assert LoraConfig.from_any(None) == LoraConfig()
+    given = LoraConfig(r=3)
+    copied = LoraConfig.from_any(given)
+    assert copied == given
+    assert copied is not given
+    for wrong in (3, "q_proj", [1]):
+        with pytest.raises(ConfigError, match=type(wrong).__name__):
+            LoraConfig.from_any(wrong)
+
+
+def test_sets_and_tuples_become_lists() -> None:
+    config = LoraConfig(target_modules={"v", "q"}, exclude_modules=("b", "a"), layers_to_transform=(1, 0))  # type: ignore[arg-type]
+    assert config.target_modules == ["q", "v"]
+    assert config.exclude_modules == ["b", "a"]
+    assert config.layers_to_transform == [1, 0]
+
+
+WRONG: dict[str, list[Any]] = {
+    "r": [0, -1, 2.5, "8", True, None],
+    "lora_alpha": [0, -2, "8", math.nan, math.inf],
+    "lora_dropout": [-0.1, 1.0, "0", None],
+    "target_modules": [[], 3, [1], "(", None],
+    "exclude_modules": [3, "("],
+    "layers_to_transform": ["1", [1.5]],
+    "rank_pattern": [{"q": 0}, {"q": 1.5}, {"(": 2}],
+    "alpha_pattern": [{"q": -1}, {"q": "x"}],
+    "bias": ["some", None, True],
+    "modules_to_save": ["score", [3]],
+    "init_lora_weights": ["pissa", "olora", None, 1.5],
+    "task_type": ["SEQ_CLASS", "x"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values])
+def test_a_wrong_field_is_named(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        LoraConfig(**{name: value})
+
+
+def test_all_wrong_fields_are_in_one_error() -> None:
+    wrong = {n: values[0] for n, values in WRONG.items()}
+    for make in (lambda: LoraConfig(**wrong), lambda: LoraConfig.from_dict({"peft_type": "LORA", **wrong})):
+        with pytest.raises(ConfigError) as caught:
+            make()
+        assert all(f"\n  - {name}" in str(caught.value) for name in wrong)
+
+
+def test_contradictions() -> None:
+    with pytest.raises(ConfigError, match="layers_to_transform cannot be used with a regular expression"):
+        LoraConfig(target_modules=".*q", layers_to_transform=1)
+    with pytest.raises(ConfigError, match="layers_pattern needs layers_to_transform"):
+        LoraConfig(layers_pattern="h")
+
+
+UNSUPPORTED: dict[str, Any] = dict(
+    use_dora=True,
+    init_lora_weights="pissa",
+    lora_bias=True,
+    target_parameters=["experts.gate_up_proj"],
+    trainable_token_indices=[1, 2],
+    layer_replication=[[0, 2]],
+    alora_invocation_tokens=[5],
+    use_qalora=True,
+    megatron_config={"a": 1},
+    loftq_config={"loftq_bits": 4},
+    eva_config={"rho": 2.0},
+    corda_config={"corda_method": "kpm"},
+    arrow_config={"top_k": 3},
+    ensure_weight_tying=True,
+    from_the_future=3,
+)
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_a_field_that_changes_the_adapter_and_is_not_supported_is_named(name: str) -> None:
+    values = {"peft_type": "LORA", "target_modules": ["q"], name: UNSUPPORTED[name]}
+    with pytest.raises(ConfigError, match=f"- {name}=") as caught:
+        LoraConfig.from_dict(values)
+    assert "did you mean" not in str(caught.value)
+
+
+def test_all_unsupported_fields_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig.from_dict({"peft_type": "IA3", "target_modules": ["q"], **UNSUPPORTED})
+    assert all(f"- {name}=" in str(caught.value) for name in [*UNSUPPORTED, "peft_type"])
+
+
+def test_dora_of_a_peft_object_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use_dora=True"):
+        LoraConfig.from_any(peft.LoraConfig(target_modules=["q"], use_dora=True))
+
+
+@pytest.mark.parametrize("value", [None, False, {}, [], ""])
+def test_an_unknown_field_at_a_default_does_nothing(value: Any) -> None:
+    assert LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "from_the_future": value}).alpha == 8
+
+
+def test_a_misspelt_field_is_named_with_the_right_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'target_modules'"):
+        LoraConfig.from_dict({"peft_type": "LORA", "target_module": ["q"]})
+    with pytest.raises(ConfigError, match="lora_alhpa"):
+        LoraConfig.from_any({"lora_alhpa": 4})
+
+
+def test_scaling() -> None:
+    assert LoraConfig(r=4, lora_alpha=6).scaling(4, 6) == 1.5
+    assert LoraConfig(r=4, lora_alpha=6, use_rslora=True).scaling(4, 6) == 3.0

@@ -1,0 +1,90 @@
+"""Every Python block of the README and the documentation runs, page by page, in a folder with a tiny base model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [*SPECIAL, "good", "bad", "fine", "poor", "film", "book", "song", "was", "is", "the", "a", "very", "not", "so"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `bert-base` is a tiny BERT without a head, with data beside it."""
+    folder = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+    )
+    BertModel(config).save_pretrained(folder / "bert-base")
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "bert-base")
+    verdicts = {"good": "up", "bad": "down", "fine": "up", "poor": "down", "so so": "flat"}
+    lines = [f"the {thing} was {how},{label}" for thing in ("film", "book", "song") for how, label in verdicts.items()]
+    for name in ("train.csv", "test.csv"):
+        (folder / name).write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    """What the snippets take for granted."""
+    rows = [
+        {"input_ids": [2, 5 + i % 10, 6 + i % 8, 3], "attention_mask": [1] * 4, "labels": i % 3} for i in range(24)
+    ]
+    ids = torch.randint(4, len(WORDS), (2, 6))
+    return {"train_set": Dataset.from_list(rows), "test_set": Dataset.from_list(rows[:8]), "batch": {"input_ids": ids}}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
+def test_python_blocks_run(
+    page: Path, workplace: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for i, block in enumerate(blocks(page, "python")):
+        exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
+    assert names.keys() - {"train_set", "test_set", "batch", "__builtins__"}, "the page's blocks define something"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.stem)
+def test_commands_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from hf_lora.cli import app
+
+    monkeypatch.chdir(workplace)
+    for block in blocks(page, "bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["hf-lora"]:
+                result = CliRunner().invoke(app, words[1:])
+                assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
+    missing = [p.name for p in (ROOT / "docs").glob("*.md") if p.name not in navigation]
+    assert not missing

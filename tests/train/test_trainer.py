@@ -1,0 +1,485 @@
+"""LoraTrainer against the unmodified Trainer, and every way of getting an adapter into its model."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_same_tensors
+from tiny import Rows, adapter_values, sentences, texts, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from torch import nn
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainingArguments
+
+from hf_lora import (
+    LoraConfig,
+    LoraModel,
+    LoraSeq2SeqTrainer,
+    LoraSeq2SeqTrainingArguments,
+    LoraTrainer,
+    LoraTrainerMixin,
+    apply_lora,
+    build_compute_metrics,
+    compat,
+)
+from hf_lora.adapt.walk import adapter_layers, replacements
+from hf_lora.errors import ConfigError, StateError, TrainingError
+
+Make = Callable[..., Any]
+MASTERS = {torch.float32}
+
+
+def dtypes(model: nn.Module, trained: bool) -> set[torch.dtype]:
+    return {p.dtype for p in model.parameters() if p.requires_grad is trained}
+
+
+# The same numbers as the unmodified Trainer.
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert, tiny_t5])
+@pytest.mark.parametrize(
+    "settings", [{"gradient_accumulation_steps": 3}, {"label_smoothing_factor": 0.2}, {"bf16": True}]
+)
+def test_the_same_losses_and_weights_as_trainer(make: Any, settings: dict[str, Any], arguments: Make) -> None:
+    data = sentences() if make is tiny_bert else texts()
+    if make is tiny_t5:  # with label smoothing, the collator makes the decoder's inputs
+        for row in data.rows:
+            row["decoder_input_ids"] = row["input_ids"].roll(1)
+    common = {"max_steps": 6, "logging_strategy": "steps", "logging_steps": 1, "weight_decay": 0.1, **settings}
+    runs = []
+    for cls in (Trainer, LoraTrainer):
+        torch.manual_seed(3)
+        model = apply_lora(make(), LoraConfig(lora_dropout=0.1))
+        trainer = cls(model, arguments(TrainingArguments, **common), train_dataset=data)
+        trainer.train()
+        losses = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((losses, adapter_values(model), trainer.evaluate(data)["eval_loss"]))
+    assert runs[0][0] == runs[1][0]
+    assert len(runs[0][0]) == 6
+    assert_same_tensors(runs[1][1], runs[0][1])
+    assert runs[0][2] == runs[1][2]
+
+
+def test_a_causal_models_loss_counts_shifted_labels(arguments: Make) -> None:
+    """Under accumulation the loss of a step is the mean over all its tokens, as in one batch."""
+    results = []
+    for batch, steps in ((12, 1), (4, 3)):
+        torch.manual_seed(3)
+        args = arguments(
+            max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=steps,
+            logging_strategy="steps", logging_steps=1,
+        )  # fmt: skip
+        trainer = LoraTrainer(tiny_llama(), args, train_dataset=texts())
+        assert compat.shifts_labels(trainer)
+        trainer.train()
+        results.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+    # float32: a sum over 100 terms of about 4, in another order
+    assert results[0] == pytest.approx(results[1], abs=100 * 2**-24 * 4)
+
+
+# Where the adapter comes from.
+
+
+def test_defaults_arguments_and_config(arguments: Make) -> None:
+    plain = LoraTrainer(tiny_bert(), arguments(TrainingArguments))
+    assert isinstance(plain.model, LoraModel)
+    assert plain.model.lora_configs["default"].r == 8
+    flags = LoraTrainer(tiny_bert(), arguments(lora_r=3, lora_target_modules=["query"]))
+    assert {len(layer.lora_A["default"].weight) for layer in adapter_layers(flags.model).values()} == {3}
+    given = LoraTrainer(tiny_bert(), arguments(lora_r=3), lora_config={"r": 5, "target_modules": ["value"]})
+    assert {name.rpartition(".")[2] for name in adapter_layers(given.model)} == {"value"}
+    assert given.model.lora_configs["default"].r == 5
+
+
+def test_a_peft_config_is_taken(arguments: Make) -> None:
+    peft = pytest.importorskip("peft")
+    trainer = LoraTrainer(tiny_bert(), arguments(), lora_config=peft.LoraConfig(r=2, target_modules=["query"]))
+    assert trainer.model.lora_configs["default"].r == 2
+
+
+def test_a_model_with_adapters(arguments: Make, messages: list[str]) -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=2))
+    assert LoraTrainer(model, arguments()).model is model
+    assert not messages
+    LoraTrainer(model, arguments(lora_r=2))
+    assert not messages
+    LoraTrainer(model, arguments(lora_r=5))
+    assert "lora_r" in messages[0]
+    with pytest.raises(StateError, match="already has the adapters 'default'"):
+        LoraTrainer(model, arguments(), lora_config=LoraConfig())
+
+
+def test_the_seed_of_the_arguments_decides_the_adapter(arguments: Make) -> None:
+    values = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(torch.seed() % 1000)
+        values.append(adapter_values(LoraTrainer(tiny_bert(), arguments(seed=seed)).model))
+    assert_same_tensors(values[0], values[1])
+    assert any(not torch.equal(values[0][n], values[2][n]) for n in values[0])
+
+
+def test_trainers_arguments_by_position(arguments: Make) -> None:
+    args, data, collator = arguments(), sentences(), Trainer.__init__.__defaults__
+    assert collator is not None
+    trainer = LoraTrainer(tiny_bert(), args, None, data, data, None, None, None, None, None, (None, None), None, None)
+    assert trainer.train_dataset is data
+    assert trainer.args is args
+    assert inspect.signature(LoraTrainer).parameters["lora_config"].kind is inspect.Parameter.KEYWORD_ONLY
+    with pytest.raises(TypeError):
+        LoraTrainer(tiny_bert(), args, no_such_argument=1)
+
+
+def test_model_init_and_a_search(arguments: Make) -> None:
+    trainer = LoraTrainer(
+        model_init=lambda: tiny_bert(), args=arguments(max_steps=5, lora_r=2), train_dataset=sentences()
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first
+    assert len(adapter_layers(trainer.model)) == len(adapter_layers(first)) > 0
+    trained = adapter_values(trainer.model)
+    trainer.train()
+    assert_same_tensors(adapter_values(trainer.model), trained)
+
+    # A trial's values reach the adapter, though Trainer writes them into the arguments only later.
+    trainer.hp_space = lambda trial: {"lora_r": trial.r, "learning_rate": 1e-3}
+    model = trainer.call_model_init(type("Trial", (), {"r": 7})())
+    assert {len(layer.lora_A["default"].weight) for layer in adapter_layers(model).values()} == {7}
+
+
+def test_model_init_of_a_function_with_adapters(arguments: Make) -> None:
+    made = lambda: apply_lora(tiny_bert(), LoraConfig(r=3))  # noqa: E731
+    LoraTrainer(model_init=made, args=arguments(max_steps=4), train_dataset=sentences()).train()
+    with pytest.raises(StateError):
+        LoraTrainer(model_init=made, args=arguments(), lora_config=LoraConfig())
+
+
+def test_the_mixin_over_a_trainer_of_ones_own(arguments: Make) -> None:
+    class Own(Trainer):
+        def __init__(self, model: Any, weight: float, *args: Any, **kwargs: Any) -> None:
+            super().__init__(model, *args, **kwargs)
+            self.weight = weight
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            self.used = True
+            return super().compute_loss(*args, **kwargs)
+
+    class OwnLora(LoraTrainerMixin, Own):
+        pass
+
+    trainer = OwnLora(tiny_bert(), 2.0, arguments(max_steps=4), train_dataset=sentences(), lora_config=LoraConfig(r=2))
+    trainer.train()
+    assert trainer.weight == 2.0
+    assert trainer.used
+
+
+# Starting.
+
+
+def test_start_is_announced(arguments: Make, capsys: pytest.CaptureFixture[str], messages: list[str]) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    LoraTrainer(tiny_bert(), arguments(max_steps=4, learning_rate=5e-5), train_dataset=sentences()).train()
+    out = capsys.readouterr().out
+    assert "trainable params" in out
+    assert "'default': r=8, alpha=16" in out
+    assert "query" in out
+    assert "classifier" in out
+    assert sum("learning_rate" in m for m in messages) == 1
+    assert sum("random" in m for m in messages) == 1
+    LoraTrainer(tiny_bert(), arguments(max_steps=4, learning_rate=5e-5), train_dataset=sentences()).train()
+    assert sum("learning_rate" in m for m in messages) == 1
+
+
+def test_no_hint_where_a_rate_was_chosen(arguments: Make, messages: list[str]) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    LoraTrainer(tiny_bert(), arguments(max_steps=4, learning_rate=1e-4), train_dataset=sentences()).train()
+    assert not any("learning_rate" in m for m in messages)
+
+
+def test_training_in_vain_is_refused(arguments: Make, tmp_path: Path) -> None:
+    apply_lora(tiny_bert()).save_pretrained(tmp_path / "adapter")
+    frozen = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tiny_bert())
+    trainer = LoraTrainer(frozen, arguments(max_steps=2), train_dataset=sentences(), eval_dataset=sentences())
+    assert trainer.evaluate()["eval_loss"] > 0
+    with pytest.raises(TrainingError, match="is_trainable=True"):
+        trainer.train()
+    merged = apply_lora(tiny_bert())
+    merged.merge_adapter()
+    with pytest.raises(StateError, match="merged"):
+        LoraTrainer(merged, arguments(max_steps=2), train_dataset=sentences()).train()
+
+
+@pytest.mark.parametrize("first", ["resize", "apply"])
+def test_a_grown_vocabulary_is_refused(first: str, arguments: Make, tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    model = type(tiny_bert()).from_pretrained(tmp_path / "base")
+    if first == "apply":
+        apply_lora(model)
+    model.resize_token_embeddings(70)
+    with pytest.raises(TrainingError, match="64 to 70"):
+        LoraTrainer(model, arguments(max_steps=2), train_dataset=sentences()).train()
+    model = type(tiny_bert()).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    kept = LoraConfig(modules_to_save=["word_embeddings", "classifier"])
+    LoraTrainer(model, arguments(max_steps=4), train_dataset=sentences(), lora_config=kept).train()
+
+
+def test_a_frozen_batchnorm_keeps_its_statistics(arguments: Make) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.norm, self.out = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+            y = self.out(self.norm(self.inside(x)))
+            return {"loss": nn.functional.cross_entropy(y, labels), "logits": y}
+
+    rows = Rows([{"x": torch.randn(4) + 3, "labels": torch.tensor(i % 2)} for i in range(16)])
+    model = Net()
+    before = {n: b.clone() for n, b in model.norm.named_buffers()}
+    LoraTrainer(model, arguments(max_steps=4), train_dataset=rows).train()
+    assert all(torch.equal(b, before[n]) for n, b in model.norm.named_buffers())
+
+
+# Rates.
+
+
+def rates(trainer: Any) -> dict[str, float]:
+    names = {id(p): n for n, p in trainer.model.named_parameters()}
+    return {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+
+
+def test_rates_of_b_and_head(arguments: Make) -> None:
+    args = arguments(
+        max_steps=6, learning_rate=1e-3, loraplus_lr_ratio=4.0, head_learning_rate=5e-4, weight_decay=0.1,
+        warmup_steps=2, lr_scheduler_type="linear",
+    )  # fmt: skip
+    trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), lora_config=LoraConfig(bias="lora_only"))
+    trainer.create_optimizer()
+    found = rates(trainer)
+    assert found.keys() == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    for name, rate in found.items():
+        expected = 4e-3 if "lora_B" in name else 5e-4 if "copies" in name else 1e-3
+        assert rate == pytest.approx(expected), name
+    decay = {id(p): g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert {n for n, p in trainer.model.named_parameters() if p.requires_grad and not decay[id(p)]} == {
+        n for n in found if "bias" in n
+    }
+    trainer.train()
+    steps = [(e["learning_rate"]) for e in trainer.state.log_history if "learning_rate" in e]
+    assert all(r <= 1e-3 for r in steps)
+
+    class Ratios(LoraTrainer):
+        def training_step(self, *a: Any, **k: Any) -> Any:
+            seen.append(
+                {(round(g["lr"] / self.optimizer.param_groups[0]["lr"], 6)) for g in self.optimizer.param_groups}
+            )
+            return super().training_step(*a, **k)
+
+    seen: list[set[float]] = []
+    args = arguments(max_steps=6, learning_rate=1e-3, loraplus_lr_ratio=4.0, lr_scheduler_type="cosine")
+    Ratios(tiny_gpt2(), args, train_dataset=texts()).train()
+    assert all(s == {1.0, 4.0} for s in seen)
+
+
+def test_without_rates_the_optimizer_is_trainers_own(arguments: Make) -> None:
+    model = apply_lora(tiny_bert())
+    optimizers = [
+        cls(model, arguments(TrainingArguments, weight_decay=0.1)).create_optimizer() for cls in (Trainer, LoraTrainer)
+    ]
+    theirs, ours = optimizers
+    assert type(ours) is type(theirs)
+    assert len(ours.param_groups) == len(theirs.param_groups)
+    for a, b in zip(ours.param_groups, theirs.param_groups, strict=True):
+        assert [id(p) for p in a["params"]] == [id(p) for p in b["params"]]
+        assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+
+
+def test_a_step_of_lora_plus_is_adams_at_two_rates(arguments: Make) -> None:
+    """Against two optimizers of torch, one a rate."""
+    ends = []
+    for own in (False, True):
+        torch.manual_seed(5)
+        model = apply_lora(tiny_gpt2())
+        options: dict[str, Any] = {
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "optim": "adamw_torch",
+        }
+        if own:
+            parts: dict[bool, list[Any]] = {False: [], True: []}
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad:
+                    parts["lora_B" in name].append(parameter)
+            groups = [{"params": parts[False], "lr": 1e-3}, {"params": parts[True], "lr": 3e-3}]
+            optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            trainer = LoraTrainer(model, arguments(**options), train_dataset=texts(), optimizers=(optimizer, None))
+        else:
+            trainer = LoraTrainer(model, arguments(**options, loraplus_lr_ratio=3.0), train_dataset=texts())
+        trainer.train()
+        ends.append(adapter_values(model))
+    assert_same_tensors(ends[0], ends[1])
+
+
+def test_rates_that_cannot_be_given(arguments: Make) -> None:
+    model = apply_lora(tiny_bert())
+    own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    args = arguments(max_steps=2, loraplus_lr_ratio=2.0)
+    with pytest.raises(ConfigError, match="handed to the Trainer"):
+        LoraTrainer(model, args, train_dataset=sentences(), optimizers=(own, None)).train()
+    trainer = LoraTrainer(
+        apply_lora(tiny_gpt2()), arguments(max_steps=4, loraplus_lr_ratio=2.0), train_dataset=texts()
+    )
+    trainer.train()
+    trainer.train()
+    assert {round(g["lr"], 9) for g in trainer.optimizer.param_groups if g["params"]}
+
+
+# Precision, evaluation, generation.
+
+
+@pytest.mark.parametrize("full_eval", ["bf16_full_eval", "fp16_full_eval"])
+def test_masters_stay_float32(full_eval: str, arguments: Make, messages: list[str]) -> None:
+    args = arguments(max_steps=4, **{full_eval: True})
+    trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), eval_dataset=sentences())
+    trainer.evaluate()
+    half = torch.bfloat16 if full_eval.startswith("bf16") else torch.float16
+    assert dtypes(trainer.model, trained=True) == MASTERS
+    assert half in dtypes(trainer.model, trained=False)
+    if half is torch.float16:
+        return
+    trainer.train()
+    assert any("rounded weights" in m for m in messages)
+    assert dtypes(trainer.model, trained=True) == MASTERS
+    trainer.predict(sentences())
+    assert dtypes(trainer.model, trained=True) == MASTERS
+
+
+@pytest.mark.parametrize("settings", [{"bf16": True}, {"gradient_checkpointing": True}])
+def test_it_learns(settings: dict[str, Any], arguments: Make) -> None:
+    args = arguments(num_train_epochs=15, learning_rate=2e-2, **settings)
+    metric = build_compute_metrics(["accuracy", "f1"])
+    trainer = LoraTrainer(
+        tiny_bert(), args, train_dataset=sentences(), eval_dataset=sentences(seed=9), compute_metrics=metric
+    )
+    assert trainer.preprocess_logits_for_metrics is not None
+    before = trainer.evaluate()["eval_accuracy"]
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_accuracy"] > max(0.8, before)
+    assert after["eval_f1"] > 0.8
+    predictions = trainer.predict(sentences(seed=9))
+    assert predictions.metrics["test_accuracy"] == after["eval_accuracy"]
+    assert predictions.predictions.shape == (24,)
+
+
+def test_perplexity_shifts_as_the_model_does(arguments: Make) -> None:
+    metric = build_compute_metrics(["perplexity", "accuracy"])
+    trainer = LoraTrainer(
+        tiny_llama(), arguments(per_device_eval_batch_size=24), eval_dataset=texts(), compute_metrics=metric
+    )
+    found = trainer.evaluate()
+    assert found["eval_perplexity"] == pytest.approx(float(torch.tensor(found["eval_loss"]).exp()), rel=1e-4)
+    assert trainer.compute_metrics.shift_labels is True
+    assert metric.shift_labels is None
+    args = arguments(per_device_eval_batch_size=24, batch_eval_metrics=True)
+    again = LoraTrainer(
+        tiny_llama(), args, eval_dataset=texts(), compute_metrics=build_compute_metrics("perplexity")
+    ).evaluate()
+    assert again["eval_perplexity"] == pytest.approx(found["eval_perplexity"], rel=1e-6)
+
+
+def test_seq2seq_generates_in_evaluation(arguments: Make) -> None:
+    model = tiny_t5()
+
+    class Tokenizer:
+        padding_side = "right"
+        pad_token_id = 0
+
+        def pad(self, features: Any, **kwargs: Any) -> Any:
+            return {"input_ids": torch.stack([torch.as_tensor(f["input_ids"]) for f in features])}
+
+        def save_pretrained(self, folder: str) -> None: ...
+
+    collator = DataCollatorForSeq2Seq(Tokenizer(), model=model)  # type: ignore[arg-type]
+    rows = [{k: v.tolist() for k, v in row.items()} for row in texts().rows]
+    args = arguments(
+        LoraSeq2SeqTrainingArguments, max_steps=4, predict_with_generate=True, generation_max_length=6, lora_r=4,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trained = LoraSeq2SeqTrainer(model, args, collator, rows, rows)
+    assert isinstance(trained, Seq2SeqTrainer)
+    trained.train()
+    ids = trained.predict(rows, max_length=7).predictions
+    assert ids.shape[0] == len(rows)
+    assert ids.max() < 64
+
+    # An unmodified trainer generates the same from the same model, and something else without the adapter.
+    theirs = Seq2SeqTrainer(
+        model, args, collator, rows, rows, compute_metrics=lambda p: {"sum": int(p.predictions.sum())}
+    )
+    assert (theirs.predict(rows, max_length=7).predictions == ids).all()
+    ours = LoraSeq2SeqTrainer(
+        model, args, collator, rows, rows, compute_metrics=lambda p: {"sum": int(p.predictions.sum())}
+    )
+    assert ours.evaluate()["eval_sum"] == theirs.evaluate()["eval_sum"]
+    tuned = ours.evaluate()["eval_loss"]
+    with model.disable_adapter():
+        assert ours.evaluate()["eval_loss"] > tuned
+
+
+def test_a_second_adapter_is_trained_beside_a_frozen_one(arguments: Make, tmp_path: Path) -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=2), "first")
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if ".first." in n}
+    apply_lora(model, LoraConfig(r=3), "second")
+    trainer = LoraTrainer(
+        model, arguments(max_steps=4, save_strategy="steps", save_steps=4), train_dataset=sentences()
+    )
+    trainer.train()
+    assert_same_tensors({n: p.detach() for n, p in model.named_parameters() if ".first." in n}, first)
+    assert all(".second." in n for n in adapter_values(model))
+    again = apply_lora(apply_lora(tiny_bert(), LoraConfig(r=2), "first"), LoraConfig(r=3), "second")
+    resumed = LoraTrainer(again, arguments(max_steps=4), train_dataset=sentences())
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-4"))
+    assert_same_tensors(adapter_values(again), adapter_values(model))
+
+
+def test_heads_are_trained_and_saved(arguments: Make, tmp_path: Path) -> None:
+    trainer = LoraTrainer(tiny_bert(), arguments(max_steps=4), train_dataset=sentences())
+    trainer.train()
+    assert "classifier" in replacements(trainer.model)
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tiny_bert())
+    batch = {k: torch.stack([row[k] for row in sentences(4).rows]) for k in ("input_ids", "attention_mask")}
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, trainer.model(**batch).logits)
+
+
+def test_fsdp_that_is_not_there_is_said(arguments: Make, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    args = arguments()
+    trainer = LoraTrainer(tiny_bert(), args)
+    monkeypatch.setattr(args, "fsdp", True, raising=False)
+    trainer._warn_of_fallback()
+    assert "FSDP was asked for" in messages[-1]
+
+
+# Private names.
+
+
+def test_private_names_of_trainer_are_what_they_were() -> None:
+    for name, parameters in {**compat.OVERRIDDEN, **compat.CALLED}.items():
+        assert tuple(inspect.signature(getattr(Trainer, name)).parameters)[1:] == parameters, name
+    overridden = {
+        n for n in vars(LoraTrainerMixin) if n.startswith("_") and not n.startswith("__") and hasattr(Trainer, n)
+    }
+    assert overridden == set(compat.OVERRIDDEN)
+    assert "_loss_shifts_labels" in inspect.getsource(Trainer.__init__)
+    assert "push_in_progress" in inspect.getsource(Trainer.init_hf_repo)
+    public = ("create_accelerator_and_postprocess", "call_model_init", "create_optimizer", "save_model", "train")
+    assert all(callable(getattr(Trainer, name)) for name in public)
