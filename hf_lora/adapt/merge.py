@@ -1,7 +1,7 @@
 """Fold adapters into the base weights, and take them out again.
 
-Rows of a weight are read as float32, the updates are added in float32, and the sum is rounded once: at most one unit
-in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a weight.
+Rows of a weight are read as float32, the updates are computed in float64 and added, and the sum is rounded once: at most
+one unit in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a weight.
 """
 
 from __future__ import annotations
@@ -65,9 +65,11 @@ def merge(
         raise
     if untie:
         _untie(model, layers)
+    # Only float16 can overflow where base and update are finite; a failure half way must then be undone everywhere.
+    can_fail = any(layer.weight.dtype == torch.float16 for layer in layers.values())
     for name, layer in layers.items():
         try:
-            _fold(layer, _acting(layer, state), keep)
+            _fold(layer, _acting(layer, state), keep or can_fail)
         except MergeError as error:
             _restore(layers)
             set_active(model, state, before)
@@ -151,8 +153,7 @@ def folded(layer: LoraLayer, names: tuple[str, ...]) -> Iterator[tuple[slice, Te
 @torch.no_grad()
 def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool) -> None:
     state = layer._lora
-    # Only float16 can overflow where base and update are finite; there a failure half way must be undone.
-    if keep or layer.weight.dtype == torch.float16:
+    if keep:
         state.original = layer.weight.detach().clone()  # type: ignore[operator]
     for rows, block in folded(layer, names):
         state.storage.write(layer, rows, block)
@@ -184,6 +185,12 @@ def _check(
         for slot in slots(model, name):
             if slot.tensor.is_floating_point() and not torch.isfinite(slot.tensor).all():
                 faults.add(f"adapter {name!r}: {slot.path}.{slot.role} holds NaN or infinity")
+    for path, biased in bias_layers(model).items():
+        for name in (n for n in active if n in biased._bias_names):
+            bias: Any = biased.bias
+            own: Any = biased.lora_bias[name].weight
+            if torch.isfinite(own).all() and not torch.isfinite(own.to(bias.dtype)).all():
+                faults.add(f"{path}.bias: a merged value is too large for {bias.dtype}")
     users = weight_users(model)
     for path, layer in layers.items():
         weight: Any = layer.weight

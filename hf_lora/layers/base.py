@@ -114,7 +114,7 @@ class Shape:
         raise NotImplementedError
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        """Rows of B A in the layout of the layer's weight, float32."""
+        """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
         raise NotImplementedError
 
     def norm(self, weight: Tensor) -> Tensor:

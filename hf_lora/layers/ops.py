@@ -22,8 +22,16 @@ def working(x: Tensor) -> Tensor:
 
 
 def weight_like(weight: Tensor, x: Tensor) -> Tensor:
-    """The float32 master `weight` in the dtype of `x`; autocast, where it is on, casts and caches by itself."""
-    return weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype)
+    """The float32 master `weight` in the dtype of `x`; autocast, where it is on, casts and caches by itself.
+
+    A factor that was offloaded after it was made is on meta, and a product with it is garbage; moving it raises.
+    """
+    return weight.to(x.device) if torch.is_autocast_enabled(x.device.type) else weight.to(x.device, x.dtype)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype that updates are folded in: float64, so that a sum that nearly cancels is right too."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .base import Shape
 from .extend import plain
-from .ops import weight_like
+from .ops import exact, weight_like
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
@@ -80,7 +80,7 @@ class LinearShape(_Matrix):
         return layer.in_features, layer.out_features
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        return cast(Tensor, layer.lora_B[name].weight[rows].float() @ layer.lora_A[name].weight.float())
+        return exact(layer.lora_B[name].weight[rows]) @ exact(layer.lora_A[name].weight)
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=1)
@@ -99,8 +99,8 @@ class TransposedShape(_Matrix):
         return cast(int, layer.nx), cast(int, layer.nf)
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-        return cast(Tensor, a[:, rows].t() @ b.t())
+        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight)
+        return a[:, rows].t() @ b.t()
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=0)
@@ -147,8 +147,8 @@ class EmbeddingShape(Shape):
         return self.update(layer, name, x) * scaling
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight.float()
-        return cast(Tensor, a[:, rows].t() @ b.t())
+        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight)
+        return a[:, rows].t() @ b.t()
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=0)
@@ -201,8 +201,8 @@ class ConvShape(Shape):
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = layer.lora_A[name].weight.float(), layer.lora_B[name].weight[rows].float()
-        return cast(Tensor, (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:]))
+        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight[rows])
+        return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.flatten(1).norm(dim=1)

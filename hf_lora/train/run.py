@@ -19,7 +19,7 @@ import yaml
 from transformers import HfArgumentParser, set_seed
 
 from ..adapt.report import adapter_table
-from ..errors import ConfigError, Faults, nearest
+from ..errors import ConfigError, Faults, LoraError, nearest
 from .arguments import LoraTrainingArguments
 from .data import (
     CAUSAL_LM,
@@ -108,7 +108,8 @@ class _Parser(HfArgumentParser):
 def argument_parser() -> HfArgumentParser:
     """The parser of `RunArguments` and `LoraTrainingArguments` with the defaults of a run."""
     classes: Any = (RunArguments, LoraTrainingArguments)
-    parser = _Parser(classes, prog="hf-lora train", allow_abbrev=False, add_help=False)
+    usage = "hf-lora train [--config FILE] [--NAME VALUE ...]"
+    parser = _Parser(classes, prog="hf-lora train", usage=usage, allow_abbrev=False, add_help=False)
     parser.set_defaults(**DEFAULTS)
     return parser
 
@@ -135,12 +136,20 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | None =
     empty = {name: value for name, value in values.items() if value == []}  # argparse cannot say it
     parser.set_defaults(**empty)
     lines = [word for name, value in values.items() for word in _as_flag(name, value)]
-    parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
+    try:
+        parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
+    except LoraError:
+        raise
+    except ValueError as error:  # TrainingArguments found two that contradict, or a word that it does not know
+        raise ConfigError(f"hf-lora train: {error}") from error
     run, training, rest = parsed[0], parsed[1], parsed[-1]
     faults = Faults("hf-lora train")
     for word in rest:
-        name = word.lstrip("-").partition("=")[0].replace("-", "_")
-        faults.add(f"{word} is no argument{_as_flags(nearest(name, known)) if word.startswith('--') else ''}")
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            faults.add(f"{word} is no argument{_as_flags(nearest(name, known))}")
+        elif not faults.found:  # after an unknown name it is that one's value
+            faults.add(f"{word} is no argument: names begin with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
     return Parsed(run, training, frozenset(named | set(empty)))

@@ -93,6 +93,12 @@ def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be a whole number from 1 up"),
         (["--config", "/nowhere/run.yaml"], "cannot be read"),
+        (["--model", "m", "t.csv"], "t.csv is no argument: names begin with --"),
+        (["--load-best-model-at-end", "--eval-strategy", "steps", "--save-strategy", "epoch"], "strategy"),
+        (
+            ["--model", "m", "--train-file", "t.csv", "--load-best-model-at-end", "--eval-strategy", "epoch"],
+            "chooses by data of its own",
+        ),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(words: list[str], message: str) -> None:

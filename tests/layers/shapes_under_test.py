@@ -109,7 +109,7 @@ class Toy(Method):
     def _norm(self, layer: Any, name: str) -> Tensor:
         state, rows = layer._lora, slice(0, layer.weight.shape[0])
         return state.shape.norm(
-            state.storage.read(layer, rows) + state.scaling[name] * state.shape.delta(layer, name, rows)
+            state.storage.read(layer, rows) + state.scaling[name] * state.shape.delta(layer, name, rows).float()
         )
 
 

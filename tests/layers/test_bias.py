@@ -11,7 +11,7 @@ from helpers import assert_near, assert_same_tensors, batch_for, randomize, snap
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora import LoraConfig, StateError, apply_lora, explain_targets
+from hf_lora import LoraConfig, MergeError, StateError, apply_lora, explain_targets
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, merge, unmerge
 from hf_lora.adapt.walk import bias_layers
@@ -190,6 +190,16 @@ def test_merge_and_unload_leaves_plain_biases() -> None:
     assert_near(plain(**batch).logits, y, torch.float32, 64)
     assert plain.state_dict().keys() == tiny_bert().state_dict().keys()
     assert_same_tensors(snapshot(twin.unload()), snapshot(tiny_bert()))
+
+
+def test_a_bias_too_large_for_fp16_is_refused() -> None:
+    model = make("all", torch.float16)
+    with torch.no_grad():
+        model.linear.lora_bias["default"].weight[0] = 1e6
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=r"linear\.bias: a merged value is too large for torch\.float16"):
+        merge(model)
+    assert_same_tensors(snapshot(model), before)
 
 
 def test_a_model_without_biases_is_not_harmed() -> None:
