@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapt.heads import AUTO_CLASSES
+from .adapt.labels import AUTO_CLASSES
 from .adapt.resize import vocabulary_of
 from .adapt.state import state_of
 from .errors import AdapterFileError, BaseMismatchError, LoraError

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from .adapt.heads import (
-    CLASSIFICATION,
-    find_heads,
-    new_head,
-    output_embedding,
-    outside_backbone,
-    twin,
-    with_task_head,
-)
+from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, require_gradients, with_gradient
 from .adapt.inject import delete, eject, inject
-from .adapt.match import matches
+from .adapt.labels import CLASSIFICATION, is_backbone, own_heads, with_task_head
 from .adapt.merge import disabled, merge, set_enabled, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
-from .adapt.state import LoraState, Task, base_task, require_state, set_active, state_of
-from .adapt.walk import module_at, original_modules
+from .adapt.state import LoraState, Task, require_state, set_active, state_of
 from .config import LoraConfig
 from .errors import AdapterFileError, StateError
 from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weights, save_adapter
@@ -77,7 +66,7 @@ def apply_lora(
         StateError: the name is taken, the model is merged, sharded, or holds PEFT layers.
     """
     config = LoraConfig.from_any(config)
-    if config.task_type in CLASSIFICATION and _is_backbone(model):
+    if config.task_type in CLASSIFICATION and is_backbone(model):
         if num_labels is not None or id2label is not None:
             Task.from_labels(num_labels, id2label).apply(model)
             num_labels, id2label = None, None
@@ -275,7 +264,7 @@ class LoraModel(Extension, PreTrainedModel):
                 compute the forward again with the adapters.
         """
         _state(self, "disable_adapter")
-        guard = self.register_forward_pre_hook(_refuse_checkpointed)
+        guard = self.register_forward_pre_hook(refuse_checkpointed)
         try:
             with disabled(self):
                 yield
@@ -354,7 +343,7 @@ class LoraModel(Extension, PreTrainedModel):
         checkpointed = [m for m in self.modules() if "_gradient_checkpointing_func" in m.__dict__]
         for module in checkpointed:
             function = module.__dict__["_gradient_checkpointing_func"]
-            module.__dict__["_gradient_checkpointing_func"] = partial(_with_gradient, function)
+            module.__dict__["_gradient_checkpointing_func"] = partial(with_gradient, function)
         found: dict[int, nn.Module] = {}
         for module in () if checkpointed else self.modules():
             if isinstance(module, PreTrainedModel):
@@ -364,14 +353,14 @@ class LoraModel(Extension, PreTrainedModel):
                     continue
                 if isinstance(embedding, nn.Module):
                     found[id(embedding)] = embedding
-        self._require_grads_hooks = [m.register_forward_hook(_require_gradients) for m in found.values()]
+        self._require_grads_hooks = [m.register_forward_hook(require_gradients) for m in found.values()]
 
     def disable_input_require_grads(self) -> None:
         for hook in self.__dict__.pop("_require_grads_hooks", []):
             hook.remove()
         for module in self.modules():
             function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, partial) and function.func is _with_gradient:
+            if isinstance(function, partial) and function.func is with_gradient:
                 module.__dict__["_gradient_checkpointing_func"] = function.args[0]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -407,17 +396,6 @@ def _first_active(model: nn.Module, call: str) -> str:
     return active[0]
 
 
-def _is_backbone(model: Any) -> bool:
-    if not isinstance(model, PreTrainedModel) or state_of(model) is not None:
-        return False
-    from transformers import AutoModel
-
-    mapping = AutoModel._model_mapping
-    config = type(model.config)
-    found = mapping.get(config, ())
-    return type(model) in (found if isinstance(found, (list, tuple)) else (found,))
-
-
 def _add(
     model: Any,
     name: str,
@@ -434,7 +412,7 @@ def _add(
     task, heads = None, None
     if num_labels is not None or id2label is not None:
         task = Task.from_labels(num_labels, id2label)
-        heads, config = _own_heads(model, config, task, call)
+        heads, config = own_heads(model, config, task, call)
     inject(model, config, name, allow_bypassed=allow_bypassed, heads=heads, task=task, call=call)
     if first:
         require_state(model, call).identity = identity
@@ -442,35 +420,8 @@ def _add(
             begin(model)
 
 
-def _own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
-    """New heads for an adapter with labels of its own, and its configuration with them named."""
-    if config.modules_to_save:
-        wanted = set(config.modules_to_save)
-        paths = [name for name, _ in original_modules(model) if matches(wanted, name)]
-    else:
-        paths = list(find_heads(model)) or ([] if output_embedding(model) else outside_backbone(model))
-        config = dataclasses.replace(config, modules_to_save=paths)
-    heads: dict[str, nn.Module] = {}
-    if paths and task.num_labels == base_task(model).num_labels:
-        return heads, config
-    if paths and task.num_labels is not None:
-        other = twin(model, task.num_labels)
-        for path in paths:  # a head is what depends on the number of labels; the rest stays a copy of the base's
-            if _shapes(other.get_submodule(path)) != _shapes(module_at(model, path)):
-                heads[path] = new_head(other, path, module_at(model, path))
-    if not heads:
-        raise StateError(
-            f"{call}: {type(model).__name__} has no task head that could take num_labels={task.num_labels}."
-        )
-    return heads, config
-
-
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for key, tensor in module.state_dict().items() if "lora_" not in key]
 
 
 def begin(model: PreTrainedModel) -> None:
@@ -481,7 +432,7 @@ def begin(model: PreTrainedModel) -> None:
             if module is not model:
                 module.__dict__[_OUTER] = type(model).__name__
     assert isinstance(model, LoraModel)
-    if _is_checkpointing(model):
+    if is_checkpointing(model):
         model.enable_input_require_grads()
     if model.training:
         model.train()  # a frozen BatchNorm to eval
@@ -496,32 +447,3 @@ def _end(model: PreTrainedModel) -> PreTrainedModel:
             LoraModel.shrink(module)
             module.__dict__.pop(_OUTER, None)
     return model
-
-
-def _is_checkpointing(model: nn.Module) -> bool:
-    # transformers renamed its property between the versions that are supported
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def _require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
-    for tensor in output if isinstance(output, (tuple, list)) else (output,):
-        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
-            tensor.requires_grad_(True)
-
-
-def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `checkpoint(function, *args)` with a first floating-point argument that requires a gradient."""
-    floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
-    if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
-        first = args[floats[0]].detach().requires_grad_(True)
-        args = (*args[: floats[0]], first, *args[floats[0] + 1 :])
-    return checkpoint(function, *args, **kwargs)
-
-
-def _refuse_checkpointed(model: Any, _args: Any) -> None:
-    if model.training and torch.is_grad_enabled() and _is_checkpointing(model):
-        raise StateError(
-            "disable_adapter: with activation checkpointing the backward computes the forward again, after the block, "
-            "with the adapters in it, and its gradients would be wrong. Run this forward under torch.no_grad() or in "
-            "eval mode, or turn activation checkpointing off."
-        )

@@ -1,7 +1,8 @@
 """Fold adapters into the base weights, and take them out again.
 
-Rows of a weight are read as float32, the updates are computed in float64 and added, and the sum is rounded once: at most
-one unit in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a weight.
+Rows of a weight are read as float32, the updates are computed in float64 and added, and the sum is rounded once: at
+most one unit in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a
+weight.
 """
 
 from __future__ import annotations

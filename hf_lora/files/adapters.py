@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.heads import input_embedding, new_head, output_embedding, task_type_of, twin
+from ..adapt.heads import input_embedding, output_embedding
 from ..adapt.inject import inject
+from ..adapt.labels import new_head, task_type_of, twin
 from ..adapt.match import matches
 from ..adapt.resize import vocabulary_of
 from ..adapt.state import Task, base_task, require_state, slots, state_of

@@ -31,7 +31,11 @@ def _computes_linear(layer: nn.Linear) -> bool:
         return False
     if weight.shape != (layer.out_features, layer.in_features) or weight.dtype.itemsize < 2:
         return False
-    x = torch.arange(2 * layer.in_features, device=weight.device).cos().view(2, -1).to(weight.dtype)
+    kept = {*layer._parameters, *layer._buffers, *(name for name in layer._modules if not name.startswith("lora_"))}
+    if not kept <= {"weight", "bias"}:
+        return False  # it has more to compute with, such as bounds that two rows may not reach
+    x = torch.arange(2 * layer.in_features, device=weight.device).cos().view(2, -1)
+    x = torch.stack([x[0], 64 * x[1]]).to(weight.dtype)
     try:
         cls: Any = plain(type(layer))
         found = cls.forward(layer, x)

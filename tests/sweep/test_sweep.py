@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from models import CASES, Case
 from steps import TARGETS, sweep
 
@@ -18,15 +16,6 @@ GRID = [
     for case in CASES
     for targets in TARGETS
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(_two_threads: None) -> Iterator[None]:
-    """Faster for models this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("case", "targets"), GRID)

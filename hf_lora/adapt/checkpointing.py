@@ -1,0 +1,40 @@
+"""Activation checkpointing of frozen layers: a gradient must enter them, and both their forwards must be the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import StateError
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    # transformers renamed its property between the versions that are supported
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
+    for tensor in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
+            tensor.requires_grad_(True)
+
+
+def with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call `checkpoint(function, *args)` with a first floating-point argument that requires a gradient."""
+    floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
+        first = args[floats[0]].detach().requires_grad_(True)
+        args = (*args[: floats[0]], first, *args[floats[0] + 1 :])
+    return checkpoint(function, *args, **kwargs)
+
+
+def refuse_checkpointed(model: Any, _args: Any) -> None:
+    if model.training and torch.is_grad_enabled() and is_checkpointing(model):
+        raise StateError(
+            "disable_adapter: with activation checkpointing the backward computes the forward again, after the block, "
+            "with the adapters in it, and its gradients would be wrong. Run this forward under torch.no_grad() or in "
+            "eval mode, or turn activation checkpointing off."
+        )
