@@ -33,6 +33,7 @@ _WHERE = {
     "MergeError": "errors",
     "AdapterFileError": "errors",
     "BaseMismatchError": "errors",
+    "DataError": "errors",
     "TrainingError": "errors",
 }
 
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterFileError",
     "BaseMismatchError",
     "ConfigError",
+    "DataError",
     "LoraConfig",
     "LoraError",
     "LoraModel",
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
         AdapterFileError,
         BaseMismatchError,
         ConfigError,
+        DataError,
         LoraError,
         MergeError,
         StateError,

@@ -88,3 +88,11 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2]
     missing = [p.name for p in (ROOT / "docs").glob("*.md") if p.name not in navigation]
     assert not missing
+
+
+def test_the_page_of_public_names_lists_them_all_and_no_other() -> None:
+    import hf_lora
+
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    listed = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(listed) == sorted(set(hf_lora.__all__) - {"__version__"})

@@ -162,3 +162,37 @@ def test_an_error_in_the_batch_restores_the_model() -> None:
     with pytest.raises(ValueError, match="input_ids"):
         check_adapter(model, {"no_such_argument": 1})
     assert_same_tensors(snapshot(model), before)
+
+
+class TwoSteps(nn.Linear):
+    """A linear layer whose class spells its product out."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+class Clipped(nn.Linear):
+    """A linear layer with bounds that ordinary inputs do not reach."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("bound", torch.tensor(1e6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.clamp(-self.bound, self.bound))
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a forward that is not W x + b."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * super().forward(input)
+
+
+def test_a_subclass_is_adapted_only_if_its_own_forward_is_the_known_one() -> None:
+    model = nn.Sequential(TwoSteps(8, 8), Clipped(8, 8), Scaled(8, 8))
+    plan = explain_targets(model)
+    assert [target.name for target in plan.layers] == ["0"]
+    assert set(plan.skipped) == {"1", "2"}
+    with pytest.raises(TargetError, match=r"(?s)1: Clipped is not a kind of layer.*2: Scaled"):
+        apply_lora(model, LoraConfig(target_modules=["1", "2"]))
