@@ -79,7 +79,7 @@ model = AutoModelForSequenceClassification.from_pretrained(
     base_folder, id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}
 )
 arguments = TrainingArguments(
-    output_dir=str(OUT), lora_r=16, lora_dropout=0.1, learning_rate=1e-3, num_train_epochs=10,
+    output_dir=str(OUT), lora_r=8, lora_dropout=0.1, learning_rate=2e-3, num_train_epochs=8,
     per_device_train_batch_size=16, per_device_eval_batch_size=64, lr_scheduler_type="cosine", warmup_steps=0.1,
     train_sampling_strategy="group_by_length",
     eval_strategy="epoch", logging_steps=10, save_strategy="no", report_to="none", seed=0,

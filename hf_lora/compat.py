@@ -1,4 +1,4 @@
-"""Every private name of Trainer and Accelerate that hf_lora touches, in one place.
+"""Every private name of transformers and Accelerate that hf_lora touches, in one place.
 
 Seen in transformers 5.17 and 5.23 with accelerate 1.15. A test compares this table with what is installed, so that a
 release that renames one of them fails there and not in somebody's training run.
@@ -6,6 +6,9 @@ release that renames one of them fails there and not in somebody's training run.
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
@@ -25,6 +28,33 @@ Public methods that it overrides (`create_accelerator_and_postprocess`, `call_mo
 
 CALLED: dict[str, tuple[str, ...]] = {"_get_output_dir": ("trial",)}
 """Private methods of `transformers.Trainer` that are called -> their parameters after self."""
+
+
+@contextlib.contextmanager
+def held_load_report() -> Iterator[Callable[[], None]]:
+    """Keep back the table of missing keys that `from_pretrained` logs; calling what is yielded logs it after all.
+
+    The record comes from the logger of `transformers.modeling_utils` and has "LOAD REPORT" in its text.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    held: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            held.append(record)
+        return not is_report
+
+    def release() -> None:
+        logger.removeFilter(hold)
+        while held:
+            logger.handle(held.pop(0))
+
+    logger.addFilter(hold)
+    try:
+        yield release
+    finally:
+        logger.removeFilter(hold)
 
 
 def shifts_labels(trainer: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from .adapt.labels import AUTO_CLASSES
 from .adapt.resize import vocabulary_of
 from .adapt.state import state_of
+from .compat import held_load_report
 from .errors import AdapterFileError, BaseMismatchError, LoraError
 from .files.adapters import load_adapter
 from .files.format import AdapterFile, key_of, read_adapter
@@ -143,7 +144,12 @@ def _load_base(file: AdapterFile, base: Any, revision: str | None, kwargs: dict[
         )
     if revision is not None:
         kwargs["revision"] = revision
-    return _class_of(file).from_pretrained(name, **kwargs)
+    with held_load_report() as release:
+        model, found = _class_of(file).from_pretrained(name, output_loading_info=True, **kwargs)
+        missing = [key for key in found["missing_keys"] if key_of(key, "copy") not in file.tensors]
+        if missing or found["unexpected_keys"] or found["mismatched_keys"]:
+            release()  # a head that the adapter brings is not missing; anything else is for the user to read
+    return cast(PreTrainedModel, model)
 
 
 def _class_of(file: AdapterFile) -> Any:

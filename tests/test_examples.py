@@ -60,7 +60,7 @@ def test_demo(tmp_path: Path) -> None:
     output = run("demo_classify.py", tmp_path)
     tuned = re.search(r"after fine-tuning +([\d.]+)%", output)
     assert tuned is not None
-    assert float(tuned[1]) >= 88
+    assert float(tuned[1]) >= 83  # 86 to 89 by seed and threads; the standard error of 210 messages is 2
     assert re.search(r"reloaded and merged +210 of 210", output)
     assert (tmp_path / "out" / "demo" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "demo" / "adapter_model.safetensors").stat().st_size < 5_000_000

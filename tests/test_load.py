@@ -15,6 +15,7 @@ from families import FAMILIES, batch_of, minilm, tiny_vit
 from helpers import assert_near, assert_same_tensors, randomize, snapshot, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import BertForSequenceClassification, BertModel
 
 import hf_lora
 from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, StateError, apply_lora
@@ -511,3 +512,24 @@ def test_a_generation_pipeline(tmp_path: Path) -> None:
     base = transformers.pipeline("text-generation", model=tiny_llama(), tokenizer=tokenizer)("w3 w4 w5", **asked)
     assert found == expected
     assert found != base
+
+
+def test_a_head_that_the_adapter_brings_is_not_reported_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unlike one that nobody brings."""
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    config = tiny_bert().config
+    BertModel(config).save_pretrained(tmp_path / "base")
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    assert "classifier.weight" in caplog.text
+    apply_lora(model).save_pretrained(tmp_path / "with")
+    caplog.clear()
+    LoraModel.from_pretrained(tmp_path / "with")
+    assert "classifier.weight" not in caplog.text
+    model.unload()
+    apply_lora(model, LoraConfig(modules_to_save=[])).save_pretrained(tmp_path / "without")
+    LoraModel.from_pretrained(tmp_path / "without")
+    assert "classifier.weight" in caplog.text

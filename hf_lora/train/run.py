@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, set_seed
 
+from ..adapt.heads import find_heads, outside_backbone
 from ..adapt.report import adapter_table
 from ..errors import ConfigError, Faults, LoraError, nearest
 from .arguments import LoraTrainingArguments
@@ -216,6 +217,9 @@ def finetune(parsed: Parsed) -> RunResult:
 
     set_seed(training.seed)  # a new head draws random numbers
     model = _load(run, columns, labels, tokenizer)
+    if columns.task == CLASSIFICATION and training.lora_modules_to_save is None and not find_heads(model):
+        # The checkpoint held a head for as many labels. Nothing says that they are these, so it is trained too.
+        training.lora_modules_to_save = outside_backbone(model)
     during = rows.get("eval", rows.get("test"))
     if during is None:
         training.eval_strategy = "no"

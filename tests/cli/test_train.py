@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_lora import ConfigError, LoraModel
@@ -57,6 +58,15 @@ def test_yaml_with_flags_over_it(bert_folder: str, texts_folder: Path, tmp_path:
     assert (parsed.training.lora_r, parsed.training.learning_rate) == (5, 3e-3)
     assert parsed.training.report_to == []  # ["none"] as TrainingArguments reads it
     assert {"learning_rate", "lora_r", "lora_alpha"} <= parsed.given
+
+
+def test_the_head_of_another_task_is_trained_too(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    """Also where the checkpoint holds a head for as many labels, so that no parameter is new."""
+    AutoModelForSequenceClassification.from_pretrained(bert_folder, num_labels=2).save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "other")
+    rows = texts_folder / "rows.csv"
+    run("--model", tmp_path / "other", "--train-file", rows, "--output-dir", tmp_path / "out", *FAST)
+    assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].modules_to_save == ["classifier"]
 
 
 def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
