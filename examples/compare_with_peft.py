@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--targets", nargs="+", default=["all-linear"], help="modules to adapt (hf_lora)")
     parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: the rate of B over that of A (hf_lora)")
     parser.add_argument("--head-rate", type=float, default=None, help="the head's own learning rate (hf_lora)")
     parser.add_argument("--warmup", type=int, default=0, help="steps")
@@ -92,6 +93,7 @@ def main() -> None:
                 **common,
                 lora_r=args.r,
                 lora_dropout=args.dropout,
+                lora_target_modules=args.targets,
                 loraplus_lr_ratio=args.b_ratio,
                 head_learning_rate=args.head_rate,
             )

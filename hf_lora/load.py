@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapt.embeddings import vocabulary_of
 from .adapt.labels import AUTO_CLASSES
-from .adapt.resize import vocabulary_of
 from .adapt.state import state_of
 from .compat import held_load_report
 from .errors import AdapterFileError, BaseMismatchError, LoraError

@@ -73,7 +73,7 @@ def test_python_blocks_run(
 def test_commands_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
-    from hf_lora.cli import app
+    from hf_lora.cli.main import app
 
     monkeypatch.chdir(workplace)
     for block in blocks(page, "bash"):

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .walk import module_at, original_modules
 
 
@@ -27,31 +28,6 @@ def is_random(model: Any) -> bool:
     """Whether a transformers model was made from a config, so that its base holds random weights."""
     config = getattr(model, "config", None)
     return config is not None and not getattr(config, "_name_or_path", "") and not has_marks(model)
-
-
-def output_embedding(model: Any) -> nn.Module | None:
-    """The output embedding of a language model, or None."""
-    return _embedding(model, "get_output_embeddings")
-
-
-def input_embedding(model: Any) -> nn.Module | None:
-    """The token embedding of a transformers model, or None."""
-    return _embedding(model, "get_input_embeddings")
-
-
-def _embedding(model: Any, getter: str) -> nn.Module | None:
-    get = getattr(model, getter, None)
-    try:
-        found = get() if get else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def output_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The output embeddings of the model and of the language models in it."""
-    found = (output_embedding(m) for m in model.modules() if hasattr(m, "get_output_embeddings"))
-    return [m for m in found if m is not None]
 
 
 def outside_backbone(model: Any) -> list[str]:
@@ -85,8 +61,6 @@ def find_heads(model: nn.Module) -> dict[str, str]:
 
 
 def _is_resized(model: nn.Module) -> bool:
-    from .resize import checkpoint_vocabulary, vocabulary_of
-
     return checkpoint_vocabulary(model) not in (None, vocabulary_of(model))
 
 

@@ -15,9 +15,9 @@ from ..layers.init import INITS
 from ..layers.methods import ADDITIVE
 from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias, remove_bias
 from ..layers.storage import execution_device
+from .embeddings import checkpoint_vocabulary
 from .heads import is_random
 from .merge import untie_all
-from .resize import checkpoint_vocabulary
 from .state import ATTRIBUTE, LoraState, Task, require_state, set_active, state_of, update_requires_grad
 from .targets import Explanation, Target, resolve
 from .walk import adapter_layers, bias_layers, module_at, original_modules, put, replacements

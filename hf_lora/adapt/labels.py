@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from ..config import LoraConfig
 from ..errors import StateError, TargetError
 from ..layers.extend import plain
-from .heads import find_heads, output_embedding, outside_backbone
+from .embeddings import output_embedding
+from .heads import find_heads, outside_backbone
 from .match import matches
 from .state import Task, base_task, state_of
 from .walk import module_at, original_modules

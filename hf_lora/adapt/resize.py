@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from ..layers.base import LoraLayer
 from ..layers.replacement import BiasLayer, Replacement
-from .heads import output_embedding
+from .embeddings import output_embedding, vocabulary_of
 from .state import require_state, state_of, update_requires_grad
 from .walk import adapter_layers, original_modules, put, replacements
 
@@ -115,36 +113,6 @@ def _fitted(old: nn.Parameter, like: Tensor) -> nn.Parameter:
     common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
     new[common] = old.detach()[common]
     return nn.Parameter(new, requires_grad=old.requires_grad)
-
-
-def vocabulary_of(model: Any) -> int | None:
-    """Rows of the model's input embedding, or None."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if getter else None
-    except (NotImplementedError, AttributeError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
-def checkpoint_vocabulary(model: Any) -> int | None:
-    """Rows of the input embedding in the checkpoint that the model came from, where its config is on this machine."""
-    from transformers.utils.hub import cached_file
-
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        return None
-    try:
-        file = cached_file(
-            name, "config.json", local_files_only=True,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError):
-        return None
-    inner = values.get("text_config")
-    size = values.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
-    return size if isinstance(size, int) else None
 
 
 def frozen_new_rows(model: Any) -> tuple[int, int] | None:

@@ -20,7 +20,8 @@ from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import ConvShape, runs_forward_of, shape_of
 from ..layers.storage import storage_of, why_no_storage
 from .bypass import bypassed_modules
-from .heads import find_heads, output_embeddings, outside_backbone
+from .embeddings import output_embeddings
+from .heads import find_heads, outside_backbone
 from .match import PatternTable, layer_index, matches
 from .walk import original_modules
 

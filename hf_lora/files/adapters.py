@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapt.heads import input_embedding, output_embedding
+from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.inject import inject
 from ..adapt.labels import new_head, task_type_of, twin
 from ..adapt.match import matches
-from ..adapt.resize import vocabulary_of
 from ..adapt.state import Task, base_task, require_state, slots, state_of
 from ..adapt.targets import Explanation, resolve
 from ..adapt.walk import adapter_layers, module_at, original_modules

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapt.heads import output_embedding, outside_backbone
+from ..adapt.embeddings import output_embedding
+from ..adapt.heads import outside_backbone
 from ..adapt.walk import original_modules
 
 SAMPLED_TENSORS = 16

@@ -105,12 +105,8 @@ class Shape:
         """(I, O) as a person would name them."""
         raise NotImplementedError
 
-    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
-        """B A x: unscaled, without base product and bias; in the dtype of the products with x."""
-        raise NotImplementedError
-
-    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
-        """`scaling * update`, with the scaling applied where the tensor is R wide."""
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+        """scaling · B A x, scaled where it is R wide, without base product and bias; in the dtype of its products."""
         raise NotImplementedError
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:

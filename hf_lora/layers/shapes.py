@@ -51,13 +51,9 @@ def _computes_linear(layer: nn.Linear) -> bool:
 class _Matrix(Shape):
     """What a linear layer and its transposed twin share: x (…, I) -> (…, O)."""
 
-    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         h = F.linear(x, weight_like(layer.lora_A[name].weight, x))
         return F.linear(h * scaling, weight_like(layer.lora_B[name].weight, x))
-
-    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
-        h = F.linear(x, weight_like(layer.lora_A[name].weight, x))
-        return F.linear(h, weight_like(layer.lora_B[name].weight, x))
 
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         i, o = self.features(layer)
@@ -93,14 +89,8 @@ class LinearShape(_Matrix):
         return v[rows, None]
 
 
-class TransposedShape(_Matrix):
-    """transformers' `Conv1D`: weight (I, O)."""
-
-    def claims(self, layer: nn.Module) -> bool:
-        return isinstance(layer, Conv1D) and runs_forward_of(layer, Conv1D)
-
-    def features(self, layer: nn.Module) -> tuple[int, int]:
-        return cast(int, layer.nx), cast(int, layer.nf)
+class _ByInput(_Matrix):
+    """What shapes share whose weight has a row for each input: (I, O)."""
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
         a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight)
@@ -113,7 +103,17 @@ class TransposedShape(_Matrix):
         return v[None, :]
 
 
-class EmbeddingShape(Shape):
+class TransposedShape(_ByInput):
+    """transformers' `Conv1D`: weight (I, O)."""
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Conv1D) and runs_forward_of(layer, Conv1D)
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        return cast(int, layer.nx), cast(int, layer.nf)
+
+
+class EmbeddingShape(_ByInput):
     """`nn.Embedding`: weight (V, O), A (R, V), B (O, R); ids (B, T) -> (B, T, O).
 
     A subclass may multiply its rows by `embed_scale`; the update is then multiplied too.
@@ -135,33 +135,13 @@ class EmbeddingShape(Shape):
         layer = cast(nn.Embedding, layer)
         return layer.num_embeddings, layer.embedding_dim
 
-    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        v, o = self.features(layer)
-        return (r, v), (o, r)
-
-    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         h = F.embedding(x, a.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
-        h = h.to(layer.weight.dtype)
+        h = (h * scaling).to(layer.weight.dtype)
         u = F.linear(h, weight_like(b, h))
         scale = getattr(layer, "embed_scale", None)
         return u if scale is None else u * (scale.to(u.dtype) if isinstance(scale, Tensor) else scale)
-
-    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
-        return self.update(layer, name, x) * scaling
-
-    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight)
-        return a[:, rows].t() @ b.t()
-
-    def norm(self, weight: Tensor) -> Tensor:
-        return weight.norm(dim=0)
-
-    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
-        return v[None, :]
-
-    def on_output(self, layer: Any, v: Tensor) -> Tensor:
-        return v
 
 
 class ConvShape(Shape):
@@ -198,10 +178,7 @@ class ConvShape(Shape):
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
         return convolve(h, weight_like(layer.lora_B[name].weight, h), groups=layer.groups)
 
-    def update(self, layer: Any, name: str, x: Tensor) -> Tensor:
-        return self._output(layer, name, self._hidden(layer, name, x))
-
-    def scaled(self, layer: Any, name: str, x: Tensor, scaling: float) -> Tensor:
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:

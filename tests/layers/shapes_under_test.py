@@ -94,7 +94,7 @@ class Toy(Method):
         gain = shape.on_output(layer, self._gain(layer, name))
         bias = getattr(layer, "bias", None)
         linear = y if bias is None else y - shape.on_output(layer, bias).to(y.dtype)
-        update = shape.scaled(layer, name, x, layer._lora.scaling[name])
+        update = shape.update(layer, name, x, layer._lora.scaling[name])
         return y + ((gain - 1) * linear + gain * update).to(y.dtype)
 
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:

@@ -22,9 +22,9 @@ class Additive(Method):
             p, scaling = state.dropout[name], state.scaling[name]
             if p and layer.training:
                 dropped, gain = dropout(x, p)
-                update = state.shape.scaled(layer, name, dropped, scaling * gain)
+                update = state.shape.update(layer, name, dropped, scaling * gain)
             else:
-                update = state.shape.scaled(layer, name, x, scaling)
+                update = state.shape.update(layer, name, x, scaling)
             y = y + update.to(y.dtype)
         return y
 

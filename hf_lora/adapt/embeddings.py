@@ -1,0 +1,59 @@
+"""The token embeddings of a model, and how many rows they have here and in the checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def output_embedding(model: Any) -> nn.Module | None:
+    """The output embedding of a language model, or None."""
+    return _embedding(model, "get_output_embeddings")
+
+
+def input_embedding(model: Any) -> nn.Module | None:
+    """The token embedding of a transformers model, or None."""
+    return _embedding(model, "get_input_embeddings")
+
+
+def _embedding(model: Any, getter: str) -> nn.Module | None:
+    get = getattr(model, getter, None)
+    try:
+        found = get() if get else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The output embeddings of the model and of the language models in it."""
+    found = (output_embedding(m) for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    return [m for m in found if m is not None]
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """Rows of the model's input embedding, or None."""
+    return getattr(input_embedding(model), "num_embeddings", None)
+
+
+def checkpoint_vocabulary(model: Any) -> int | None:
+    """Rows of the input embedding in the checkpoint that the model came from, where its config is on this machine."""
+    from transformers.utils.hub import cached_file
+
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        return None
+    try:
+        file = cached_file(
+            name, "config.json", local_files_only=True,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return None
+    inner = values.get("text_config")
+    size = values.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return size if isinstance(size, int) else None
