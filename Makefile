@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 EXTRAS := test,demo,docs
-# The suite serves its own Hub on loopback and takes nothing from the network; the tests that use that Hub lift the first.
+# The suite takes nothing from the network; offline, a Hub name fails at once instead of after retries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
 .DEFAULT_GOAL := help

@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--alpha", type=float, default=None, help="twice r where not given")
+    parser.add_argument("--bias", default="none", choices=["none", "lora_only", "all"], help="biases to train (hf_lora)")
     parser.add_argument("--targets", nargs="+", default=["all-linear"], help="modules to adapt (hf_lora)")
     parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: the rate of B over that of A (hf_lora)")
     parser.add_argument("--head-rate", type=float, default=None, help="the head's own learning rate (hf_lora)")
@@ -92,7 +94,9 @@ def main() -> None:
             arguments: Any = LoraTrainingArguments(
                 **common,
                 lora_r=args.r,
+                lora_alpha=args.alpha,
                 lora_dropout=args.dropout,
+                lora_bias=args.bias,
                 lora_target_modules=args.targets,
                 loraplus_lr_ratio=args.b_ratio,
                 head_learning_rate=args.head_rate,
@@ -104,7 +108,7 @@ def main() -> None:
 
             config = peft.LoraConfig(
                 r=args.r,
-                lora_alpha=2 * args.r,
+                lora_alpha=args.alpha or 2 * args.r,
                 lora_dropout=args.dropout,
                 target_modules="all-linear",
                 task_type="SEQ_CLS",

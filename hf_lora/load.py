@@ -53,9 +53,14 @@ def load_lora(
             is the one that the adapter was trained on, else that of its task.
         merge: fold the adapter into the weights and return the plain base class.
         is_trainable: let the adapter require gradients.
-        revision, base_revision: of the adapter's and of the base's repository.
+        adapter_name: the name that the adapter gets in the model.
+        revision: branch, tag or commit of the adapter's repository.
+        base_revision: the same of the base's.
         allow_other_base: load it onto another base model than it was trained on.
-        dtype, device_map, base_kwargs: for the base's own `from_pretrained`.
+        token: for the Hub.
+        dtype: of the base's weights; the adapter stays float32.
+        device_map: for the base's own `from_pretrained`.
+        **base_kwargs: further arguments of the base's `from_pretrained`.
 
     Returns:
         A `LoraModel` in eval mode, or with `merge=True` the plain model.

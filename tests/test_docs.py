@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,11 @@ def test_the_page_of_public_names_lists_them_all_and_no_other() -> None:
     rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
     listed = re.findall(r"`(\w+)`", " ".join(rows))
     assert sorted(listed) == sorted(set(hf_lora.__all__) - {"__version__"})
+
+
+def test_the_documentation_builds(tmp_path: Path) -> None:
+    """A broken link, or a name that is not there, is an error."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert (tmp_path / "api" / "index.html").stat().st_size > 10_000
