@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--alpha", type=float, default=None, help="twice r where not given")
-    parser.add_argument("--bias", default="none", choices=["none", "lora_only", "all"], help="biases to train (hf_lora)")
+    parser.add_argument(
+        "--bias", default="none", choices=["none", "lora_only", "all"], help="biases to train (hf_lora)"
+    )
     parser.add_argument("--targets", nargs="+", default=["all-linear"], help="modules to adapt (hf_lora)")
     parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: the rate of B over that of A (hf_lora)")
     parser.add_argument("--head-rate", type=float, default=None, help="the head's own learning rate (hf_lora)")

@@ -1,0 +1,212 @@
+"""Which modules a configuration's patterns choose, and what is wrong with a pattern that chooses nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig
+from ..errors import Faults, nearest
+from ..layers.base import Shape, Storage
+from ..layers.extend import refuse_instance_forward
+from ..layers.shapes import shape_of
+from ..layers.storage import storage_of, why_no_storage
+from .bypass import bypassed_modules
+from .embeddings import output_embeddings
+from .heads import outside_backbone
+from .match import layer_index, matches
+
+ONLY_WHOLE = "matches only modules that are trained whole; modules_to_save=[] adapts them instead"
+ONLY_OUTSIDE = "matches only modules outside layers_to_transform"
+ONLY_CONTAINERS = "matches only containers of layers, none of which has a weight of its own"
+
+Matcher = Callable[[str, nn.Module], list[str]]
+"""(name, module) -> the patterns of `target_modules` that are about it."""
+
+
+class Selection:
+    """One pass over a model's modules.
+
+    Args:
+        modules: original name -> module; the root under an empty name.
+        saved: names of the modules that are trained whole.
+        faults: takes every named module that cannot be adapted, and every pattern that comes to nothing.
+        allow_bypassed: choose named layers although their parent multiplies by their weight itself.
+        from_file: a file's tensors decide, so only a target that matches nothing at all is a fault.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        config: LoraConfig,
+        saved: Iterable[str],
+        faults: Faults,
+        *,
+        allow_bypassed: bool,
+        from_file: bool,
+    ) -> None:
+        self.chosen: dict[str, tuple[nn.Module, Shape, Storage]] = {}
+        self.skipped: dict[str, str] = {}
+        """Name -> why it is left out."""
+        self._modules = modules
+        self._config = config
+        self._saved = tuple(saved)
+        self._faults = faults
+        self._allow_bypassed = allow_bypassed
+        self._from_file = from_file
+        self._preset = config.target_modules in PRESETS
+        self._layers = _as_list(config.layers_to_transform)
+        self._bypassed = {} if from_file else bypassed_modules(modules[""])
+        # What has come to something so far, and what is wrong with the modules that a pattern did match.
+        self._hit: set[str] = set()
+        self._excluded: set[str] = set()
+        self._layers_hit: set[int] = set()
+        self._elsewhere: dict[str, str] = {}
+
+        wanted = _matcher(modules[""], config)
+        for name, module in modules.items():
+            patterns = wanted(name, module) if name else []
+            if patterns:
+                self._consider(name, module, patterns)
+        self._unmatched_targets()
+        if not from_file:
+            self._unmatched_limits()
+        if not self.chosen and not faults.found:
+            faults.add(f"target_modules={config.target_modules!r} leaves no layer to adapt")
+
+    def _consider(self, name: str, module: nn.Module, patterns: list[str]) -> None:
+        """Leave a module out for what the configuration says of its name, else look at the module itself."""
+        whole = next((s for s in self._saved if name == s or name.startswith(s + ".")), None)
+        if self._is_excluded(name):
+            self.skipped[name] = "excluded by exclude_modules"
+            self._hit.update(patterns)
+        elif whole is not None:
+            self.skipped[name] = f"trained whole with {whole}"
+            self._elsewhere |= dict.fromkeys(patterns, ONLY_WHOLE)
+        elif not self._is_in_layers(name):
+            self.skipped[name] = "its layer is not in layers_to_transform"
+            self._elsewhere |= dict.fromkeys(patterns, ONLY_OUTSIDE)
+        else:
+            self._judge(name, module, patterns)
+
+    def _judge(self, name: str, module: nn.Module, patterns: list[str]) -> None:
+        reason = why_not(module)
+        if reason == "" and not self._preset:  # no layer: not what the pattern is about
+            self._elsewhere = dict.fromkeys(patterns, ONLY_CONTAINERS) | self._elsewhere
+            return
+        self._hit.update(patterns)
+        shape, storage = shape_of(module), storage_of(module)
+        if reason is None and name in self._bypassed and (self._preset or not self._allow_bypassed):
+            reason = self._bypassed[name]
+            if not self._preset:
+                reason += " (allow_bypassed=True adapts it all the same)"
+        if reason is None and shape is not None and storage is not None:
+            self.chosen[name] = (module, shape, storage)
+        elif self._preset:
+            self.skipped[name] = reason or "has no weight of its own"
+        else:
+            self._faults.add(f"{name}: {reason}")
+
+    def _is_excluded(self, name: str) -> bool:
+        hit = matches(self._config.exclude_modules, name) if self._config.exclude_modules else []
+        self._excluded.update(hit)
+        return bool(hit)
+
+    def _is_in_layers(self, name: str) -> bool:
+        if self._layers is None:
+            return True
+        index = layer_index(name, self._config.layers_pattern)
+        if index is None or index not in self._layers:
+            return False
+        self._layers_hit.add(index)
+        return True
+
+    def _unmatched_targets(self) -> None:
+        targets = self._config.target_modules
+        for pattern in _as_list(targets) or []:
+            if pattern in self._hit:
+                continue
+            found = self._elsewhere.get(pattern)
+            if found is not None:
+                said = found == ONLY_OUTSIDE and not self._layers_hit  # each of the layers is a fault already
+                if not self._from_file and not said:
+                    self._faults.add(f"target_modules: {pattern!r} {found}")
+            elif self._preset:
+                self._faults.add(
+                    f"target_modules={pattern!r} finds no layer outside the head; name layers, such as convolutions"
+                )
+            elif not self._from_file or isinstance(targets, str):
+                self._faults.add(f"target_modules: {pattern!r} matches nothing{nearest(pattern, self._names())}")
+
+    def _unmatched_limits(self) -> None:
+        for pattern in _as_list(self._config.exclude_modules) or []:
+            if pattern not in self._excluded:
+                near = nearest(pattern, self._names())
+                self._faults.add(f"exclude_modules: {pattern!r} excludes none of the targets{near}")
+        for index in self._layers or []:
+            if index not in self._layers_hit:
+                self._faults.add(f"layers_to_transform: no target lies in layer {index}")
+
+    def _names(self) -> list[str]:
+        return all_names(self._modules)
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why `module` cannot be adapted; None where it can; an empty string where it is no layer at all."""
+    computed = hasattr(module, "parametrizations")
+    if not computed and (not module._parameters or ("weight" not in module._parameters and module._modules)):
+        return ""
+    shape = shape_of(module)
+    if shape is None and not computed:
+        return f"{type(module).__name__} is not a kind of layer whose forward is known"
+    if shape is None or storage_of(module) is None:
+        return why_no_storage(module)
+    return shape.refuse(module) or refuse_instance_forward(module)
+
+
+def all_names(modules: Iterable[str]) -> list[str]:
+    """Last components first, then whole names: what a mistyped pattern may have meant."""
+    names = list(modules)
+    return [*last_names(names), *names]
+
+
+def last_names(names: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def _matcher(model: nn.Module, config: LoraConfig) -> Matcher:
+    if config.target_modules in PRESETS:
+        return _preset(model, str(config.target_modules))
+    targets = config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules)
+    return lambda name, module: matches(targets, name)
+
+
+def _preset(model: nn.Module, preset: str) -> Matcher:
+    """Which modules a preset is about; what it then leaves out of them is listed."""
+    outputs = {id(m) for m in output_embeddings(model)}
+    heads = tuple(f"{n}." for n in outside_backbone(model))
+    blocks: set[str] = set()
+
+    def all_linear(name: str, module: nn.Module) -> list[str]:
+        linear = isinstance(module, (nn.Linear, Conv1D))
+        return [ALL_LINEAR] if linear and id(module) not in outputs and not f"{name}.".startswith(heads) else []
+
+    def attention(name: str, module: nn.Module) -> list[str]:
+        if _is_attention(name, module):
+            blocks.add(name)
+        parents = (name[:i] for i, c in enumerate(name) if c == ".")
+        return [ATTENTION] if all_linear(name, module) and any(p in blocks for p in parents) else []
+
+    return all_linear if preset == ALL_LINEAR else attention
+
+
+def _is_attention(name: str, module: nn.Module) -> bool:
+    words = (type(module).__name__ + " " + name.rpartition(".")[2]).lower()
+    return "attention" in words or "attn" in words
+
+
+def _as_list(value: Any) -> list[Any] | None:
+    return value if value is None or isinstance(value, list) else [value]
