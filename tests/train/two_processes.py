@@ -46,3 +46,5 @@ def main(output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    dist.barrier()
+    dist.destroy_process_group()  # a process that ends with gloo's threads alive may be aborted
