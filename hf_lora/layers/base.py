@@ -12,6 +12,7 @@ Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -85,48 +86,49 @@ def as_masters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-class Shape:
+class Shape(ABC):
     """How two factors act on one kind of layer. Stateless: one instance a kind."""
 
     takes_dropout = True
 
+    @abstractmethod
     def claims(self, layer: nn.Module) -> bool:
-        raise NotImplementedError
+        """Whether this shape knows what the layer's forward computes."""
 
     def refuse(self, layer: nn.Module) -> str | None:
         """Why this layer, though of the right class, cannot be adapted; None where it can."""
         return None
 
+    @abstractmethod
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B as PEFT stores them; from attributes, since the weight may be packed or sharded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def features(self, layer: nn.Module) -> tuple[int, int]:
         """(I, O) as a person would name them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         """scaling · B A x, scaled where it is R wide, without base product and bias; in the dtype of its products."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
         """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def norm(self, weight: Tensor) -> Tensor:
         """The norm of the weights of each output: (O,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
         """v (O,) as a factor that multiplies rows of the weight by outputs."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_output(self, layer: Any, v: Tensor) -> Tensor:
         """v (O,) as a factor that multiplies the layer's output."""
-        raise NotImplementedError
 
 
-class Method:
+class Method(ABC):
     """What an adapter's factors do. Stateless: one instance a method, chosen for each adapter."""
 
     kind = ""
@@ -137,38 +139,41 @@ class Method:
 
     def start(self, layer: Any, name: str) -> None:
         """Make the further factors of a new adapter (`layer.add_factor`)."""
+        return None
 
+    @abstractmethod
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        raise NotImplementedError
+        """The layer's output with the adapters `names` in it; `layer.product(x)` is the output without."""
 
+    @abstractmethod
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         """Rows of the weight with the adapters in it; `block` (float32) may be overwritten."""
-        raise NotImplementedError
 
 
-class Storage:
+class Storage(ABC):
     """How a backend keeps a layer's weight."""
 
     kind = ""
 
+    @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
-        raise NotImplementedError
+        """Whether the layer's weight is kept this way."""
 
+    @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         """The shape of the weight as `read` returns it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, layer: nn.Module, rows: slice) -> Tensor:
         """Rows of the weight, float32, a copy."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
         """Round `block` once into the stored rows.
 
         Raises:
             MergeError: the storage cannot hold a value (not finite after rounding).
         """
-        raise NotImplementedError
 
 
 @dataclass
