@@ -19,6 +19,7 @@ from .errors import AdapterFileError, BaseMismatchError, LoraError
 from .files.adapters import load_adapter
 from .files.format import AdapterFile, key_of, read_adapter
 from .hub.pull import local_adapter
+from .layers.ops import used_devices
 from .model import begin
 
 PROCESSORS = {
@@ -71,8 +72,7 @@ def load_lora(
     """
     folder = local_adapter(adapter, revision, token)
     file = read_adapter(folder)
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):  # a head that the base lacks would draw random numbers
+    with torch.random.fork_rng(devices=used_devices()):  # a head that the base lacks would draw random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
             kwargs = {"dtype": dtype, "device_map": device_map, "token": token, **base_kwargs}

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
-from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, require_gradients, with_gradient
+from .adapt.checkpointing import is_checkpointing, keep_gradients_out, let_gradients_in, refuse_checkpointed
 from .adapt.inject import delete, eject, inject
 from .adapt.labels import CLASSIFICATION, is_backbone, own_heads, with_task_head
 from .adapt.merge import disabled, merge, set_enabled, unmerge
@@ -340,28 +339,12 @@ class LoraModel(Extension, PreTrainedModel):
         Reentrant checkpointing gives no gradient to a layer none of whose inputs requires one.
         """
         self.disable_input_require_grads()
-        checkpointed = [m for m in self.modules() if "_gradient_checkpointing_func" in m.__dict__]
-        for module in checkpointed:
-            function = module.__dict__["_gradient_checkpointing_func"]
-            module.__dict__["_gradient_checkpointing_func"] = partial(with_gradient, function)
-        found: dict[int, nn.Module] = {}
-        for module in () if checkpointed else self.modules():
-            if isinstance(module, PreTrainedModel):
-                try:
-                    embedding = module.get_input_embeddings()
-                except (NotImplementedError, AttributeError):
-                    continue
-                if isinstance(embedding, nn.Module):
-                    found[id(embedding)] = embedding
-        self._require_grads_hooks = [m.register_forward_hook(require_gradients) for m in found.values()]
+        self._require_grads_hooks = let_gradients_in(self)
 
     def disable_input_require_grads(self) -> None:
         for hook in self.__dict__.pop("_require_grads_hooks", []):
             hook.remove()
-        for module in self.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if isinstance(function, partial) and function.func is with_gradient:
-                module.__dict__["_gradient_checkpointing_func"] = function.args[0]
+        keep_gradients_out(self)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """transformers'; factors and copies of the embeddings grow with it.

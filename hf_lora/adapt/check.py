@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
 from ..layers.base import LoraLayer
+from ..layers.ops import used_devices
 from .merge import disabled, folded
 from .state import require_state
 from .walk import adapter_layers
@@ -105,8 +106,7 @@ def _compare(model: nn.Module, layers: dict[str, LoraLayer], batch: Mapping[str,
 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=used_devices()):
         torch.manual_seed(0)  # some losses sample points: the same ones in every run
         output = model(**batch)
     leaves = [leaf for leaf in tree_leaves(dict(_items(output))) if isinstance(leaf, Tensor)]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from ..errors import StateError
+from .embeddings import input_embedding
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpoint function
 
 
 def is_checkpointing(model: nn.Module) -> bool:
@@ -16,13 +22,37 @@ def is_checkpointing(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
+def let_gradients_in(model: nn.Module) -> list[RemovableHandle]:
+    """Let an input of every checkpointed layer require a gradient; without such layers, the embeddings' outputs.
+
+    Returns:
+        Hooks to remove, beside `keep_gradients_out`, when it is to end.
+    """
+    checkpointed = [m for m in model.modules() if _CHECKPOINT in m.__dict__]
+    for module in checkpointed:
+        module.__dict__[_CHECKPOINT] = partial(_with_gradient, module.__dict__[_CHECKPOINT])
+    if checkpointed:
+        return []
+    found = (input_embedding(m) for m in model.modules() if isinstance(m, PreTrainedModel))
+    embeddings = {id(m): m for m in found if m is not None}
+    return [m.register_forward_hook(_require_gradients) for m in embeddings.values()]
+
+
+def keep_gradients_out(model: nn.Module) -> None:
+    """Give every checkpointed layer back the function that `let_gradients_in` wrapped."""
+    for module in model.modules():
+        function = module.__dict__.get(_CHECKPOINT)
+        if isinstance(function, partial) and function.func is _with_gradient:
+            module.__dict__[_CHECKPOINT] = function.args[0]
+
+
+def _require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
     for tensor in output if isinstance(output, (tuple, list)) else (output,):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
             tensor.requires_grad_(True)
 
 
-def with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
     """Call `checkpoint(function, *args)` with a first floating-point argument that requires a gradient."""
     floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -144,7 +145,7 @@ def folded(layer: LoraLayer, names: tuple[str, ...]) -> Iterator[tuple[slice, Te
     state = layer._lora
     method = state.method[names[0]]
     shape = state.storage.shape(layer)
-    step = max(1, BLOCK_ELEMENTS // max(1, _product(shape[1:])))
+    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
     for start in range(0, shape[0], step):
         rows = slice(start, min(start + step, shape[0]))
         block = state.storage.read(layer, rows)
@@ -277,10 +278,3 @@ def _configs(model: Any) -> Iterator[Any]:
         yield config
         if hasattr(config, "get_text_config"):
             yield config.get_text_config()
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result

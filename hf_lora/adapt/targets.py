@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -40,7 +41,7 @@ class Target:
     @property
     def parameters(self) -> int:
         a, b = self.shape.shapes(self.module, self.r)
-        return _product(a) + _product(b)
+        return prod(a) + prod(b)
 
 
 @dataclass
@@ -162,10 +163,3 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
                 "needs untie=True"
             )
     return notes
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result

@@ -21,6 +21,7 @@ from ..adapt.walk import adapter_layers, module_at, original_modules
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults
 from ..layers.extend import plain
+from ..layers.ops import used_devices
 from .fingerprint import differs, identify
 from .format import FULL_MODEL_FILES, AdapterFile, compare, key_of, keys_of, read_adapter, write_adapter
 
@@ -274,7 +275,7 @@ def _heads(model: Any, plan: Explanation, task: Task | None) -> dict[str, nn.Mod
     if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
         return {}
     other = twin(model, labels)
-    with torch.random.fork_rng(devices=_used_devices()):
+    with torch.random.fork_rng(devices=used_devices()):
         return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
 
 
@@ -295,7 +296,3 @@ def _labels_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> 
             if held.shape[1:] == own.shape[1:]:
                 return int(held.shape[0])
     return None
-
-
-def _used_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -48,6 +48,11 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
     return x * keep, 65536 / (65536 - dropped)
 
 
+def used_devices() -> list[int]:
+    """The CUDA devices whose random state is in use, for `torch.random.fork_rng`."""
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn` of `nn.Module._apply` with its moves kept and its casts undone, so that float32 masters stay float32."""
 
