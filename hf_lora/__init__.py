@@ -18,11 +18,15 @@ _WHERE = {
     "apply_lora": "model",
     "get_peft_model": "model",
     "pipeline": "load",
+    "generate_texts": "generate",
+    "Conversation": "conversation",
     "explain_targets": "adapt.targets",
     "check_adapter": "adapt.check",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
+    "LoraSFTTrainer": "train.sft",
+    "LoraSFTConfig": "train.sft",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
     "build_compute_metrics": "train.metrics",
@@ -41,10 +45,13 @@ __all__ = [
     "AdapterFileError",
     "BaseMismatchError",
     "ConfigError",
+    "Conversation",
     "DataError",
     "LoraConfig",
     "LoraError",
     "LoraModel",
+    "LoraSFTConfig",
+    "LoraSFTTrainer",
     "LoraSeq2SeqTrainer",
     "LoraSeq2SeqTrainingArguments",
     "LoraTrainer",
@@ -59,6 +66,7 @@ __all__ = [
     "build_compute_metrics",
     "check_adapter",
     "explain_targets",
+    "generate_texts",
     "get_peft_model",
     "pipeline",
 ]
@@ -67,6 +75,7 @@ if TYPE_CHECKING:
     from .adapt.check import check_adapter
     from .adapt.targets import explain_targets
     from .config import LoraConfig
+    from .conversation import Conversation
     from .errors import (
         AdapterFileError,
         BaseMismatchError,
@@ -78,10 +87,12 @@ if TYPE_CHECKING:
         TargetError,
         TrainingError,
     )
+    from .generate import generate_texts
     from .load import pipeline
     from .model import LoraModel, apply_lora, get_peft_model
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.metrics import build_compute_metrics
+    from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 
 

@@ -26,7 +26,10 @@ Public methods that it overrides (`create_accelerator_and_postprocess`, `call_mo
 `floating_point_ops`, `save_model`, `train`) need no entry.
 """
 
-CALLED: dict[str, tuple[str, ...]] = {"_get_output_dir": ("trial",)}
+CALLED: dict[str, tuple[str, ...]] = {
+    "_get_num_items_in_batch": ("batch_samples", "device"),
+    "_get_output_dir": ("trial",),
+}
 """Private methods of `transformers.Trainer` that are called -> their parameters after self."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,7 +49,31 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"the {thing} was {how},{label}" for thing in ("film", "book", "song") for how, label in verdicts.items()]
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    _language_model(folder)
     return folder
+
+
+def _language_model(folder: Path) -> None:
+    """`my-adapter`: an adapter of `chat-base`, a tiny language model with a template, and `test.jsonl` with chats."""
+    from helpers import tiny_llama
+
+    from hf_lora import apply_lora
+
+    tiny_llama(max_position_embeddings=256).save_pretrained(folder / "chat-base")
+    model = apply_lora(LlamaForCausalLM.from_pretrained(folder / "chat-base"))
+    model.save_pretrained(folder / "my-adapter")
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", *WORDS[5:]])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    for name in ("my-adapter", "chat-base"):
+        tokenizer.save_pretrained(folder / name)
+    chat = [{"role": "user", "content": "was the film good"}, {"role": "assistant", "content": "very good"}]
+    (folder / "test.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 2, encoding="utf-8")
 
 
 @pytest.fixture

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +50,64 @@ def test_no_two_messages_are_alike() -> None:
     assert [text for text, count in bare.items() if count > 1] == []
 
 
+@pytest.fixture
+def finetune(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "examples")  # where the examples find one another
+    return importlib.import_module("finetune_smollm2")
+
+
+@pytest.fixture
+def smollm2(finetune: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The module, with an empty cache and without the real weights."""
+    module = importlib.import_module("smollm2")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "gguf_file", lambda: tmp_path / "weights.gguf")
+    return module
+
+
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_the_language_model_learns_the_intent_and_the_slots_as_one_json_object(finetune: Any, name: str) -> None:
+    rows, chats = read(name), finetune.read(name)
+    for row, (_, user, assistant) in zip(rows, chats, strict=True):
+        assert (user["role"], user["content"]) == ("user", row["text"])
+        assert assistant["role"] == "assistant"
+        answer = json.loads(assistant["content"])
+        assert next(iter(answer)) == "intent"  # the slots that follow depend on it
+        assert answer.pop("intent") == row["intent"]
+        assert answer == row["slots"]
+
+
+def test_the_plain_script_is_short() -> None:
+    assert len((ROOT / "examples" / "finetune_smollm2.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_the_base_is_written_once(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def write(weights: Path, folder: Path) -> None:
+        written.append(folder)
+        (folder / "model.safetensors").write_text(weights.name)
+
+    monkeypatch.setattr(smollm2, "write", write)
+    folder = smollm2.base_folder()
+    assert (folder / "model.safetensors").read_text() == "weights.gguf"
+    assert smollm2.base_folder() == folder
+    assert len(written) == 1
+    assert not written[0].exists()  # it was written elsewhere, and renamed when it was whole
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_base_that_could_not_be_written_leaves_nothing(smollm2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(weights: Path, folder: Path) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(smollm2, "write", write)
+    with pytest.raises(OSError, match="no space"):
+        smollm2.base_folder()
+    assert list((Path(os.environ["XDG_CACHE_HOME"]) / "hf_lora").iterdir()) == []
+
+
 def run(script: str, folder: Path, *words: str) -> str:
     """An example in a process of its own, in an empty folder."""
     command = [sys.executable, str(ROOT / "examples" / script), *words]
@@ -64,6 +125,28 @@ def test_demo(tmp_path: Path) -> None:
     assert re.search(r"reloaded and merged +210 of 210", output)
     assert (tmp_path / "out" / "demo" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "demo" / "adapter_model.safetensors").stat().st_size < 5_000_000
+
+
+@pytest.mark.slow
+def test_demo_llm(tmp_path: Path) -> None:
+    output = run("demo_llm.py", tmp_path)
+    f1 = re.search(r"fields right \(F1\) +([\d.]+) +([\d.]+)", output)
+    assert f1 is not None
+    assert float(f1[1]) < 0.1
+    assert float(f1[2]) >= 0.70
+    assert re.search(r"same answer merged and unmerged +48 of 48", output)
+    assert (tmp_path / "out" / "demo-llm" / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "demo-llm" / "adapter_model.safetensors").stat().st_size < 25_000_000
+
+
+@pytest.mark.slow
+def test_finetune_smollm2(finetune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened = functools.partial(finetune.TrainingArguments, max_steps=2)
+    monkeypatch.setattr(finetune, "TrainingArguments", shortened)
+    monkeypatch.setattr(sys, "argv", ["finetune_smollm2.py", str(tmp_path)])
+    finetune.main()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
+    assert (tmp_path / "tokenizer.json").is_file()
 
 
 @pytest.mark.slow

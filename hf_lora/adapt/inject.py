@@ -147,6 +147,8 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
         end_layer(layer)
     for biased in bias_layers(model).values():
         end_bias(biased)
+    for name in state.borrowed:
+        model.__dict__.pop(name, None)
     delattr(model, ATTRIBUTE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, True))

@@ -83,6 +83,8 @@ class LoraState:
     has_batchnorm: bool = False
     resumable: bool = False
     """A LoraTrainer is in charge, which can resume from the checkpoints that are saved."""
+    borrowed: list[str] = field(default_factory=list)
+    """Attributes of the model itself that a Trainer set and that go when the adapters go."""
 
     def require(self, name: str) -> None:
         if name not in self.configs:

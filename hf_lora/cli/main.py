@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LoraError
-from . import files, train
+from . import evaluate, files, generate, train
 
 
 class _Commands(TyperGroup):
@@ -26,13 +26,15 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="hf-lora",
-    help="Train, merge, convert and inspect LoRA adapters of Hugging Face models.",
+    help="Train, use, merge, convert and inspect LoRA adapters of Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 train.register(app)
+generate.register(app)
+evaluate.register(app)
 files.register(app)
 
 

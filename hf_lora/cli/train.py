@@ -43,15 +43,18 @@ def train(
     text_column: str | None = typer.Option(None, help="Column of the texts, or prompts; not given: found by name."),
     label_column: str | None = typer.Option(None, help="Column of the labels; not given: found by name."),
     completion_column: str | None = typer.Option(None, help="Column of what is learned after the prompt (causal-lm)."),
-    max_length: int | None = typer.Option(None, help="Tokens kept of a text; not given: at most 512."),
+    max_length: int | None = typer.Option(None, help="Tokens of a text, and of a packed row; not given: 512 or 1024."),
     output_dir: str | None = typer.Option(None, help="Folder for the adapter; not given: hf_lora_run."),
+    show_batch: bool = typer.Option(False, "--show-batch", help="Print a batch: what is learned of it; and leave."),
     all_options: bool = typer.Option(False, "--all-options", help="List every option, and leave."),
 ) -> None:
     """Fine-tune a model on files of text.
 
-    The task is text classification or a causal language model. The adapter and the tokenizer are saved.
+    The task is text classification, or a causal language model on chats, pairs of prompt and answer, or texts. The
+    adapter and the tokenizer are saved.
     """
-    from ..train.run import argument_parser, finetune, parse_arguments
+    from ..train.parsing import argument_parser, parse_arguments
+    from ..train.run import finetune, first_batch
 
     if all_options:
         typer.echo(argument_parser().format_help())
@@ -63,7 +66,11 @@ def train(
         "max_length": max_length, "output_dir": output_dir,
     }  # fmt: skip
     declared = [f"--{name}={value}" for name, value in own.items() if value is not None]
-    result = finetune(parse_arguments([*declared, *ctx.args], config))
+    parsed = parse_arguments([*declared, *ctx.args], config)
+    if show_batch:
+        typer.echo(first_batch(parsed))
+        raise typer.Exit
+    result = finetune(parsed)
     for name, value in result.metrics.items():
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
             typer.echo(f"{name}: {value:,.4g}")

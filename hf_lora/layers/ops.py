@@ -26,6 +26,8 @@ def weight_like(weight: Tensor, x: Tensor) -> Tensor:
 
     A factor that was offloaded after it was made is on meta, and a product with it is garbage; moving it raises.
     """
+    if weight.dtype == x.dtype and weight.device == x.device:
+        return weight  # the common case, asked first: at one token a step each call counts
     return weight.to(x.device) if torch.is_autocast_enabled(x.device.type) else weight.to(x.device, x.dtype)
 
 

@@ -52,8 +52,9 @@ class _Matrix(Shape):
     """What a linear layer and its transposed twin share: x (…, I) -> (…, O)."""
 
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
-        h = F.linear(x, weight_like(layer.lora_A[name].weight, x))
-        return F.linear(h * scaling, weight_like(layer.lora_B[name].weight, x))
+        parts = layer._modules  # nn.Module finds its children by failing first: a third of a call at one token a step
+        h = F.linear(x, weight_like(parts["lora_A"]._modules[name].weight, x))
+        return F.linear(h if scaling == 1.0 else h * scaling, weight_like(parts["lora_B"]._modules[name].weight, x))
 
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         i, o = self.features(layer)

@@ -96,6 +96,13 @@ class LoraArguments:
         default=None,
         metadata={"help": "Learning rate of what is trained whole: heads, modules to save. Not given: learning_rate."},
     )
+    frozen_head_loss: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute the loss of a causal language model over its frozen head without holding the logits, "
+            "where the model allows it."
+        },
+    )
     lora_guard_steps: int = field(
         default=4,
         metadata={

@@ -1,4 +1,7 @@
-"""From tables of text to tokenised data sets: text classification and causal language models."""
+"""From tables of text to tokenised data sets: which task the columns are for, and text classification.
+
+The rows of causal language models are read in forms.py and labelled in chat.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ..errors import DataError, Faults, nearest
+from .forms import CHAT_COLUMNS, COMPLETION_COLUMNS
 from .tables import Table
 
 CLASSIFICATION = "text-classification"
@@ -18,63 +22,33 @@ TASKS = (CLASSIFICATION, CAUSAL_LM)
 # Names that columns usually have, the surest first. Any other column is named by the user.
 TEXT_COLUMNS = ("text", "sentence", "utterance", "content", "review", "question")
 LABEL_COLUMNS = ("label", "labels", "intent", "category", "class", "sentiment", "topic", "target")
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
-COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
-
-IGNORED = -100
 
 
 @dataclass
 class Columns:
-    """Which columns of a table are used, and for what task.
+    """Which columns of a table are classified: `text` (with `pair` as the second text, if any) into `label`."""
 
-    For classification `text` (with `pair` as the second text, if any) and `label`; for a causal language model either
-    `text`, learned whole, or `text` as the prompt and `completion` as what is learned.
-    """
-
-    task: str
     text: str
+    label: str
     pair: str | None = None
-    label: str | None = None
-    completion: str | None = None
 
 
-def choose_columns(
-    table: Table,
-    *,
-    task: str | None = None,
-    text: str | None = None,
-    pair: str | None = None,
-    label: str | None = None,
-    completion: str | None = None,
-) -> Columns:
-    """Find the task and the columns that were not named, by the usual names.
+def choose_task(table: Table, *, label: str | None = None, completion: str | None = None) -> str:
+    """The task that a table's columns are for.
+
+    Args:
+        label, completion: columns that the user named, if any.
 
     Raises:
-        DataError: a column that was named is not there, or one cannot be told.
+        DataError: a column that was named is not there, or the columns would do for both tasks.
     """
-    if task is not None and task not in TASKS:
-        raise DataError(f"task={task!r} is unknown{nearest(task, TASKS)}. It is {' or '.join(TASKS)}.")
-    for name in (text, pair, label, completion):
+    for name in (label, completion):
         if name is not None:
             table.column(name)
-    if task is None:
-        task = _guess_task(table, label, completion)
-    if task == CLASSIFICATION:
-        label = label or _find(table, LABEL_COLUMNS, "label_column", "the labels")
-        text = text or _find(table, TEXT_COLUMNS, "text_column", "the texts", skip=(label, pair))
-        return Columns(task, text, pair=pair, label=label)
-    if completion is None and text is None:
-        completion = next((c for c in COMPLETION_COLUMNS if c in table.columns), None)
-    if completion is not None:
-        text = text or _find(table, PROMPT_COLUMNS + TEXT_COLUMNS, "text_column", "the prompts", skip=(completion,))
-        return Columns(task, text, completion=completion)
-    return Columns(task, text or _find(table, TEXT_COLUMNS, "text_column", "the texts"))
-
-
-def _guess_task(table: Table, label: str | None, completion: str | None) -> str:
     if label is not None or completion is not None:
         return CLASSIFICATION if completion is None else CAUSAL_LM
+    if any(name in table.columns for name in CHAT_COLUMNS):
+        return CAUSAL_LM  # nothing else is called so, whatever stands beside it
     has_label = any(c in table.columns for c in LABEL_COLUMNS)
     has_pair = any(c in table.columns for c in COMPLETION_COLUMNS)
     if has_label and has_pair:
@@ -83,6 +57,22 @@ def _guess_task(table: Table, label: str | None, completion: str | None) -> str:
             f"language model. Say which with task={CLASSIFICATION!r} or task={CAUSAL_LM!r}."
         )
     return CLASSIFICATION if has_label else CAUSAL_LM
+
+
+def choose_columns(
+    table: Table, *, text: str | None = None, pair: str | None = None, label: str | None = None
+) -> Columns:
+    """Find the columns of a classification that were not named, by the usual names.
+
+    Raises:
+        DataError: a column that was named is not there, or one cannot be told.
+    """
+    for name in (text, pair, label):
+        if name is not None:
+            table.column(name)
+    label = label or _find(table, LABEL_COLUMNS, "label_column", "the labels")
+    text = text or _find(table, TEXT_COLUMNS, "text_column", "the texts", skip=(label, pair))
+    return Columns(text, label, pair)
 
 
 def _find(table: Table, usual: Iterable[str], option: str, what: str, skip: Iterable[str | None] = ()) -> str:
@@ -149,7 +139,6 @@ def classification_rows(
     Raises:
         DataError: lists every text that is empty or no text, and every label that is none of `labels`.
     """
-    assert columns.label is not None
     faults = Faults(f"reading {table.source}")
     texts = table.texts(columns.text, faults)
     pairs = table.texts(columns.pair, faults) if columns.pair else None
@@ -172,45 +161,6 @@ def classification_rows(
         for row, target in enumerate(targets)
     ]
     return TokenRows(rows, sum(len(row["input_ids"]) == limit for row in rows))
-
-
-def causal_rows(table: Table, columns: Columns, tokenizer: Any, max_length: int | None = None) -> TokenRows:
-    """Tokenise texts for a causal language model; each ends with the end-of-text token.
-
-    With a `completion` column the prompt's tokens carry no label, so the completion alone is learned. Prompt and
-    completion are tokenised apart, with nothing put between them.
-
-    Raises:
-        DataError: lists every text that is empty or no text, and every prompt that leaves no room for a completion.
-    """
-    faults = Faults(f"reading {table.source}")
-    texts = table.texts(columns.text, faults, empty=columns.completion is not None)
-    completions = table.texts(columns.completion, faults) if columns.completion else None
-    faults.check(DataError, "Correct or remove these rows.")
-    limit = max_length or length_limit(tokenizer)
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    first = tokenizer(texts)["input_ids"]
-    rest = tokenizer(completions, add_special_tokens=False)["input_ids"] if completions else [[]] * len(texts)
-    rows, cut = [], 0
-    for row, (prompt, completion) in enumerate(zip(first, rest, strict=True)):
-        if completions is not None and prompt[-1:] == end and end:
-            prompt = prompt[:-1]  # some tokenizers end every text themselves
-        tokens = prompt + completion
-        tokens += end if tokens[-1:] != end else []
-        silent = len(prompt) if completions is not None else 0
-        if silent >= limit:
-            faults.add(f"{table.at(row)}: the prompt fills all {limit} tokens and leaves none to learn")
-        cut += len(tokens) >= limit
-        tokens = tokens[:limit]
-        rows.append(
-            {
-                "input_ids": tokens,
-                "attention_mask": [1] * len(tokens),
-                "labels": [IGNORED] * min(silent, limit) + tokens[silent:],
-            }
-        )
-    faults.check(DataError, "Remove these rows, or raise max_length.")
-    return TokenRows(rows, cut)
 
 
 def length_limit(tokenizer: Any, most: int = 512) -> int:

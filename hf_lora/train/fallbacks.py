@@ -12,6 +12,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .answers import ExactMatch, FieldF1
+
 
 class Accuracy(evaluate.Metric):
     """The share of predictions that equal their references. Keys, arguments and values are those of `accuracy`."""
@@ -95,7 +97,13 @@ class Perplexity(evaluate.Metric):
             return {"perplexity": float(whole), "mean_perplexity": float(np.exp(rows[:, 0] / rows[:, 1]).mean())}
 
 
-FALLBACKS: dict[str, type[evaluate.Metric]] = {"accuracy": Accuracy, "f1": F1, "perplexity": Perplexity}
+FALLBACKS: dict[str, type[evaluate.Metric]] = {
+    "accuracy": Accuracy,
+    "f1": F1,
+    "perplexity": Perplexity,
+    "exact_match": ExactMatch,
+    "field_f1": FieldF1,
+}
 
 
 def fallback(name: str) -> evaluate.Metric:

@@ -1,7 +1,7 @@
 """`build_compute_metrics`: what Trainer calls after an evaluation, made from the names of metrics.
 
-Metrics come from `evaluate`. Where the Hub cannot be reached, accuracy and F1 are computed in this process with the
-same keys and values. Perplexity always is, from the model's own losses.
+Metrics come from `evaluate`. Where the Hub cannot be reached, accuracy, F1 and exact match are computed here, with the
+same keys and values. Perplexity always is, from the model's own losses, and so is the F1 of JSON fields.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import socket
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers.utils import logging
 
 from ..errors import ConfigError
+from .loss import IGNORED, Scores
 
-IGNORED = -100
 PERPLEXITY = "perplexity"
+OURS = (PERPLEXITY, "field_f1")
+"""Always computed in this process: the Hub's perplexity runs another model, and it has no F1 of fields."""
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +61,23 @@ def build_compute_metrics(
     return ComputeMetrics(modules, shift_labels, average, compute_kwargs)
 
 
+class Kept(NamedTuple):
+    """What the metrics need of a batch of a causal language model, where no logits were made.
+
+    Args:
+        predictions: (B, T) the likeliest next token of each position that has a label for it.
+        losses: (B, 2) of each row the sum of the negative log-likelihoods and the number of tokens.
+    """
+
+    predictions: Tensor
+    losses: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores) -> Kept:
+        assert scores.predictions is not None
+        return cls(scores.predictions, torch.stack([-scores.log_probs.sum(-1), scores.mask.sum(-1)], dim=-1))
+
+
 class ComputeMetrics:
     """Turns an `EvalPrediction` into a dict of numbers; made by `build_compute_metrics`.
 
@@ -81,6 +100,9 @@ class ComputeMetrics:
 
         Token ids from `generate` and the outputs of regression pass unchanged.
         """
+        if isinstance(logits, Kept):
+            parts = [logits.predictions] * bool(self._labelled) + [logits.losses] * bool(self._losses)
+            return parts[0] if len(parts) == 1 else tuple(parts)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if not logits.is_floating_point():
             return logits
@@ -157,7 +179,7 @@ class ComputeMetrics:
 
 
 def load_metric(name: str | os.PathLike[str]) -> Any:
-    """The `evaluate` module of a name or path; accuracy, F1 and perplexity without network too.
+    """The `evaluate` module of a name or path; those of `FALLBACKS` without network too.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -168,7 +190,7 @@ def load_metric(name: str | os.PathLike[str]) -> Any:
 
     name = os.fspath(name)
     known = name in FALLBACKS
-    if name == PERPLEXITY or (known and not hub_is_reachable()):
+    if name in OURS or (known and not hub_is_reachable()):
         return fallback(name)
     try:
         return evaluate.load(name)

@@ -1,93 +1,29 @@
-"""`finetune`: the whole road from files of text to a saved adapter, and the arguments that describe it.
-
-It is what `hf-lora train` runs, and what a script can call: `finetune(*parse_arguments(["--model", …]))`.
-"""
+"""`finetune`: the whole road from files of text to a saved adapter. It is what `hf-lora train` runs."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-import yaml
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from ..adapt.heads import find_heads, outside_backbone
 from ..adapt.report import adapter_table
-from ..errors import ConfigError, Faults, LoraError, nearest
-from .arguments import LoraTrainingArguments
-from .data import (
-    CAUSAL_LM,
-    CLASSIFICATION,
-    TASKS,
-    Columns,
-    TokenRows,
-    causal_rows,
-    choose_columns,
-    classification_rows,
-    find_labels,
-)
+from ..errors import ConfigError, Faults, nearest
+from .chat import chat_rows, is_templated, show_batch
+from .data import CAUSAL_LM, CLASSIFICATION, TASKS, choose_columns, choose_task, classification_rows, find_labels
+from .forms import describe, recognise
+from .parsing import Parsed, RunArguments
 from .tables import Table, read_table
 
 LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
 """Where none is given. A classifier's model is usually small, and small models want more."""
 
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "hf_lora_run",
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
-    "warmup_steps": 0.06,  # a fraction of all steps
-    "logging_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 1,
-    "report_to": ["none"],
-}
-"""Other defaults than Trainer's, whose own suit long runs of large models."""
-
-
-@dataclass
-class RunArguments:
-    """What to train on what data; the rest of a run is in `LoraTrainingArguments`."""
-
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of the base model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the frozen weights, such as bfloat16. Not given: the checkpoint's."}
-    )
-    task: str | None = field(
-        default=None, metadata={"help": "text-classification or causal-lm. Not given: told by the columns."}
-    )
-    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV, JSON, JSONL or parquet file."})
-    eval_file: str | None = field(default=None, metadata={"help": "File for the evaluations during training."})
-    test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
-    dataset: str | None = field(default=None, metadata={"help": "Name for datasets.load_dataset, in place of files."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluations during training."})
-    test_split: str | None = field(default=None, metadata={"help": "Split for the evaluation at the end."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, or of the prompts."})
-    pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
-    completion_column: str | None = field(
-        default=None, metadata={"help": "Column of what is learned after the prompt (causal-lm)."}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Tokens kept of a text. Not given: at most 512."})
-
-
-@dataclass
-class Parsed:
-    """What a command line and its YAML file say."""
-
-    run: RunArguments
-    training: LoraTrainingArguments
-    given: frozenset[str]
-    """Names of the arguments that were given, rather than left at their defaults."""
+WINDOW = 1024
+"""Tokens of a causal language model's row, where nothing is said and the model takes as many."""
 
 
 @dataclass
@@ -101,88 +37,15 @@ class RunResult:
     adapter_bytes: int
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` lists what each argument takes.")
+@dataclass
+class Prepared:
+    """A Trainer that is ready, and the data for the evaluation at the end, if any."""
 
-
-def argument_parser() -> HfArgumentParser:
-    """The parser of `RunArguments` and `LoraTrainingArguments` with the defaults of a run."""
-    classes: Any = (RunArguments, LoraTrainingArguments)
-    usage = "hf-lora train [--config FILE] [--NAME VALUE ...]"
-    parser = _Parser(classes, prog="hf-lora train", usage=usage, allow_abbrev=False, add_help=False)
-    parser.set_defaults(**DEFAULTS)
-    return parser
-
-
-def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | None = None) -> Parsed:
-    """Read flags, on top of a YAML file of the same names.
-
-    Args:
-        argv: flags such as `--lora-r 16`; `-` and `_` in a name are the same.
-        config: a YAML file with one mapping of names to values.
-
-    Raises:
-        ConfigError: a name is unknown (the message has the nearest), or a value cannot be read.
-    """
-    parser = argument_parser()
-    known = {f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init}
-    known -= {"_n_gpu"}
-    values = _read_yaml(config) if config is not None else {}
-    faults = Faults(f"hf-lora train --config {config}")
-    for name in values:
-        if name not in known:
-            faults.add(f"{name} is no argument{nearest(name, known)}")
-    faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
-    empty = {name: value for name, value in values.items() if value == []}  # argparse cannot say it
-    parser.set_defaults(**empty)
-    lines = [word for name, value in values.items() for word in _as_flag(name, value)]
-    try:
-        parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
-    except LoraError:
-        raise
-    except ValueError as error:  # TrainingArguments found two that contradict, or a word that it does not know
-        raise ConfigError(f"hf-lora train: {error}") from error
-    run, training, rest = parsed[0], parsed[1], parsed[-1]
-    faults = Faults("hf-lora train")
-    for word in rest:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            faults.add(f"{word} is no argument{_as_flags(nearest(name, known))}")
-        elif not faults.found:  # after an unknown name it is that one's value
-            faults.add(f"{word} is no argument: names begin with --")
-    faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
-    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    return Parsed(run, training, frozenset(named | set(empty)))
-
-
-def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {config} cannot be read ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {config} is no YAML ({error}).") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"--config {config} must hold lines of the form `name: value`.")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
-
-
-def _as_flag(name: str, value: Any) -> list[str]:
-    """A YAML value as words of a command line, so that one parser checks both."""
-    if value is None or value == []:
-        return []
-    if isinstance(value, Mapping):
-        return [f"--{name}={json.dumps(value)}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}={value}"]
-
-
-def _as_flags(hint: str) -> str:
-    return hint.replace("'", "").replace("you mean ", "you mean --").replace(" or ", " or --").replace("_", "-")
+    trainer: Any
+    model: Any
+    tokenizer: Any
+    final: Any
+    prefix: str
 
 
 def finetune(parsed: Parsed) -> RunResult:
@@ -193,60 +56,148 @@ def finetune(parsed: Parsed) -> RunResult:
         DataError: the data are absent, broken, or do not fit the task.
         TargetError, TrainingError: see `LoraTrainer`.
     """
-    from transformers import AutoTokenizer
-
-    from .trainer import LoraTrainer
-
-    run, training = parsed.run, parsed.training
-    _check(parsed)
-    tables = _read_tables(run)
-    columns = choose_columns(
-        tables["train"], task=run.task, text=run.text_column, pair=run.pair_column, label=run.label_column,
-        completion=run.completion_column,
-    )  # fmt: skip
-    if "learning_rate" not in parsed.given:
-        training.learning_rate = LEARNING_RATES[columns.task]
-    if "dataloader_pin_memory" not in parsed.given:
-        training.dataloader_pin_memory = torch.accelerator.is_available()  # without one, torch warns of it
-    tokenizer = AutoTokenizer.from_pretrained(run.model, revision=run.model_revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    labels = find_labels(tables["train"], columns.label) if columns.label else []
-    rows = {split: _tokenise(table, columns, labels, tokenizer, run.max_length) for split, table in tables.items()}
-    _describe(columns, labels, rows)
-
-    set_seed(training.seed)  # a new head draws random numbers
-    model = _load(run, columns, labels, tokenizer)
-    if columns.task == CLASSIFICATION and training.lora_modules_to_save is None and not find_heads(model):
-        # The checkpoint held a head for as many labels. Nothing says that they are these, so it is trained too.
-        training.lora_modules_to_save = outside_backbone(model)
-    during = rows.get("eval", rows.get("test"))
-    if during is None:
-        training.eval_strategy = "no"
-    trainer = LoraTrainer(
-        model,
-        training,
-        train_dataset=rows["train"],
-        eval_dataset=during,
-        processing_class=tokenizer,
-        data_collator=_collator(columns, tokenizer),
-        compute_metrics=_metrics(columns),
-    )
-    print(adapter_table(model))
+    ready = prepare(parsed)
+    trainer, training = ready.trainer, parsed.training
+    print(adapter_table(ready.model))
     start = time.perf_counter()
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     seconds = time.perf_counter() - start
-    final = rows.get("test", rows.get("eval"))
-    prefix = "test" if "test" in rows else "eval"
-    metrics = trainer.evaluate(final, metric_key_prefix=prefix) if final is not None else {}
+    metrics = trainer.evaluate(ready.final, metric_key_prefix=ready.prefix) if ready.final is not None else {}
     trainer.save_model()
     trainer.save_state()
     if metrics and trainer.is_world_process_zero():
-        trainer.save_metrics(prefix, metrics)
+        trainer.save_metrics(ready.prefix, metrics)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(model, metrics, out, seconds, size)
+    return RunResult(ready.model, metrics, out, seconds, size)
+
+
+def first_batch(parsed: Parsed) -> str:
+    """The first training batch of a causal language model as text: what of it is learned, and what is not.
+
+    Raises:
+        As `finetune`; ConfigError also where the task is another.
+    """
+    ready = prepare(parsed)
+    batch = next(iter(ready.trainer.get_train_dataloader()))
+    if batch["labels"].dim() != 2:
+        raise ConfigError("--show-batch shows what a language model learns; a classifier learns each row's label.")
+    return show_batch(ready.tokenizer, batch)
+
+
+def prepare(parsed: Parsed) -> Prepared:
+    """All that comes before the first step of training.
+
+    Raises:
+        As `finetune`.
+    """
+    from transformers import AutoTokenizer
+
+    run, training = parsed.run, parsed.training
+    _check(parsed)
+    tables = _read_tables(run)
+    task = run.task or choose_task(tables["train"], label=run.label_column, completion=run.completion_column)
+    if "learning_rate" not in parsed.given:
+        training.learning_rate = LEARNING_RATES[task]
+    if "dataloader_pin_memory" not in parsed.given:
+        training.dataloader_pin_memory = torch.accelerator.is_available()  # without one, torch warns of it
+    if not {"eval", "test"} & set(tables):
+        training.eval_strategy = "no"
+    tokenizer = AutoTokenizer.from_pretrained(run.model, revision=run.model_revision)
+    build = _classifier if task == CLASSIFICATION else _language_model
+    trainer, rows = build(parsed, tables, tokenizer)
+    final = rows.get("test", rows.get("eval"))
+    return Prepared(trainer, trainer.model, tokenizer, final, "test" if "test" in rows else "eval")
+
+
+def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+    from .metrics import build_compute_metrics
+    from .trainer import LoraTrainer
+
+    run, training = parsed.run, parsed.training
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    columns = choose_columns(tables["train"], text=run.text_column, pair=run.pair_column, label=run.label_column)
+    labels = find_labels(tables["train"], columns.label)
+    rows = {
+        split: classification_rows(table, columns, labels, tokenizer, run.max_length)
+        for split, table in tables.items()
+    }
+    used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
+    print(f"{CLASSIFICATION} from the columns {used}: {_counts(rows)}, {len(labels)} labels")
+    _say_cut(sum(r.cut for r in rows.values()), "texts")
+
+    set_seed(training.seed)  # a new head draws random numbers
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(run.model),
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={name: i for i, name in enumerate(labels)},
+        ignore_mismatched_sizes=True,  # a head for another task is made anew
+        **_loading(run),
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    if training.lora_modules_to_save is None and not find_heads(model):
+        # The checkpoint held a head for as many labels. Nothing says that they are these, so it is trained too.
+        training.lora_modules_to_save = outside_backbone(model)
+    trainer = LoraTrainer(
+        model,
+        training,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval", rows.get("test")),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=build_compute_metrics(["accuracy", "f1"]),
+    )
+    return trainer, rows
+
+
+def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        from .sft import LoraSFTConfig, LoraSFTTrainer
+    except ImportError as error:
+        raise ConfigError(
+            f"Training a causal language model goes through TRL, which cannot be imported ({error}). Run: pip install "
+            '"hf_lora[chat]"'
+        ) from error
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .metrics import build_compute_metrics
+
+    run, training = parsed.run, parsed.training
+    settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
+    length = run.max_length or min(WINDOW, getattr(settings, "max_position_embeddings", None) or WINDOW)
+    rows, cut = {}, 0
+    for split, table in tables.items():
+        form = recognise(table, run.text_column, run.completion_column)
+        print(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
+        labelled, long = chat_rows(
+            table, form, tokenizer, length,
+            use_chat_template=run.use_chat_template, last_turn_only=run.last_turn_only,
+        )  # fmt: skip
+        rows[split] = Dataset.from_dict({key: [row[key] for row in labelled] for key in ("input_ids", "labels")})
+        cut += long
+    _say_cut(cut, "rows")
+
+    # A packed row is a batch already: more of them to a step would only mean fewer steps.
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
+        if name not in parsed.given:
+            setattr(training, name, 1 if run.packing else 8)
+    set_seed(training.seed)
+    trainer = LoraSFTTrainer(
+        AutoModelForCausalLM.from_pretrained(str(run.model), **_loading(run)),
+        LoraSFTConfig.of(training, packing=run.packing, max_length=length),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("eval", rows.get("test")),
+        processing_class=tokenizer,
+        compute_metrics=build_compute_metrics(["accuracy", "perplexity"]),
+    )
+    return trainer, rows
 
 
 def _check(parsed: Parsed) -> None:
@@ -280,49 +231,14 @@ def _read_tables(run: RunArguments) -> dict[str, Table]:
     return tables
 
 
-def _tokenise(table: Table, columns: Columns, labels: list[str], tokenizer: Any, max_length: int | None) -> TokenRows:
-    if columns.task == CLASSIFICATION:
-        return classification_rows(table, columns, labels, tokenizer, max_length)
-    return causal_rows(table, columns, tokenizer, max_length)
+def _loading(run: RunArguments) -> dict[str, Any]:
+    return {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
 
 
-def _describe(columns: Columns, labels: list[str], rows: dict[str, TokenRows]) -> None:
-    used = [c for c in (columns.text, columns.pair, columns.label, columns.completion) if c]
-    counts = ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
-    classes = f", {len(labels)} labels" if labels else ""
-    print(f"{columns.task} from the columns {', '.join(map(repr, used))}: {counts}{classes}")
-    cut = sum(r.cut for r in rows.values())
+def _counts(rows: dict[str, Any]) -> str:
+    return ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
+
+
+def _say_cut(cut: int, what: str) -> None:
     if cut:
-        print(f"{cut:,} texts reach the limit of tokens and may have lost their end; --max-length raises it.")
-
-
-def _load(run: RunArguments, columns: Columns, labels: list[str], tokenizer: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    name = str(run.model)
-    common: dict[str, Any] = {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
-    if columns.task == CAUSAL_LM:
-        return AutoModelForCausalLM.from_pretrained(name, **common)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={name: i for i, name in enumerate(labels)},
-        ignore_mismatched_sizes=True,  # a head for another task is made anew
-        **common,
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model
-
-
-def _collator(columns: Columns, tokenizer: Any) -> Any:
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
-
-    return DataCollatorWithPadding(tokenizer) if columns.task == CLASSIFICATION else DataCollatorForSeq2Seq(tokenizer)
-
-
-def _metrics(columns: Columns) -> Any:
-    from .metrics import build_compute_metrics
-
-    return build_compute_metrics(["accuracy", "f1"] if columns.task == CLASSIFICATION else "perplexity")
+        print(f"{cut:,} {what} reach the limit of tokens and may have lost their end; --max-length raises it.")

@@ -210,9 +210,20 @@ def _read_dataset(name: str, config: str | None, split: str) -> Table:
             f"{name!r} is no {', '.join(SUFFIXES)} file, and datasets.load_dataset({name!r}, {config!r}, "
             f"split={split!r}) failed ({type(error).__name__}: {error})."
         ) from error
+    return table_of(data, f"{name} ({split})")
+
+
+def table_of(data: Any, source: str) -> Table:
+    """The table of a `datasets.Dataset`.
+
+    Args:
+        source: how messages name it.
+    """
+    import datasets
+
     names = {key: list(f.names) for key, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
     columns = {key: list(data[key]) for key in data.column_names}
-    return Table(f"{name} ({split})", columns, list(range(1, len(data) + 1)), "row", names)
+    return Table(source, columns, list(range(1, len(data) + 1)), "row", names)
 
 
 @contextmanager

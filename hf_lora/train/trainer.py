@@ -2,7 +2,8 @@
 
 The training loop is Trainer's. What is added: the adapter is put into a model that has none, checkpoints hold the
 adapter alone and are complete or do not count, resuming and the best model read adapters, B and the heads may have
-rates of their own, and a guard sees that every adapted layer learns.
+rates of their own, the loss of a causal language model is computed over its frozen head without logits, and a guard
+sees that every adapted layer learns.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from .checkpoint import (
 )
 from .groups import learning_rates, split_by_rate
 from .guard import NEVER_CALLED, LayerGuard, check_finite
+from .head_loss import HeadLossMixin
 from .start import announce, base_dtype, check_start, hold_batchnorm
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ else:
 logger = logging.get_logger(__name__)
 
 
-class LoraTrainerMixin(_Trainer):
+class LoraTrainerMixin(HeadLossMixin, _Trainer):
     """Put before any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
 
     Takes every argument of the Trainer that it is mixed into, in the same order, and one more by keyword.
@@ -78,11 +80,6 @@ class LoraTrainerMixin(_Trainer):
         self.add_callback(self.guard)
         self._adopt_metrics()
         self._warn_of_fallback()
-
-    @property
-    def _bare_model(self) -> Any:
-        """The model without what Accelerate and torch.compile put around it."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     # Where the adapter comes from ------------------------------------------------------------------------------------
 

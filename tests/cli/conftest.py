@@ -76,3 +76,28 @@ def adapter_folder(bert_folder: str, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("adapter") / "three"
     model.save_pretrained(folder)
     return str(folder)
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} {{ eos_token }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_adapter(llama_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random adapter of the language model, saved with a tokenizer that has a chat template."""
+    from helpers import randomize
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_lora import LoraConfig, apply_lora
+
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    randomize(apply_lora(model, LoraConfig(r=4)))
+    folder = tmp_path_factory.mktemp("chat-adapter")
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+    tokenizer.add_tokens([f"word{i}" for i in range(len(tokenizer), model.config.vocab_size)])  # all can be read
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from hf_lora import ConfigError, LoraModel
 from hf_lora.cli.main import app
-from hf_lora.train.run import DEFAULTS, parse_arguments
+from hf_lora.train.parsing import DEFAULTS, parse_arguments
 
 
 def run(*words: Any, code: int = 0) -> Any:
@@ -75,8 +75,10 @@ def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp
         "--model", llama_folder, "--train-file", rows, "--test-file", rows, "--output-dir", tmp_path,
         "--learning-rate", "1e-2", "--save-strategy", "no", *FAST,
     )  # fmt: skip
-    assert "causal-lm from the columns 'prompt', 'completion'" in result.output
+    assert "prompt+completion: 24 pairs from 'prompt' and 'completion', without a chat template" in result.output
+    assert "loss: over the frozen lm_head" in result.output
     assert "test_perplexity" in result.output
+    assert "test_accuracy" in result.output
     with torch.no_grad():
         assert LoraModel.from_pretrained(tmp_path)(torch.tensor([[3, 4]])).logits.shape[:2] == (1, 2)
 

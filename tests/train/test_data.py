@@ -10,9 +10,8 @@ import pytest
 
 from hf_lora.errors import DataError
 from hf_lora.train.data import (
-    IGNORED,
-    causal_rows,
     choose_columns,
+    choose_task,
     classification_rows,
     find_labels,
 )
@@ -99,15 +98,21 @@ def table(**columns: list[Any]) -> Table:
 
 def test_columns_are_found_by_their_names() -> None:
     chosen = choose_columns(table(utterance=["a"], intent=["x"], id=[1]))
-    assert (chosen.task, chosen.text, chosen.label) == ("text-classification", "utterance", "intent")
-    chosen = choose_columns(table(question=["a"], answer=["x"]))
-    assert (chosen.task, chosen.text, chosen.completion) == ("causal-lm", "question", "answer")
-    chosen = choose_columns(table(text=["a"]))
-    assert (chosen.task, chosen.text, chosen.completion) == ("causal-lm", "text", None)
-    chosen = choose_columns(table(text=["a"], label=["x"]), task="causal-lm")
-    assert (chosen.task, chosen.text, chosen.completion) == ("causal-lm", "text", None)
+    assert (chosen.text, chosen.label) == ("utterance", "intent")
     chosen = choose_columns(table(premise=["a"], hypothesis=["b"], label=[0]), text="premise", pair="hypothesis")
     assert (chosen.text, chosen.pair, chosen.label) == ("premise", "hypothesis", "label")
+
+
+def test_the_task_is_told_by_the_columns() -> None:
+    chat = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
+    assert choose_task(table(utterance=["a"], intent=["x"])) == "text-classification"
+    assert choose_task(table(question=["a"], answer=["x"])) == "causal-lm"
+    assert choose_task(table(text=["a"])) == "causal-lm"
+    assert choose_task(table(messages=chat, category=["x"])) == "causal-lm"
+    assert choose_task(table(text=["a"], kind=["x"]), label="kind") == "text-classification"
+    assert choose_task(table(a=["a"], b=["x"]), completion="b") == "causal-lm"
+    with pytest.raises(DataError, match="Say which with task="):
+        choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
 
 @pytest.mark.parametrize(
@@ -115,9 +120,7 @@ def test_columns_are_found_by_their_names() -> None:
     [
         ({"text": ["a"], "label": ["x"]}, {"text": "texts"}, "no column 'texts' (did you mean 'text'?)"),
         ({"words": ["a"], "label": ["x"]}, {}, "which column holds the texts. It has 'words', 'label'"),
-        ({"text": ["a"]}, {"task": "text-classification"}, "which column holds the labels"),
-        ({"prompt": ["a"], "answer": ["b"], "label": ["x"]}, {}, "Say which with task="),
-        ({"text": ["a"]}, {"task": "causal_lm"}, "(did you mean 'causal-lm'?)"),
+        ({"text": ["a"]}, {}, "which column holds the labels"),
     ],
 )
 def test_columns_that_cannot_be_told(columns: dict[str, list[Any]], named: dict[str, str], message: str) -> None:
@@ -151,18 +154,6 @@ def test_classification_rows() -> None:
     for part in ("line 3, column 'text': the text is empty", "line 4, column 'text': 3 is no text",
                  "line 3, column 'label': 'yy' is no label of the training data (did you mean 'y'?)"):  # fmt: skip
         assert part in str(error.value)
-
-
-def test_causal_rows_learn_the_completion_alone() -> None:
-    data = table(prompt=["ab", "c"], completion=["cd", "ef"])
-    rows = causal_rows(data, choose_columns(data), Words())
-    assert rows[0] == {"input_ids": [1, 2, 3, 4, 99], "attention_mask": [1] * 5, "labels": [IGNORED] * 2 + [3, 4, 99]}
-    whole = table(text=["ab"])
-    assert causal_rows(whole, choose_columns(whole), Words())[0]["labels"] == [1, 2, 99]
-    rows = causal_rows(data, choose_columns(data), Words(), max_length=3)
-    assert (rows[0]["labels"], rows.cut) == ([IGNORED, IGNORED, 3], 2)
-    with pytest.raises(DataError, match="line 2: the prompt fills all 2 tokens"):
-        causal_rows(data, choose_columns(data), Words(), max_length=2)
 
 
 def test_the_tables_of_a_real_line_of_json_keep_its_objects(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..base import Method
@@ -23,8 +24,12 @@ class Additive(Method):
             if p and layer.training:
                 dropped, gain = dropout(x, p)
                 update = state.shape.update(layer, name, dropped, scaling * gain)
+            elif torch.is_grad_enabled():
+                update = state.shape.update(layer, name, x, scaling)  # scaled where it is R wide, backwards too
             else:
-                update = state.shape.update(layer, name, x, scaling)
+                # At one token a step an operation more costs what the products do.
+                y = torch.add(y, state.shape.update(layer, name, x).to(y.dtype), alpha=scaling)
+                continue
             y = y + update.to(y.dtype)
         return y
 

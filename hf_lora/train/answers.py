@@ -1,0 +1,170 @@
+"""Metrics of written answers: `exact_match`, and `field_f1` where the answers are JSON objects.
+
+As in `fallbacks`, they are `evaluate.Metric`s made in this process. Fields are compared as pairs of name and value:
+
+- a value is compared as text without outer spaces and letter case; a number by its value, so 5 is 5.0 and "5";
+- a list gives one pair for each element, in any order; an object in an object gives pairs of its own, `outer.inner`;
+- null gives no pair: the field is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from ..errors import DataError, Faults
+
+Pairs = Counter[tuple[str, str]]
+
+_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.ASCII)
+"""What is compared by value. 007 and +49 30 are names."""
+
+
+class ExactMatch(evaluate.Metric):
+    """The share of texts that equal their references. Keys, arguments and values are those of `exact_match`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("Share of equal texts.")
+
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        regexes_to_ignore: Sequence[str] | None = None,
+        ignore_case: bool = False,
+        ignore_punctuation: bool = False,
+        ignore_numbers: bool = False,
+    ) -> dict[str, float]:
+        ignored = (string.punctuation if ignore_punctuation else "") + (string.digits if ignore_numbers else "")
+        table = str.maketrans("", "", ignored)
+
+        def compared(text: str) -> str:
+            for regex in regexes_to_ignore or ():
+                text = re.sub(regex, "", text)
+            return (text.lower() if ignore_case else text).translate(table)
+
+        pairs = zip(predictions, references, strict=True)
+        return {"exact_match": float(np.mean([compared(found) == compared(true) for found, true in pairs]))}
+
+
+class FieldF1(evaluate.Metric):
+    """How many fields of JSON objects are right: F1 = 2 TP / (2 TP + FP + FN) over all pairs of field and value.
+
+    Of a prediction the object that begins at its first `{` is taken; where there is none, or it is broken, the
+    prediction has no fields.
+
+    Returns (keys):
+        field_f1, field_precision, field_recall: over the pairs of all answers together; 0 where nothing is counted.
+        valid_json: the share of predictions that hold an object.
+
+    Raises:
+        DataError: a reference is no JSON object; lists them.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return _info("F1 of the fields of JSON objects.")
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        counts = sum(field_counts(predictions, references).values(), Counter[str]())
+        valid = float(np.mean([first_object(text) is not None for text in predictions]))
+        scores = _scores(counts)
+        return {f"field_{name}": scores[name] for name in ("f1", "precision", "recall")} | {"valid_json": valid}
+
+
+def field_table(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The scores of each field: name -> `f1`, `precision`, `recall` and `count`, its pairs in the references.
+
+    Fields that stand in predictions alone have the count 0. The most frequent come first.
+
+    Raises:
+        DataError: a reference is no JSON object; lists them.
+    """
+    counts = field_counts(predictions, references)
+    ordered = sorted(counts, key=lambda name: (-counts[name]["wanted"], name))
+    return {name: {**_scores(counts[name]), "count": counts[name]["wanted"]} for name in ordered}
+
+
+def field_counts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Counter[str]]:
+    """Field -> how many pairs are `right`, `found` in the predictions and `wanted` by the references."""
+    faults = Faults("field_f1")
+    counts: dict[str, Counter[str]] = {}
+    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        wanted = whole_object(reference)
+        if wanted is None:
+            faults.add(f"reference {row}: {reference[:60]!r} is no JSON object")
+            continue
+        true, found = pairs_of(wanted), pairs_of(first_object(prediction) or {})
+        for kind, pairs in (("right", true & found), ("found", found), ("wanted", true)):
+            for (name, _), number in pairs.items():
+                counts.setdefault(name, Counter())[kind] += number
+    faults.check(DataError, "Field F1 needs references that are JSON objects; exact_match takes any text.")
+    return counts
+
+
+def whole_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is, or None."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def first_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that begins at the first `{` of a text, or None."""
+    start = text.find("{")
+    if start < 0:
+        return None
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):  # a model may well open a thousand brackets
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def pairs_of(value: Any, name: str = "") -> Pairs:
+    """The pairs of field and value in an object, each as often as it is there."""
+    return Counter(_pairs(value, name))
+
+
+def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _pairs(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _pairs(inner, name)
+    elif value is not None:
+        yield name, _normalised(value)
+
+
+def _normalised(value: Any) -> str:
+    text = str(value).strip().casefold()
+    if isinstance(value, bool) or len(text) > 30 or not re.fullmatch(_NUMBER, text):
+        return text
+    if re.fullmatch(r"-?\d+", text, re.ASCII):
+        return str(int(text))  # of any size, as numbers of orders and accounts have it
+    number = float(text)
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _scores(counts: Counter[str]) -> dict[str, float]:
+    right, found, wanted = counts["right"], counts["found"], counts["wanted"]
+    return {
+        "f1": 2 * right / (found + wanted) if found + wanted else 0.0,
+        "precision": right / found if found else 0.0,
+        "recall": right / wanted if wanted else 0.0,
+    }
+
+
+def _info(description: str) -> evaluate.MetricInfo:
+    columns = datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")})
+    return evaluate.MetricInfo(description=description, citation="", features=columns)

@@ -1,0 +1,174 @@
+"""The arguments of `hf-lora train`: flags on top of a YAML file, as dataclasses.
+
+A script uses the same: `finetune(parse_arguments(["--model", …]))`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..errors import ConfigError, Faults, LoraError, nearest
+from .arguments import LoraTrainingArguments
+
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "hf_lora_run",
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 64,
+    "warmup_steps": 0.06,  # a fraction of all steps
+    "logging_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+    "report_to": ["none"],
+}
+"""Other defaults than Trainer's, whose own suit long runs of large models."""
+
+
+@dataclass
+class RunArguments:
+    """What to train on what data; the rest of a run is in `LoraTrainingArguments`."""
+
+    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of the base model."})
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
+    dtype: str | None = field(
+        default=None, metadata={"help": "Type of the frozen weights, such as bfloat16. Not given: the checkpoint's."}
+    )
+    task: str | None = field(
+        default=None, metadata={"help": "text-classification or causal-lm. Not given: told by the columns."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV, JSON, JSONL or parquet file."})
+    eval_file: str | None = field(default=None, metadata={"help": "File for the evaluations during training."})
+    test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
+    dataset: str | None = field(default=None, metadata={"help": "Name for datasets.load_dataset, in place of files."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluations during training."})
+    test_split: str | None = field(default=None, metadata={"help": "Split for the evaluation at the end."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, or of the prompts."})
+    pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
+    completion_column: str | None = field(
+        default=None, metadata={"help": "Column of the answers, which are learned after the prompt (causal-lm)."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens kept of a text, and of a packed row. Not given: 512, of a causal-lm 1024, at most."},
+    )
+    packing: bool = field(
+        default=True,
+        metadata={
+            "help": "Put several texts into one row of max_length tokens; they do not see each other (causal-lm)."
+        },
+    )
+    use_chat_template: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether pairs of texts are turns of a chat (causal-lm). Not given: where the tokenizer has a "
+            "template, but columns called prompt and completion are put together as they are."
+        },
+    )
+    last_turn_only: bool = field(
+        default=False, metadata={"help": "Of each chat, learn the assistant's last turn alone (causal-lm)."}
+    )
+
+
+@dataclass
+class Parsed:
+    """What a command line and its YAML file say."""
+
+    run: RunArguments
+    training: LoraTrainingArguments
+    given: frozenset[str]
+    """Names of the arguments that were given, rather than left at their defaults."""
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` lists what each argument takes.")
+
+
+def argument_parser() -> HfArgumentParser:
+    """The parser of `RunArguments` and `LoraTrainingArguments` with the defaults of a run."""
+    classes: Any = (RunArguments, LoraTrainingArguments)
+    usage = "hf-lora train [--config FILE] [--NAME VALUE ...]"
+    parser = _Parser(classes, prog="hf-lora train", usage=usage, allow_abbrev=False, add_help=False)
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | None = None) -> Parsed:
+    """Read flags, on top of a YAML file of the same names.
+
+    Args:
+        argv: flags such as `--lora-r 16`; `-` and `_` in a name are the same.
+        config: a YAML file with one mapping of names to values.
+
+    Raises:
+        ConfigError: a name is unknown (the message has the nearest), or a value cannot be read.
+    """
+    parser = argument_parser()
+    known = {f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init}
+    known -= {"_n_gpu"}
+    values = _read_yaml(config) if config is not None else {}
+    faults = Faults(f"hf-lora train --config {config}")
+    for name in values:
+        if name not in known:
+            faults.add(f"{name} is no argument{nearest(name, known)}")
+    faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
+    empty = {name: value for name, value in values.items() if value == []}  # argparse cannot say it
+    parser.set_defaults(**empty)
+    lines = [word for name, value in values.items() for word in _as_flag(name, value)]
+    try:
+        parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
+    except LoraError:
+        raise
+    except ValueError as error:  # TrainingArguments found two that contradict, or a word that it does not know
+        raise ConfigError(f"hf-lora train: {error}") from error
+    run, training, rest = parsed[0], parsed[1], parsed[-1]
+    faults = Faults("hf-lora train")
+    for word in rest:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            faults.add(f"{word} is no argument{_as_flags(nearest(name, known))}")
+        elif not faults.found:  # after an unknown name it is that one's value
+            faults.add(f"{word} is no argument: names begin with --")
+    faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
+    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
+    return Parsed(run, training, frozenset(named | set(empty)))
+
+
+def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {config} cannot be read ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {config} is no YAML ({error}).") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {config} must hold lines of the form `name: value`.")
+    return {str(name).replace("-", "_"): value for name, value in values.items()}
+
+
+def _as_flag(name: str, value: Any) -> list[str]:
+    """A YAML value as words of a command line, so that one parser checks both."""
+    if value is None or value == []:
+        return []
+    if isinstance(value, Mapping):
+        return [f"--{name}={json.dumps(value)}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def _as_flags(hint: str) -> str:
+    return hint.replace("'", "").replace("you mean ", "you mean --").replace(" or ", " or --").replace("_", "-")

@@ -1,0 +1,243 @@
+"""`LoraSFTTrainer`: TRL's SFTTrainer for LoRA adapters.
+
+Packing, its collator, truncation and the training loop are TRL's. What is added: the assistant's tokens are found for
+any chat template (see spans.py), packed documents are attended to one by one (see packing.py), and without a Triton
+device the loss is ours (see loss.py): TRL's kernel multiplies every position by the head there, learned or not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils.import_utils import is_triton_available
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from ..adapt.state import require_state, state_of
+from ..errors import ConfigError, TargetError
+from ..files.format import CONFIG_NAME
+from ..layers.base import LoraLayer
+from ..model import LoraModel
+from .arguments import LoraArguments
+from .chat import chat_rows
+from .forms import recognise
+from .loss import FrozenHead, shifted
+from .packing import attention_by_document
+from .tables import table_of
+from .trainer import LoraTrainerMixin
+
+
+@dataclasses.dataclass
+class LoraSFTConfig(LoraArguments, SFTConfig):
+    """`trl.SFTConfig` with the LoRA fields: takes its place in an existing script.
+
+    Three defaults differ: rows are packed, of chats the assistant's tokens alone are learned, and bfloat16 is not
+    turned on where there is no accelerator.
+
+    Raises:
+        ConfigError: lists every LoRA field with a wrong value.
+    """
+
+    packing: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "Put several rows into one of max_length tokens; they do not see each other."},
+    )
+    assistant_only_loss: bool = dataclasses.field(
+        default=True, metadata={"help": "Of chats, learn what the assistant says alone."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None and not torch.accelerator.is_available():
+            self.bf16 = False
+        super().__post_init__()
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments, **more: Any) -> LoraSFTConfig:
+        """The same arguments, from those of another Trainer.
+
+        Args:
+            more: fields that `arguments` lacks, or other values for them.
+        """
+        known = {f.name for f in dataclasses.fields(cls) if f.init}
+        given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name in known}
+        return cls(**{**given, **more})
+
+
+class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
+    """`trl.SFTTrainer` that trains a LoRA adapter; takes its place in an existing script.
+
+    Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); a
+    `peft_config` counts as one. `model` may also be the folder of an adapter, which is trained on. Data sets of chats
+    (`messages`, `conversations`, or lists of messages as `prompt` and `completion`) get their labels here, unless
+    `assistant_only_loss` is off; all others are TRL's to prepare.
+
+    Raises:
+        ConfigError: an argument cannot be used, or the tokenizer has no end token.
+        DataError: lists every chat of which nothing can be learned.
+        TargetError: the output head is adapted, which the loss over it would leave untrained.
+    """
+
+    def __init__(self, *args: Any, lora_config: Any = None, **kwargs: Any) -> None:
+        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        given.pop("self")
+        peft_config = given.pop("peft_config", None)
+        if peft_config is not None and lora_config is not None:
+            raise ConfigError(f"{type(self).__name__}(…): both lora_config and peft_config are given. Leave one out.")
+        model, config = given.get("model"), _config_of(given.get("args"), given.get("model"))
+        if isinstance(model, str) and Path(model, CONFIG_NAME).is_file():
+            options: Any = config.model_init_kwargs or {}
+            given["model"] = LoraModel.from_pretrained(model, is_trainable=True, **options)
+            given.setdefault("processing_class", _tokenizer(model, given["model"]))
+            config.model_init_kwargs = None
+        tokenizer = given.get("processing_class")
+        if tokenizer is None:
+            name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
+            tokenizer = given["processing_class"] = AutoTokenizer.from_pretrained(name)
+        if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None:
+            raise ConfigError(
+                f"{type(self).__name__}(…): the tokenizer has no end token, so the model would never learn to stop. "
+                "Set tokenizer.eos_token to the token that ends a text or a turn."
+            )
+        self._label_tokenizer, self._label_config = tokenizer, config
+        self._labels_chats = config.assistant_only_loss and given.get("formatting_func") is None
+        for name in ("train_dataset", "eval_dataset"):
+            given[name] = self._labelled(given.get(name), name)
+        # TRL would look for marks in the template, and for messages in data that have their labels already.
+        config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
+        super().__init__(**{**given, "args": config}, lora_config=peft_config if lora_config is None else lora_config)
+        config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
+        self._take_head()
+
+    def _adapt(self, model: nn.Module) -> None:
+        fresh = state_of(model) is None
+        super()._adapt(model)
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if isinstance(head, LoraLayer):
+            if fresh:
+                model.unload()  # type: ignore[operator]  # nothing of the model was changed when the error is seen
+            raise TargetError(
+                f"{type(self).__name__}(…): the output head is adapted, and the loss over it reads its weight alone, "
+                "so the adapter would stay as it is. Leave the head out of target_modules, or train it whole with "
+                "modules_to_save."
+            )
+
+    # The data --------------------------------------------------------------------------------------------------------
+
+    def _labelled(self, data: Any, name: str) -> Any:
+        """A data set of chats as tokens and labels; any other as it is."""
+        if isinstance(data, dict):
+            return {key: self._labelled(part, f"{name}[{key!r}]") for key, part in data.items()}
+        if (
+            not self._labels_chats
+            or not isinstance(data, Dataset)
+            or "input_ids" in data.column_names
+            or not len(data)
+        ):
+            return data
+        if {"image", "images"} & set(data.column_names):
+            return data
+        first = {key: data[:1][key] for key in data.column_names}
+        if not any(isinstance(values[0], list) and _is_chat(values[0]) for values in first.values()):
+            return data
+        table = table_of(data, name)
+        limit = self._label_config.max_length or sys.maxsize
+        rows, cut = chat_rows(table, recognise(table), self._label_tokenizer, limit)
+        if cut:
+            print(f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and lose their end.")
+        return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+
+    # Training and evaluation -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _by_document(self) -> Iterator[None]:
+        packed = self.padding_free and isinstance(self._bare_model, PreTrainedModel)
+        with attention_by_document(self._bare_model) if packed else contextlib.nullcontext():
+            yield
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.train`; see `LoraTrainerMixin`."""
+        with self._by_document():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `SFTTrainer.evaluate`; data sets of chats are labelled as those of the training."""
+        with self._by_document():
+            return super().evaluate(self._labelled(eval_dataset, "eval_dataset"), *args, **kwargs)
+
+    # The loss --------------------------------------------------------------------------------------------------------
+
+    def _take_head(self) -> None:
+        """Compute the loss of TRL's fused head our way, except where a Triton kernel does it."""
+        model: Any = self.model
+        fused = model.__dict__.get("forward")
+        if fused is None:
+            return
+        # It stands on the instance, so it would outlive the adapter.
+        require_state(model, type(self).__name__).borrowed.append("forward")
+        if is_triton_available() and self.args.device.type in ("cuda", "xpu"):
+            return
+        plain = types.MethodType(type(model).forward, model)
+
+        @functools.wraps(type(model).forward)  # TRL's, Trainer and generate read the parameters
+        def forward(own: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            head = self._frozen_head(kwargs) if fused_lm_head and not args else None
+            if head is None:
+                return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
+            outputs = _over_head(head, plain, own, kwargs)
+            if outputs is None:
+                self._say(head)
+                return fused(fused_lm_head=True, **kwargs)
+            return outputs
+
+        model.forward = types.MethodType(forward, model)
+
+
+def _over_head(head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any]) -> FusedCausalLMOutput | None:
+    """What TRL's forward with a fused head returns; None where the head does not fit after all."""
+    with head.catch(model, shifted(inputs["labels"]), entropy=True) as caught:
+        outputs = forward(**inputs)
+    scores = caught.scores
+    if caught.fault is not None or scores is None:
+        head.off = caught.fault
+        return None
+    assert scores.entropy is not None
+    # TRL counts a position for each label but the first.
+    return FusedCausalLMOutput(
+        loss=outputs["loss"],
+        log_probs=scores.log_probs[:, :-1],
+        entropy=scores.entropy[:, :-1],
+        is_top1=scores.hits[:, :-1],
+        label_mask=scores.mask[:, :-1],
+        aux_loss=outputs.get("aux_loss"),
+    )
+
+
+def _config_of(arguments: Any, model: Any) -> SFTConfig:
+    if arguments is None:
+        name = model if isinstance(model, str) else model.config._name_or_path
+        return LoraSFTConfig(f"{str(name).rpartition('/')[2] or 'model'}-SFT")
+    return arguments if isinstance(arguments, SFTConfig) else LoraSFTConfig.of(arguments)
+
+
+def _tokenizer(folder: str, model: Any) -> Any:
+    has_own = Path(folder, "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(folder if has_own else model.config._name_or_path)
+
+
+def _is_chat(cell: Any) -> bool:
+    return (
+        isinstance(cell, list) and bool(cell) and isinstance(cell[0], dict) and bool({"role", "from"} & set(cell[0]))
+    )
