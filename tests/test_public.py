@@ -142,6 +142,6 @@ def test_no_file_names_a_model_architecture(file: Path) -> None:
         f"line {line}: {text!r}"
         for text, line in words(ast.parse(file.read_text(encoding="utf-8")))
         for word in re.split(r"[^a-z0-9]+", re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", text).lower())
-        if word in ARCHITECTURES
+        if word in ARCHITECTURES and text != "gpt"  # also what files of chats call the assistant
     ]
     assert not named

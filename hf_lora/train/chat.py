@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Faults
 from .forms import RAW, Example, Form, Message, read_examples
-from .spans import IGNORED, LabelError, Labelled, Template, label_spans, special_ids
+from .loss import IGNORED
+from .spans import LabelError, Labelled, Template, label_spans, special_ids
 from .tables import Table
 
 LEARNED = ("⟦", "⟧")

@@ -34,8 +34,7 @@ COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
 TEXT_COLUMNS = ("text", "content")
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-BOT = "chatgpt"  # which most files shorten
-ALIASES = {"human": "user"} | dict.fromkeys((BOT, BOT.removeprefix("chat"), "bot", "model"), "assistant")
+ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
 MAY_BE_EMPTY = ("system", "developer", "tool")
 """An empty system message is how a chat says that it has none, and a tool may return nothing."""
 
@@ -273,17 +272,17 @@ def _read_chat(table: Table, form: Form, row: int, faults: Faults) -> Example:
     for name in form.columns:
         learned_from = len(messages)
         where = f"{table.at(row)}, column {name!r}"
-        cell = _read_list(table.columns[name][row], where, faults)
-        messages += _read_messages(cell, where, faults)
+        cell = read_list(table.columns[name][row], where, faults)
+        messages += read_messages(cell, where, faults)
     if len(faults.found) == before and all(m["role"] != "assistant" for m in messages[learned_from:]):
         faults.add(f"{table.at(row)}, column {form.columns[-1]!r}: the assistant never speaks")
     tools = None
     if form.tools is not None and table.columns[form.tools][row] not in (None, "", []):
-        tools = _read_list(table.columns[form.tools][row], f"{table.at(row)}, column {form.tools!r}", faults)
+        tools = read_list(table.columns[form.tools][row], f"{table.at(row)}, column {form.tools!r}", faults)
     return Example(messages=messages, tools=tools or None, learned_from=learned_from)
 
 
-def _read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
+def read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
     """A cell that holds a list, or the JSON text of one; an empty list after adding a fault."""
     if isinstance(cell, str) and cell.strip():
         try:
@@ -300,7 +299,7 @@ def _read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
     return cell
 
 
-def _read_messages(cell: list[Any], where: str, faults: Faults) -> Iterator[Message]:
+def read_messages(cell: list[Any], where: str, faults: Faults) -> Iterator[Message]:
     for number, message in enumerate(cell, 1):
         at = f"{where}, message {number}"
         if not isinstance(message, dict):

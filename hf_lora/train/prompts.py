@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Faults
 from ..files.format import replace_together
-from .forms import CHAT_COLUMNS, _read_list, _read_messages
+from .forms import CHAT_COLUMNS, read_list, read_messages
 from .tables import Table, read_table
 
 COLUMNS = (*CHAT_COLUMNS, "prompt", "question", "instruction", "text")
@@ -79,7 +79,7 @@ def read_prompts(table: Table, column: str | None = None) -> list[Any]:
 
 def _chat(cell: Any, where: str, faults: Faults) -> list[Any]:
     before = len(faults.found)
-    messages = list(_read_messages(_read_list(cell, where, faults), where, faults))
+    messages = list(read_messages(read_list(cell, where, faults), where, faults))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
     if last < 0 and len(faults.found) == before:
         faults.add(f"{where}: the user never speaks, so there is nothing to answer")

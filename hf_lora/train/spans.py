@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
-
-IGNORED = -100
+from .loss import IGNORED
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = "CONTENT0OF0THE0TURN"

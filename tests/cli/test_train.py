@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_lora import ConfigError, LoraModel
@@ -81,6 +82,64 @@ def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp
     assert "test_accuracy" in result.output
     with torch.no_grad():
         assert LoraModel.from_pretrained(tmp_path)(torch.tensor([[3, 4]])).logits.shape[:2] == (1, 2)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(chat_adapter: str, llama_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The language model with a tokenizer that has a chat template, and a file of chats."""
+    folder = tmp_path_factory.mktemp("chat")
+    AutoModelForCausalLM.from_pretrained(llama_folder).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(chat_adapter).save_pretrained(folder)
+    chat = [USER, {"role": "assistant", "content": "now please"}]
+    (folder / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 6)
+    return folder
+
+
+USER = {"role": "user", "content": "open the door"}
+
+
+def test_chats_are_shown_then_learned(chat_folder: Path, tmp_path: Path) -> None:
+    words = ("--model", chat_folder, "--train-file", chat_folder / "chats.jsonl", "--output-dir", tmp_path / "out")
+    shown = run(*words, "--show-batch").output
+    assert "messages: 6 chats from 'messages', 2.0 turns each; loss on the assistant's tokens" in shown
+    assert "row 1, document 2: trained 3 of" in shown
+    assert "⟦ now please </s>⟧" in shown
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    result = run(*words, "--max-steps", 2, "--use_cpu", "--disable-tqdm", "true", "--packing", "false")
+    assert "loss: over the frozen lm_head in chunks of tokens" in result.output
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].r == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"messages": [}\n', "bad.jsonl:\n  - line 1, column 15: Expecting value"),
+        ("", "bad.jsonl holds no rows"),
+        (json.dumps({"messages": [USER, {"role": "asistant", "content": "a"}]}), "line 1, column 'messages', message 2"),
+        (json.dumps({"messages": [USER]}), "line 1, column 'messages': the assistant never speaks"),
+        (
+            json.dumps({"messages": [USER, {"role": "assistant", "content": "a"}]}) + '\n{"prompt": "a", "completion": "b"}',
+            "line 1 fills 'messages', line 2 fills 'prompt' and 'completion' alone",
+        ),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "door " * 80}, {"role": "assistant", "content": "a"}]}),
+            "line 1: of its 85 tokens the first 64 hold nothing to learn",
+        ),
+        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: the bytes are not UTF-8"),
+        (json.dumps({"words": "a"}), "cannot tell what its columns 'words' are"),
+    ],
+)  # fmt: skip
+def test_bad_chats_are_one_error_with_their_line(
+    content: str | bytes, message: str, chat_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    error = run(
+        "--model", chat_folder, "--train-file", tmp_path / "bad.jsonl", "--output-dir", tmp_path / "out", code=2
+    ).stderr
+    assert message in error
+    assert str(tmp_path / "bad.jsonl") in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Two processes: the guard decides alike in both, and resuming changes no bit."""
+"""Two processes: the guard decides alike, resuming changes no bit, the loss over the head is the model's own."""
 
 from __future__ import annotations
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import assert_same_tensors
-from tiny import SPARE, adapter_values, texts_of_three, tiny_tokens
+from helpers import assert_same_tensors, randomize
+from tiny import SPARE, adapter_values, texts, texts_of_three, tiny_llama, tiny_tokens
 
-from hf_lora import LoraTrainer, LoraTrainingArguments
+from hf_lora import LoraTrainer, LoraTrainingArguments, apply_lora
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.train.checkpoint import MANIFEST_NAME, read_manifest, why_incomplete
 
@@ -44,7 +44,28 @@ def main(output_dir: str) -> None:
     assert {p.name for p in folder.iterdir()} == {*manifest["files"], MANIFEST_NAME}
 
 
+def language_model(output_dir: str) -> None:
+    """The loss over the frozen head, shared and accumulated, moves the adapter as the model's own loss does."""
+    ends = []
+    for over_head in (True, False):
+        args = LoraTrainingArguments(
+            output_dir=output_dir, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=3, save_strategy="no",
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-2, optim="sgd",
+            frozen_head_loss=over_head,
+        )  # fmt: skip
+        model = randomize(apply_lora(tiny_llama()))
+        trainer = LoraTrainer(model, args, train_dataset=texts())
+        trainer.train()
+        assert (trainer._head is not None and trainer._head.off is None) is over_head
+        ends.append(adapter_values(model))
+    start = adapter_values(randomize(apply_lora(tiny_llama())))
+    for name, value in ends[0].items():
+        moved = ends[1][name] - start[name]
+        assert (value - ends[1][name]).norm() <= 1e-4 * moved.norm(), name
+
+
 if __name__ == "__main__":
     main(sys.argv[1])
+    language_model(sys.argv[1])
     dist.barrier()
     dist.destroy_process_group()  # a process that ends with gloo's threads alive may be aborted
