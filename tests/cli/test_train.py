@@ -90,12 +90,16 @@ def chat_folder(chat_adapter: str, llama_folder: str, tmp_path_factory: pytest.T
     folder = tmp_path_factory.mktemp("chat")
     AutoModelForCausalLM.from_pretrained(llama_folder).save_pretrained(folder)
     AutoTokenizer.from_pretrained(chat_adapter).save_pretrained(folder)
-    chat = [USER, {"role": "assistant", "content": "now please"}]
-    (folder / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 6)
+    (folder / "chats.jsonl").write_text(chats(USER, BOT) * 6)
     return folder
 
 
 USER = {"role": "user", "content": "open the door"}
+BOT = {"role": "assistant", "content": "now please"}
+
+
+def chats(*messages: dict[str, str]) -> str:
+    return json.dumps({"messages": messages}) + "\n"
 
 
 def test_chats_are_shown_then_learned(chat_folder: Path, tmp_path: Path) -> None:
@@ -116,15 +120,15 @@ def test_chats_are_shown_then_learned(chat_folder: Path, tmp_path: Path) -> None
     [
         ('{"messages": [}\n', "bad.jsonl:\n  - line 1, column 15: Expecting value"),
         ("", "bad.jsonl holds no rows"),
-        (json.dumps({"messages": [USER, {"role": "asistant", "content": "a"}]}), "line 1, column 'messages', message 2"),
-        (json.dumps({"messages": [USER]}), "line 1, column 'messages': the assistant never speaks"),
+        (chats(USER, {**BOT, "role": "asistant"}), "line 1, column 'messages', message 2"),
+        (chats(USER), "line 1, column 'messages': the assistant never speaks"),
         (
-            json.dumps({"messages": [USER, {"role": "assistant", "content": "a"}]}) + '\n{"prompt": "a", "completion": "b"}',
+            chats(USER, BOT) + '{"prompt": "a", "completion": "b"}',
             "line 1 fills 'messages', line 2 fills 'prompt' and 'completion' alone",
         ),
         (
-            json.dumps({"messages": [{"role": "user", "content": "door " * 80}, {"role": "assistant", "content": "a"}]}),
-            "line 1: of its 85 tokens the first 64 hold nothing to learn",
+            chats({**USER, "content": "door " * 80}, BOT),
+            "line 1: of its 86 tokens the first 64 hold nothing to learn",
         ),
         (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: the bytes are not UTF-8"),
         (json.dumps({"words": "a"}), "cannot tell what its columns 'words' are"),
