@@ -196,6 +196,7 @@ class LoraTrainerMixin(HeadLossMixin, _Trainer):
                     "so training starts from rounded weights. Train before evaluating, or load the model again."
                 )
         self._counted = None
+        self._head_of = None  # another adapter may train the head, which the last one left frozen
         if not isinstance(model, LoraModel) and self._batchnorm_hook is None:
             self._batchnorm_hook = model.register_forward_pre_hook(hold_batchnorm)
 

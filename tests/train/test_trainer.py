@@ -74,6 +74,19 @@ def test_the_same_losses_and_weights_as_trainer(make: Any, settings: dict[str, A
     assert runs[2][2] == pytest.approx(runs[0][2], rel=32 * eps)
 
 
+def test_the_head_is_looked_at_anew_in_every_run(arguments: Make) -> None:
+    trainer = LoraTrainer(tiny_llama(), arguments(max_steps=1), train_dataset=texts())
+    trainer.train()
+    assert trainer._head.off is None
+    trainer.model.add_adapter("whole", LoraConfig(r=4, modules_to_save=["lm_head"]))
+    trainer.optimizer = trainer.lr_scheduler = None
+    before = adapter_values(trainer.model)
+    trainer.train()
+    assert trainer._head.off is not None
+    after = adapter_values(trainer.model)
+    assert any("lm_head" in name and not torch.equal(value, before[name]) for name, value in after.items())
+
+
 def test_a_causal_models_loss_counts_shifted_labels(arguments: Make) -> None:
     """Under accumulation the loss of a step is the mean over all its tokens, as in one batch."""
     results = []
