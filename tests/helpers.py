@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,3 +136,22 @@ def backward(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def offline() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_command(*words: Any, code: int = 0) -> Any:
+    """What `hf-lora` with these words printed; other errors than its own come through."""
+    from typer.testing import CliRunner
+
+    from hf_lora.cli.main import app
+
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def write_lines(file: Path, rows: list[Any]) -> Path:
+    """A JSONL file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from .forms import Message
 from .loss import IGNORED
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = "CONTENT0OF0THE0TURN"
 """Stands in for a turn's content where we look at what the template puts behind it."""
-
-Message = dict[str, Any]
 
 
 class LabelError(DataError):

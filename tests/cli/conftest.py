@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers import write_lines
 
 WORDS = ["open", "close", "door", "window", "the", "a", "please", "now", "light", "on", "off", "turn", "it", "red"]
 
@@ -55,11 +54,6 @@ def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "rows.jsonl", [{"sentence": text, "intent": label} for text, label in rows])
     write_lines(folder / "pairs.jsonl", [{"prompt": text, "completion": "now please"} for text, _ in rows])
     return folder
-
-
-def write_lines(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -9,11 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import tiny_bert, tiny_llama, tiny_t5
-from typer.testing import CliRunner
+from helpers import run_command, tiny_bert, tiny_llama, tiny_t5, write_lines
 
 from hf_lora import DataError, LoraModel, StateError, generate_texts
-from hf_lora.cli.main import app
 from hf_lora.generate import load_for_generation
 from hf_lora.train import evaluation
 from hf_lora.train import metrics as metrics_module
@@ -28,17 +27,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics_module, "hub_is_reachable", lambda: False)
 
 
-def run(*words: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["eval", *(str(word) for word in words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def write_lines(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
+run = functools.partial(run_command, "eval")
 
 
 def chat(*texts: str) -> dict[str, Any]:

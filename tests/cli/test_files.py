@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers import assert_near, token_ids
+from helpers import run_command as run
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
 
 from hf_lora import LoraModel
-from hf_lora.cli.main import app
 from hf_lora.files.inspect import inspect_adapter, singular_values
-
-
-def run(*words: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
 
 
 @torch.no_grad()

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from typer.testing import CliRunner
 
 from hf_lora import ConfigError, LoraModel
-from hf_lora.cli.main import app
 from hf_lora.train.parsing import DEFAULTS, parse_arguments
 
-
-def run(*words: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["train", *(str(word) for word in words)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
+run = functools.partial(run_command, "train")
 
 
 FAST = ("--num-train-epochs", "1", "--per-device-train-batch-size", "12", "--use_cpu", "--disable-tqdm", "true")

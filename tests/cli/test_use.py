@@ -9,25 +9,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from helpers import run_command as run
+from helpers import write_lines
 from typer.testing import CliRunner
 
 from hf_lora import Conversation, DataError, generate_texts
 from hf_lora.cli.main import app
 from hf_lora.generate import load_for_generation
 from hf_lora.train.prompts import read_prompt_table, read_prompts
-
-
-def run(*words: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result
-
-
-def write_lines(file: Path, rows: list[Any]) -> Path:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="module")
