@@ -22,6 +22,7 @@ _WHERE = {
     "Conversation": "conversation",
     "explain_targets": "adapt.targets",
     "check_adapter": "adapt.check",
+    "share_inputs": "adapt.sharing",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -69,10 +70,12 @@ __all__ = [
     "generate_texts",
     "get_peft_model",
     "pipeline",
+    "share_inputs",
 ]
 
 if TYPE_CHECKING:
     from .adapt.check import check_adapter
+    from .adapt.sharing import share_inputs
     from .adapt.targets import explain_targets
     from .config import LoraConfig
     from .conversation import Conversation

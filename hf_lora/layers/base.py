@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import StateError
 from .extend import Extension
-from .ops import device_only
+from .ops import device_only, exact
+from .sharing import Leftovers
 
 MERGED_TRAINING = (
     "The adapters are merged into the weights, so training would teach them nothing. "
@@ -41,6 +42,11 @@ class Activity:
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.acting: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self.leftovers: Leftovers | None = None
+        """Outputs that one layer of a group computed for the others: see sharing.py."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"leftovers": None}  # of a call under way, and never part of a copy
 
     def set(
         self,
@@ -67,7 +73,7 @@ class Factor(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.to(torch.float32))
+        self._parameters["weight"] = nn.Parameter(weight.to(torch.float32))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factor:
         super()._apply(device_only(fn), recurse)
@@ -90,6 +96,8 @@ class Shape(ABC):
     """How two factors act on one kind of layer. Stateless: one instance a kind."""
 
     takes_dropout = True
+    is_matrix = False
+    """Whether the layer multiplies its input (…, I) by one matrix, as `ops.lora_products` does."""
 
     @abstractmethod
     def claims(self, layer: nn.Module) -> bool:
@@ -111,9 +119,21 @@ class Shape(ABC):
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         """scaling · B A x, scaled where it is R wide, without base product and bias; in the dtype of its products."""
 
+    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The weight (O, I) with which the whole forward of the layer is `F.linear(x, weight, bias)`.
+
+        None where it is something else, or not in memory as a plain tensor: then the layer's own forward has to run.
+        """
+        return None
+
     @abstractmethod
+    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is B A in the layout of the layer's weight, flattened behind its first axis."""
+
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
         """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
+        left, right = self.factors(layer, name)
+        return exact(left[rows]) @ exact(right)
 
     @abstractmethod
     def norm(self, weight: Tensor) -> Tensor:
@@ -147,7 +167,11 @@ class Method(ABC):
 
     @abstractmethod
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
-        """Rows of the weight with the adapters in it; `block` (float32) may be overwritten."""
+        """Rows of the weight with the adapters in it; `block` (float64 where the device has it) may be overwritten."""
+
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+        """`fold` of one layer as a function of (block, rows), for one block after another."""
+        return lambda block, rows: self.fold(layer, block, names, rows)
 
 
 class Storage(ABC):
@@ -164,8 +188,8 @@ class Storage(ABC):
         """The shape of the weight as `read` returns it."""
 
     @abstractmethod
-    def read(self, layer: nn.Module, rows: slice) -> Tensor:
-        """Rows of the weight, float32, a copy."""
+    def read(self, layer: nn.Module, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows of the weight, a copy, as float32 or what is asked for."""
 
     @abstractmethod
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
@@ -191,6 +215,8 @@ class LayerState:
     dropout: dict[str, float] = field(default_factory=dict)
     original: Tensor | None = None
     """The weight before merge_adapter, kept so that unmerging restores every bit."""
+    group: tuple[LoraLayer, ...] = ()
+    """The layers, this one among them, that may be computed together: see sharing.py."""
 
 
 class LoraLayer(Extension):
@@ -219,9 +245,10 @@ class LoraLayer(Extension):
 
     def add_factor(self, kind: str, name: str, weight: Tensor) -> None:
         """Hold `weight` as `self.<kind>[name].weight`, a float32 master."""
-        if not hasattr(self, kind):
-            setattr(self, kind, nn.ModuleDict())
-        getattr(self, kind)[name] = Factor(weight)
+        # Straight into the tables of nn.Module: its own setting costs as much as the rest of an injection.
+        if kind not in self._modules:
+            self._modules[kind] = nn.ModuleDict()
+        cast(nn.ModuleDict, self._modules[kind])._modules[name] = Factor(weight)
 
     def factors(self, name: str) -> Iterator[tuple[str, Factor]]:
         """(kind, factor) of one adapter, A and B first."""
@@ -262,14 +289,22 @@ def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Acti
     LoraLayer.extend(layer)
     assert isinstance(layer, LoraLayer)
     layer._lora = LayerState(shape, storage, activity)
-    layer.lora_A, layer.lora_B = nn.ModuleDict(), nn.ModuleDict()
+    layer._modules["lora_A"], layer._modules["lora_B"] = nn.ModuleDict(), nn.ModuleDict()
     activity.watch(())
     return layer
 
 
 def end_layer(layer: LoraLayer) -> nn.Module:
     """Give `layer` its own class back and remove all that `start_layer` and its adapters added."""
+    ungroup(layer)
     for kind in [k for k in layer._modules if k.startswith("lora_") and k != "lora_bias"]:
         delattr(layer, kind)
     del layer._lora
     return LoraLayer.shrink(layer)
+
+
+def ungroup(layer: LoraLayer) -> None:
+    """Take `layer` and all that shared its input out of their group."""
+    for member in layer._lora.group:
+        member._lora.group = ()
+    layer._lora.activity.leftovers = None

@@ -1,12 +1,15 @@
-"""Small tensor operations that the layers share."""
+"""The low-rank product as one autograd function, and the small tensor operations that the layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .dropout import draw_seed, drop_, dropped
 
 
 def working(x: Tensor) -> Tensor:
@@ -36,20 +39,6 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
-def dropout(x: Tensor, p: float) -> tuple[Tensor, float]:
-    """`x` with elements dropped with probability `p`, and the gain that keeps its mean, for where it is cheap.
-
-    On CPU four mask elements come from each random 64-bit word, and a byte an element is kept for the backward, where
-    PyTorch draws a number for each and keeps a mask as large as x. The probability is then a multiple of 2^-16.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.dropout(x, p), 1.0
-    dropped = round(p * 65536)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 32768
-    return x * keep, 65536 / (65536 - dropped)
-
-
 def used_devices() -> list[int]:
     """The CUDA devices whose random state is in use, for `torch.random.fork_rng`."""
     return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -63,3 +52,146 @@ def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return result if result.dtype == tensor.dtype else tensor.to(result.device)
 
     return move
+
+
+def takes_functions() -> bool:
+    """Whether an autograd function may run: compilers and functorch's transforms want the operations themselves."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+# The low-rank product ------------------------------------------------------------------------------------------------
+
+
+class Operand(NamedTuple):
+    """One layer's part in a product: either its weight W (O, I), with a bias or None, or its own output y (…, O)."""
+
+    base: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+
+class _Plan(NamedTuple):
+    """What the function knows beside tensors. `ranks` are those of the layers, `scalings` hold dropout's gain."""
+
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    weights: bool
+    p: float
+    seed: int
+
+
+def lora_products(x: Tensor, operands: Sequence[Operand], p: float = 0.0, *, weights: bool) -> tuple[Tensor, ...]:
+    """y_i = W_i x + b_i + scaling_i · B_i A_i drop(x) for layers that read one x (…, I), in the dtype of x.
+
+    x is read once for all: their A are stacked into one, they share one dropout mask, and one gradient of x is
+    accumulated. Beside what the layers themselves keep for the backward, x and A x (N, ranks) are kept: no mask, no
+    scaled, cast or masked copy.
+
+    Args:
+        weights: whether the operands' `base` are weights; else they are outputs of the layers, of x's dtype, which
+            the updates are added to.
+    """
+    gain = 1.0 / (1.0 - p)
+    plan = _Plan(
+        tuple(o.a.shape[0] for o in operands),
+        tuple(o.scaling * gain for o in operands),
+        weights,
+        p,
+        draw_seed() if p else 0,
+    )
+    tensors = (t for o in operands for t in o[:4])
+    result: tuple[Tensor, ...] = _LoraProducts.apply(x, plan, *tensors)
+    return result
+
+
+class _LoraProducts(torch.autograd.Function):
+    """The backward of `lora_products`, written out.
+
+    With g_i the gradient of y_i and t_i = scaling_i · g_i B_i (N, R), computed once:
+    dA_i = t_iᵀ drop(x), dB_i = scaling_i · g_iᵀ h_i, dx = drop(Σ t_i A_i) + Σ g_i W_i.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        bases, biases, a, b = tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4]
+        flat = x.reshape(-1, x.shape[-1])
+        h = F.linear(dropped(flat, plan.p, plan.seed) if plan.p else flat, _stacked(a, x))
+        kept, outputs = [], []
+        for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
+            update = up.to(x).t()
+            if plan.weights:
+                weight = base.to(x)  # under autocast a copy, which the plain layer keeps for its backward too
+                kept.append(weight)
+                y = F.linear(flat, weight, None if bias is None else bias.to(x))
+                y.addmm_(part, update, alpha=scaling)
+            else:
+                y = torch.addmm(base.reshape(-1, base.shape[-1]), part, update, alpha=scaling)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, h, *a, *b, *kept)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        plan: _Plan = ctx.plan
+        count, needs = len(plan.ranks), ctx.needs_input_grad
+        x, h, *rest = ctx.saved_tensors
+        a, b, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        flat = x.reshape(-1, x.shape[-1])
+        stacked = _stacked(a, x)
+        masked = dropped(flat, plan.p, plan.seed) if plan.p and any(needs[4::4]) else flat
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: h depends on x and A
+            masked = dropped(flat, plan.p, plan.seed) if plan.p else flat
+            h = F.linear(masked, stacked)
+        parts = h.split(plan.ranks, 1)
+        flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
+        t = _columns(flats, b, plan, h)
+
+        dx = None
+        if needs[0]:
+            dx = t @ stacked
+            if plan.p:
+                dx = drop_(dx, plan.p, plan.seed)
+            for g, weight in zip(flats, kept, strict=plan.weights):
+                if g is not None:
+                    dx.addmm_(g, weight)
+            dx = dx.view(x.shape)
+        da = (t.t() @ masked).split(plan.ranks) if any(needs[4::4]) else ()
+        found: list[Any] = [dx, None]
+        for i, g in enumerate(flats):
+            if g is None:
+                found += [None] * 4
+                continue
+            base, bias, down, up = needs[2 + 4 * i : 6 + 4 * i]
+            if not plan.weights:
+                found += [grads[i], None]
+            else:
+                found += [g.t() @ flat if base else None, g.sum(0) if bias else None]
+            found.append(da[i].to(a[i]) if down else None)
+            # (R, O) and then turned: the other way round is half as fast again on a CPU.
+            db = torch.addmm(h.new_empty(1), parts[i].t(), g, beta=0, alpha=plan.scalings[i]).t() if up else None
+            found.append(None if db is None else db.to(b[i]))
+        return tuple(found)
+
+
+def _stacked(factors: Sequence[Tensor], x: Tensor) -> Tensor:
+    """The factors A one below the other, in the dtype of x."""
+    return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(x)
+
+
+def _columns(grads: Sequence[Tensor | None], b: Sequence[Tensor], plan: _Plan, h: Tensor) -> Tensor:
+    """t (N, ranks): the gradients of what each layer's B is multiplied by, beside each other."""
+    if len(b) == 1:
+        g = grads[0]
+        assert g is not None  # else autograd would not have called
+        return torch.addmm(h.new_empty(1), g, b[0].to(h), beta=0, alpha=plan.scalings[0])
+    t = torch.empty_like(h)
+    for g, up, part, scaling in zip(grads, b, t.split(plan.ranks, 1), plan.scalings, strict=True):
+        if g is None:
+            part.zero_()
+        else:
+            part.addmm_(g, up.to(h), beta=0, alpha=scaling)
+    return t

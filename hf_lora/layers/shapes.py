@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .base import Shape
+from .base import LoraLayer, Shape
 from .extend import plain
-from .ops import exact, weight_like
+from .ops import weight_like
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
@@ -51,6 +51,20 @@ def _computes_linear(layer: nn.Linear) -> bool:
 class _Matrix(Shape):
     """What a linear layer and its transposed twin share: x (…, I) -> (…, O)."""
 
+    is_matrix = True
+    plain_forward: Any = None
+
+    def _parameter(self, layer: Any, x: Tensor) -> Tensor | None:
+        """The layer's weight, if it is an ordinary parameter beside `x` and nothing but `plain_forward` reads it."""
+        # nn.DataParallel's replicas hold plain tensors as attributes; another class keeps its bits in a way of its own.
+        weight: Any = layer._parameters.get("weight", layer.__dict__.get("weight"))
+        own: Any = super(LoraLayer, layer)
+        if type(weight) not in (nn.Parameter, Tensor) or own.forward.__func__ is not self.plain_forward:
+            return None
+        if weight.device != x.device or (weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            return None
+        return cast(Tensor, weight)
+
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         parts = layer._modules  # nn.Module finds its children by failing first: a third of a call at one token a step
         h = F.linear(x, weight_like(parts["lora_A"]._modules[name].weight, x))
@@ -67,6 +81,12 @@ class _Matrix(Shape):
 class LinearShape(_Matrix):
     """`nn.Linear`: weight (O, I)."""
 
+    plain_forward = staticmethod(nn.Linear.forward)
+
+    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+        weight = self._parameter(layer, x)
+        return weight if weight is not None and weight.shape[-1] == x.shape[-1] else None
+
     def claims(self, layer: nn.Module) -> bool:
         if not isinstance(layer, nn.Linear):
             return False
@@ -80,8 +100,8 @@ class LinearShape(_Matrix):
             return layer.in_features, max(layer.out_features, weight.shape[0])
         return layer.in_features, layer.out_features
 
-    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        return exact(layer.lora_B[name].weight[rows]) @ exact(layer.lora_A[name].weight)
+    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        return layer.lora_B[name].weight, layer.lora_A[name].weight
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=1)
@@ -93,9 +113,8 @@ class LinearShape(_Matrix):
 class _ByInput(_Matrix):
     """What shapes share whose weight has a row for each input: (I, O)."""
 
-    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight)
-        return a[:, rows].t() @ b.t()
+    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        return layer.lora_A[name].weight.t(), layer.lora_B[name].weight.t()
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=0)
@@ -106,6 +125,12 @@ class _ByInput(_Matrix):
 
 class TransposedShape(_ByInput):
     """transformers' `Conv1D`: weight (I, O)."""
+
+    plain_forward = staticmethod(Conv1D.forward)
+
+    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+        weight = self._parameter(layer, x)
+        return weight.t() if weight is not None and weight.shape[0] == x.shape[-1] else None
 
     def claims(self, layer: nn.Module) -> bool:
         return isinstance(layer, Conv1D) and runs_forward_of(layer, Conv1D)
@@ -121,6 +146,7 @@ class EmbeddingShape(_ByInput):
     """
 
     takes_dropout = False
+    is_matrix = False
 
     def claims(self, layer: nn.Module) -> bool:
         if not isinstance(layer, nn.Embedding):
@@ -182,9 +208,11 @@ class ConvShape(Shape):
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
+    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        return layer.lora_B[name].weight.flatten(1), layer.lora_A[name].weight.flatten(1)
+
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        a, b = exact(layer.lora_A[name].weight), exact(layer.lora_B[name].weight[rows])
-        return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
+        return super().delta(layer, name, rows).unflatten(1, layer.lora_A[name].weight.shape[1:])
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.flatten(1).norm(dim=1)

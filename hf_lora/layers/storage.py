@@ -23,15 +23,21 @@ class DenseStorage(Storage):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return tuple(cast(Tensor, layer.weight).shape)
 
-    def read(self, layer: nn.Module, rows: slice) -> Tensor:
-        return cast(Tensor, layer.weight).detach()[rows].to(torch.float32, copy=True)
+    def read(self, layer: nn.Module, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
+        return cast(Tensor, layer.weight).detach()[rows].to(dtype, copy=True, memory_format=torch.contiguous_format)
 
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
-        weight = cast(Tensor, layer.weight)
-        rounded = block.to(weight.dtype)
-        if not torch.isfinite(rounded).all():
+        weight = cast(Tensor, layer.weight).detach()
+        if not fits(block, weight.dtype):
             raise MergeError(f"a merged value is not finite, or too large for {weight.dtype}")
-        weight.detach()[rows] = rounded
+        weight[rows] = block
+
+
+def fits(block: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every element of `block` is finite, and still is when rounded to `dtype`."""
+    flat = block.reshape(-1)
+    # No element is larger than the norm: one pass, without a mask, settles it for weights of ordinary size.
+    return bool(flat.dot(flat) < torch.finfo(dtype).max ** 2) or bool(torch.isfinite(block.to(dtype)).all())
 
 
 STORAGES: tuple[Storage, ...] = (DenseStorage(),)

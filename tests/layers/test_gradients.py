@@ -17,8 +17,8 @@ from hf_lora import LoraConfig, MergeError, TargetError
 from hf_lora.adapt.merge import merge
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.layers.base import Method
+from hf_lora.layers.dropout import draw_seed, dropped
 from hf_lora.layers.methods import ADDITIVE
-from hf_lora.layers.ops import dropout
 
 GRID = [(c, ADDITIVE, 2) for c in CASES] + [(c, TOY, 1) for c in TOY_CASES]
 IDS = [f"{c.name}-{m.kind}" for c, m, _ in GRID]
@@ -163,9 +163,9 @@ def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     torch.manual_seed(9)
     y = model(x)
     torch.manual_seed(9)
-    dropped, gain = dropout(x, 0.25)
-    assert 0.1 < (dropped == 0).float().mean() < 0.4
-    expected = case.layer().double()(x.double()) + 1.5 * gain * dropped.double() @ a.double().t() @ b.double().t()
+    masked = dropped(x, 0.25, draw_seed())
+    assert 0.1 < (masked == 0).float().mean() < 0.4
+    expected = case.layer().double()(x.double()) + 1.5 / 0.75 * masked.double() @ a.double().t() @ b.double().t()
     assert_near(y, expected, torch.float32, 6)
     torch.manual_seed(10)
     assert not torch.equal(model(x), y)
@@ -173,25 +173,44 @@ def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     assert_mean_near(mean, twin(x), 0.1)
 
 
+def test_the_gradients_are_those_of_the_mask_that_the_forward_drew() -> None:
+    """Against float64 autograd of the formula with the mask written out: it is drawn again, not kept."""
+    case = BY_NAME["linear"]
+    model, x = adapted(case, ADDITIVE, torch.float32, 1, lora_dropout=0.25).train(), case.input().requires_grad_(True)
+    a, b = model.layer.lora_A["one"].weight, model.layer.lora_B["one"].weight
+    torch.manual_seed(9)
+    model(x).square().sum().backward()
+    torch.manual_seed(9)
+    mask = (dropped(torch.ones_like(x), 0.25, draw_seed())).double()
+    x2, a2, b2 = (t.detach().double().requires_grad_(True) for t in (x, a, b))
+    y = case.layer().double()(x2) + 1.5 / 0.75 * (x2 * mask) @ a2.t() @ b2.t()
+    y.square().sum().backward()
+    for found, exact in ((x, x2), (a, a2), (b, b2)):
+        assert found.grad is not None
+        assert exact.grad is not None
+        assert_near(found.grad, exact.grad, torch.float32, 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [0.001, 0.05, 0.5, 0.9])
-def test_dropout_drops_with_its_probability_and_keeps_the_mean(p: float, dtype: torch.dtype) -> None:
-    x = (torch.rand(401, 503) + 0.5).to(dtype).requires_grad_(True)
-    y, gain = dropout(x, p)
+def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch.dtype) -> None:
+    x = (torch.rand(401, 503) + 0.5).to(dtype)
+    torch.manual_seed(3)
+    seed = draw_seed()
+    y = dropped(x, p, seed)
     kept = y != 0
     assert y.dtype == dtype
-    assert y.shape == x.shape
+    assert torch.equal(y[kept], x[kept])
     n = x.numel()
-    assert abs(int((~kept).sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5 + n * 2**-16
-    assert abs(float((y.double()[kept] / x.double()[kept]).mean()) * gain * (1 - p) - 1) < 1e-3 + 2**-16 / (1 - p)
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad != 0, kept)
-    rows = (~kept).double().mean(1)  # no row and no column is left out or dropped whole
-    assert (rows - p).abs().max() < 6 * (p * (1 - p) / 503) ** 0.5 + 2**-16
-    again, _ = dropout(x, p)
+    assert abs(int((~kept).sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
+    for dim, size in ((0, 401), (1, 503)):  # no row and no column is left out or dropped whole
+        assert ((~kept).double().mean(dim) - p).abs().max() < 6 * (p * (1 - p) / size) ** 0.5 + 3 / size
+    neighbours = int((~kept[:, 1:] & ~kept[:, :-1]).sum())
+    assert abs(neighbours - n * p * p) < 8 * (n * p * p) ** 0.5 + 503
+    assert torch.equal(dropped(x, p, seed), y)
+    again = dropped(x, p, draw_seed())
     together = int(((again == 0) & ~kept).sum())  # two draws are independent
-    assert abs(together - n * p * p) < 6 * (n * p * p) ** 0.5 + n * 2**-15
+    assert abs(together - n * p * p) < 6 * (n * p * p) ** 0.5
 
 
 def assert_mean_near(found: Tensor, expected: Tensor, share: float) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import Method
-from ..ops import dropout, working
+from ..base import LoraLayer, Method
+from ..ops import Operand, exact, lora_products, takes_functions, working
+from ..sharing import leave, take
 
 
 class Additive(Method):
@@ -17,27 +20,105 @@ class Additive(Method):
 
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
         state = layer._lora
+        # Reentrant checkpointing runs a training forward without gradients first, which has to be the same.
+        if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and takes_functions():
+            return _for_training(layer, x, names)
         x = working(x)
         y: Tensor = layer.product(x)
         for name in names:
-            p, scaling = state.dropout[name], state.scaling[name]
-            if p and layer.training:
-                dropped, gain = dropout(x, p)
-                update = state.shape.update(layer, name, dropped, scaling * gain)
-            elif torch.is_grad_enabled():
-                update = state.shape.update(layer, name, x, scaling)  # scaled where it is R wide, backwards too
-            else:
-                # At one token a step an operation more costs what the products do.
-                y = torch.add(y, state.shape.update(layer, name, x).to(y.dtype), alpha=scaling)
-                continue
-            y = y + update.to(y.dtype)
+            y = _plain(layer, name, x, y)
         return y
 
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
+        return self.folding(layer, names)(block, rows)
+
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
         state = layer._lora
-        for name in names:
-            block.add_(state.shape.delta(layer, name, rows), alpha=state.scaling[name])
-        return block
+        # Each block needs its own rows of the left factor and all of the right one: that is made float64 once.
+        factors = [(*state.shape.factors(layer, name), state.scaling[name]) for name in names]
+        exactly = [(left, exact(right), scaling) for left, right, scaling in factors]
+
+        def add(block: Tensor, rows: slice) -> Tensor:
+            for left, right, scaling in exactly:
+                block.view(len(block), -1).addmm_(left[rows].to(block.dtype), right.to(block.dtype), alpha=scaling)
+            return block
+
+        return add
+
+
+def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+    """y with the update of one adapter, in PyTorch's own operations."""
+    state = layer._lora
+    p, scaling = state.dropout[name], state.scaling[name]
+    if p and layer.training:
+        x = F.dropout(x, p)
+    elif not torch.is_grad_enabled():
+        # At one token a step an operation more costs what the products do.
+        return torch.add(y, state.shape.update(layer, name, x).to(y.dtype), alpha=scaling)
+    return y + state.shape.update(layer, name, x, scaling).to(y.dtype)
+
+
+def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    """y with the updates of all adapters, for a backward that keeps little: see ops.py."""
+    group = layer._lora.group
+    if group and not x.is_inference():
+        y = take(layer, x, names)
+        if y is None:
+            y = _together(layer, group, x, names)
+        if y is not None:
+            return y
+    inner = working(x)
+    first, *others = names
+    operand = _operand(layer, first, inner)
+    if operand is None:
+        y, others = layer.product(inner), list(names)
+    else:
+        (y,) = lora_products(inner, [operand], _dropout(layer, first), weights=True)
+    for name in others:
+        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        if y.dtype == inner.dtype:
+            added = Operand(y, None, a, b, layer._lora.scaling[name])
+            (y,) = lora_products(inner, [added], _dropout(layer, name), weights=False)
+        else:
+            y = _plain(layer, name, inner, y)
+    return y
+
+
+def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+    """This layer's output, computed with those of the layers that will be handed the same x; None where that cannot
+    be, and each has to be computed alone."""
+    if len(names) > 1:
+        return None
+    inner, (name,), p = working(x), names, _dropout(layer, names[0])
+    members, operands = [], []
+    for member in group:
+        state = member._lora
+        if state.activity.acting[state.names] != names or member.training != layer.training:
+            continue
+        operand = _operand(member, name, inner)
+        if operand is not None and state.dropout[name] == layer._lora.dropout[name]:
+            members.append(member)
+            operands.append(operand)
+    if len(members) < 2 or not any(member is layer for member in members):
+        return None
+    computed = lora_products(inner, operands, p, weights=True)
+    outputs = {id(member): (member, y) for member, y in zip(members, computed, strict=True)}
+    _, y = outputs.pop(id(layer))
+    leave(layer, x, names, outputs)
+    return y
+
+
+def _operand(layer: Any, name: str, x: Tensor) -> Operand | None:
+    weight = layer._lora.shape.weight(layer, x)
+    if weight is None:
+        return None
+    parts = layer._modules
+    a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
+    return Operand(weight, layer.bias, a, b, layer._lora.scaling[name])
+
+
+def _dropout(layer: Any, name: str) -> float:
+    return layer._lora.dropout[name] if layer.training else 0.0
 
 
 ADDITIVE = Additive()
