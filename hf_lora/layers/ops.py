@@ -188,10 +188,12 @@ def _columns(grads: Sequence[Tensor | None], b: Sequence[Tensor], plan: _Plan, h
         g = grads[0]
         assert g is not None  # else autograd would not have called
         return torch.addmm(h.new_empty(1), g, b[0].to(h), beta=0, alpha=plan.scalings[0])
-    t = torch.empty_like(h)
-    for g, up, part, scaling in zip(grads, b, t.split(plan.ranks, 1), plan.scalings, strict=True):
+    t, start = torch.empty_like(h), 0
+    for g, up, rank, scaling in zip(grads, b, plan.ranks, plan.scalings, strict=True):
+        part = t[:, start : start + rank]
         if g is None:
             part.zero_()
         else:
             part.addmm_(g, up.to(h), beta=0, alpha=scaling)
+        start += rank
     return t
