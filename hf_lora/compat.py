@@ -23,14 +23,15 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 """Private methods of `transformers.Trainer` that `LoraTrainerMixin` overrides -> their parameters after self.
 
 Public methods that it overrides (`create_accelerator_and_postprocess`, `call_model_init`, `create_optimizer`,
-`floating_point_ops`, `save_model`, `train`) need no entry.
+`compute_loss`, `floating_point_ops`, `save_model`, `train`) need no entry.
 """
 
 CALLED: dict[str, tuple[str, ...]] = {
+    "_build_accelerator_args": ("kwargs",),
     "_get_num_items_in_batch": ("batch_samples", "device"),
     "_get_output_dir": ("trial",),
 }
-"""Private methods of `transformers.Trainer` that are called -> their parameters after self."""
+"""Private methods of `transformers.Trainer` that are called or looked for -> their parameters after self."""
 
 
 @contextlib.contextmanager

@@ -103,6 +103,20 @@ class LoraArguments:
             "where the model allows it."
         },
     )
+    share_inputs: bool = field(
+        default=True,
+        metadata={
+            "help": "Let layers that get one and the same input (query, key and value) read it once. Which they are "
+            "is found on the first batch."
+        },
+    )
+    keep_freed_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "On a CPU under Linux with glibc, keep freed memory for the next step instead of giving it back: "
+            "faster where single tensors are larger than 32 MiB, and takes more memory."
+        },
+    )
     lora_guard_steps: int = field(
         default=4,
         metadata={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from ..adapt.report import trainable_line
 from ..adapt.resize import frozen_new_rows
+from ..adapt.sharing import share_inputs
 from ..adapt.state import LoraState, require_state
 from ..adapt.walk import adapter_layers
 from ..errors import TrainingError
@@ -81,6 +83,20 @@ def summary(model: nn.Module, state: LoraState, name: str) -> str:
 def base_dtype(model: Any) -> Any:
     """The dtype of the first frozen floating-point parameter, or None."""
     return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
+
+
+def find_shared_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """`share_inputs` on a batch as the model gets it; a forward that fails there is told and stops nothing.
+
+    Each layer then reads its input by itself, which is slower and no other result.
+    """
+    try:
+        share_inputs(model, **batch)
+    except Exception as error:  # whatever it is: if the batch is at fault, the step itself says so next
+        logger.warning_once(
+            f"Which layers share an input was not found out, since a forward on the first batch failed "
+            f"({type(error).__name__}: {error}). Training goes on; share_inputs=False leaves the attempt out."
+        )
 
 
 def hold_batchnorm(model: nn.Module, _args: Any) -> None:

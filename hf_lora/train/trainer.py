@@ -43,7 +43,8 @@ from .checkpoint import (
 from .groups import learning_rates, split_by_rate
 from .guard import NEVER_CALLED, LayerGuard, check_finite
 from .head_loss import HeadLossMixin
-from .start import announce, base_dtype, check_start, hold_batchnorm
+from .memory import keep_freed_memory
+from .start import announce, base_dtype, check_start, find_shared_inputs, hold_batchnorm
 
 if TYPE_CHECKING:
     _Trainer = Trainer
@@ -74,6 +75,7 @@ class LoraTrainerMixin(HeadLossMixin, _Trainer):
         self._own_optimizer: Any = None
         self._batchnorm_hook: RemovableHandle | None = None
         self._counted: int | None = None
+        self._sharing_is_due = False
         super().__init__(*args, **kwargs)
         self._base_dtype = base_dtype(self.model)
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -97,6 +99,10 @@ class LoraTrainerMixin(HeadLossMixin, _Trainer):
             super().create_accelerator_and_postprocess()
         finally:
             self.args.ddp_find_unused_parameters = asked
+        own = type(self)._build_accelerator_args is Trainer._build_accelerator_args
+        if own and self.accelerator.ddp_handler is not None:
+            # Nobody else has asked for anything here. Gradients then lie in what is sent, and are not copied.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -162,6 +168,7 @@ class LoraTrainerMixin(HeadLossMixin, _Trainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.guard.finish()
+            self._sharing_is_due = False
             if self._batchnorm_hook is not None:
                 self._batchnorm_hook.remove()
                 self._batchnorm_hook = None
@@ -196,9 +203,34 @@ class LoraTrainerMixin(HeadLossMixin, _Trainer):
                     "so training starts from rounded weights. Train before evaluating, or load the model again."
                 )
         self._counted = None
+        if self.args.device.type == "cpu" and getattr(self.args, "keep_freed_memory", False):
+            kept = keep_freed_memory()
+            logger.info(
+                f"keep_freed_memory: freed memory is {'kept' if kept else 'not kept, without glibc on Linux'}."
+            )
+        self._sharing_is_due = self._may_share_inputs()
         self._head_of = None  # another adapter may train the head, which the last one left frozen
         if not isinstance(model, LoraModel) and self._batchnorm_hook is None:
             self._batchnorm_hook = model.register_forward_pre_hook(hold_batchnorm)
+
+    def _may_share_inputs(self) -> bool:
+        """Whether layers may read an input together: not where others call them, cut them up or copy them."""
+        return getattr(self.args, "share_inputs", True) and not (
+            self.args.torch_compile
+            or self.args.n_gpu > 1
+            or self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or any(hasattr(p, "to_local") for p in self._bare_model.parameters())
+        )
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.compute_loss`; before the first one of a run the layers that share an input are found."""
+        if self._sharing_is_due and self._bare_model.training and torch.is_grad_enabled():
+            # Here and not at the first batch of all: a resumed run has the same groups from its first step, too.
+            self._sharing_is_due = False
+            popped = {"labels"} if self.label_smoother is not None or self.compute_loss_func is not None else set()
+            find_shared_inputs(self._bare_model, {k: v for k, v in inputs.items() if k not in popped})
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from helpers import assert_same_tensors
 from tiny import SPARE, adapter_values, sentences, texts_of_three, tiny_bert, tiny_tokens
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-from hf_lora import LoraConfig, LoraTrainer, apply_lora
+from hf_lora import LoraConfig, LoraTrainer, apply_lora, share_inputs
 from hf_lora.errors import AdapterFileError
 from hf_lora.train.checkpoint import MANIFEST_NAME, last_checkpoint, why_incomplete
 
@@ -221,6 +221,7 @@ def test_an_unmodified_trainer_writes_adapters_and_says_how_to_resume(
 ) -> None:
     args = arguments(TrainingArguments, max_steps=6, save_strategy="steps", save_steps=2)
     model = apply_lora(tiny_bert(), CONFIG)
+    share_inputs(model, **{name: value[None] for name, value in sentences().rows[0].items()})  # as LoraTrainer does
     trainer = Trainer(model, args, train_dataset=sentences())
     first = trainer.evaluate(sentences(seed=5))["eval_loss"]
     trainer.train()

@@ -26,6 +26,7 @@ from hf_lora import (
     apply_lora,
     build_compute_metrics,
     compat,
+    share_inputs,
 )
 from hf_lora.adapt.walk import adapter_layers, replacements
 from hf_lora.errors import ConfigError, StateError, TrainingError
@@ -60,6 +61,8 @@ def test_the_same_losses_and_weights_as_trainer(make: Any, settings: dict[str, A
     ):
         torch.manual_seed(3)
         model = apply_lora(make(), LoraConfig(lora_dropout=0.1))
+        if cls is Trainer:  # LoraTrainer does so by itself
+            share_inputs(model, **{name: value[None] for name, value in data.rows[0].items()})
         trainer = cls(model, arguments(kind, **values), train_dataset=data)
         trainer.train()
         losses = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]

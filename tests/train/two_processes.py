@@ -27,6 +27,7 @@ def main(output_dir: str) -> None:
         trainer = LoraTrainer(tiny_tokens(), args, train_dataset=texts_of_three())
         trainer.train(resume_from_checkpoint=resume)
         assert SPARE not in adapter_layers(trainer.model)
+        assert trainer.model_wrapped.gradient_as_bucket_view
         ends.append(adapter_values(trainer.model))
         dist.barrier()
     assert_same_tensors(ends[1], ends[0])
