@@ -56,7 +56,7 @@ class _Matrix(Shape):
 
     def _parameter(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's weight, if it is an ordinary parameter beside `x` and nothing but `plain_forward` reads it."""
-        # nn.DataParallel's replicas hold plain tensors as attributes; another class keeps its bits in a way of its own.
+        # nn.DataParallel's replicas hold plain tensors as attributes; any other class keeps its bits in its own way.
         weight: Any = layer._parameters.get("weight", layer.__dict__.get("weight"))
         own: Any = super(LoraLayer, layer)
         if type(weight) not in (nn.Parameter, Tensor) or own.forward.__func__ is not self.plain_forward:
