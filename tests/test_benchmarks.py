@@ -26,7 +26,7 @@ def load() -> Any:
 
 @pytest.fixture(scope="module")
 def toy(load: Any) -> Any:
-    return load("models").llama(torch.float32, CPU, rows=2, tokens=6, **TOY)
+    return load("variants").llama(torch.float32, CPU, rows=2, tokens=6, **TOY)
 
 
 def test_saved_bytes_of_a_linear_layer_are_its_input(load: Any) -> None:
@@ -64,14 +64,14 @@ def test_an_operation_written_in_python_counts_for_what_it_calls(load: Any) -> N
 
 @pytest.mark.parametrize(("variant", "expected"), [("frozen", (1, 1)), ("peft_same", (5, 7)), ("peft", (7, 10))])
 def test_operations_of_a_linear_layer(load: Any, variant: str, expected: tuple[int, int]) -> None:
-    memory, lora = load("memory"), load("models").Lora(rank=2, alpha=4)
+    memory, lora = load("memory"), load("variants").Lora(rank=2, alpha=4)
     there, back = memory.linear_operations(variant, lora, 8, torch.bfloat16, CPU)
     # PEFT, forward: W x, A x, B h, times scaling, plus. In float32 the casts of x and of the sum come to it.
     assert (len(there), len(back)) == expected
 
 
 def test_what_a_layer_keeps(load: Any) -> None:
-    memory, lora = load("memory"), load("models").Lora(rank=2, alpha=4)
+    memory, lora = load("memory"), load("variants").Lora(rank=2, alpha=4)
     kept = {v: memory.layer_figures(v, lora, 64, 8, torch.float32, CPU)[0] for v in ("frozen", "peft")}
     # Both norms' outputs, the input of down (3.5), and h of seven layers.
     assert kept["peft"] - kept["frozen"] == pytest.approx(1 + 1 + 3.5 + 7 * 2 / 64)
@@ -81,7 +81,7 @@ def test_what_a_layer_keeps(load: Any) -> None:
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1.32), (torch.float32, 1.37)], ids=str)
 def test_ours_keeps_what_the_mathematics_needs(load: Any, dtype: torch.dtype, most: float, dropout: float) -> None:
     """The inputs that no other layer keeps and h, with dropout as without: no mask, no masked, cast or scaled copy."""
-    memory, lora = load("memory"), load("models").Lora(rank=16, alpha=32, dropout=dropout)
+    memory, lora = load("memory"), load("variants").Lora(rank=16, alpha=32, dropout=dropout)
     frozen, ours = (memory.layer_figures(v, lora, 512, 32, dtype, CPU)[0] for v in ("frozen", "ours"))
     assert ours - frozen == pytest.approx(1 + 1 + 3.5 + 7 * 16 / 512)
     assert ours / frozen < most
@@ -89,7 +89,7 @@ def test_ours_keeps_what_the_mathematics_needs(load: Any, dtype: torch.dtype, mo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_operations_that_ours_adds(load: Any, dtype: torch.dtype) -> None:
-    memory, lora = load("memory"), load("models").Lora(rank=2, alpha=4)
+    memory, lora = load("memory"), load("variants").Lora(rank=2, alpha=4)
     there, back = memory.linear_operations("ours", lora, 8, dtype, CPU)
     casts = [name for name in there + back if name == "_to_copy"]
     assert len(there) + len(back) - len(casts) == 2 + 2 + 5  # the layer's own two, and what the adapter adds
@@ -102,24 +102,24 @@ def test_operations_that_ours_adds(load: Any, dtype: torch.dtype) -> None:
 
 def test_the_flop_limit(load: Any) -> None:
     model = nn.ModuleDict({"a": nn.Linear(8, 4), "head": nn.Linear(4, 2)})
-    assert load("models").flop_limit(model, ["a"], 2) == 1 + 1.5 * 2 * (8 + 4) / (8 * 4 + 4 * 2)
+    assert load("variants").flop_limit(model, ["a"], 2) == 1 + 1.5 * 2 * (8 + 4) / (8 * 4 + 4 * 2)
 
 
 @pytest.mark.parametrize("variant", ["ours", "peft"])
 def test_gradients_agree_with_the_plain_model(load: Any, toy: Any, variant: str) -> None:
-    models = load("models")
-    lora = models.Lora(rank=2, alpha=8)
-    reference = models.reference_gradients(toy, lora, toy.batch)
+    variants = load("variants")
+    lora = variants.Lora(rank=2, alpha=8)
+    reference = variants.reference_gradients(toy, lora, toy.batch)
     assert len(reference) == 7
-    total, worst = models.gradient_errors(models.build(variant, toy, lora), toy.batch, reference)
+    total, worst = variants.gradient_errors(variants.build(variant, toy, lora), toy.batch, reference)
     assert total < worst < 1e-5
 
 
 def test_wrong_gradients_are_not_timed(load: Any, toy: Any) -> None:
-    models, train_step = load("models"), load("train_step")
-    built = {"ours": models.build("ours", toy, models.Lora(rank=2, alpha=4))}
+    variants, train_step = load("variants"), load("train_step")
+    built = {"ours": variants.build("ours", toy, variants.Lora(rank=2, alpha=4))}
     with pytest.raises(SystemExit, match="gradients of hf_lora are wrong"):
-        train_step.prove(built, toy, models.Lora(rank=2, alpha=6), False, "float32")  # another scaling
+        train_step.prove(built, toy, variants.Lora(rank=2, alpha=6), False, "float32")  # another scaling
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_train_step(
     common, train_step, report = load("common"), load("train_step"), load("report")
     options = train_step.parse([*words, "--rounds", "2", "--rank", "2", "--threads", "1"])
     dtype = common.DTYPES[options.dtype or "float32"]
-    case = load("models").llama(dtype, CPU, rows=2, tokens=6, **TOY)
+    case = load("variants").llama(dtype, CPU, rows=2, tokens=6, **TOY)
     table = train_step.measure(options, case)
     assert [row["name"] for row in table.rows] == ["frozen", "peft", "peft_same", "ours", "full"]
     table.show(tmp_path / "run.json")

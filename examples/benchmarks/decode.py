@@ -13,11 +13,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import models
 import torch
+import variants
 from common import DTYPES, Table, Times, arguments, device_of, settings_of, take_turns
-from models import Case, Lora, build
 from torch import Tensor
+from variants import Case, Lora, build
 
 NAMES = {
     "base": "base",
@@ -67,8 +67,8 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
     options.dtype = options.dtype or ("bfloat16" if large else "float32")
     dtype = DTYPES[options.dtype]
     if case is None and options.model == "smollm2":
-        case = models.smollm2(dtype, device, base=options.base)
-    case = case or (models.llama_8b(dtype, device) if large else models.llama(dtype, device))
+        case = variants.smollm2(dtype, device, base=options.base)
+    case = case or (variants.llama_8b(dtype, device) if large else variants.llama(dtype, device))
     found = decoders(case, Lora(options.rank, 2 * options.rank))
     times: dict[int, dict[str, Times]] = {}
     texts: dict[str, Tensor] = {}

@@ -14,11 +14,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import models
 import torch
+import variants
 from common import DTYPES, Operations, Table, arguments, count_operations, device_of, saved_bytes, settings_of
-from models import VARIANTS, Batch, Case, Lora, build, embedded
 from torch import Tensor, nn
+from variants import VARIANTS, Batch, Case, Lora, build, embedded
 
 COUNTED = ("frozen", "peft", "peft_same", "ours")
 
@@ -35,7 +35,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 def body(hidden: int, layers: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
     """A Llama of 8B's proportions without its head, and one row of tokens."""
-    case = models.llama(
+    case = variants.llama(
         dtype, device, rows=1, tokens=tokens, vocab_size=256, hidden_size=hidden, intermediate_size=7 * hidden // 2,
         num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2,
     )  # fmt: skip

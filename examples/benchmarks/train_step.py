@@ -19,10 +19,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import models
 import torch
+import variants
 from common import DTYPES, Table, arguments, device_of, keep_memory, settings_of, take_turns
-from models import VARIANTS, Batch, Case, Lora, build, flop_limit, gradient_errors, reference_gradients, stepper
+from variants import VARIANTS, Batch, Case, Lora, build, flop_limit, gradient_errors, reference_gradients, stepper
 
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
 """Relative errors above which gradients are wrong, and not only rounded."""
@@ -65,10 +65,10 @@ def case_of(options: argparse.Namespace, device: torch.device) -> Case:
     dtype = DTYPES[options.dtype]
     large = options.preset == "h200"
     if options.model == "smollm2":
-        return models.smollm2(dtype, device, base=options.base, **(dict(rows=16, tokens=1024) if large else {}))
+        return variants.smollm2(dtype, device, base=options.base, **(dict(rows=16, tokens=1024) if large else {}))
     if options.model == "minilm":
-        return models.minilm(dtype, device, **(dict(rows=64, tokens=64) if large else {}))
-    return models.llama_8b(dtype, device) if large else models.llama(dtype, device)
+        return variants.minilm(dtype, device, **(dict(rows=64, tokens=64) if large else {}))
+    return variants.llama_8b(dtype, device) if large else variants.llama(dtype, device)
 
 
 def prove(built: dict[str, Any], case: Case, lora: Lora, autocast: bool, dtype: str) -> dict[str, float]:

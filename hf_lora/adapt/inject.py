@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
 from ..layers.base import LoraLayer, end_layer, start_layer
-from ..layers.init import INITS
+from ..layers.init import INITS, Init, unset
 from ..layers.methods import ADDITIVE
 from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias, remove_bias
 from ..layers.storage import execution_device
@@ -31,8 +34,7 @@ def inject(
     trainable: bool = True,
     allow_bypassed: bool = False,
     from_file: bool = False,
-    layers: set[str] | None = None,
-    saved: dict[str, str] | None = None,
+    plan: Explanation | None = None,
     heads: dict[str, nn.Module] | None = None,
     task: Task | None = None,
     call: str = "apply_lora(model, config)",
@@ -42,8 +44,7 @@ def inject(
     The base is frozen (what required gradients before is recorded). All is checked before anything is changed.
 
     Args:
-        layers: of the layers that `config` matches, adapt these only (a loaded file says which it holds).
-        saved: keep these modules whole rather than those that `config` names.
+        plan: what `config` comes to, where it is known; the caller then fills the factors, which hold no values yet.
         heads: original name -> module to keep for this adapter in place of a copy of the base's.
         task: labels of this adapter; the base's where not given.
 
@@ -53,15 +54,13 @@ def inject(
     _check_name(name)
     state = state_of(model)
     _check_model(model, state, name, call)
-    plan = resolve(model, config, call, allow_bypassed, from_file)
-    if layers is not None:
-        plan.layers = [t for t in plan.layers if t.name in layers]
-    if saved is not None:
-        plan.saved = saved
+    init = INITS[config.init_lora_weights] if plan is None else unset
+    plan = plan or resolve(model, config, call, allow_bypassed, from_file)
     if state is None:
         state = _first(model)
-    for target in plan.layers:
-        _adapt(target, config, name, state)
+    with _uncollected():
+        for target in plan.layers:
+            _adapt(target, config, name, state, init)
     for path in plan.saved:
         _save_whole(model, path, name, state, (heads or {}).get(path))
     for path in plan.biases:
@@ -200,25 +199,38 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
 
 
 def _first(model: nn.Module) -> LoraState:
+    parameters = dict(model.named_parameters())
     state = LoraState(
-        required_grad={n: p.requires_grad for n, p in model.named_parameters()},
+        required_grad={n: p.requires_grad for n, p in parameters.items()},
         base_task=Task.of(model),
         vocabulary=checkpoint_vocabulary(model),
         random_base=is_random(model),
-        has_batchnorm=any(isinstance(m, _BatchNorm) for m in model.modules()),
+        has_batchnorm=any(isinstance(m, _BatchNorm) for _, m in original_modules(model)),
     )
     setattr(model, ATTRIBUTE, state)
-    for parameter in model.parameters():
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
     return state
 
 
-def _adapt(target: Target, config: LoraConfig, name: str, state: LoraState) -> None:
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """No garbage collection: an injection makes objects by the ten thousand, all of which stay."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def _adapt(target: Target, config: LoraConfig, name: str, state: LoraState, init: Init) -> None:
     layer = target.module
     if not isinstance(layer, LoraLayer):
         layer = start_layer(layer, target.shape, target.storage, state.activity)
     shapes = target.shape.shapes(layer, target.r)
-    a, b = INITS[config.init_lora_weights](target.shape, *shapes, execution_device(layer))
+    a, b = init(target.shape, *shapes, execution_device(layer))
     layer.add_lora(name, ADDITIVE, a, b, target.alpha, target.scaling, config.lora_dropout)
 
 

@@ -1,8 +1,8 @@
 """Fold adapters into the base weights, and take them out again.
 
-Rows of a weight are read as float32, the updates are computed in float64 and added, and the sum is rounded once: at
-most one unit in the last place from exact arithmetic. Blocks of rows bound the memory; no temporary is as large as a
-weight.
+Rows of a weight are read as float64, the updates are computed in float64 and added, and the sum is rounded once, to
+the weight's dtype. Blocks of rows bound the memory, and are small enough to stay in a core's cache: the weight is read
+and written once, and no temporary is as large as a weight.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
 from ..layers.extend import plain
+from ..layers.ops import exact
 from ..layers.shapes import ConvShape
+from ..layers.storage import fits
 from .state import LoraState, require_state, set_active, slots
 from .walk import adapter_layers, bias_layers, module_at, original_modules
 
-BLOCK_ELEMENTS = 1 << 21
-"""Elements of a row block: 8 MiB of float32."""
+BLOCK_ELEMENTS = 1 << 17
+"""Elements of a row block on CPU: 1 MiB of float64. Other devices, where a launch costs more, take 16 times that."""
 
 
 def merge(
@@ -62,20 +64,25 @@ def merge(
     layers = {n: layer for n, layer in adapter_layers(model).items() if _acting(layer, state)}
     try:
         _check(model, state, layers, active, untie, call)
+        if not keep:
+            _try(state, layers, call)
     except MergeError:
         set_active(model, state, before)
         raise
     if untie:
         _untie(model, layers)
-    # Only float16 can overflow where base and update are finite; a failure half way must then be undone everywhere.
-    can_fail = any(layer.weight.dtype == torch.float16 for layer in layers.values())
     for name, layer in layers.items():
         try:
-            _fold(layer, _acting(layer, state), keep or can_fail)
+            _fold(layer, _acting(layer, state), keep)
         except MergeError as error:
             _restore(layers)
             set_active(model, state, before)
-            raise MergeError(f"{call}: {name}: {error}. The weights are as they were.") from None
+            undone = (
+                "The weights are as they were."
+                if keep
+                else "Layers before this one hold their adapters already: load the base anew."
+            )
+            raise MergeError(f"{call}: {name}: {error}. {undone}") from None
     for biased in bias_layers(model).values():
         for n in biased._bias_names:
             if n in active:
@@ -140,16 +147,38 @@ def disabled(model: nn.Module) -> Iterator[None]:
         set_enabled(model, before)
 
 
-def folded(layer: LoraLayer, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, block) of the layer's weight with the adapters `names` in it, float32, block by block."""
+def folded(layer: LoraLayer, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, block) of the layer's weight with the adapters `names` in it, float64 where the device has it.
+
+    Args:
+        reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
+    """
     state = layer._lora
-    method = state.method[names[0]]
-    shape = state.storage.shape(layer)
-    step = max(1, BLOCK_ELEMENTS // max(1, prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        rows = slice(start, min(start + step, shape[0]))
-        block = state.storage.read(layer, rows)
-        yield rows, method.fold(layer, block, names, rows)
+    count, *rest = state.storage.shape(layer)
+    fold = state.method[names[0]].folding(layer, names)
+    device = cast(Tensor, layer.weight).device
+    elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 16)
+    step = max(1, elements // max(1, prod(rest)))
+    memory = exact(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        into = memory[: rows.stop - start]
+        yield rows, fold(state.storage.read(layer, rows, into if reuse else torch.empty_like(into)), rows)
+
+
+@torch.no_grad()
+def _try(state: LoraState, layers: dict[str, LoraLayer], call: str) -> None:
+    """Fold float16 layers and write nothing: only float16 overflows where base and update are of ordinary size.
+
+    Without kept originals nothing could undo that half way. It costs the work twice, and no memory.
+    """
+    faults = Faults(call)
+    for name, layer in layers.items():
+        dtype = cast(Tensor, layer.weight).dtype
+        if dtype == torch.float16:
+            if not all(fits(block, dtype) for _, block in folded(layer, _acting(layer, state), reuse=True)):
+                faults.add(f"{name}: a merged value is not finite, or too large for {dtype}")
+    faults.check(MergeError, "The weights are as they were. Adapters work unmerged in any case.")
 
 
 @torch.no_grad()
@@ -157,7 +186,7 @@ def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool) -> None:
     state = layer._lora
     if keep:
         state.original = layer.weight.detach().clone()  # type: ignore[operator]
-    for rows, block in folded(layer, names):
+    for rows, block in folded(layer, names, reuse=True):
         state.storage.write(layer, rows, block)
 
 
@@ -185,7 +214,7 @@ def _check(
     faults = Faults(call)
     for name in active:
         for slot in slots(model, name):
-            if slot.tensor.is_floating_point() and not torch.isfinite(slot.tensor).all():
+            if slot.tensor.is_floating_point() and not fits(slot.tensor.detach(), slot.tensor.dtype):
                 faults.add(f"adapter {name!r}: {slot.path}.{slot.role} holds NaN or infinity")
     for path, biased in bias_layers(model).items():
         for name in (n for n in active if n in biased._bias_names):

@@ -11,7 +11,7 @@ from torch import nn
 from ..config import LoraConfig
 from ..errors import StateError, nearest
 from ..layers.base import Activity
-from .walk import adapter_layers, bias_layers, replacements
+from .walk import adapter_layers, adapter_tensors, bias_layers, replacements
 
 ATTRIBUTE = "_hf_lora"
 
@@ -149,21 +149,15 @@ def slots(model: nn.Module, name: str) -> Iterator[Slot]:
                 yield Slot(f"{path}.{key}", "copy", "", tensor)
 
 
-def adapter_parameters(model: nn.Module, name: str) -> Iterator[nn.Parameter]:
-    """The trainable tensors of one adapter."""
-    for slot in slots(model, name):
-        if isinstance(slot.tensor, nn.Parameter):
-            yield slot.tensor
-
-
 def update_requires_grad(model: nn.Module, state: LoraState, names: Any) -> None:
     """Let the tensors of `names` require gradients where the adapter is active and trainable."""
-    for name in names:
-        wanted = name in state.trainable and name in state.activity.active
-        for parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(wanted)
-            if not wanted:
-                parameter.grad = None
+    wanted = {name: name in state.trainable and name in state.activity.active for name in names}
+    if not wanted:
+        return
+    for name, parameter in adapter_tensors(model, wanted):
+        parameter.requires_grad = wanted[name]
+        if not wanted[name]:
+            parameter.grad = None
 
 
 def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ speak of the original names; these functions are the one place that knows the di
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,32 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in reversed(list(module._modules.items())):
             if child is not None and not (ours and child_name.startswith("lora_")):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
+    """(adapter, parameter) of all that the adapters `names` train, in one pass without names of modules.
+
+    A switch between adapters is this pass: modules without children, which are most, are not even looked at.
+    """
+    names = tuple(names)
+    stack, seen = [model], {id(model)}
+    while stack:
+        module = stack.pop()
+        ours = isinstance(module, (LoraLayer, BiasLayer))
+        for kind, child in module._modules.items():
+            if child is None or not child._modules or id(child) in seen:
+                continue
+            seen.add(id(child))
+            if (ours and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
+                for name in names:
+                    held = child._modules.get(name)
+                    if held is None:
+                        continue
+                    for parameter in held.parameters() if held._modules else held._parameters.values():
+                        if parameter is not None:
+                            yield name, parameter
+            else:
+                stack.append(child)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:

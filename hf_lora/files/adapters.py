@@ -161,11 +161,9 @@ def load_adapter(
     faults = Faults(call)
     compare(expected, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter and the model belong together.")
-    config = file.config
     inject(
-        model, config, name, trainable=is_trainable, from_file=True, layers=adapted, heads=heads, task=task, call=call,
-        saved=plan.saved,
-    )  # fmt: skip
+        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
+    )
     require_state(model, call).identity = identity
     assign(model, name, file.tensors)
     return plan

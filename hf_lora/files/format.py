@@ -26,6 +26,7 @@ from torch import Tensor
 from ..adapt.state import Slot
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
+from ..layers.storage import fits
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -123,7 +124,7 @@ def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
     for key, tensor in tensors.items():
         if key not in expected:
             faults.add(f"unexpected: {key} {list(tensor.shape)}{nearest(key, expected.keys() - tensors.keys(), 1)}")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not fits(tensor, tensor.dtype):
             faults.add(f"values: {key} holds NaN or infinity")
 
 
@@ -189,7 +190,7 @@ def write_adapter(
     for key, tensor in tensors.items():
         if tensor.numel() == 0 or tensor.is_meta:
             faults.add(f"{key} is empty here: gather sharded parameters first")
-        elif tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        elif tensor.is_floating_point() and not fits(tensor, tensor.dtype):
             faults.add(f"{key} holds NaN or infinity")
         else:
             ready[key] = tensor.detach().to("cpu").contiguous()

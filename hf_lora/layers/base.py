@@ -188,8 +188,8 @@ class Storage(ABC):
         """The shape of the weight as `read` returns it."""
 
     @abstractmethod
-    def read(self, layer: nn.Module, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rows of the weight, a copy, as float32 or what is asked for."""
+    def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
+        """Rows of the weight, a copy: float32, or `into`, filled, in its own dtype."""
 
     @abstractmethod
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:

@@ -24,22 +24,28 @@ def draw_seed() -> int:
     return int(torch.empty((), dtype=torch.int64).random_(0, None))
 
 
-def drop_(x: Tensor, p: float, seed: int) -> Tensor:
-    """Set elements of the contiguous `x` to zero in place, each with probability `p`; the others are not scaled up.
+def draw_mask(x: Tensor, p: float, seed: int) -> Tensor:
+    """Which elements of `x` to drop, each with probability `p`: the same for the same seed, shape and device.
 
-    The same seed, shape and device drop the same elements.
+    Returns:
+        Indices into the flat x (int64, some of them more than once), or where that is slower a mask like x (bool).
     """
     generator = torch.Generator(x.device).manual_seed(seed)
     if x.device.type == "cpu" and p <= _SPARSE:
         mean = torch.tensor(-math.log1p(-p) * x.numel(), dtype=torch.float64)
         picks = int(torch.poisson(mean, generator=generator))
-        places = torch.empty(picks, dtype=torch.int64).random_(0, max(1, x.numel()), generator=generator)
-        x.view(-1).put_(places, x.new_zeros(1).expand(picks))
-        return x
-    keep = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p, generator=generator)
-    return x.mul_(keep)
+        return torch.empty(picks, dtype=torch.int64).random_(0, max(1, x.numel()), generator=generator)
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(p, generator=generator)
 
 
-def dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """A copy of `x` with elements set to zero, as `drop_` does."""
-    return drop_(x.clone(memory_format=torch.contiguous_format), p, seed)
+def drop_(x: Tensor, mask: Tensor) -> Tensor:
+    """Set what `mask` says to zero, in the contiguous `x` itself; the others are not scaled up."""
+    if mask.dtype == torch.bool:
+        return x.masked_fill_(mask, 0)
+    x.view(-1).put_(mask, x.new_zeros(1).expand(mask.numel()))
+    return x
+
+
+def dropped(x: Tensor, mask: Tensor) -> Tensor:
+    """A copy of `x` in which what `mask` says is zero."""
+    return drop_(x.clone(memory_format=torch.contiguous_format), mask)

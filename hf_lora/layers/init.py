@@ -42,6 +42,11 @@ def random(shape: Shape, a: tuple[int, ...], b: tuple[int, ...], device: torch.d
     return nn.init.normal_(a_), nn.init.normal_(b_)
 
 
+def unset(shape: Shape, a: tuple[int, ...], b: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory alone, and no draw: for factors that a file fills at once."""
+    return torch.empty(a, device=device, dtype=torch.float32), torch.empty(b, device=device, dtype=torch.float32)
+
+
 INITS: dict[bool | str, Init] = {True: kaiming, "gaussian": gaussian, False: random}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_seed, drop_, dropped
+from .dropout import draw_mask, draw_seed, drop_, dropped
 
 
 def working(x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class _LoraProducts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         bases, biases, a, b = tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4]
         flat = x.reshape(-1, x.shape[-1])
-        h = F.linear(dropped(flat, plan.p, plan.seed) if plan.p else flat, _stacked(a, x))
+        h = F.linear(dropped(flat, draw_mask(flat, plan.p, plan.seed)) if plan.p else flat, _stacked(a, x))
         kept, outputs = [], []
         for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
             update = up.to(x).t()
@@ -142,9 +142,9 @@ class _LoraProducts(torch.autograd.Function):
         a, b, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
         stacked = _stacked(a, x)
-        masked = dropped(flat, plan.p, plan.seed) if plan.p and any(needs[4::4]) else flat
+        mask = draw_mask(flat, plan.p, plan.seed) if plan.p else None
+        masked = flat if mask is None else dropped(flat, mask)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: h depends on x and A
-            masked = dropped(flat, plan.p, plan.seed) if plan.p else flat
             h = F.linear(masked, stacked)
         parts = h.split(plan.ranks, 1)
         flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -153,8 +153,8 @@ class _LoraProducts(torch.autograd.Function):
         dx = None
         if needs[0]:
             dx = t @ stacked
-            if plan.p:
-                dx = drop_(dx, plan.p, plan.seed)
+            if mask is not None:
+                drop_(dx, mask)
             for g, weight in zip(flats, kept, strict=plan.weights):
                 if g is not None:
                     dx.addmm_(g, weight)

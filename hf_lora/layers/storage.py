@@ -23,8 +23,9 @@ class DenseStorage(Storage):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return tuple(cast(Tensor, layer.weight).shape)
 
-    def read(self, layer: nn.Module, rows: slice, dtype: torch.dtype = torch.float32) -> Tensor:
-        return cast(Tensor, layer.weight).detach()[rows].to(dtype, copy=True, memory_format=torch.contiguous_format)
+    def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
+        weight = cast(Tensor, layer.weight).detach()[rows]
+        return weight.to(torch.float32, copy=True) if into is None else into.copy_(weight)
 
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
         weight = cast(Tensor, layer.weight).detach()
@@ -36,8 +37,10 @@ class DenseStorage(Storage):
 def fits(block: Tensor, dtype: torch.dtype) -> bool:
     """Whether every element of `block` is finite, and still is when rounded to `dtype`."""
     flat = block.reshape(-1)
-    # No element is larger than the norm: one pass, without a mask, settles it for weights of ordinary size.
-    return bool(flat.dot(flat) < torch.finfo(dtype).max ** 2) or bool(torch.isfinite(block.to(dtype)).all())
+    # No element is larger than the norm: one pass, without a mask, settles it for values of ordinary size.
+    if flat.dtype.itemsize > 1 and bool(flat.dot(flat) < torch.finfo(dtype).max ** 2):
+        return True
+    return bool(torch.isfinite(block.to(dtype)).all())
 
 
 STORAGES: tuple[Storage, ...] = (DenseStorage(),)
