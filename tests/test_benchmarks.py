@@ -179,3 +179,15 @@ def test_the_report_replaces_what_stands_below_a_command(load: Any) -> None:
     assert report.put_into(made, report.sections([table])) == made
     with pytest.raises(SystemExit, match="no heading"):
         report.put_into("# P\n", report.sections([table]))
+
+
+def test_load_merge(load: Any) -> None:
+    load_merge = load("load_merge")
+    table = load_merge.measure(
+        load_merge.parse(["--targets", "7", "--rank", "2", "--merge-layers", "0", "--repeats", "2"])
+    )
+    assert [row["what"].partition(",")[0] for row in table.rows] == [
+        "inject 7 targets", "load a 2nd adapter", "load a 3rd adapter", "switch", "disable and enable",
+    ]  # fmt: skip
+    assert all(float(row["ratio"]) > 0 for row in table.rows)
+    assert "| inject 7 targets |" in load("report").sections([table])["load_merge"]

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +25,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
+from common import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -215,37 +215,38 @@ def peaks(options: argparse.Namespace) -> dict[str, int]:
     return found
 
 
-def table_of(results: dict[str, Times]) -> list[dict[str, Any]]:
-    rows = []
+def table_of(results: dict[str, Times], peak: dict[str, int] | None, options: argparse.Namespace) -> Table:
+    rows: list[dict[str, Any]] = []
     for what, times in results.items():
-        median = {name: statistics.median(found) for name, found in times.items()}
-        quartiles = statistics.quantiles([a / b for a, b in zip(times["ours"], times["PEFT"], strict=True)], n=4)
-        limit = median["limit"] / median["PEFT"] if "limit" in median else None
+        ours, theirs = common.Times(times["ours"]), common.Times(times["PEFT"])
+        spread = ours.over(theirs)
+        limit = f"{common.Times(times['limit']).median / theirs.median:.3f}" if "limit" in times else None
         rows.append(
             {
                 "what": what,
-                "ours / PEFT": median["ours"] / median["PEFT"],
-                "spread": [quartiles[0], quartiles[2]],
-                "limit / PEFT": limit,
-                "ours, s": median["ours"],
-                "PEFT, s": median["PEFT"],
+                "ratio": f"{spread.value:.4f}",
+                "quartiles": f"{spread.low:.4f}-{spread.high:.4f}",
+                "limit": limit,
+                "seconds": f"{theirs.median:.3g}",
             }
         )
-    return rows
-
-
-def show(rows: list[dict[str, Any]], peak: dict[str, int] | None) -> None:
-    print(f"{'':36}{'ours / PEFT':>12}{'quartiles':>16}{'limit / PEFT':>14}")
-    for row in rows:
-        limit = f"{row['limit / PEFT']:.3f}" if row["limit / PEFT"] is not None else ""
-        low, high = row["spread"]
-        print(f"{row['what']:36}{row['ours / PEFT']:12.4f}{f'{low:.4f}-{high:.4f}':>16}{limit:>14}")
+    columns = {
+        "what": "",
+        "ratio": "hf_lora over PEFT",
+        "quartiles": "quartiles",
+        "limit": "limit over PEFT",
+        "seconds": "PEFT, s",
+    }
+    notes = []
     if peak:
         mine, other = peak["ours"] / 1e6, peak["PEFT"] / 1e6
-        print(f"extra peak memory of merge_and_unload: ours {mine:.1f} MB, PEFT {other:.1f} MB")
+        notes.append(f"Extra peak memory of merge_and_unload: hf_lora {mine:.1f} MB, PEFT {other:.1f} MB.")
+    title = f"Injection, loading, switching and merging at rank {options.rank}"
+    settings = {k: v for k, v in common.settings_of(options).items() if k != "peak_of"}
+    return Table("load_merge", title, columns, rows, settings, notes)
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument(
@@ -258,20 +259,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--merge-layers", type=int, help="layers of the model to merge; 0 leaves the merge out")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--peak-of", choices=["ours", "PEFT"], help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     for name, value in PRESETS[options.preset].items():
         if getattr(options, name, None) is None:
             setattr(options, name, value)
     return options
 
 
-def main() -> None:
-    options = parse()
+def measure(options: argparse.Namespace) -> Table:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
-    if options.peak_of:
-        print(peak_of_merge(options.peak_of, options))
-        return
     results: dict[str, Times] = {}
     for targets in options.targets:
         results[f"inject {targets} targets"] = injection(targets, options)
@@ -282,15 +279,13 @@ def main() -> None:
     if options.merge_layers:
         results[f"merge_and_unload, {options.dtype}"] = merging(options)
         peak = peaks(options)
-    rows = table_of(results)
-    show(rows, peak)
-    if options.json:
-        shown = {k: v for k, v in vars(options).items() if k not in ("json", "peak_of")}
-        versions = {name: __import__(name).__version__ for name in ("torch", "transformers", "peft", "hf_lora")}
-        found = {"options": shown, "versions": versions, "rows": rows, "extra peak bytes of the merge": peak}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    return table_of(results, peak, options)
 
 
 if __name__ == "__main__":
-    main()
+    asked = parse()
+    if asked.peak_of:
+        torch.set_num_threads(asked.threads)
+        print(peak_of_merge(asked.peak_of, asked))
+    else:
+        measure(asked).show(asked.json)

@@ -74,7 +74,8 @@ def sections(tables: list[Table]) -> dict[str, str]:
         made["memory"] = stacked(counts)
     for table in tables:
         if table.kind not in ("train_step", "memory"):
-            text = f"{table.title}.\n\n{table.markdown()}\n\n{describe(table.machine)}."
+            notes = "".join(f"{note}\n\n" for note in table.notes)
+            text = f"{table.title}.\n\n{table.markdown()}\n\n{notes}{describe(table.machine)}."
             made[table.kind] = f"{made[table.kind]}\n\n{text}" if table.kind in made else text
     return made
 

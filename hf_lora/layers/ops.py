@@ -128,7 +128,8 @@ class _LoraProducts(torch.autograd.Function):
                 y.addmm_(part, update, alpha=scaling)
             else:
                 y = torch.addmm(base.reshape(-1, base.shape[-1]), part, update, alpha=scaling)
-            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            # As matmul does: to autograd the result is no view, so a model may change it in place.
+            outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, h, *a, *b, *kept)

@@ -132,6 +132,24 @@ def test_an_output_that_nobody_uses_costs_no_gradient() -> None:
     assert_near(x.grad, expected, torch.float32, 8)
 
 
+@pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.parametrize("count", [1, 2])
+def test_outputs_may_be_changed_in_place(weights: bool, count: int) -> None:
+    """As `nn.ReLU(inplace=True)` does with what a linear layer gives it."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    operands = [
+        Operand(torch.randn((4, 6) if weights else (2, 3, 4)), None, torch.randn(2, 6), torch.randn(4, 2), 1.0)
+    ]
+    operands *= count
+    expected = [y * 2 for y in lora_products(x, operands, weights=weights)]
+    found = [y.mul_(2) for y in lora_products(x, operands, weights=weights)]
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+        (gradient,) = torch.autograd.grad(one.sum(), x, retain_graph=True)
+        assert torch.equal(gradient, torch.autograd.grad(other.sum(), x, retain_graph=True)[0])
+
+
 @pytest.mark.parametrize("shape", [(6,), (0, 6), (1, 6), (2, 3, 6)], ids=str)
 def test_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
     alone, shared = attention()
