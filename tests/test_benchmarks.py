@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.utils import logging
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -18,10 +19,14 @@ TOY = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layer
 
 @pytest.fixture(scope="module")
 def load() -> Any:
-    """Import of a benchmark by name."""
+    """Import of a benchmark by name; the silence that they ask of transformers ends with these tests."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "examples" / "benchmarks")
         yield importlib.import_module
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +85,12 @@ def test_what_a_layer_keeps(load: Any) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 1.32), (torch.float32, 1.37)], ids=str)
 def test_ours_keeps_what_the_mathematics_needs(load: Any, dtype: torch.dtype, most: float, dropout: float) -> None:
-    """The inputs that no other layer keeps and h, with dropout as without: no mask, no masked, cast or scaled copy."""
+    """The inputs that no other layer keeps, h, and a byte for a dropped element: no masked, cast or scaled copy."""
     memory, lora = load("memory"), load("variants").Lora(rank=16, alpha=32, dropout=dropout)
     frozen, ours = (memory.layer_figures(v, lora, 512, 32, dtype, CPU)[0] for v in ("frozen", "ours"))
-    assert ours - frozen == pytest.approx(1 + 1 + 3.5 + 7 * 16 / 512)
-    assert ours / frozen < most
+    drawn = dropout * (1 + 1 + 1 + 3.5) / dtype.itemsize  # for the inputs of q/k/v, o, gate/up and down
+    assert ours - frozen == pytest.approx(1 + 1 + 3.5 + 7 * 16 / 512 + drawn, abs=drawn / 10)
+    assert ours / frozen < most + (0.01 if dropout else 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,10 +1,9 @@
-"""Dropout whose mask is drawn again for the backward instead of being kept.
+"""Dropout whose mask costs what is dropped, in time and in what is kept for the backward.
 
-A mask is a seed here. Drawing it costs in proportion to what is dropped, not to what is kept: along the flat tensor,
-one unit of length an element, runs a Poisson process of rate -ln(1 - p), whose gaps are exponential. The numbers of
-its points in different elements are independent, and an element has none with probability 1 - p. At p = 0.05 that is
-one random number for every twenty elements, where PyTorch's dropout on a CPU draws one for each; and the points come
-in order, so that writing to them goes through memory once.
+Among elements that are dropped with probability p each, the distance from one dropped element to the next is a
+geometric variable, and independent of all others. So a mask is drawn as such distances: at p = 0.05 one random number
+and one kept byte for every twenty elements, where PyTorch's dropout on a CPU draws a number and keeps a mask's entry
+for each. On other devices, whose generators are fast, a mask is a seed, and is drawn anew where it is needed.
 """
 
 from __future__ import annotations
@@ -15,40 +14,47 @@ import torch
 from torch import Tensor
 
 _SPARSE = 0.5
-"""Above this probability a mask of all elements is cheaper than a list of the dropped ones."""
+"""Above this probability a mask of all elements is cheaper than distances."""
+_CUT = 1e-5
+"""How many distances at most may be longer than their dtype holds; they are cut, which drops an element more."""
 
 
-def draw_seed() -> int:
-    """A seed from PyTorch's own CPU generator: the same under the same `manual_seed`, and when activation
-    checkpointing restores the random state to run a forward again."""
-    return int(torch.empty((), dtype=torch.int64).random_(0, None))
+def draw_mask(x: Tensor, p: float) -> Tensor:
+    """Which elements of `x` to drop, each with probability `p`: what `chosen` reads.
 
-
-def draw_mask(x: Tensor, p: float, seed: int) -> Tensor:
-    """Which elements of `x` to drop, each with probability `p`: the same for the same seed, shape and device.
+    It comes from PyTorch's CPU generator, so it is the same under the same `manual_seed`, and when activation
+    checkpointing restores the random state to run a forward again.
 
     Returns:
-        Sorted indices into the flat x (int64, some of them repeated), or where that is slower a mask like x (bool).
+        On a CPU the distances between dropped elements of the flat x (uint8, int16 or int32), else a seed (int64).
     """
-    generator = torch.Generator(x.device).manual_seed(seed)
-    if x.device.type == "cpu" and p <= _SPARSE:
-        rate, length = -math.log1p(-p), x.numel()
-        points = rate * length
-        uniform = torch.empty(int(points + 7 * points**0.5) + 8)  # one time in 10^12 it ends before the tensor does
-        gaps = uniform.uniform_(2**-25, 1, generator=generator).log_()  # times -1 / rate, which can wait
-        places = gaps.cumsum(0, dtype=torch.float64).mul_(-1 / rate).to(torch.int64)
-        return places[: int(torch.searchsorted(places, length))]
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(p, generator=generator)
+    if x.device.type != "cpu" or p > _SPARSE:
+        return torch.empty((), dtype=torch.int64).random_(0, None)
+    kinds = (torch.uint8, torch.int16, torch.int32)
+    dtype = next(d for d in kinds if (1 - p) ** torch.iinfo(d).max < _CUT or d == torch.int32)
+    mean = p * x.numel()
+    distances = torch.empty(int(mean + 7 * mean**0.5) + 8)  # one time in 10^12 they end before the tensor does
+    distances.uniform_(2**-25, 1).log_().mul_(1 / math.log1p(-p)).clamp_(max=torch.iinfo(dtype).max - 1).add_(1)
+    return distances.to(dtype)
 
 
-def drop_(x: Tensor, mask: Tensor) -> Tensor:
-    """Set what `mask` says to zero, in the contiguous `x` itself; the others are not scaled up."""
-    if mask.dtype == torch.bool:
-        return x.masked_fill_(mask, 0)
-    x.view(-1).put_(mask, x.new_zeros(1).expand(mask.numel()))
+def chosen(mask: Tensor, x: Tensor, p: float) -> Tensor:
+    """What `draw_mask(x, p)` chose: sorted indices into the flat x (int64), or a mask like x (bool)."""
+    if mask.dtype == torch.int64:
+        generator = torch.Generator(x.device).manual_seed(int(mask))
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(p, generator=generator)
+    places = mask.cumsum(0).sub_(1)
+    return places[: int(torch.searchsorted(places, x.numel()))]
+
+
+def drop_(x: Tensor, places: Tensor) -> Tensor:
+    """Set what was `chosen` to zero, in the contiguous `x` itself; the others are not scaled up."""
+    if places.dtype == torch.bool:
+        return x.masked_fill_(places, 0)
+    x.view(-1).put_(places, x.new_zeros(1).expand(places.numel()))
     return x
 
 
-def dropped(x: Tensor, mask: Tensor) -> Tensor:
-    """A copy of `x` in which what `mask` says is zero."""
-    return drop_(x.clone(memory_format=torch.contiguous_format), mask)
+def dropped(x: Tensor, places: Tensor) -> Tensor:
+    """A copy of `x` in which what was `chosen` is zero."""
+    return drop_(x.clone(memory_format=torch.contiguous_format), places)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import draw_mask, draw_seed, drop_, dropped
+from .dropout import chosen, draw_mask, drop_, dropped
 
 
 def working(x: Tensor) -> Tensor:
@@ -79,28 +79,21 @@ class _Plan(NamedTuple):
     scalings: tuple[float, ...]
     weights: bool
     p: float
-    seed: int
 
 
 def lora_products(x: Tensor, operands: Sequence[Operand], p: float = 0.0, *, weights: bool) -> tuple[Tensor, ...]:
     """y_i = W_i x + b_i + scaling_i · B_i A_i drop(x) for layers that read one x (…, I), in the dtype of x.
 
     x is read once for all: their A are stacked into one, they share one dropout mask, and one gradient of x is
-    accumulated. Beside what the layers themselves keep for the backward, x and A x (N, ranks) are kept: no mask, no
-    scaled, cast or masked copy.
+    accumulated. Beside what the layers themselves keep for the backward, x and A x (N, ranks) are kept, and a byte for
+    each dropped element: no scaled, cast or masked copy.
 
     Args:
         weights: whether the operands' `base` are weights; else they are outputs of the layers, of x's dtype, which
             the updates are added to.
     """
     gain = 1.0 / (1.0 - p)
-    plan = _Plan(
-        tuple(o.a.shape[0] for o in operands),
-        tuple(o.scaling * gain for o in operands),
-        weights,
-        p,
-        draw_seed() if p else 0,
-    )
+    plan = _Plan(tuple(o.a.shape[0] for o in operands), tuple(o.scaling * gain for o in operands), weights, p)
     tensors = (t for o in operands for t in o[:4])
     result: tuple[Tensor, ...] = _LoraProducts.apply(x, plan, *tensors)
     return result
@@ -117,7 +110,8 @@ class _LoraProducts(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         bases, biases, a, b = tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4]
         flat = x.reshape(-1, x.shape[-1])
-        h = F.linear(dropped(flat, draw_mask(flat, plan.p, plan.seed)) if plan.p else flat, _stacked(a, x))
+        mask = draw_mask(flat, plan.p) if plan.p else None
+        h = F.linear(flat if mask is None else dropped(flat, chosen(mask, flat, plan.p)), _stacked(a, x))
         kept, outputs = [], []
         for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
             update = up.to(x).t()
@@ -132,19 +126,19 @@ class _LoraProducts(torch.autograd.Function):
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, *a, *b, *kept)
+        ctx.save_for_backward(x, h, mask, *a, *b, *kept)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         count, needs = len(plan.ranks), ctx.needs_input_grad
-        x, h, *rest = ctx.saved_tensors
+        x, h, mask, *rest = ctx.saved_tensors
         a, b, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
         stacked = _stacked(a, x)
-        mask = draw_mask(flat, plan.p, plan.seed) if plan.p else None
-        masked = flat if mask is None else dropped(flat, mask)
+        places = None if mask is None else chosen(mask, flat, plan.p)
+        masked = flat if places is None else dropped(flat, places)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: h depends on x and A
             h = F.linear(masked, stacked)
         parts = h.split(plan.ranks, 1)
@@ -154,8 +148,8 @@ class _LoraProducts(torch.autograd.Function):
         dx = None
         if needs[0]:
             dx = t @ stacked
-            if mask is not None:
-                drop_(dx, mask)
+            if places is not None:
+                drop_(dx, places)
             for g, weight in zip(flats, kept, strict=plan.weights):
                 if g is not None:
                     dx.addmm_(g, weight)

@@ -17,7 +17,7 @@ from hf_lora import LoraConfig, MergeError, TargetError
 from hf_lora.adapt.merge import merge
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.layers.base import Method
-from hf_lora.layers.dropout import draw_mask, draw_seed, dropped
+from hf_lora.layers.dropout import chosen, draw_mask, dropped
 from hf_lora.layers.methods import ADDITIVE
 
 GRID = [(c, ADDITIVE, 2) for c in CASES] + [(c, TOY, 1) for c in TOY_CASES]
@@ -152,6 +152,10 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
 # Dropout -------------------------------------------------------------------------------------------------------------
 
 
+def masked_copy(x: Tensor, p: float) -> Tensor:
+    return dropped(x, chosen(draw_mask(x, p), x, p))
+
+
 def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     case = BY_NAME["linear"]
     model = adapted(case, ADDITIVE, torch.float32, 1, lora_dropout=0.25)
@@ -163,7 +167,7 @@ def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     torch.manual_seed(9)
     y = model(x)
     torch.manual_seed(9)
-    masked = dropped(x, draw_mask(x, 0.25, draw_seed()))
+    masked = masked_copy(x, 0.25)
     assert 0.1 < (masked == 0).float().mean() < 0.4
     expected = case.layer().double()(x.double()) + 1.5 / 0.75 * masked.double() @ a.double().t() @ b.double().t()
     assert_near(y, expected, torch.float32, 6)
@@ -181,7 +185,7 @@ def test_the_gradients_are_those_of_the_mask_that_the_forward_drew() -> None:
     torch.manual_seed(9)
     model(x).square().sum().backward()
     torch.manual_seed(9)
-    mask = dropped(torch.ones_like(x), draw_mask(x, 0.25, draw_seed())).double()
+    mask = masked_copy(torch.ones_like(x), 0.25).double()
     x2, a2, b2 = (t.detach().double().requires_grad_(True) for t in (x, a, b))
     y = case.layer().double()(x2) + 1.5 / 0.75 * (x2 * mask) @ a2.t() @ b2.t()
     y.square().sum().backward()
@@ -196,8 +200,8 @@ def test_the_gradients_are_those_of_the_mask_that_the_forward_drew() -> None:
 def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch.dtype) -> None:
     x = (torch.rand(401, 503) + 0.5).to(dtype)
     torch.manual_seed(3)
-    seed = draw_seed()
-    y = dropped(x, draw_mask(x, p, seed))
+    mask = draw_mask(x, p)
+    y = dropped(x, chosen(mask, x, p))
     kept = y != 0
     assert y.dtype == dtype
     assert torch.equal(y[kept], x[kept])
@@ -207,8 +211,8 @@ def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch
         assert ((~kept).double().mean(dim) - p).abs().max() < 6 * (p * (1 - p) / size) ** 0.5 + 3 / size
     neighbours = int((~kept[:, 1:] & ~kept[:, :-1]).sum())
     assert abs(neighbours - n * p * p) < 8 * (n * p * p) ** 0.5 + 503
-    assert torch.equal(dropped(x, draw_mask(x, p, seed)), y)
-    again = dropped(x, draw_mask(x, p, draw_seed()))
+    assert torch.equal(dropped(x, chosen(mask, x, p)), y)
+    again = masked_copy(x, p)
     together = int(((again == 0) & ~kept).sum())  # two draws are independent
     assert abs(together - n * p * p) < 6 * (n * p * p) ** 0.5
 
