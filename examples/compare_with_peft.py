@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["all-linear"], help="modules to adapt (hf_lora)")
     parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: the rate of B over that of A (hf_lora)")
     parser.add_argument("--head-rate", type=float, default=None, help="the head's own learning rate (hf_lora)")
+    parser.add_argument("--own-masks", action="store_true", help="a dropout mask for every layer (hf_lora)")
     parser.add_argument("--warmup", type=int, default=0, help="steps")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch", type=int, default=32)
@@ -102,6 +103,7 @@ def main() -> None:
                 lora_target_modules=args.targets,
                 loraplus_lr_ratio=args.b_ratio,
                 head_learning_rate=args.head_rate,
+                share_inputs=not args.own_masks,
             )
         else:
             trainer_class, arguments = Trainer, TrainingArguments(**common)
