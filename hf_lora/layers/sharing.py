@@ -9,13 +9,10 @@ called twice, called with something else or changed in between costs time and ne
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .base import LoraLayer
 
 
 class Leftovers(NamedTuple):
@@ -29,10 +26,10 @@ class Leftovers(NamedTuple):
     """id of a layer -> the layer, which keeps the id its own, and its output."""
 
 
-def take(layer: LoraLayer, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+def take(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     """The output for `x` that another layer of the group computed, once; None where there is none."""
     activity = layer._lora.activity
-    left = activity.leftovers
+    left: Leftovers | None = activity.leftovers
     if left is None or left.x() is not x or id(layer) not in left.outputs:
         return None
     if left.version != x._version or left.names != names or left.dtype != _autocast(x):
@@ -43,7 +40,7 @@ def take(layer: LoraLayer, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     return y
 
 
-def leave(layer: LoraLayer, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[Any, Tensor]]) -> None:
+def leave(layer: Any, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[Any, Tensor]]) -> None:
     """Keep the outputs of the other layers of the group until they are called."""
     layer._lora.activity.leftovers = Leftovers(weakref.ref(x), x._version, names, _autocast(x), outputs)
 
