@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +11,10 @@ from transformers import Trainer
 
 from .loss import FrozenHead, find_frozen_head, shifted
 from .metrics import ComputeMetrics, Kept
-
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
+from .part import TrainerPart
 
 
-class HeadLossMixin(_Trainer):
+class HeadLossMixin(TrainerPart):
     """Where the model is a causal language model with a frozen head, its logits are never made as a whole.
 
     Only calls of Trainer's own `compute_loss` and `prediction_step` are taken over, and those only where nobody asks
@@ -27,11 +23,6 @@ class HeadLossMixin(_Trainer):
 
     _head: FrozenHead | None = None
     _head_of: Any = None
-
-    @property
-    def _bare_model(self) -> Any:
-        """The model without what Accelerate and torch.compile put around it."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def _frozen_head(self, inputs: Mapping[str, Any]) -> FrozenHead | None:
         """The head that the loss of this batch can be computed over; None where it is left to the model."""
