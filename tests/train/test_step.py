@@ -229,7 +229,9 @@ def test_flattened_rows_are_learned_as_separate_ones(borders: bool, over_head: b
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=borders)
     results = []
     for batches in ([rows], [[row] for row in rows]):
-        model = randomize(apply_lora(tiny_llama()))
+        model = randomize(apply_lora(tiny_llama())).double()
+        for factor in (p for p in model.parameters() if p.requires_grad):
+            factor.data = factor.data.double()  # so that what is left is the rounding of float64
         subject = LoraTrainer(model, arguments(frozen_head_loss=over_head), train_dataset=rows, data_collator=collator)
         made = [collator(batch) for batch in batches]
         tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in made]).sum()
@@ -241,7 +243,7 @@ def test_flattened_rows_are_learned_as_separate_ones(borders: bool, over_head: b
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradient.count_nonzero()
-        assert_near(gradients[name], gradient, torch.float32, factor=16)
+        assert_near(gradients[name], gradient, torch.float64, factor=256)
 
 
 def test_ligers_own_loss_is_left_to_it(arguments: Make) -> None:
