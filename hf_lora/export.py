@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from .errors import AdapterFileError, ConfigError, nearest
+from .errors import AdapterFileError, ConfigError, MergeError, nearest
 from .files.format import CONFIG_NAME
 from .hub.pull import local_adapter
+from .layers.storage import fits
 from .load import PROCESSORS, find_processor, load_lora
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,6 +24,7 @@ def merge_to_folder(
     base_model: Any = None,
     dtype: str | None = None,
     overwrite: bool = False,
+    allow_nonfinite: bool = False,
     **kwargs: Any,
 ) -> Path:
     """Load an adapter with its base, fold it in, and save the full model with its tokenizer or processor.
@@ -33,6 +35,7 @@ def merge_to_folder(
         base_model: a model, or its folder or repository; None takes the one that the adapter's config names.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold is then done on float32 weights (4 bytes a parameter
             of memory) and rounded once. None keeps the checkpoint's.
+        allow_nonfinite: write the model even where a weight is NaN or infinite.
         kwargs: for `LoraModel.from_pretrained`.
 
     Returns:
@@ -41,7 +44,7 @@ def merge_to_folder(
     Raises:
         ConfigError: `dtype` is none of the three.
         AdapterFileError: the folder is not empty, or holds an adapter; or the adapter cannot be loaded.
-        MergeError: the adapter cannot be folded.
+        MergeError: the adapter cannot be folded, or a weight is not finite. Nothing was written.
     """
     folder = Path(out)
     if dtype is not None and dtype not in DTYPES:
@@ -49,11 +52,21 @@ def merge_to_folder(
     check_new_folder(folder, overwrite)
     if isinstance(base_model, (str, os.PathLike)) and folder.resolve() == Path(base_model).resolve():
         raise AdapterFileError(f"{folder} is the base model's own folder. Name another one.")
-    source = local_adapter(adapter, kwargs.get("revision"), kwargs.get("token"))
+    found = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
+    common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+    source = local_adapter(adapter, **found, **common)
     loading = "float32" if dtype is not None else None
     model = load_lora(source, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
+    floats = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
+    broken = [name for name, weight in floats if not fits(weight, weight.dtype)]
+    if broken and not allow_nonfinite:
+        raise MergeError(
+            f"merge_to_folder({str(adapter)!r}, {str(out)!r}): {len(broken)} weights hold NaN or infinity, such as "
+            f"{', '.join(broken[:5])}. Nothing was written. A wider dtype may hold them; allow_nonfinite=True writes "
+            "them as they are."
+        )
     model.save_pretrained(folder)
     base = base_model if isinstance(base_model, (str, os.PathLike)) else model.config._name_or_path
     for auto in PROCESSORS.values():

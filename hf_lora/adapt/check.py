@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ..errors import StateError
 from ..layers.base import LoraLayer
 from ..layers.ops import used_devices
+from .dequantize import quantized_layers
 from .merge import disabled, folded
 from .state import require_state
 from .walk import adapter_layers
@@ -63,12 +64,17 @@ def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
         batch: keyword arguments of the model's forward.
 
     Raises:
-        StateError: no adapter is active, or the model is merged.
+        StateError: no adapter is active, the model is merged, or the base is quantised.
     """
     state = require_state(model, "check_adapter")
     state.refuse_merged("check_adapter")
     if not state.activity.active:
         raise StateError("check_adapter: no adapter is active. Call set_adapter(name) first.")
+    if quantized_layers(model):
+        raise StateError(
+            "check_adapter: the base is quantised, and its weights cannot be exchanged for a moment. Load the adapter "
+            "onto the dense base, and check it there: which layers are bypassed does not depend on quantisation."
+        )
     layers = {n: m for n, m in adapter_layers(model).items() if any(a in m._lora.names for a in state.activity.active)}
     was_training = [m for m in model.modules() if m.training]
     model.eval()

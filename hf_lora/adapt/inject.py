@@ -16,7 +16,9 @@ from ..errors import ConfigError, Faults, StateError
 from ..layers.base import LoraLayer, end_layer, start_layer
 from ..layers.init import INITS, Init, unset
 from ..layers.methods import ADDITIVE
+from ..layers.quantized import end_differentiable, keep_differentiable
 from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias, remove_bias
+from ..layers.sharded import how_sharded
 from ..layers.storage import execution_device
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
@@ -73,6 +75,7 @@ def inject(
     state.named_by_user[name] = config.target_modules not in PRESETS and not from_file
     if trainable:
         state.trainable.add(name)
+        keep_differentiable(module for _, module in original_modules(model))
     else:
         update_requires_grad(model, state, [name])
     set_active(model, state, (name,))
@@ -146,6 +149,7 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
         end_layer(layer)
     for biased in bias_layers(model).values():
         end_bias(biased)
+    end_differentiable(module for _, module in original_modules(model))
     for name in state.borrowed:
         model.__dict__.pop(name, None)
     delattr(model, ATTRIBUTE)
@@ -165,6 +169,12 @@ def _check_name(name: Any) -> None:
 def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str) -> None:
     faults = Faults(call)
     step = ""
+    engine = how_sharded(module for _, module in original_modules(model))
+    if engine is not None:
+        raise StateError(
+            f"{call}: {type(model).__name__} is sharded already ({engine}), so the factors' gradients would not be. "
+            f"{_BEFORE_SHARDING[engine]}"
+        )
     if state is not None:
         if name in state.configs:
             raise StateError(
@@ -183,10 +193,6 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
                 "(base = peft_model.unload()), and load it: LoraModel.from_pretrained(folder, base_model=base)."
             )
             break
-        if any(c.__name__ == "FSDPModule" for c in kind.__mro__):
-            faults.add(f"{path or type(model).__name__} is sharded already, so the factors' gradients would not be")
-            step = "Call apply_lora before fully_shard."
-            break
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             faults.add(f"{path or type(model).__name__} is wrapped for data parallelism")
             step = "Apply LoRA to the model inside (its .module) and wrap it again."
@@ -196,6 +202,15 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             step = f"Call unload() on {path}, then apply LoRA to the whole model."
             break
     faults.check(StateError, step)
+
+
+_BEFORE_SHARDING = {
+    "FSDP1": "Call apply_lora before FullyShardedDataParallel, or better: before fully_shard.",
+    "FSDP2": "Call apply_lora before fully_shard.",
+    "ZeRO-3": "Call apply_lora before deepspeed.initialize or accelerator.prepare.",
+    "DTensor": "Load the model whole, without tp_plan and distributed_config; then apply_lora, then shard it with "
+    "FSDP2 or ZeRO-3. Tensor parallelism is not supported yet.",
+}
 
 
 def _first(model: nn.Module) -> LoraState:

@@ -3,14 +3,17 @@
 Rows of a weight are read as float64, the updates are computed in float64 and added, and the sum is rounded once, to
 the weight's dtype. Blocks of rows bound the memory, and are small enough to stay in a core's cache: the weight is read
 and written once, and no temporary is as large as a weight.
+
+A quantised weight is never written. To merge for good makes the whole model dense (dequantize.py); to merge for a
+while is refused.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -19,14 +22,13 @@ from torch import Tensor, nn
 from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
 from ..layers.extend import plain
-from ..layers.ops import exact
+from ..layers.quantized import why_unreadable
 from ..layers.shapes import ConvShape
+from ..layers.sharded import is_partitioned, is_sharded
 from ..layers.storage import fits
+from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
 from .state import LoraState, require_state, set_active, slots
 from .walk import adapter_layers, bias_layers, module_at, original_modules
-
-BLOCK_ELEMENTS = 1 << 17
-"""Elements of a row block on CPU: 1 MiB of float64. Other devices, where a launch costs more, take 16 times that."""
 
 
 def merge(
@@ -42,7 +44,7 @@ def merge(
     Args:
         untie: give an adapted layer that shares its weight with another its own copy of it first.
         keep: keep each folded weight's original, so that `unmerge` restores every bit: as much memory as the adapted
-            layers' weights.
+            layers' weights. Not over a quantised base; without it such a base becomes a dense model.
 
     Returns:
         The names that are merged now.
@@ -63,17 +65,21 @@ def merge(
         raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
     layers = {n: layer for n, layer in adapter_layers(model).items() if _acting(layer, state)}
     try:
-        _check(model, state, layers, active, untie, call)
+        _check(model, state, layers, active, untie, keep, call)
         if not keep:
-            _try(state, layers, call)
+            _try(model, state, layers, call)
     except MergeError:
         set_active(model, state, before)
         raise
     if untie:
         _untie(model, layers)
-    for name, layer in layers.items():
+    packed = {name: _folding(layer, state) for name, layer in layers.items() if layer._lora.storage.quantized}
+    steps = {n: partial(_fold, layer, _acting(layer, state), keep) for n, layer in layers.items() if n not in packed}
+    if not keep and is_quantized(model):
+        steps["the quantised layers"] = partial(dequantize_with, model, packed)
+    for name, step in steps.items():
         try:
-            _fold(layer, _acting(layer, state), keep)
+            step()
         except MergeError as error:
             _restore(layers)
             set_active(model, state, before)
@@ -154,27 +160,20 @@ def folded(layer: LoraLayer, names: tuple[str, ...], reuse: bool = False) -> Ite
         reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
     """
     state = layer._lora
-    count, *rest = state.storage.shape(layer)
     fold = state.method[names[0]].folding(layer, names)
-    device = cast(Tensor, layer.weight).device
-    elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 16)
-    step = max(1, elements // max(1, prod(rest)))
-    memory = exact(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        into = memory[: rows.stop - start]
-        yield rows, fold(state.storage.read(layer, rows, into if reuse else torch.empty_like(into)), rows)
+    for rows, block in read_rows(state.storage, layer, reuse):
+        yield rows, fold(block, rows)
 
 
 @torch.no_grad()
-def _try(state: LoraState, layers: dict[str, LoraLayer], call: str) -> None:
+def _try(model: nn.Module, state: LoraState, layers: dict[str, LoraLayer], call: str) -> None:
     """Fold float16 layers and write nothing: only float16 overflows where base and update are of ordinary size.
 
     Without kept originals nothing could undo that half way. It costs the work twice, and no memory.
     """
     faults = Faults(call)
     for name, layer in layers.items():
-        dtype = cast(Tensor, layer.weight).dtype
+        dtype = dense_dtype(model) if layer._lora.storage.quantized else cast(Tensor, layer.weight).dtype
         if dtype == torch.float16:
             if not all(fits(block, dtype) for _, block in folded(layer, _acting(layer, state), reuse=True)):
                 faults.add(f"{name}: a merged value is not finite, or too large for {dtype}")
@@ -208,12 +207,35 @@ def _acting(layer: LoraLayer, state: LoraState) -> tuple[str, ...]:
     return tuple(n for n in state.activity.active if n in layer._lora.names)
 
 
+def _folding(layer: LoraLayer, state: LoraState) -> Callable[[Tensor, slice], Tensor]:
+    names = _acting(layer, state)
+    return layer._lora.method[names[0]].folding(layer, names)
+
+
 def _check(
-    model: nn.Module, state: LoraState, layers: dict[str, LoraLayer], active: tuple[str, ...], untie: bool, call: str
+    model: nn.Module,
+    state: LoraState,
+    layers: dict[str, LoraLayer],
+    active: tuple[str, ...],
+    untie: bool,
+    keep: bool,
+    call: str,
 ) -> None:
     faults = Faults(call)
+    next_step = "Adapters work unmerged in any case."
+    becomes_dense = not keep and is_quantized(model)
+    if any(layer._lora.storage.quantized for layer in layers.values()) and not becomes_dense:
+        next_step = (
+            "Keep the adapter unmerged; or call merge_and_unload(), which makes a model dense whose form is known; "
+            "or, best, merge into the dense base: LoraModel.from_pretrained(adapter, base_model=…, merge=True)."
+        )
+    if becomes_dense:
+        for fault in leftovers(model):
+            faults.add(fault)
     for name in active:
         for slot in slots(model, name):
+            if is_sharded(slot.tensor):
+                continue  # the weights are refused below
             if slot.tensor.is_floating_point() and not fits(slot.tensor.detach(), slot.tensor.dtype):
                 faults.add(f"adapter {name!r}: {slot.path}.{slot.role} holds NaN or infinity")
     for path, biased in bias_layers(model).items():
@@ -224,7 +246,17 @@ def _check(
                 faults.add(f"{path}.bias: a merged value is too large for {bias.dtype}")
     users = weight_users(model)
     for path, layer in layers.items():
+        storage = layer._lora.storage
+        if not storage.readable:
+            if not becomes_dense:  # else it is among the leftovers
+                faults.add(f"{path}: {why_unreadable(layer)}")
+            continue
         weight: Any = layer.weight
+        if storage.quantized and keep:
+            faults.add(
+                f"{path}: its weight is quantised ({storage.kind}), and rounding the sum to that form again would "
+                "take most of the update away"
+            )
         if isinstance(layer._lora.shape, ConvShape) and layer.groups > 1:  # type: ignore[operator]
             faults.add(
                 f"{path}: the update of a grouped convolution crosses its groups, which no grouped weight can hold"
@@ -233,8 +265,9 @@ def _check(
             faults.add(
                 f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"
             )
-        elif not layer._lora.storage.owns(layer):
-            faults.add(f"{path}: its weight is {type(weight).__name__} now, which cannot be folded in place")
+        elif is_partitioned(weight) or not storage.owns(layer):
+            kind = "a part of ZeRO-3's" if is_partitioned(weight) else type(weight).__name__
+            faults.add(f"{path}: its weight is {kind} now, which cannot be folded in place")
         shared = [n for n in users[id(weight)] if n != path]
         if shared and untie and _forward_asks_for_ties(model):
             faults.add(
@@ -246,7 +279,7 @@ def _check(
                 f"{path}: its weight is tied to {', '.join(shared)}, which the update must not reach. Either keep the "
                 "adapter unmerged, or pass untie=True to give the layer its own weight (the model then saves both)"
             )
-    faults.check(MergeError, "Nothing was changed. Adapters work unmerged in any case.")
+    faults.check(MergeError, f"Nothing was changed. {next_step}")
 
 
 def weight_users(model: nn.Module) -> dict[int, list[str]]:
@@ -266,7 +299,8 @@ def _untie(model: Any, layers: dict[str, LoraLayer]) -> None:
     if not shared:
         return
     for layer in shared:
-        _own(layer, "weight")
+        if not layer._lora.storage.quantized:  # each of those gets a dense weight of its own in any case
+            _own(layer, "weight")
     untie_all(model)
 
 

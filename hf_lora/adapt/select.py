@@ -12,6 +12,7 @@ from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig
 from ..errors import Faults, nearest
 from ..layers.base import Shape, Storage
 from ..layers.extend import refuse_instance_forward
+from ..layers.quantized import quantization_of
 from ..layers.shapes import shape_of
 from ..layers.storage import storage_of, why_no_storage
 from .bypass import bypassed_modules
@@ -157,6 +158,8 @@ class Selection:
 def why_not(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted; None where it can; an empty string where it is no layer at all."""
     computed = hasattr(module, "parametrizations")
+    if quantization_of(module) is not None:
+        return refuse_instance_forward(module)
     if not computed and (not module._parameters or ("weight" not in module._parameters and module._modules)):
         return ""
     shape = shape_of(module)
@@ -191,7 +194,7 @@ def _preset(model: nn.Module, preset: str) -> Matcher:
     blocks: set[str] = set()
 
     def all_linear(name: str, module: nn.Module) -> list[str]:
-        linear = isinstance(module, (nn.Linear, Conv1D))
+        linear = isinstance(module, (nn.Linear, Conv1D)) or quantization_of(module) is not None
         return [ALL_LINEAR] if linear and id(module) not in outputs and not f"{name}.".startswith(heads) else []
 
     def attention(name: str, module: nn.Module) -> list[str]:

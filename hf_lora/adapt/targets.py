@@ -15,6 +15,7 @@ from torch import nn
 from ..config import LoraConfig
 from ..errors import Faults, TargetError, nearest
 from ..layers.base import Shape, Storage
+from ..layers.quantized import is_packed
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import ConvShape, runs_forward_of
 from .bypass import bypassed_modules
@@ -112,19 +113,31 @@ def resolve(
 def _saved_modules(
     model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
 ) -> dict[str, str]:
-    if config.modules_to_save is None:
-        return {} if from_file else find_heads(model)
     saved: dict[str, str] = {}
+    if config.modules_to_save is None:
+        saved = {} if from_file else find_heads(model)
+        _refuse_packed(modules, saved, faults)
+        return saved
     unmatched = set(config.modules_to_save)
     for name in modules:
         hit = matches(set(config.modules_to_save), name)
         if hit and not any(name.startswith(s + ".") for s in saved):
             saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
+    _refuse_packed(modules, saved, faults)
     if not from_file:
         for pattern in sorted(unmatched):
             faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
     return saved
+
+
+def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults: Faults) -> None:
+    for name, why in saved.items():
+        if any(is_packed(parameter) for parameter in modules[name].parameters()):
+            faults.add(
+                f"{name} would be trained whole ({why}), and is quantised. Load the base with this module left out "
+                f"(llm_int8_skip_modules or modules_to_not_convert: [{name!r}]), or with modules_to_save=[] adapt it"
+            )
 
 
 def _bias_modules(
@@ -156,7 +169,7 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
             users.setdefault(id(weight), []).append(name)
     notes = []
     for target in plan.layers:
-        shared = [n for n in users[id(target.module._parameters["weight"])] if n != target.name]
+        shared = [n for n in users.get(id(target.module._parameters.get("weight")), ()) if n != target.name]
         if shared:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(shared)}: it trains, saves and loads; merging it "

@@ -4,6 +4,9 @@ Three marks are taken when LoRA is first applied, each where it can be had: repo
 folder's safetensors headers and of sampled bytes; sampled weights rounded to bfloat16, which stay the same, or nearly,
 when the checkpoint is loaded in another dtype. Two bases are the same where any mark agrees, and differ where marks
 can be compared and none agrees. Labels, heads, dropout and vocabulary are no part of a base's identity.
+
+Nor is quantisation: of a base that was quantised as it was loaded, the files and what stayed dense tell which it is.
+A base whose files hold quantised weights has files of its own, which are compared with those of its like alone.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from torch import nn
 from ..adapt.embeddings import output_embedding
 from ..adapt.heads import outside_backbone
 from ..adapt.walk import original_modules
+from ..layers.sharded import is_sharded
+from .commit import cached_commit
 
 SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 16
@@ -36,9 +41,12 @@ def identify(model: nn.Module) -> Identity:
         "name": name or None,
         "commit": getattr(config, "_commit_hash", None),
         "files": hash_files(Path(name)) if name else None,
-        "weights": sample_weights(model),
+        "weights": (weights := sample_weights(model)),
         "model_type": getattr(config, "model_type", None),
+        "quantized": _quantized_files(model),
     }
+    if name and marks["commit"] is None:
+        marks["commit"] = cached_commit(name, weights, _sample, _same_weights)
     return {key: value for key, value in marks.items() if value is not None}
 
 
@@ -46,7 +54,9 @@ def differs(saved: Identity, found: Identity) -> str | None:
     """How the base at hand (`found`) differs from the one in a file; None where it is the same or cannot be told."""
     if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
         return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
-    same = {mark: saved[mark] == found[mark] for mark in ("commit", "files") if saved.get(mark) and found.get(mark)}
+    alike = saved.get("quantized") == found.get("quantized")
+    marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
+    same = {mark: saved[mark] == found[mark] for mark in marks}
     ours, theirs = saved.get("weights") or {}, found.get("weights") or {}
     if ours.keys() & theirs.keys():
         same["weights"] = _same_weights(ours, theirs)
@@ -58,6 +68,14 @@ def differs(saved: Identity, found: Identity) -> str | None:
         f"(trained on {saved.get('name', 'a base without a name')}, found {found.get('name', 'one without a name')})"
     )
     return f"the base model is another one: {listed} differ {names}"
+
+
+def _quantized_files(model: Any) -> str | None:
+    """How the weights in the checkpoint's files are quantised; None where they are dense."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if not getattr(quantizer, "pre_quantized", False):
+        return None
+    return str(getattr(quantizer.quantization_config, "quant_method", "unknown")).rpartition(".")[2].lower()
 
 
 def hash_files(folder: Path) -> str | None:
@@ -98,7 +116,7 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
             continue
         if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
             continue
-        if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2:
+        if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
             return None  # packed or sharded: its elements are not the checkpoint's
         matrices[name.removeprefix(f"{prefix}.")] = weight
     chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED_TENSORS]
@@ -106,8 +124,9 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
 
 
 def _sample(weight: torch.Tensor) -> str:
-    flat = weight.detach().reshape(-1)
-    elements = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)][:SAMPLED_ELEMENTS]
+    places = range(0, weight.numel(), max(1, weight.numel() // SAMPLED_ELEMENTS))[:SAMPLED_ELEMENTS]
+    look = getattr(weight, "look", None)  # a weight that lies in a file says how to read single elements: see shell.py
+    elements = weight.detach().reshape(-1)[:: places.step][: len(places)] if look is None else look(places)
     return base64.b64encode(elements.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).decode()
 
 

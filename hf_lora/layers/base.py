@@ -178,10 +178,17 @@ class Storage(ABC):
     """How a backend keeps a layer's weight."""
 
     kind = ""
+    quantized = False
+    """Whether the layer holds codes in place of numbers, so that only its own forward can multiply by them."""
+    readable = True
 
     @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
         """Whether the layer's weight is kept this way."""
+
+    def block_rows(self, layer: nn.Module, wanted: int) -> int:
+        """How many rows to read at a time where `wanted` would be right."""
+        return wanted
 
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, ...]:

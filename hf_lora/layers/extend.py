@@ -63,12 +63,25 @@ def extended(mixin: type, cls: type) -> type:
     return made
 
 
+def rebase(module: nn.Module, cls: type) -> None:
+    """Let `module` be of class `cls`, with the extensions that it has."""
+    mixins, own = [], type(module)
+    while "_mixin" in own.__dict__:
+        mixins.append(own._mixin)  # type: ignore[attr-defined]
+        own = own._extended  # type: ignore[attr-defined]
+    for mixin in reversed(mixins):
+        cls = extended(mixin, cls)
+    module.__class__ = cls
+    _rewire(module)
+
+
 def plain(cls: type) -> type:
-    """`cls` without any of our extensions."""
+    """`cls` without any of our extensions, and without the one that `fully_shard` puts on."""
     while True:
         ours = next((c for c in cls.__mro__ if "_mixin" in c.__dict__), None)
         if ours is None:
-            return cls
+            sharded = len(cls.__bases__) == 2 and cls.__bases__[0].__name__ == "FSDPModule"
+            return cls.__bases__[1] if sharded else cls
         cls = _without(ours._mixin, cls)  # type: ignore[attr-defined]
 
 

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .base import LoraLayer, Shape
 from .extend import plain
 from .ops import weight_like
+from .quantized import quantization_of
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
@@ -79,7 +80,7 @@ class _Matrix(Shape):
 
 
 class LinearShape(_Matrix):
-    """`nn.Linear`: weight (O, I)."""
+    """`nn.Linear`, and what stands for one with a quantised weight: weight (O, I)."""
 
     plain_forward = staticmethod(nn.Linear.forward)
 
@@ -88,9 +89,9 @@ class LinearShape(_Matrix):
         return weight if weight is not None and weight.shape[-1] == x.shape[-1] else None
 
     def claims(self, layer: nn.Module) -> bool:
-        if not isinstance(layer, nn.Linear):
-            return False
-        return runs_forward_of(layer, nn.Linear) or _computes_linear(layer)
+        if isinstance(layer, nn.Linear) and (runs_forward_of(layer, nn.Linear) or _computes_linear(layer)):
+            return True
+        return quantization_of(layer) is not None
 
     def features(self, layer: nn.Module) -> tuple[int, int]:
         layer = cast(nn.Linear, layer)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import MergeError
 from .base import Storage
+from .quantized import QUANTIZED, rounds_activations
 
 
 class DenseStorage(Storage):
@@ -43,7 +44,7 @@ def fits(block: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.isfinite(block.to(dtype)).all())
 
 
-STORAGES: tuple[Storage, ...] = (DenseStorage(),)
+STORAGES: tuple[Storage, ...] = (DenseStorage(), *QUANTIZED)
 
 
 def storage_of(layer: nn.Module) -> Storage | None:
@@ -56,6 +57,8 @@ def why_no_storage(layer: nn.Module) -> str:
     if "weight" not in layer._parameters:
         return "its weight is computed from other tensors (a parametrisation), so a merged value would be lost"
     weight = layer._parameters["weight"]
+    if rounds_activations(weight):
+        return "its activations are quantised too, and no gradient passes through them"
     return f"its weight is kept as {type(weight).__name__} of {getattr(weight, 'dtype', None)}, which is not supported"
 
 
@@ -64,5 +67,6 @@ def execution_device(layer: Any) -> torch.device:
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     if device is None:
-        return cast(Tensor, layer.weight).device
+        own = (*layer._parameters.values(), *layer._buffers.values())
+        return next(t.device for t in own if t is not None)
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lora import LoraConfig, MergeError, apply_lora
+from hf_lora.adapt.dequantize import BLOCK_ELEMENTS
 from hf_lora.adapt.inject import inject
-from hf_lora.adapt.merge import BLOCK_ELEMENTS, merge
+from hf_lora.adapt.merge import merge
 from hf_lora.adapt.walk import adapter_tensors
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.layers.storage import fits

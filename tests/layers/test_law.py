@@ -145,7 +145,7 @@ def test_a_merged_bf16_weight_is_rounded_once(seed: int) -> None:
 
 def test_folding_goes_in_row_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks cover the weight once, and none is as large as it is."""
-    monkeypatch.setattr("hf_lora.adapt.merge.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("hf_lora.adapt.dequantize.BLOCK_ELEMENTS", 100)
     for case in CASES:
         model = adapted(case, ADDITIVE, torch.float32, 2)
         blocks = list(folded(model.layer, model.layer._lora.names))

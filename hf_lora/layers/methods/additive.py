@@ -23,8 +23,10 @@ class Additive(Method):
         # Reentrant checkpointing runs a training forward without gradients first, which has to be the same.
         if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and takes_functions():
             return _for_training(layer, x, names)
-        x = working(x)
-        y: Tensor = layer.product(x)
+        inner = working(x)
+        # A quantised layer has a dtype of its own to compute in, and its output's is that of what it is given.
+        y: Tensor = layer.product(x if state.storage.quantized else inner)
+        x = inner
         for name in names:
             y = _plain(layer, name, x, y)
         return y
@@ -71,7 +73,7 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     first, *others = names
     operand = _operand(layer, first, inner)
     if operand is None:
-        y, others = layer.product(inner), list(names)
+        y, others = layer.product(x if layer._lora.storage.quantized else inner), list(names)
     else:
         (y,) = lora_products(inner, [operand], _dropout(layer, first), weights=True)
     for name in others:
