@@ -7,7 +7,9 @@ release that renames one of them fails there and not in somebody's training run.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,9 +17,11 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
+    "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
     "_push_from_checkpoint": ("checkpoint_folder",),
     "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
+    "_save_optimizer_and_scheduler": ("output_dir",),
     "_save_rng_state": ("output_dir",),
 }
 """Private methods of `transformers.Trainer` that `LoraTrainerMixin` overrides -> their parameters after self.
@@ -88,3 +92,41 @@ def push_is_running(trainer: Any) -> bool:
     """Whether Trainer is still uploading the last checkpoint (`Trainer.push_in_progress`, futures or None)."""
     push = getattr(trainer, "push_in_progress", None)
     return push is not None and not push.is_done()
+
+
+@contextlib.contextmanager
+def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
+    """Let Trainer delete older checkpoints with `rotate` in place of `transformers.trainer.rotate_checkpoints`.
+
+    Trainer calls it as the last thing of a save, with `output_dir`, `save_total_limit` and `best_model_checkpoint`.
+    """
+    trainer: Any = importlib.import_module("transformers.trainer")
+    own = trainer.rotate_checkpoints
+    trainer.rotate_checkpoints = rotate
+    try:
+        yield
+    finally:
+        trainer.rotate_checkpoints = own
+
+
+def zero_partitions(optimizer: Any) -> list[Any] | None:
+    """The flat float32 parts that a ZeRO optimizer of DeepSpeed trains on this process; None for any other optimizer.
+
+    `DeepSpeedZeroOptimizer_Stage3`, `DeepSpeedZeroOptimizer` (stages 1 and 2) and `BF16_Optimizer` in DeepSpeed 0.19.
+    """
+    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        parts = getattr(optimizer, name, None)
+        if parts is not None:
+            return list(parts)
+    return None
+
+
+def is_own_model(name: Any) -> bool:
+    """Whether a name is that of a model's class in transformers (`_class_to_module`); nothing is imported to tell.
+
+    The classes of models lie in `models.<model>.modeling_<model>`; the auto classes are none.
+    """
+    import transformers
+
+    module = getattr(transformers, "_class_to_module", {}).get(name) if isinstance(name, str) else None
+    return isinstance(module, str) and re.fullmatch(r"models\.(?!auto\.)\w+\.modeling_\w+", module) is not None

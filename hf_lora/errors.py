@@ -6,7 +6,8 @@ LoraError
 ├── StateError         the right call at the wrong moment: a name that is taken, a merged model …
 ├── MergeError         folding the adapter into the weights would give a wrong model
 ├── AdapterFileError   a file is broken, or its tensors do not fit the model
-│   └── BaseMismatchError   the file was trained on another base model
+│   ├── BaseMismatchError   the file was trained on another base model
+│   └── HubError            a repository on the Hub cannot be reached, read or written
 ├── DataError          a file of training data is absent, broken, or does not fit the task
 └── TrainingError      training would be, or was, in vain
 """
@@ -45,6 +46,10 @@ class BaseMismatchError(AdapterFileError):
     """An adapter was trained on another base model than the one at hand."""
 
 
+class HubError(AdapterFileError):
+    """A repository on the Hub cannot be reached, read or written."""
+
+
 class DataError(LoraError, ValueError):
     """Training data are absent, broken, or do not fit the task."""
 
@@ -61,13 +66,15 @@ class Faults:
     """
 
     LISTED = 20
+    LENGTH = 2000
+    """Characters of one fault: it may quote what a file holds."""
 
     def __init__(self, call: str) -> None:
         self.call = call
         self.found: list[str] = []
 
     def add(self, fault: str) -> None:
-        self.found.append(fault)
+        self.found.append(fault if len(fault) <= self.LENGTH else f"{fault[: self.LENGTH]} …")
 
     def check(self, error: type[LoraError], next_step: str) -> None:
         """Raise `error` with every fault and the `next_step`; do nothing where no fault was found."""
@@ -81,5 +88,7 @@ class Faults:
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """` (did you mean …?)` with the known names most like `name`, or an empty string."""
+    if len(name) > 200:
+        return ""
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.sharded import whole_numel
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .walk import module_at, original_modules
 
@@ -42,8 +43,8 @@ def outside_backbone(model: Any) -> list[str]:
     names = [
         n for n, m in model._modules.items() if m is not None and n != prefix and any(True for _ in m.parameters())
     ]
-    inside = sum(p.numel() for p in backbone.parameters())
-    outside = sum(p.numel() for n in names for p in model._modules[n].parameters())
+    inside = sum(whole_numel(p) for p in backbone.parameters())
+    outside = sum(whole_numel(p) for n in names for p in model._modules[n].parameters())
     return names if inside >= outside else []
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.sharded import whole_numel
 from .state import require_state, slots
 from .walk import adapter_layers
 
@@ -15,7 +16,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all) parameters; a packed 4-bit weight counts as the elements that it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = parameter.numel()
+        count = whole_numel(parameter)  # ZeRO-3 leaves an empty tensor behind
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
         if shape is not None:
             count = shape.numel()
@@ -43,7 +44,7 @@ def adapter_table(model: nn.Module, name: str | None = None) -> str:
             for path, layer in adapter_layers(model).items()
             if each in layer._lora.names
         ]
-        whole = [(p, w, sum(s.tensor.numel() for s in slots(model, each) if s.role == "copy" and _in(s.path, p)))
+        whole = [(p, w, sum(whole_numel(s.tensor) for s in slots(model, each) if s.role == "copy" and _in(s.path, p)))
                  for p, w in state.heads[each].items()]  # fmt: skip
         tables.append(f"adapter {each!r}\n" + _table(rows, whole, state.skipped[each], state.notes[each]))
     return "\n\n".join(tables)
@@ -79,7 +80,7 @@ def _shape(layer: Any) -> str:
 
 
 def _count(layer: Any, name: str) -> int:
-    return sum(factor.weight.numel() for _, factor in layer.factors(name))
+    return sum(whole_numel(factor.weight) for _, factor in layer.factors(name))
 
 
 def _in(path: str, parent: str) -> bool:

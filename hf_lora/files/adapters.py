@@ -19,11 +19,12 @@ from ..adapt.state import Task, base_task, require_state, slots, state_of
 from ..adapt.targets import Explanation, resolve
 from ..adapt.walk import adapter_layers, module_at, original_modules
 from ..config import PRESETS, LoraConfig
-from ..errors import AdapterFileError, BaseMismatchError, Faults
+from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
 from ..layers.ops import used_devices
+from ..layers.sharded import is_sharded, scatter, whole_shape
 from .fingerprint import differs, identify
-from .format import FULL_MODEL_FILES, AdapterFile, compare, key_of, keys_of, read_adapter, write_adapter
+from .format import FULL_MODEL_FILES, AdapterFile, compare, compare_kinds, key_of, keys_of, read_adapter, write_adapter
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -37,14 +38,17 @@ def save_adapter(
     folder: str | os.PathLike[str],
     name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write one adapter in PEFT's format, with `hf_lora.json` beside it.
 
     Args:
         state_dict: gathered tensors, by the names of `model.state_dict()`, to write in place of the model's own.
+        allow_nonfinite: write NaN and infinity too, to look at them later.
 
     Raises:
-        AdapterFileError: a tensor is empty or not finite. Files that were there are unchanged.
+        AdapterFileError: a tensor is sharded, empty or not finite, or no space is left. Files that were there are
+            unchanged.
     """
     state = require_state(model, "save_adapter")
     state.require(name)
@@ -52,6 +56,12 @@ def save_adapter(
     if state_dict:
         gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict}
         tensors = {key: gathered.get(id(tensor), tensor) for key, tensor in tensors.items()}
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        raise AdapterFileError(
+            f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. Call, on "
+            "every one, state = gathered_state(model); then model.save_pretrained(folder, state_dict=state, "
+            "is_main_process=…)."
+        )
     beside = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
     if beside:
         warnings.warn(
@@ -59,7 +69,7 @@ def save_adapter(
             "adapter. Save adapters to a folder of their own.",
             stacklevel=3,
         )
-    return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name))
+    return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name), allow_nonfinite)
 
 
 def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
@@ -139,7 +149,10 @@ def load_adapter(
         raise BaseMismatchError(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
-    plan = resolve(model, file.config, call, from_file=True)
+    try:
+        plan = resolve(model, file.config, call, from_file=True)
+    except TargetError as error:
+        raise AdapterFileError(str(error)) from error
     task = _task_in(file, model)
     expected = {
         key_of(t.name, role, type(t.shape).__name__): shape
@@ -151,16 +164,18 @@ def load_adapter(
     plan.saved |= _whole_embeddings(model, file)
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
     task = task or _task_by_shape(model, plan, file)
-    heads = _heads(model, plan, task)
+    other = _twin_of(model, plan, task)
+    copies: dict[str, Tensor] = {}
     for path in plan.saved:
-        head = heads.get(path) or module_at(model, path)
-        expected |= {
-            key_of(f"{path}.{k}", "copy"): tuple(v.shape) for k, v in head.state_dict().items() if "lora_" not in k
-        }
+        head = module_at(model, path) if other is None else other.get_submodule(path)
+        copies |= {key_of(f"{path}.{k}", "copy"): v for k, v in head.state_dict().items() if "lora_" not in k}
+    expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
     _check_base_copies(model, file, allow_other_base, call)
     faults = Faults(call)
     compare(expected, file.tensors, faults)
+    compare_kinds(copies, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter and the model belong together.")
+    heads = _heads(model, plan, other)
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
     )
@@ -185,8 +200,12 @@ def load_adapter_weights(
     tensors = source if isinstance(source, Mapping) else read_adapter(source).tensors
     faults = Faults(f"load_adapter_weights({path!r}, {name!r})")
     own = adapter_state_dict(model, name)
-    tensors = {_alias(key, own): tensor for key, tensor in tensors.items()}
-    compare({key: tuple(t.shape) for key, t in own.items()}, tensors, faults)
+    aliases = [_alias(key, own) for key in tensors]
+    if len(set(aliases)) < len(aliases):
+        faults.add("a bias is in the file under two names")
+    tensors = dict(zip(aliases, tensors.values(), strict=True))
+    compare({key: whole_shape(t) for key, t in own.items()}, tensors, faults)
+    compare_kinds(own, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
     assign(model, name, tensors)
 
@@ -196,7 +215,7 @@ def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors by file key into an adapter; they were compared before."""
     own = adapter_state_dict(model, name)
     for key, tensor in tensors.items():
-        own[_alias(key, own)].copy_(tensor)
+        scatter(own[_alias(key, own)], tensor)
 
 
 def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
@@ -225,6 +244,8 @@ def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bo
         weight = modules[path]._parameters.get("weight") if path in modules else None
         if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             continue
+        if is_sharded(weight):
+            continue
         if weight.shape != copied.shape:
             faults.add(f"{path}: the file's base has a weight {list(copied.shape)}, this one {list(weight.shape)}")
         elif not torch.allclose(weight.detach().cpu().float(), copied.float(), rtol=2**-7, atol=1e-6):
@@ -251,7 +272,7 @@ def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> st
 
 
 def _bias_shape(module: Any) -> tuple[int, ...]:
-    return tuple(module.bias.shape)
+    return whole_shape(module.bias)
 
 
 def _holds(key: str, path: str) -> bool:
@@ -266,13 +287,19 @@ def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
     return None
 
 
-def _heads(model: Any, plan: Explanation, task: Task | None) -> dict[str, nn.Module]:
-    """New heads for an adapter with another number of labels than the model's; the tensors fill them."""
+def _twin_of(model: Any, plan: Explanation, task: Task | None) -> Any:
+    """A model without memory, for an adapter with another number of labels than the model's; None for any other."""
     labels = task.num_labels if task is not None else None
     present = base_task(model).num_labels
     if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
+        return None
+    return twin(model, labels)
+
+
+def _heads(model: Any, plan: Explanation, other: Any) -> dict[str, nn.Module]:
+    """New heads as the twin has them; the tensors fill them."""
+    if other is None:
         return {}
-    other = twin(model, labels)
     with torch.random.fork_rng(devices=used_devices()):
         return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
 

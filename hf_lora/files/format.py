@@ -4,7 +4,7 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and so on, float32
     hf_lora.json                  base identity, architecture, labels, vocabulary, versions
 
-The files are written beside their places and moved there when all are whole, so a failed write leaves the old ones.
+They take their places together (`together.py`): a failed or killed save leaves the old ones or the new ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,9 @@ from ..adapt.state import Slot
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.storage import fits
+from .claims import check_config, check_extras
+from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
+from .together import finish_moves, replace_together
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -116,16 +118,30 @@ def _is_written_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
 
 def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], faults: Faults) -> None:
     """Add a fault for every tensor that is missing, misshapen, not finite, or that nothing takes."""
+    absent, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+
+    def hint(key: str, known: Iterable[str]) -> str:
+        return nearest(key, known, 1) if len(faults.found) < faults.LISTED else ""
+
     for key, shape in expected.items():
-        if key not in tensors:
-            faults.add(f"missing: {key} {list(shape)}{nearest(key, tensors.keys() - expected.keys(), 1)}")
+        if key in absent:
+            faults.add(f"missing: {key} {list(shape)}{hint(key, extra)}")
         elif tuple(tensors[key].shape) != tuple(shape):
             faults.add(f"shape: {key} is {list(tensors[key].shape)} in the file, {list(shape)} in the model")
     for key, tensor in tensors.items():
-        if key not in expected:
-            faults.add(f"unexpected: {key} {list(tensor.shape)}{nearest(key, expected.keys() - tensors.keys(), 1)}")
-        if tensor.is_floating_point() and not fits(tensor, tensor.dtype):
+        if key in extra:
+            faults.add(f"unexpected: {key} {list(tensor.shape)}{hint(key, absent)}")
+        elif tensor.shape != expected[key]:
+            continue  # its bytes are not looked at: there may be any number of them
+        elif tensor.is_floating_point() and not fits(tensor, torch.float32):
             faults.add(f"values: {key} holds NaN or infinity")
+
+
+def compare_kinds(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], faults: Faults) -> None:
+    """Add a fault for every tensor of whole numbers where others are expected, or the other way round."""
+    for key, tensor in tensors.items():
+        if key in expected and tensor.is_floating_point() != expected[key].is_floating_point():
+            faults.add(f"kind: {key} holds {tensor.dtype} in the file, {expected[key].dtype} in the model")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
@@ -137,52 +153,93 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     path = Path(folder)
     config = read_config(path)
     weights = path / WEIGHTS_NAME
-    if not weights.is_file():
+    file = own_file(path, WEIGHTS_NAME)
+    if file is None:
         if (path / LEGACY_WEIGHTS_NAME).is_file():
             raise AdapterFileError(
                 f"{path} holds {LEGACY_WEIGHTS_NAME}, a pickle. Convert it once: hf-lora convert {path} --out FOLDER"
             )
         raise AdapterFileError(f"{path} holds {CONFIG_NAME} and no {WEIGHTS_NAME}: the adapter is incomplete.")
+    entries = read_header(file, weights)
+    if not entries:
+        raise AdapterFileError(f"{weights} holds no tensors.")
+    _check_roles(entries, weights)
     try:
-        tensors = load_file(weights)
-    except (SafetensorError, ValueError, OSError) as error:
+        tensors = load_file(file)
+    except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
         raise AdapterFileError(
             f"{weights} is not a whole safetensors file ({error}). Copy or download it again."
         ) from error
-    if not tensors:
-        raise AdapterFileError(f"{weights} holds no tensors.")
     own, copies = split_base_copies(tensors)
-    return AdapterFile(config, own, read_extras(path), path, _read_json(path / CONFIG_NAME), copies)
+    return AdapterFile(config, own, read_extras(path), path, read_json(path, CONFIG_NAME) or {}, copies)
+
+
+def _check_roles(entries: Mapping[str, Entry], weights: Path) -> None:
+    """Factors are matrices of floating-point numbers."""
+    faults = Faults(str(weights))
+    for key, entry in entries.items():
+        role = split_key(key)[1]
+        if role == "copy":
+            continue
+        if entry.dtype not in FLOATS:
+            faults.add(f"{key} holds {entry.dtype}, no floating-point numbers")
+        if role in ("lora_A", "lora_B") and len(entry.shape) < 2:
+            faults.add(f"{key} {list(entry.shape)} is no matrix")
+    faults.check(AdapterFileError, REPAIR)
 
 
 def read_config(path: Path) -> LoraConfig:
     """The adapter_config.json of a folder."""
     file = path / CONFIG_NAME
-    if not file.is_file():
+    _finish(path)
+    values = read_json(path, CONFIG_NAME)
+    if values is None:
         inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}")) if path.is_dir() else []
         also = f" It holds the adapters {', '.join(inner)} in folders of their own: name one." if inner else ""
         there = "is no adapter's folder" if path.is_dir() else "does not exist"
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
-    values = _read_json(file)
+    check_config(values, str(file))
     try:
         return LoraConfig.from_dict(values, call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error)) from error
 
 
+def _finish(path: Path) -> None:
+    """Finish a save into this folder that was cut off between its files."""
+    try:
+        finish_moves(path)
+    except OSError as error:
+        raise AdapterFileError(
+            f"{path} holds a save that was cut off, and cannot be written to finish it ({error}). Copy the folder to "
+            "a place that can be written, and load that."
+        ) from error
+
+
 def read_extras(path: Path) -> dict[str, Any]:
     """The hf_lora.json of a folder, empty where another library wrote the adapter."""
-    file = path / EXTRAS_NAME
-    return _read_json(file) if file.is_file() else {}
+    values = read_json(path, EXTRAS_NAME)
+    if values is None:
+        return {}
+    check_extras(values, str(path / EXTRAS_NAME))
+    return values
 
 
 def write_adapter(
-    folder: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor], extras: Mapping[str, Any]
+    folder: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    extras: Mapping[str, Any],
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write an adapter's three files; they take their places together, when all are whole.
 
+    Args:
+        allow_nonfinite: write NaN and infinity too, to look at them later. No reader of ours takes such a file.
+
     Raises:
-        AdapterFileError: a tensor is not finite or empty (a parameter that was not gathered); nothing was written.
+        AdapterFileError: a tensor is not finite or empty (a parameter that was not gathered), or no space is left.
+            Files that were there are unchanged.
     """
     path = Path(folder)
     faults = Faults(f"saving an adapter to {path}")
@@ -190,7 +247,7 @@ def write_adapter(
     for key, tensor in tensors.items():
         if tensor.numel() == 0 or tensor.is_meta:
             faults.add(f"{key} is empty here: gather sharded parameters first")
-        elif tensor.is_floating_point() and not fits(tensor, tensor.dtype):
+        elif not allow_nonfinite and tensor.is_floating_point() and not fits(tensor, tensor.dtype):
             faults.add(f"{key} holds NaN or infinity")
         else:
             ready[key] = tensor.detach().to("cpu").contiguous()
@@ -206,27 +263,6 @@ def write_adapter(
     return path
 
 
-def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
-    """Let each writer make its file beside its place; once all are whole and on the disk, move them there."""
-    staged: dict[str, Path] = {}
-    umask = os.umask(0)
-    os.umask(umask)
-    try:
-        for name, write in writers.items():
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-            os.close(handle)
-            staged[name] = Path(temporary)
-            write(staged[name])
-            with staged[name].open("rb") as file:
-                os.fsync(file.fileno())
-            staged[name].chmod(0o666 & ~umask)
-        for name, whole in staged.items():
-            whole.replace(folder / name)
-    finally:
-        for left in staged.values():
-            left.unlink(missing_ok=True)
-
-
 def convert_bin(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> AdapterFile:
     """Rewrite an old adapter, whose tensors are a pickle, in today's format.
 
@@ -238,15 +274,16 @@ def convert_bin(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> 
     path = Path(folder)
     read_config(path)
     weights = path / LEGACY_WEIGHTS_NAME
-    if not weights.is_file():
+    file = own_file(path, LEGACY_WEIGHTS_NAME)
+    if file is None:
         raise AdapterFileError(f"{path} holds no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
     try:
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError … by what is wrong
         raise AdapterFileError(f"{weights} cannot be read as a file of tensors alone ({error}).") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(f"{weights} holds more than tensors.")
-    values = _read_json(path / CONFIG_NAME)
+    values = read_json(path, CONFIG_NAME) or {}
     write_adapter(out, values, tensors, read_extras(path))
     return read_adapter(out)
 
@@ -260,16 +297,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         result[key] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return result
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterFileError(f"{file} is not JSON ({error}).") from error
-    if not isinstance(values, dict):
-        raise AdapterFileError(f"{file} holds {type(values).__name__}, not an object.")
-    return values
 
 
 def _json(values: Mapping[str, Any]) -> str:

@@ -117,10 +117,25 @@ class LoraArguments:
             "faster where single tensors are larger than 32 MiB, and takes more memory."
         },
     )
+    accept_ddp_fallback: bool = field(
+        default=False,
+        metadata={
+            "help": "Train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something else, as "
+            "it does on a CPU: every process then holds the whole model."
+        },
+    )
     lora_guard_steps: int = field(
         default=4,
         metadata={
             "help": "For how many optimizer steps it is checked that every adapted layer learns; 0: not at all."
+        },
+    )
+
+    nonfinite: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={
+            "help": "What to do where a loss or gradient is not finite, before it reaches the weights. stop: an error "
+            "with the step and the tensors. skip: leave the step out, and count it."
         },
     )
 
@@ -160,6 +175,8 @@ class LoraArguments:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 faults.add(f"{name}={rate!r} must be above 0")
+        if self.nonfinite not in ("stop", "skip"):
+            faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")
         config = None

@@ -8,7 +8,8 @@ What it finds:
     never called, named by the user       an error that lists all such layers
     never called, found by a preset       the adapter is taken off these layers, with a warning that lists them
     called, no gradient reached A or B    listed, kept
-    a gradient that is not finite         an error, before the optimizer writes it into the weights
+    a gradient that is not finite         an error, before the optimizer writes it into the weights (under LoraTrainer
+                                          for the whole run, by finite.py)
 A layer of a list whose sisters are called only now and then (dropped layers, routed experts) is given four times as
 many steps, and kept in any case. Afterwards the hooks are gone and nothing is looked at any more.
 """
@@ -32,6 +33,7 @@ from ..adapt.walk import adapter_layers
 from ..compat import scales_loss
 from ..errors import TrainingError
 from ..layers.base import LoraLayer
+from ..layers.sharded import agreed, is_sharded, local_part
 
 logger = logging.get_logger(__name__)
 
@@ -63,12 +65,17 @@ class _Watched:
         """Whether an adapter acts, as one that was loaded does: it is not taken off, whatever this task calls."""
         return any(bool(self.layer.lora_B[a].weight.count_nonzero()) for a in self.adapters)
 
+    def is_held(self, parameters: set[int]) -> bool:
+        """Whether the optimizer has the adapters' parameters as they are: DeepSpeed glues them together."""
+        factors = [f.weight for a in self.adapters for _, f in self.layer.factors(a)]
+        return not parameters or all(id(weight) in parameters for weight in factors if weight.requires_grad)
+
     def gradients(self) -> list[Tensor]:
         found = []
         for adapter in self.adapters:
             for _, factor in self.layer.factors(adapter):
                 if factor.weight.grad is not None:
-                    found.append(_local(factor.weight.grad))
+                    found.append(local_part(factor.weight.grad))
         return found
 
 
@@ -87,6 +94,8 @@ class LayerGuard(TrainerCallback):
 
     def __init__(self, steps: int = STEPS) -> None:
         self.steps = steps
+        self.judges_values = True
+        """Whether gradients that are not finite are an error here; `LoraTrainer` leaves them to finite.py."""
         self.watched: list[_Watched] = []
         self._handles: list[RemovableHandle] = []
         self._seen = self._idle = 0
@@ -113,9 +122,11 @@ class LayerGuard(TrainerCallback):
         if not self.watched:
             return
         finite, moved = self._look()
-        self._overflowed = not all(finite) and scales_loss(optimizer)
+        if any(_is_sharded(w.layer) for w in self.watched):
+            finite = agreed(torch.tensor(finite)).tolist()  # each process sees its own parts only
+        self._overflowed = not all(finite) and (scales_loss(optimizer) or not self.judges_values)
         if self._overflowed:
-            return  # loss scaling skips this step and says nothing by it
+            return  # the step is not made, and says nothing
         if not all(finite):
             broken = [w.name for w, good in zip(self.watched, finite, strict=True) if not good]
             self.finish()
@@ -245,7 +256,8 @@ class LayerGuard(TrainerCallback):
                 )
 
     def _drop(self, model: Any, optimizer: Any, uncalled: list[_Watched], steps: int, main: bool) -> None:
-        kept = [w for w in uncalled if _is_sharded(w.layer) or w.has_values()]
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        kept = [w for w in uncalled if _is_sharded(w.layer) or w.has_values() or not w.is_held(held)]
         if kept and main:
             listed = _some([w.name for w in kept])
             logger.warning(f"Never called in {steps} training steps, so their adapters stay as they are: {listed}.")
@@ -285,7 +297,10 @@ def check_finite(model: nn.Module, call: str) -> None:
     if not trained:
         return
     device = trained[0][1].device
-    good = torch.stack([_local(p.detach()).isfinite().all().to(device, non_blocking=True) for _, p in trained])
+    parts = [local_part(p).detach() for _, p in trained]
+    good = torch.stack([part.isfinite().all().to(device, non_blocking=True) for part in parts])
+    if any(is_sharded(p) for _, p in trained):
+        good = agreed(good)  # each process sees its own parts only, and all have to stop
     bad = [name for (name, _), fine in zip(trained, good.tolist(), strict=True) if not fine]
     if bad:
         raise TrainingError(
@@ -295,13 +310,8 @@ def check_finite(model: nn.Module, call: str) -> None:
         )
 
 
-def _local(tensor: Any) -> Any:
-    """The part of a sharded tensor that is here; a plain tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _is_sharded(layer: LoraLayer) -> bool:
-    return any(hasattr(f.weight, "to_local") for a in layer._lora.names for _, f in layer.factors(a))
+    return any(is_sharded(f.weight) for a in layer._lora.names for _, f in layer.factors(a))
 
 
 def _some(names: list[str], shown: int = 20) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, Faults
-from ..files.format import replace_together
+from ..files.together import replace_together
 from .forms import CHAT_COLUMNS, read_list, read_messages
 from .tables import Table, read_table
 

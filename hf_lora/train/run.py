@@ -49,7 +49,7 @@ class Prepared:
 
 
 def finetune(parsed: Parsed) -> RunResult:
-    """Read the data, adapt the model, train, evaluate, and save adapter and tokenizer to `output_dir`.
+    """Read the data, adapt the model, train, evaluate, and save adapter, tokenizer and card to `output_dir`.
 
     Raises:
         ConfigError: an argument is missing, or two contradict.
@@ -68,6 +68,7 @@ def finetune(parsed: Parsed) -> RunResult:
     trainer.save_state()
     if metrics and trainer.is_world_process_zero():
         trainer.save_metrics(ready.prefix, metrics)
+    trainer.create_model_card(**_names_of_data(parsed.run, ready.prefix))
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(ready.model, metrics, out, seconds, size)
@@ -229,6 +230,14 @@ def _read_tables(run: RunArguments) -> dict[str, Table]:
         elif run.dataset and part:
             tables[split] = read_table(run.dataset, config=run.dataset_config, split=part)
     return tables
+
+
+def _names_of_data(run: RunArguments, prefix: str) -> dict[str, Any]:
+    """What the card calls the data of the evaluation at the end."""
+    file, split = (run.test_file, run.test_split) if prefix == "test" else (run.eval_file, run.eval_split)
+    if file:
+        return {"dataset": Path(file).name}
+    return {"dataset": run.dataset, "dataset_tags": run.dataset, "dataset_args": split} if run.dataset else {}
 
 
 def _loading(run: RunArguments) -> dict[str, Any]:

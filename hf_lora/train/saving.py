@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer import OPTIMIZER_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 
+from ..adapt.gather import gathered_state
 from ..adapt.inject import drop_layers
 from ..adapt.state import require_state
-from ..compat import push_is_running
+from ..compat import rotates_with, zero_partitions
 from ..errors import AdapterFileError
 from ..files.adapters import load_adapter_weights, save_adapter
-from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
+from ..files.format import CONFIG_NAME
 from ..model import LoraModel
 from .checkpoint import (
     adapter_folders,
     begin_checkpoint,
     check_parameter_order,
+    checkpoints,
     finish_checkpoint,
     read_manifest,
     require_complete,
+    rotate_checkpoints,
+    whole_or_nothing,
+    why_incomplete,
 )
+from .engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from .guard import NEVER_CALLED, check_finite
-from .part import TrainerPart
+from .pushing import PushingMixin
 
 logger = logging.get_logger(__name__)
 
 
-class SavingMixin(TrainerPart):
+class SavingMixin(PushingMixin):
     """The part of `LoraTrainerMixin` that writes adapters and checkpoints, and reads them again."""
+
+    _groups: list[dict[str, Any]] = []
+    """What the optimizer was made for, where DeepSpeed has taken it over; see `engines.groups_of`."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (and the tokenizer) to `output_dir`, as `Trainer.save_model` does with a whole model.
@@ -43,8 +51,20 @@ class SavingMixin(TrainerPart):
         Raises:
             TrainingError: a trained tensor holds NaN or infinity; nothing was written.
         """
-        check_finite(self._bare_model, f"save_model({str(output_dir or self.args.output_dir)!r})")
-        super().save_model(output_dir, _internal_call)
+        folder = str(output_dir or self.args.output_dir)
+        check_finite(self._bare_model, f"save_model({folder!r})")
+        if not self._is_sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        # Trainer would gather the base here, or write the shards of this process.
+        self._save(folder, state_dict=gathered_state(self._bare_model))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether the engine is one under which Trainer knows only PEFT's models and whole ones."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         model = self._bare_model
@@ -64,7 +84,12 @@ class SavingMixin(TrainerPart):
         if self.args.should_save:
             begin_checkpoint(folder)
         self.accelerator.wait_for_everyone()
-        with self._manifest_after_state():
+
+        def rotate(output_dir: str, **settings: Any) -> None:
+            settings.pop("use_mtime", None)
+            rotate_checkpoints(output_dir, newest=folder, **settings)
+
+        with whole_or_nothing(folder, self.args.should_save), self._manifest_after_state(), rotates_with(rotate):
             super()._save_checkpoint(model, trial)
 
     @contextlib.contextmanager
@@ -94,9 +119,35 @@ class SavingMixin(TrainerPart):
     def _parameters_in_order(self) -> list[str] | None:
         """Names of the trained parameters as the optimizer counts them; None where it hides them."""
         names = {id(p): n for n, p in self._bare_model.named_parameters()}
-        groups = getattr(self.optimizer, "param_groups", [])
+        groups = self._groups or getattr(self.optimizer, "param_groups", [])
         ordered = [names.get(id(p)) for group in groups for p in group["params"]]
         return None if None in ordered else [n for n in ordered if n is not None]
+
+    def _note_groups(self, optimizer: Any) -> None:
+        """Keep which parameters the optimizer is made for, which DeepSpeed will glue together."""
+        if self.is_deepspeed_enabled and zero_partitions(getattr(optimizer, "optimizer", optimizer)) is None:
+            self._groups = groups_of(optimizer)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._started = False
+        if resume_from_checkpoint is None or not self._is_sharded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Under these engines Trainer would look for a whole model here, and for the engine's own files.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._is_sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = optimizer_state(self.optimizer, self._groups)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            schedule = schedule_state(self.lr_scheduler, self.optimizer, self._groups)
+            torch.save(schedule, Path(output_dir, SCHEDULER_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._load_adapters(resume_from_checkpoint)
@@ -104,8 +155,31 @@ class SavingMixin(TrainerPart):
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         assert best is not None
+        faults = why_incomplete(best, contents=True)
+        if faults:
+            others = [str(p) for p in checkpoints(Path(best).parent) if p != Path(best) and not why_incomplete(p)]
+            lines = [f"The best checkpoint, {best}, is damaged:", *(f"  - {fault}" for fault in faults)]
+            lines.append(f"Complete ones beside it: {', '.join(others) or 'none'}.")
+            lines.append(
+                "The model holds the weights of the last step. Save it, or load one of these with load_adapter."
+            )
+            raise AdapterFileError("\n".join(lines))
         logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
         self._load_adapters(best)
+
+    def _forget_lost_best(self) -> None:
+        """A best checkpoint that is no longer complete is the best no more: the next evaluation finds another."""
+        recorded, step = self.state.best_model_checkpoint, self.state.best_global_step
+        # The next save takes the folder of that step in output_dir, whatever is recorded.
+        own = Path(self._get_output_dir(None), f"checkpoint-{step}")
+        candidates = [Path(recorded)] if recorded else []
+        candidates += [own] if step and (own.is_dir() or not recorded) else []
+        for best in candidates:
+            faults = why_incomplete(best, contents=True)
+            if faults:
+                logger.warning(f"{best}, the best checkpoint so far, is not complete and is skipped: {faults[0]}.")
+                self.state.best_model_checkpoint = self.state.best_global_step = self.state.best_metric = None
+                return
 
     def _load_adapters(self, folder: str) -> None:
         if not adapter_folders(folder):
@@ -123,25 +197,22 @@ class SavingMixin(TrainerPart):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
+            self._forget_lost_best()
             check_parameter_order(checkpoint, self._parameters_in_order())
-            if not any(Path(checkpoint).glob(f"{Path(OPTIMIZER_NAME).stem}*")) and not self.is_deepspeed_enabled:
+            present = any(Path(checkpoint).glob(f"{Path(OPTIMIZER_NAME).stem}*"))
+            if not present:
                 logger.warning(
                     f"{checkpoint} holds the adapter without the optimizer's state (save_only_model), so the "
                     "optimizer and its schedule start anew and the run will not end as an uninterrupted one."
                 )
+            if self._is_sharded:
+                if present:
+                    state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+                    load_optimizer_state(self.optimizer, self._groups, state)
+                    schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+                    load_schedule_state(self.lr_scheduler, self.optimizer, self._groups, schedule)
+                return
         super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Trainer copies the files of an adapter only where PEFT is installed, and never our own.
-        pushes = self.is_world_process_zero() and self.args.hub_strategy != "end"
-        if pushes and (self.args.hub_always_push or not push_is_running(self)):
-            for folder in adapter_folders(checkpoint_folder):
-                target = Path(str(self.args.output_dir), folder.relative_to(checkpoint_folder))
-                target.mkdir(parents=True, exist_ok=True)
-                for name in (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME):
-                    if (folder / name).is_file():
-                        shutil.copy(folder / name, target / name)
-        super()._push_from_checkpoint(checkpoint_folder)
 
 
 def _folder_of(model: nn.Module, folder: str | Path, name: str) -> Path:

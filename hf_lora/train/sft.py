@@ -76,7 +76,7 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
         return cls(**{**given, **more})
 
 
-class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
+class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # create_model_card: both by keyword
     """`trl.SFTTrainer` that trains a LoRA adapter; takes its place in an existing script.
 
     Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); a
@@ -117,7 +117,9 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             given[name] = self._labelled(given.get(name), name)
         # TRL would look for marks in the template, and for messages in data that have their labels already.
         config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
-        super().__init__(**{**given, "args": config}, lora_config=peft_config if lora_config is None else lora_config)
+        with _dtypes_kept(given.get("model")):
+            lora = peft_config if lora_config is None else lora_config
+            super().__init__(**{**given, "args": config}, lora_config=lora)
         config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
         self._take_head()
 
@@ -223,6 +225,22 @@ def _over_head(head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any
         label_mask=scores.mask[:, :-1],
         aux_loss=outputs.get("aux_loss"),
     )
+
+
+@contextlib.contextmanager
+def _dtypes_kept(model: Any) -> Iterator[None]:
+    """Undo what TRL does to a model over a 4- or 8-bit base: all that requires a gradient becomes bfloat16.
+
+    Those are the adapters, which are float32 masters, or the norms, which are the base's to keep.
+    """
+    quantised = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
+    kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantised else {}
+    try:
+        yield
+    finally:
+        for parameter, values in kept.items():
+            if parameter.dtype != values.dtype:
+                parameter.data = values
 
 
 def _config_of(arguments: Any, model: Any) -> SFTConfig:

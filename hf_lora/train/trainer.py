@@ -23,38 +23,54 @@ from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, StateError
 from ..model import LoraModel, apply_lora
 from .arguments import LoraArguments
+from .card import CardMixin
 from .checkpoint import (
     last_checkpoint,
     require_complete,
 )
+from .engines import check_alike, check_engine, equalize
+from .finite import FiniteMixin, FiniteWatch
 from .groups import learning_rates, split_by_rate
 from .guard import LayerGuard
 from .head_loss import HeadLossMixin
 from .memory import keep_freed_memory
+from .precision import precision_line
 from .saving import SavingMixin
+from .sigterm import save_between_steps
 from .start import announce, base_dtype, check_start, find_shared_inputs, hold_batchnorm
 
 logger = logging.get_logger(__name__)
 
 
-class LoraTrainerMixin(SavingMixin, HeadLossMixin):
+class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
     """Put before any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
 
-    Takes every argument of the Trainer that it is mixed into, in the same order, and one more by keyword.
+    Takes every argument of the Trainer that it is mixed into, in the same order, and two more by keyword.
 
     Args:
         lora_config: what to adapt: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Where it is not
             given, the LoRA fields of the training arguments count (`LoraTrainingArguments`), else LoraConfig's
             defaults. Also applied to what `model_init` returns. A model that has adapters already is trained as it is.
+        accept_ddp_fallback: train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something
+            else, as it does on a CPU; also a training argument.
 
     Raises:
-        StateError: `lora_config` is given and the model has adapters already.
+        StateError: `lora_config` is given and the model has adapters already, or the model is sharded already.
         TargetError, ConfigError: the configuration does not fit the model; see `apply_lora`.
+        ConfigError: the engine is not the one that was asked for, or is not supported.
         TrainingError: from `train`: nothing would be learned, or a value is not finite.
     """
 
-    def __init__(self, *args: Any, lora_config: LoraConfig | Any | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        lora_config: LoraConfig | Any | None = None,
+        accept_ddp_fallback: bool = False,
+        **kwargs: Any,
+    ) -> None:
         self._lora_config = lora_config
+        self._accept_ddp_fallback = accept_ddp_fallback
+        self._started = False
         self._own_optimizer: Any = None
         self._batchnorm_hook: RemovableHandle | None = None
         self._counted: int | None = None
@@ -62,16 +78,17 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
         super().__init__(*args, **kwargs)
         self._base_dtype = base_dtype(self.model)
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
+        self.guard.judges_values = False  # `finite` does, for the whole run
+        self.finite = FiniteWatch(getattr(self.args, "nonfinite", "stop"))
+        self.add_callback(self.finite)
         self.add_callback(self.guard)
+        save_between_steps(self)
         self._adopt_metrics()
-        self._warn_of_fallback()
 
     # Where the adapter comes from ------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         # Trainer calls this first of all, with the seed set, the model (if one was given) and the arguments in place.
-        if isinstance(self.model, nn.Module):
-            self._adapt(self.model)
         asked = self.args.ddp_find_unused_parameters
         kwargs: Any = self.args.gradient_checkpointing_kwargs or {}
         if asked is None and self.args.gradient_checkpointing and not kwargs.get("use_reentrant", False):
@@ -82,6 +99,10 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
             super().create_accelerator_and_postprocess()
         finally:
             self.args.ddp_find_unused_parameters = asked
+        accepted = self._accept_ddp_fallback or getattr(self.args, "accept_ddp_fallback", False)
+        check_engine(self.args, self.accelerator, self.model, accepted, type(self).__name__)
+        if isinstance(self.model, nn.Module):
+            self._adapt(self.model)
         own = type(self)._build_accelerator_args is Trainer._build_accelerator_args
         if own and self.accelerator.ddp_handler is not None:
             # Nobody else has asked for anything here. Gradients then lie in what is sent, and are not copied.
@@ -146,11 +167,12 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
                     "to start from the beginning."
                 )
         elif resume_from_checkpoint:
-            require_complete(resume_from_checkpoint)
+            require_complete(resume_from_checkpoint, contents=True)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.guard.finish()
+            self.finite.finish()
             self._sharing_is_due = False
             if self._batchnorm_hook is not None:
                 self._batchnorm_hook.remove()
@@ -163,6 +185,7 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
         head_rate = getattr(self.args, "head_learning_rate", None)
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        self._note_groups(optimizer)
         if (ratio is None and head_rate is None) or (present is not None and present is self._own_optimizer):
             return optimizer
         if present is not None:
@@ -172,14 +195,23 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
             )
         split_by_rate(optimizer, learning_rates(self._bare_model, self.args.learning_rate, ratio, head_rate))
         self._own_optimizer = optimizer
+        self._note_groups(optimizer)
         return optimizer
 
     def _start(self) -> None:
         """Check and announce; every run of `train` comes by here with its model, before its first step."""
+        if self._started:
+            return  # under DeepSpeed, Trainer asks for the optimizer twice
+        self._started = True
         model = self._bare_model
         check_start(model, f"{type(self).__name__}.train")
+        check_alike(model, f"{type(self).__name__}.train")
+        if self.is_fsdp_enabled:
+            equalize(model)
         if self.is_world_process_zero():
             announce(model, self.args.learning_rate if self.optimizer is None else None)
+            named = self.args.optim if self.optimizer is None else type(self.optimizer).__name__
+            print(precision_line(model, self.accelerator, str(getattr(named, "value", named))))
             if base_dtype(model) != self._base_dtype:
                 logger.warning(
                     f"An evaluation in half precision turned the base from {self._base_dtype} to {base_dtype(model)}, "
@@ -237,15 +269,6 @@ class LoraTrainerMixin(SavingMixin, HeadLossMixin):
             metrics.shift_labels = shifts_labels(self)
         if self.preprocess_logits_for_metrics is None:
             self.preprocess_logits_for_metrics = metrics.preprocess_logits_for_metrics
-
-    def _warn_of_fallback(self) -> None:
-        kind = str(getattr(self.accelerator.distributed_type, "value", self.accelerator.distributed_type)).upper()
-        for asked, name in ((self.args.fsdp, "FSDP"), (self.args.deepspeed, "DEEPSPEED")):
-            if asked and kind not in (name, "XLA") and self.is_world_process_zero():
-                logger.warning(
-                    f"{name} was asked for, but Accelerate runs {kind}: it does so without a word on a CPU. Every "
-                    "process holds the whole model."
-                )
 
 
 class LoraTrainer(LoraTrainerMixin, Trainer):

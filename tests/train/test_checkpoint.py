@@ -14,9 +14,10 @@ from helpers import assert_same_tensors
 from tiny import SPARE, adapter_values, sentences, texts_of_three, tiny_bert, tiny_tokens
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+import hf_lora.train.saving as saving
 from hf_lora import LoraConfig, LoraTrainer, apply_lora, share_inputs
 from hf_lora.errors import AdapterFileError
-from hf_lora.train.checkpoint import MANIFEST_NAME, last_checkpoint, why_incomplete
+from hf_lora.train.checkpoint import ASIDE, MANIFEST_NAME, last_checkpoint, why_incomplete
 
 Make = Callable[..., Any]
 FULL = {"config.json", "model.safetensors", "pytorch_model.bin"}
@@ -116,22 +117,22 @@ def test_a_save_that_is_cut_off_leaves_no_complete_checkpoint(arguments: Make) -
 
     with pytest.raises(KeyboardInterrupt):
         run(args, trainer=Cut)
+    assert why_incomplete(Path(args.output_dir) / "checkpoint-4")
     assert last_checkpoint(args.output_dir) == str(Path(args.output_dir) / "checkpoint-2")
+    assert why_incomplete(Path(args.output_dir) / f"checkpoint-4{ASIDE}") == []  # the first run's is not lost
 
 
 def test_older_checkpoints_go_only_when_the_new_one_is_complete(
     arguments: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import transformers.trainer as theirs
-
     seen: list[str | None] = []
-    rotate = theirs.rotate_checkpoints
+    rotate = saving.rotate_checkpoints
 
     def watched(output_dir: str, **kwargs: Any) -> None:
         seen.append(last_checkpoint(output_dir))
         rotate(output_dir=output_dir, **kwargs)
 
-    monkeypatch.setattr(theirs, "rotate_checkpoints", watched)
+    monkeypatch.setattr(saving, "rotate_checkpoints", watched)
     args = arguments(max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
     run(args)
     assert [Path(s or "").name for s in seen] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -249,30 +250,6 @@ def test_a_checkpoint_of_a_whole_model_is_refused(arguments: Make, tmp_path: Pat
     (folder / "trainer_state.json").write_text("{}")
     with pytest.raises(AdapterFileError, match="adapter"):
         run(args, resume=str(folder))
-
-
-def test_pushing_a_checkpoint_copies_the_adapter(arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers.trainer as theirs
-
-    pushed: list[set[str]] = []
-
-    class Api:
-        def create_repo(self, *args: Any, **kwargs: Any) -> Any:
-            return type("Url", (), {"repo_id": "me/run"})
-
-        def upload_folder(self, folder_path: str, **kwargs: Any) -> Any:
-            pushed.append({p.name for p in Path(folder_path).iterdir()})
-            return type(
-                "Job", (), {"done": lambda self: True, "is_done": lambda self: True, "result": lambda self: None}
-            )()
-
-    monkeypatch.setattr(theirs, "hf_api", Api)
-    monkeypatch.setattr(theirs, "is_peft_available", lambda: False)
-    args = arguments(max_steps=2, save_strategy="steps", save_steps=2, push_to_hub=True, hub_strategy="every_save")
-    run(args)
-    assert pushed
-    assert {"adapter_model.safetensors", "adapter_config.json", "hf_lora.json"} <= pushed[0]
-    assert not pushed[0] & FULL
 
 
 class StopAt(TrainerCallback):

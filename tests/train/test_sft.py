@@ -259,3 +259,24 @@ def test_unmodified_training_arguments_are_enough(tokenizer: Any, chats: Any, tm
     trainer = LoraSFTTrainer(llama(), arguments, train_dataset=chats, processing_class=tokenizer)
     assert trainer.args.packing
     trainer.train()
+
+
+def test_masters_stay_float32_over_a_4_bit_base(tokenizer: Any, chats: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    llama().save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    plain, given = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config) for _ in range(2)
+    )
+    given = adapted(given)
+    kept = snapshot(given)
+    trainer = sft(given, tokenizer, chats, tmp_path, max_steps=2, per_device_train_batch_size=2)
+    assert_same_tensors(snapshot(trainer.model), kept)  # TRL rounds them to bfloat16
+    assert all(p.dtype == torch.float32 for p in given.parameters() if p.requires_grad)
+    trainer.train()
+    assert all(p.dtype == torch.float32 for p in given.parameters() if p.requires_grad)
+    norms = {n: p.dtype for n, p in plain.named_parameters() if p.dim() == 1}
+    after = {n: p.dtype for n, p in sft(plain, tokenizer, chats, tmp_path).model.named_parameters()}
+    assert norms == {n: after[n] for n in norms}

@@ -487,14 +487,6 @@ def test_heads_are_trained_and_saved(arguments: Make, tmp_path: Path) -> None:
         assert torch.equal(again.eval()(**batch).logits, trainer.model(**batch).logits)
 
 
-def test_fsdp_that_is_not_there_is_said(arguments: Make, messages: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    args = arguments()
-    trainer = LoraTrainer(tiny_bert(), args)
-    monkeypatch.setattr(args, "fsdp", True, raising=False)
-    trainer._warn_of_fallback()
-    assert "FSDP was asked for" in messages[-1]
-
-
 # Private names.
 
 

@@ -1,0 +1,276 @@
+"""What of a Trainer writes the card of its adapter: the facts of the run, from its arguments and its log."""
+
+from __future__ import annotations
+
+import math
+import platform
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..adapt.report import trainable_parameters
+from ..adapt.state import require_state
+from ..errors import AdapterFileError
+from ..hub.card import write_card
+from ..hub.escape import command_line
+from ..hub.facts import Run, Score, facts_of, is_repository, scores_of
+from .part import TrainerPart
+
+logger = logging.get_logger(__name__)
+
+_ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9a-f]{40})/")
+
+
+class CardMixin(TrainerPart):
+    """The part of `LoraTrainerMixin` that writes `README.md`."""
+
+    _card_words: dict[str, Any] = {}
+    """What earlier calls of `create_model_card` were told."""
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        **more: Any,
+    ) -> None:
+        """Write the card of the adapter to `output_dir`: see `write_card`.
+
+        The arguments are those of `Trainer.create_model_card`. What is given counts for later calls too, so that
+        `push_to_hub` writes the same card.
+
+        Args:
+            finetuned_from: the base's name on the Hub, where it was loaded from a folder.
+            dataset_tags: names of the data sets on the Hub.
+            dataset: what the evaluation data are called, for people.
+            dataset_args: the split that was evaluated.
+            more: `dataset_name` is TRL's word for `dataset`.
+
+        Raises:
+            AdapterFileError: `output_dir` holds a README that cannot be kept. During the training it is a warning.
+        """
+        if not self.is_world_process_zero():
+            return
+        given = {
+            "language": language, "license": license, "tags": tags, "model_name": model_name, "task": tasks,
+            "base_model": finetuned_from, "datasets": dataset_tags, "data": dataset or more.get("dataset_name"),
+            "split": dataset_args,
+        }  # fmt: skip
+        self._card_words = self._card_words | {key: value for key, value in given.items() if value is not None}
+        words = dict(self._card_words)
+        data, split = _first(words.pop("data", None)), _first(words.pop("split", None))
+        words["task"], words["license"] = _first(words.get("task")), words.get("license")
+        for key in ("tags", "datasets"):
+            words[key] = [words[key]] if isinstance(words.get(key), str) else words.get(key)
+        model, folder = self._bare_model, Path(str(self.args.output_dir))
+        state = require_state(model, "create_model_card")
+        name = next(iter(state.activity.active or state.configs))
+        run = run_of(self, data, split, words["datasets"] or [])
+        plain_loss = self.compute_loss_func is None and getattr(self.args, "loss_type", None) in (None, "nll")
+        try:
+            facts = facts_of(model, name, self._folders_of(name))
+            run.unit = facts.unit if plain_loss else ""
+            write_card(
+                folder,
+                history=self.state.log_history,
+                repo_id=self.hub_model_id or self.args.hub_model_id,
+                run=run,
+                adapter=facts,
+                **words,
+            )
+        except AdapterFileError as error:
+            if not self.is_in_train:
+                raise
+            logger.warning(f"The card was not written, and the training goes on. {error}")
+
+    def _folders_of(self, name: str) -> list[Path]:
+        """Where an adapter of the model may lie, as it is now: saved, or in the checkpoint of this step."""
+        several = len(require_state(self._bare_model, "create_model_card").configs) > 1
+        inside = name if several and name != "default" else ""
+        folder = Path(str(self.args.output_dir))
+        return [folder / inside, folder / f"checkpoint-{self.state.global_step}" / inside]
+
+
+def run_of(trainer: Any, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()) -> Run:
+    """What a Trainer knows of its run.
+
+    Args:
+        data: what the evaluation data are called; not given, the prefix of their metrics.
+        split: of them.
+        datasets: their names on the Hub; not given, read off the data sets where these tell it.
+    """
+    named = [name for name in datasets if is_repository(name)]
+    trained, evaluated = _source(trainer.train_dataset), _source(trainer.eval_dataset)
+    found = [source[0] for source in (trained, evaluated) if source is not None]
+    scores = final_scores(trainer)
+    for score in scores:
+        score.data = data or score.data
+        score.split = split
+        if evaluated is not None and score.dataset is None:
+            score.dataset, score.revision = evaluated
+        elif len(named) == 1:
+            score.dataset = named[0]
+    return Run(
+        scores=scores,
+        settings={name: value for name, value in settings_of(trainer).items() if value},
+        versions=versions_of(trainer),
+        command=command_line(sys.argv, sys.orig_argv, trainer.args.world_size),
+        datasets=list(dict.fromkeys([*named, *([] if named else found)])),
+    )
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+def final_scores(trainer: Any) -> list[Score]:
+    """The evaluation of the weights that the model holds now; where there was none, the last, with its step."""
+    history = trainer.state.log_history
+    ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
+    after = history[ends[-1] + 1 :] if ends else []
+    best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
+    step = best or trainer.state.global_step
+    groups = [after, [entry for entry in history if entry.get("step") == step]]
+    for entries in groups:
+        scores = _scores_in(entries)
+        if scores:
+            return scores
+    steps = [entry.get("step") for entry in history if _prefixes(entry)]
+    last = steps[-1] if steps else None
+    return _scores_in([entry for entry in history if entry.get("step") == last], last) if steps else []
+
+
+def _scores_in(entries: Iterable[Mapping[str, Any]], step: int | None = None) -> list[Score]:
+    """The last evaluation of each prefix."""
+    found: dict[str, list[Score]] = {}
+    for entry in entries:
+        for prefix in _prefixes(entry):
+            found[prefix] = scores_of(entry, prefix, data=prefix, step=step)
+    return [score for scores in found.values() for score in scores]
+
+
+def _prefixes(entry: Mapping[str, Any]) -> list[str]:
+    names = [key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")]
+    return [name for name in names if name != "train"]
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(trainer: Any) -> dict[str, str]:
+    """Label -> value of what the run was; the values that stand for nothing are empty."""
+    args, state = trainer.args, trainer.state
+    ended: dict[str, Any] = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
+    trainable, total = trainable_parameters(trainer._bare_model)
+    share = f"{trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.3g} %)"
+    per_device = getattr(trainer, "_train_batch_size", None) or args.per_device_train_batch_size
+    parts = [
+        (per_device, "a device"), (args.gradient_accumulation_steps, "accumulated"), (args.world_size, "processes"),
+    ]  # fmt: skip
+    rows = math.prod(count for count, _ in parts)
+    factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "a device")
+    warmup = args.warmup_steps
+    schedule = getattr(args.lr_scheduler_type, "value", str(args.lr_scheduler_type))
+    ratio, head = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
+    settings = {
+        "Trained": share,
+        "Learning rate": f"{args.learning_rate:g}",
+        "Learning rate of B": f"{ratio * args.learning_rate:g}" if ratio else "",
+        "Learning rate of the heads": f"{head:g}" if head else "",
+        "Schedule": f"{schedule}, warm-up of {_steps(warmup)}" if warmup else schedule,
+        "Optimizer": getattr(args.optim, "value", str(args.optim)),
+        "Weight decay": f"{args.weight_decay:g}" if args.weight_decay else "",
+        "Largest gradient norm": f"{args.max_grad_norm:g}" if args.max_grad_norm else "",
+        "Label smoothing": f"{args.label_smoothing_factor:g}" if args.label_smoothing_factor else "",
+        "Batch": f"{rows} row{'s' if rows > 1 else ''}" + (f" ({factors})" if rows != per_device else ""),
+        "Epochs": f"{state.epoch:.4g}" if state.epoch else "",
+        "Steps": f"{state.global_step:,}" if state.global_step else "",
+        "Rows trained on": f"{len(trainer.train_dataset):,}" if hasattr(trainer.train_dataset, "__len__") else "",
+        "Longest row": f"{args.max_length:,} tokens" if getattr(args, "max_length", None) else "",
+        "Packed": "yes" if getattr(args, "packing", False) else "",
+        "Seed": str(args.seed),
+        "Precision": _precision(trainer),
+        "Hardware": _hardware(args),
+        "Time": _seconds(ended.get("train_runtime")),
+        "Mean training loss": f"{ended['train_loss']:.4g}" if "train_loss" in ended else "",
+    }
+    if not state.global_step:  # nothing was trained here: only what holds all the same
+        settings = {name: settings[name] for name in ("Trained", "Precision", "Hardware")}
+    return settings
+
+
+def versions_of(trainer: Any) -> dict[str, str]:
+    """Library -> version of what takes part in the run, beside what `hf_lora.json` names."""
+    bases = {cls.__module__.partition(".")[0] for cls in type(trainer).__mro__}
+    data = {type(part).__module__.partition(".")[0] for part in (trainer.train_dataset, trainer.eval_dataset)}
+    weights = {type(m).__module__.partition(".")[0] for m in trainer._bare_model.modules()}
+    weights |= {type(p.data).__module__.partition(".")[0] for p in trainer._bare_model.parameters()}
+    taking_part = {
+        "accelerate": True, "trl": "trl" in bases, "datasets": "datasets" in data,
+        "bitsandbytes": "bitsandbytes" in weights, "torchao": "torchao" in weights,
+        "deepspeed": trainer.is_deepspeed_enabled,
+    }  # fmt: skip
+    found = {"python": platform.python_version()}
+    found |= {name: metadata.version(name) for name, there in taking_part.items() if there}
+    if trainer.args.device.type == "cuda" and torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    return found
+
+
+def _precision(trainer: Any) -> str:
+    """How the products were computed, and how the frozen weights are kept."""
+    frozen = [p for p in trainer._bare_model.parameters() if not p.requires_grad]
+    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()})
+    quantised = getattr(getattr(trainer._bare_model, "config", None), "quantization_config", None)
+    method = getattr(quantised, "quant_method", None)
+    mixed = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else None
+    parts = [f"{mixed} autocast" if mixed else "", f"base in {', '.join(kinds)}" if kinds else ""]
+    parts.append(f"quantised by {getattr(method, 'value', method)}" if method else "")
+    return ", ".join(part for part in parts if part)
+
+
+def _hardware(args: Any) -> str:
+    device = args.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        count = max(args.world_size, args.n_gpu)
+    elif device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''}" + (
+            f", {args.world_size} processes)" if args.world_size > 1 else ")"
+        )
+    else:
+        name, count = device.type, args.world_size
+    return f"{count} × {name}" if count > 1 else name
+
+
+def _seconds(time: float | None) -> str:
+    return "" if time is None else f"{time:,.0f} s" if time >= 10 else f"{time:.2g} s"
+
+
+def _steps(warmup: float) -> str:
+    """Trainer takes a fraction of all steps, or their number."""
+    return f"{100 * warmup:g} % of the steps" if warmup < 1 else f"{warmup:g} steps"
+
+
+def _source(data: Any) -> tuple[str, str] | None:
+    """(repository, commit) of a data set that came from the Hub: it remembers the files that it was made of."""
+    files = getattr(getattr(data, "info", None), "download_checksums", None)
+    found = {match.groups() for url in files or () if (match := _ON_HUB.match(str(url)))}
+    only = found.pop() if len(found) == 1 else None
+    return (only[0], only[1]) if only is not None else None
+
+
+def _first(value: Any) -> Any:
+    return (value[0] if value else None) if isinstance(value, list | tuple) else value

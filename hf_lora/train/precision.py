@@ -1,0 +1,75 @@
+"""What is computed in which precision, in one line at the start of training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..layers.storage import storage_of
+
+
+def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
+    """The precision of the base, the adapters, the products and the optimizer.
+
+    Args:
+        accelerator: an `accelerate.Accelerator`, whose mixed precision counts.
+        optimizer: its name.
+    """
+    base = base_precision(model)
+    trained = _listed(Counter({_name(p.dtype): p.numel() for p in model.parameters() if p.requires_grad}))
+    parts = [f"base {base}", f"adapters {trained}", f"products {_products(model, accelerator)}"]
+    return f"precision: {'; '.join(parts)}; optimizer {optimizer} on {trained}"
+
+
+def base_precision(model: nn.Module) -> str:
+    """The kinds of the frozen weights, most elements first: `"nf4, bfloat16"`."""
+    counts: Counter[str] = Counter()
+    packed = set()
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        storage = storage_of(module) if weight is not None else None
+        if weight is not None and storage is not None and storage.kind != "dense":
+            packed.add(id(weight))
+            size = 1
+            for length in storage.shape(module):
+                size *= length
+            counts[storage.kind] += size
+    for parameter in model.parameters():
+        if not parameter.requires_grad and id(parameter) not in packed:
+            counts[_name(parameter.dtype)] += parameter.numel()
+    return _listed(counts) or "none"
+
+
+def _products(model: nn.Module, accelerator: Any) -> str:
+    mixed = str(accelerator.mixed_precision)
+    if mixed == "fp8":
+        return "float8 where Accelerate's backend has it (experimental)"
+    if mixed == "bf16":
+        return "bfloat16 by autocast"
+    if mixed == "fp16":
+        scaled = getattr(accelerator, "scaler", None) is not None
+        return "float16 by autocast, the loss scaled" if scaled else "float16 by autocast"
+    dtypes = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    text = "in the base's dtype"
+    if torch.float32 in dtypes and accelerator.device.type == "cuda" and _tf32():
+        text += ", those of float32 as TF32"
+    return text
+
+
+def _tf32() -> bool:
+    backends: Any = torch.backends
+    try:
+        return "tf32" in (backends.fp32_precision, backends.cuda.matmul.fp32_precision)
+    except (AttributeError, RuntimeError):  # the older switches were used, and PyTorch forbids to ask the newer ones
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(kind for kind, _ in counts.most_common())
