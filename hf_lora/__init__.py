@@ -18,11 +18,14 @@ _WHERE = {
     "apply_lora": "model",
     "get_peft_model": "model",
     "pipeline": "load",
+    "write_card": "hub.card",
     "generate_texts": "generate",
     "Conversation": "conversation",
     "explain_targets": "adapt.targets",
     "check_adapter": "adapt.check",
     "share_inputs": "adapt.sharing",
+    "gathered_state": "adapt.gather",
+    "merge_files": "files.stream",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -31,6 +34,7 @@ _WHERE = {
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
     "build_compute_metrics": "train.metrics",
+    "register_adapter_hooks": "train.state_hooks",
     "LoraError": "errors",
     "ConfigError": "errors",
     "TargetError": "errors",
@@ -38,6 +42,7 @@ _WHERE = {
     "MergeError": "errors",
     "AdapterFileError": "errors",
     "BaseMismatchError": "errors",
+    "HubError": "errors",
     "DataError": "errors",
     "TrainingError": "errors",
 }
@@ -48,6 +53,7 @@ __all__ = [
     "ConfigError",
     "Conversation",
     "DataError",
+    "HubError",
     "LoraConfig",
     "LoraError",
     "LoraModel",
@@ -67,14 +73,19 @@ __all__ = [
     "build_compute_metrics",
     "check_adapter",
     "explain_targets",
+    "gathered_state",
     "generate_texts",
     "get_peft_model",
+    "merge_files",
     "pipeline",
+    "register_adapter_hooks",
     "share_inputs",
+    "write_card",
 ]
 
 if TYPE_CHECKING:
     from .adapt.check import check_adapter
+    from .adapt.gather import gathered_state
     from .adapt.sharing import share_inputs
     from .adapt.targets import explain_targets
     from .config import LoraConfig
@@ -84,18 +95,22 @@ if TYPE_CHECKING:
         BaseMismatchError,
         ConfigError,
         DataError,
+        HubError,
         LoraError,
         MergeError,
         StateError,
         TargetError,
         TrainingError,
     )
+    from .files.stream import merge_files
     from .generate import generate_texts
+    from .hub.card import write_card
     from .load import pipeline
     from .model import LoraModel, apply_lora, get_peft_model
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.metrics import build_compute_metrics
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
+    from .train.state_hooks import register_adapter_hooks
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 
 

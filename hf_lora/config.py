@@ -16,6 +16,9 @@ ATTENTION = "attention"
 PRESETS = (ALL_LINEAR, ATTENTION)
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
+MAX_NUMBER = 1e9
+"""Of alpha; beyond it float32 updates are noise, or infinite."""
+
 # Fields of PEFT's adapter_config.json that we read past as long as they hold the value at which they do nothing.
 # Another value changes what the adapter computes, so it is an error.
 _DEFAULTS_OF_OTHERS: dict[str, tuple[Any, ...]] = {
@@ -180,8 +183,8 @@ class LoraConfig:
         for name, value in values.items():
             if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
                 continue
-            hint = "" if name in _OF_OTHERS else nearest(name, own)
-            faults.add(f"{name}={value!r} is not supported{hint}")
+            near = name not in _OF_OTHERS and len(faults.found) < faults.LISTED
+            faults.add(f"{name}={value!r:.200} is not supported{nearest(name, own) if near else ''}")
         taken = {name: value for name, value in values.items() if name in own}
         if taken.get("target_modules", ...) is None:
             faults.add("target_modules=None: the adapter's layers must be named")
@@ -224,7 +227,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
 def _is_list_of(value: Any, kind: type) -> bool:
@@ -239,5 +242,5 @@ def _is_inert(name: str, value: Any) -> bool:
 def _check_regex(faults: Faults, name: str, pattern: Any) -> None:
     try:
         re.compile(pattern)
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, OverflowError, RecursionError) as error:
         faults.add(f"{name}: {pattern!r} is not a regular expression ({error})")

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel
 from .adapt.embeddings import vocabulary_of
 from .adapt.labels import AUTO_CLASSES
 from .adapt.state import state_of
-from .compat import held_load_report
-from .errors import AdapterFileError, BaseMismatchError, LoraError
+from .adapt.undo import restored_if_refused
+from .compat import held_load_report, is_own_model
+from .errors import AdapterFileError, BaseMismatchError, HubError, LoraError
 from .files.adapters import load_adapter
 from .files.format import AdapterFile, key_of, read_adapter
+from .hub.network import scrub
 from .hub.pull import local_adapter
 from .layers.ops import used_devices
 from .model import begin
@@ -42,6 +44,9 @@ def load_lora(
     base_revision: str | None = None,
     allow_other_base: bool = False,
     token: str | None = None,
+    subfolder: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
     dtype: Any = None,
     device_map: Any = None,
     **base_kwargs: Any,
@@ -56,9 +61,12 @@ def load_lora(
         is_trainable: let the adapter require gradients.
         adapter_name: the name that the adapter gets in the model.
         revision: branch, tag or commit of the adapter's repository.
-        base_revision: the same of the base's.
+        base_revision: the same of the base's; None takes the commit that the adapter was trained on.
         allow_other_base: load it onto another base model than it was trained on.
         token: for the Hub.
+        subfolder: of the adapter, in its folder or repository.
+        cache_dir: where files from the Hub lie, those of the base too.
+        local_files_only: take adapter and base from there and ask no network, as with HF_HUB_OFFLINE.
         dtype: of the base's weights; the adapter stays float32.
         device_map: for the base's own `from_pretrained`.
         **base_kwargs: further arguments of the base's `from_pretrained`.
@@ -69,23 +77,22 @@ def load_lora(
     Raises:
         AdapterFileError: the adapter is broken or does not fit; lists every fault.
         BaseMismatchError: the base is another one than the adapter was trained on.
+        HubError: the adapter, or the base at the commit that it was trained on, cannot be had from the Hub.
     """
-    folder = local_adapter(adapter, revision, token)
+    folder = local_adapter(
+        adapter, revision, token, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     file = read_adapter(folder)
     with torch.random.fork_rng(devices=used_devices()):  # a head that the base lacks would draw random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
             kwargs = {"dtype": dtype, "device_map": device_map, "token": token, **base_kwargs}
+            kwargs |= {"cache_dir": cache_dir, "local_files_only": local_files_only or None}
             kwargs = {k: v for k, v in kwargs.items() if v is not None}
-            model = _load_base(file, base_model, base_revision or file.config.revision, kwargs)
-        rows = vocabulary_of(model)
-        _fit_vocabulary(model, file, allow_other_base)
-        try:
+            model = _load_base(file, base_model, base_revision, kwargs)
+        with restored_if_refused(model, LoraError):  # a caller's model is left as it was
+            _fit_vocabulary(model, file, allow_other_base)
             _put(model, file, adapter_name, is_trainable, allow_other_base)
-        except LoraError:
-            if vocabulary_of(model) != rows:  # a caller's model is left as it was
-                model.resize_token_embeddings(rows, mean_resizing=False)
-            raise
     model.train(is_trainable)
     return model.merge_and_unload() if merge else model
 
@@ -99,17 +106,19 @@ def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
         adapter: a folder, or a repository on the Hub.
         kwargs: those of `LoraModel.from_pretrained` go there, others to transformers' pipeline.
     """
-    own = {"base_model", "merge", "revision", "base_revision", "allow_other_base", "dtype", "device_map", "token"}
-    model = load_lora(adapter, **{k: v for k, v in kwargs.items() if k in own})
+    found = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+    common = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
+    folder = local_adapter(adapter, **found, **common)
+    own = {"base_model", "merge", "base_revision", "allow_other_base", "dtype", "device_map", *common}
+    model = load_lora(folder, **{k: v for k, v in kwargs.items() if k in own})
     rest = {k: v for k, v in kwargs.items() if k not in own}
-    folder = local_adapter(adapter, kwargs.get("revision"), kwargs.get("token"))
     base = kwargs.get("base_model")
     base = base if isinstance(base, (str, os.PathLike)) else model.config._name_or_path
     for part, auto in PROCESSORS.items():
         if part not in rest:
-            found = find_processor(auto, folder, base)
-            if found is not None:
-                rest[part] = found
+            processor = find_processor(auto, folder, base)
+            if processor is not None:
+                rest[part] = processor
     make: Any = transformers.pipeline
     return make(task, model=model, **rest)
 
@@ -122,7 +131,8 @@ def find_processor(auto: str, folder: Path, base: Any) -> Any:
         if source and Path(source).is_dir() and not any((Path(source) / n).is_file() for n in wanted):
             continue
         try:
-            return getattr(transformers, auto).from_pretrained(source) if source else None
+            # The adapter's folder may be a stranger's: code in it is never run.
+            return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
         except (OSError, ValueError, KeyError, ImportError):
             continue
     return None
@@ -147,21 +157,47 @@ def _load_base(file: AdapterFile, base: Any, revision: str | None, kwargs: dict[
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
             "Pass base_model=, a model or where it lies."
         )
-    if revision is not None:
-        kwargs["revision"] = revision
+    trained_on = _commit_in_training(file, name) if revision is None else None
+    wanted = revision or trained_on or file.config.revision
+    if wanted is not None:
+        kwargs["revision"] = wanted
+    kwargs.setdefault("trust_remote_code", False)  # only the caller can say so; transformers would ask on the console
     with held_load_report() as release:
-        model, found = _class_of(file).from_pretrained(name, output_loading_info=True, **kwargs)
+        try:
+            model, found = _class_of(file).from_pretrained(name, output_loading_info=True, **kwargs)
+        except OSError as error:
+            if base is None and trained_on is None:
+                raise AdapterFileError(
+                    f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which "
+                    f"cannot be had ({scrub(str(error).strip().splitlines()[0])}). Pass base_model=, a model or where "
+                    "it lies."
+                ) from error
+            if trained_on is None:
+                raise
+            raise HubError(
+                f"LoraModel.from_pretrained({str(file.path)!r}): the base {name} at commit {trained_on}, on which the "
+                f"adapter was trained, cannot be had ({scrub(str(error).strip().splitlines()[0])}). Check network and "
+                "access; base_revision='main' takes the base as it is now, and compares its weights."
+            ) from error
         missing = [key for key in found["missing_keys"] if key_of(key, "copy") not in file.tensors]
         if missing or found["unexpected_keys"] or found["mismatched_keys"]:
             release()  # a head that the adapter brings is not missing; anything else is for the user to read
     return cast(PreTrainedModel, model)
 
 
+def _commit_in_training(file: AdapterFile, name: Any) -> str | None:
+    """The commit of a base on the Hub that the adapter was trained on; None where it was another base, or a folder."""
+    base = file.extras.get("base")
+    commit = base.get("commit") if isinstance(base, dict) and base.get("name") == str(name) else None
+    return commit if isinstance(commit, str) and not Path(str(name)).is_dir() else None
+
+
 def _class_of(file: AdapterFile) -> Any:
     """The class that the adapter was trained on: by name, else the auto class of its task."""
-    mapped = (file.raw.get("auto_mapping") or {}).get("base_model_class")
+    mapping = file.raw.get("auto_mapping")
+    mapped = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in (file.extras.get("architecture"), mapped):
-        if name and hasattr(transformers, name):
+        if name and is_own_model(name):
             return getattr(transformers, name)
     return getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
 
@@ -171,12 +207,14 @@ def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> No
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
         return
-    embedding = model.get_input_embeddings()
+    embedding: Any = model.get_input_embeddings()
     path = next((n for n, m in model.named_modules() if m is embedding), "")
     whole = file.tensors.get(key_of(f"{path}.weight", "copy"))
     saved = whole.shape[0] if whole is not None else file.extras.get("vocabulary")
     if not isinstance(saved, int) or saved == now:
         return
+    if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
+        return  # it does not fit, which is said with all else that does not
     if whole is not None:
         model.resize_token_embeddings(saved, mean_resizing=False)
     elif saved > now and not allow_other_base:

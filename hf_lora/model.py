@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 
 from .adapt.checkpointing import is_checkpointing, keep_gradients_out, let_gradients_in, refuse_checkpointed
+from .adapt.dequantize import dequantize, is_quantized
 from .adapt.inject import delete, eject, inject
 from .adapt.labels import CLASSIFICATION, is_backbone, own_heads, with_task_head
 from .adapt.merge import disabled, merge, set_enabled, unmerge
@@ -26,6 +27,7 @@ from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weigh
 from .files.fingerprint import identify
 from .files.format import PREFIX, AdapterFile
 from .hub.pull import local_adapter
+from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
 from .layers.extend import Extension, plain
 
@@ -143,18 +145,20 @@ class LoraModel(Extension, PreTrainedModel):
         state_dict: Mapping[str, Tensor] | None = None,
         push_to_hub: bool = False,
         adapter_name: str | None = None,
+        allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save adapters alone, in PEFT's format with `hf_lora.json` beside; atomically, a file at a time.
+        """Save adapters alone, in PEFT's format with `hf_lora.json` beside; one's files take their places together.
 
         Args:
             adapter_name: the one to save. None saves all: a single one, and one named "default", to the folder itself,
                 others to folders of their names in it.
             state_dict: gathered tensors by the names of `self.state_dict()`, written in place of the model's own.
+            allow_nonfinite: write NaN and infinity too, to look at them later; loading refuses such a file.
 
         Raises:
             StateError: called on an inner model, or while merged.
-            AdapterFileError: a tensor is empty or not finite; files that were there are unchanged.
+            AdapterFileError: a tensor is empty or not finite, or no space is left; what was there is unchanged.
         """
         state = _state(self, "save_pretrained")
         if state.activity.merged:
@@ -167,7 +171,8 @@ class LoraModel(Extension, PreTrainedModel):
         names = [adapter_name] if adapter_name is not None else list(state.configs)
         for name in names:
             inner = len(names) > 1 and name != "default"
-            save_adapter(self, Path(save_directory) / name if inner else save_directory, name, state_dict)
+            folder = Path(save_directory) / name if inner else save_directory
+            save_adapter(self, folder, name, state_dict, allow_nonfinite)
         if re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             if not state.resumable:
                 state.resumable = True  # said once
@@ -179,6 +184,11 @@ class LoraModel(Extension, PreTrainedModel):
             print(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Push the adapters, with a card, as one commit: see `hub.share.push_model` for the arguments."""
+        _state(self, "push_to_hub").refuse_merged("push_to_hub")
+        return push_model(self, repo_id, **kwargs)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The tensors of one adapter (the first active one), by the keys of its file; not copied."""
@@ -214,12 +224,19 @@ class LoraModel(Extension, PreTrainedModel):
         *,
         revision: str | None = None,
         token: str | None = None,
+        subfolder: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
         is_trainable: bool = False,
         allow_other_base: bool = False,
     ) -> None:
         """Add an adapter from a folder or the Hub, and make it the active one: see `files.adapters.load_adapter`."""
         _state(self, "load_adapter")
-        source = adapter if isinstance(adapter, AdapterFile) else local_adapter(adapter, revision, token)
+        source: Any = adapter
+        if not isinstance(adapter, AdapterFile):
+            source = local_adapter(
+                adapter, revision, token, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only
+            )
         load_adapter(self, source, adapter_name, is_trainable=is_trainable, allow_other_base=allow_other_base)
 
     def load_adapter_weights(self, adapter: str | os.PathLike[str], adapter_name: str | None = None) -> None:
@@ -274,6 +291,7 @@ class LoraModel(Extension, PreTrainedModel):
         """Fold the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
 
         The originals of the folded weights are kept: as much memory as those weights. See `adapt.merge.merge`.
+        Refused over a quantised base.
         """
         _state(self, "merge_adapter")
         merge(self, adapter_names, untie=untie, call="merge_adapter")
@@ -286,7 +304,10 @@ class LoraModel(Extension, PreTrainedModel):
     def merge_and_unload(
         self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False
     ) -> PreTrainedModel:
-        """Fold the active adapters into the weights and return the plain base model (the same object)."""
+        """Fold the active adapters into the weights and return the plain base model (the same object).
+
+        A quantised base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
+        """
         state = _state(self, "merge_and_unload")
         if not state.activity.merged:
             merge(self, adapter_names, untie=untie, keep=False, call="merge_and_unload")
@@ -294,6 +315,8 @@ class LoraModel(Extension, PreTrainedModel):
             raise StateError("merge_and_unload: the adapters are disabled. Call enable_adapters() first.")
         elif adapter_names is not None and _names(adapter_names) != state.activity.merged:
             state.refuse_merged(f"merge_and_unload({adapter_names!r})")
+        if is_quantized(self):  # its dense layers alone were merged before
+            dequantize(self, "merge_and_unload")
         eject(self, keep_heads=True)
         return _end(self)
 

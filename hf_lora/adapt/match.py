@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from .patterns import matcher, table_pattern
+
 
 def matches(patterns: str | Iterable[str], name: str) -> list[str]:
     """The patterns that match `name`: itself or a suffix of whole components, or one regular expression in full."""
     if isinstance(patterns, str):
-        return [patterns] if re.fullmatch(patterns, name) else []
+        return [patterns] if matcher(patterns)(name) else []
     wanted = patterns if isinstance(patterns, (set, frozenset, dict)) else set(patterns)
     found, start = [], 0
     while True:
@@ -38,12 +40,12 @@ class PatternTable:
     """Values by pattern (`rank_pattern`, `alpha_pattern`): the first that matches a suffix of the name counts."""
 
     def __init__(self, table: dict[str, Any]) -> None:
-        self.rows = [(key, re.compile(rf"(?:.*\.)?(?:{key})$"), value) for key, value in table.items()]
+        self.rows = [(key, matcher(table_pattern(key)), value) for key, value in table.items()]
         self.used: set[str] = set()
 
     def get(self, name: str, default: Any) -> Any:
-        for key, regex, value in self.rows:
-            if regex.match(name):
+        for key, hits, value in self.rows:
+            if hits(name):
                 self.used.add(key)
                 return value
         return default

@@ -17,27 +17,54 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    adapter: str = ADAPTER,
-    out: Path = typer.Option(..., help="Folder for the full model.", show_default=False),
+    what: list[str] = typer.Argument(
+        ...,
+        metavar="[BASE] ADAPTER [OUT]",
+        show_default=False,
+        help="ADAPTER alone, with --out: the model is loaded. BASE ADAPTER OUT: merged file by file, without loading. "
+        "BASE and ADAPTER are folders, or names on the Hub.",
+    ),
+    out: Path | None = typer.Option(None, help="Folder for the full model.", show_default=False),
     base: str | None = typer.Option(None, help="The base model; not given: the one that the adapter names."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; not given: the base's own."),
+    untie: bool = typer.Option(
+        False, "--untie", help="Give an adapted layer with a shared weight its own. Only without loading."
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
     base_revision: str | None = typer.Option(None, help="Branch, tag or commit of the base model."),
     allow_other_base: bool = typer.Option(
         False, "--allow-other-base", help="Merge into another base than the adapter was trained on."
     ),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bar. Only without loading."),
 ) -> None:
     """Save the base model with an adapter in it.
 
     The adapter is folded into the weights; the folder gets a full model and its tokenizer.
-    """
-    from ..export import merge_to_folder
 
-    folder = merge_to_folder(
-        adapter, out, base_model=base, dtype=dtype, overwrite=overwrite, revision=revision,
-        base_revision=base_revision, allow_other_base=allow_other_base,
-    )  # fmt: skip
+    hf-lora merge ADAPTER --out OUT loads the base that the adapter names, whatever form it has. hf-lora merge BASE
+    ADAPTER OUT works on safetensors files and needs little memory; cut off, the same command goes on.
+    """
+    if len(what) == 3 and out is None and base is None:
+        from ..files.stream import merge_files
+        from ..hub.base import local_base
+        from ..hub.pull import local_adapter
+
+        folder = merge_files(
+            local_base(what[0], base_revision), local_adapter(what[1], revision), what[2], dtype=dtype, untie=untie,
+            overwrite=overwrite, allow_other_base=allow_other_base, progress=not quiet,
+        )  # fmt: skip
+    elif len(what) == 1 and out is not None and not untie:
+        from ..export import merge_to_folder
+
+        folder = merge_to_folder(
+            what[0], out, base_model=base, dtype=dtype, overwrite=overwrite, revision=revision,
+            base_revision=base_revision, allow_other_base=allow_other_base,
+        )  # fmt: skip
+    else:
+        raise typer.BadParameter(
+            "say hf-lora merge ADAPTER --out OUT [--base BASE], or hf-lora merge BASE ADAPTER OUT [--untie]"
+        )
     typer.echo(f"Merged. {folder} holds a full model: load it with transformers' from_pretrained.")
 
 

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LoraError
-from . import evaluate, files, generate, train
+from . import evaluate, files, generate, hub, train
 
 
 class _Commands(TyperGroup):
@@ -26,7 +26,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands,
     name="hf-lora",
-    help="Train, use, merge, convert and inspect LoRA adapters of Hugging Face models.",
+    help="Train, use, share, merge, convert and inspect LoRA adapters of Hugging Face models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,6 +36,7 @@ train.register(app)
 generate.register(app)
 evaluate.register(app)
 files.register(app)
+hub.register(app)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..adapt.match import PatternTable
 from ..config import LoraConfig
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, Faults
+from ..layers.storage import fits
 from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, split_key
+from .safety import REPAIR
 
 
 @dataclass
@@ -129,6 +131,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
             f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} have one of lora_A and lora_B alone. "
             "The file is incomplete."
         )
+    faults = Faults(str(file.path))
+    for name, found in factors.items():
+        _check_factors(name, found["lora_A"], found["lora_B"], faults)
+    faults.check(AdapterFileError, REPAIR)
     alphas = PatternTable(file.config.alpha_pattern)
     layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
     return AdapterSummary(
@@ -140,6 +146,14 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
         sum(t.numel() for t in file.tensors.values()),
         (file.path / WEIGHTS_NAME).stat().st_size,
     )
+
+
+def _check_factors(name: str, a: Tensor, b: Tensor, faults: Faults) -> None:
+    """Without a model at hand: whether B A can be multiplied."""
+    if a.shape[0] % b.shape[1] or b.shape[0] % (a.shape[0] // b.shape[1]):
+        faults.add(f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit together")
+    elif not (fits(a, torch.float32) and fits(b, torch.float32)):
+        faults.add(f"{name}: its factors hold NaN or infinity")
 
 
 def _summary(file: AdapterFile, name: str, factors: dict[str, Tensor], alphas: PatternTable) -> LayerSummary:

@@ -1,0 +1,121 @@
+"""Names and words that others chose, made safe to stand in a card: as Markdown, as code, or as a command line.
+
+A name may hold anything. In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the
+character and never reads as markup. Paths of home directories and secrets are taken out of everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "***"
+_SECRETS = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})|(?<=://)[^/\s@]+(?=@)"
+)
+_HOMES = re.compile(r"(?:[A-Za-z]:[\\/]Users[\\/]|/home/|/Users/)[^/\\\s\"']+|/root(?=/|$)")
+_SECRET_FLAG = re.compile(
+    r"--?(?!(?:\w+[-_])?(?:bos|cls|eos|mask|pad|sep|unk)[-_]token)(?:[\w-]*[-_])?"
+    r"(?:token|secret|passw(?:or)?d|credentials?|(?:api|access|private|secret)[-_]?key)",
+    re.IGNORECASE,
+)
+_MARKUP = re.compile(r"""[!"#$&'*:;<>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
+"""ASCII that may be markup; brackets alone are none without their square ones."""
+_PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
+_NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
+
+
+def clean(value: Any) -> str:
+    """One line without control characters, lone surrogates, secrets and home directories."""
+    line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
+    line = line.encode("utf-8", "replace").decode("utf-8")
+    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
+        if secret:
+            line = line.replace(secret, HIDDEN)
+    line = _SECRETS.sub(HIDDEN, line)
+    home = str(Path.home())
+    if len(home) > 1:
+        line = re.sub(re.escape(home) + r"(?=$|[/\\\s\"',:;])", "~", line)
+    return _HOMES.sub("~", line).strip()
+
+
+def text(value: Any) -> str:
+    """A value as Markdown text that shows as it is, also in a cell of a table."""
+    return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", clean(value))
+
+
+def code(value: Any) -> str:
+    """A value in a code span; one that backticks cannot hold in a table stands in `<code>` as entities."""
+    line = clean(value)
+    if not line or _PLAIN_CODE.fullmatch(line):
+        return f"`{line}`" if line else ""
+    return "<code>" + re.sub(r"[^A-Za-z0-9 ]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
+
+
+def literal(value: Any) -> str:
+    """A string as a Python literal on one line."""
+    return json.dumps(clean(value))
+
+
+def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: int = 1) -> str | None:
+    """The command that started this program, as one line of a shell; None where there was none to type again.
+
+    Paths below the working directory become relative, others lose their folders; the values of flags such as
+    `--hub_token` are left out.
+
+    Args:
+        argv: `sys.argv`.
+        original: `sys.orig_argv`, which tells `python -m module`.
+        processes: how many of them the program ran in.
+    """
+    program, *words = argv or [""]
+    if program in ("", "-", "-c") or Path(program).name in _NOTEBOOKS:
+        return None
+    start = ["torchrun", "--nproc-per-node", str(processes)] if processes > 1 else ["python"]
+    module = _module(original)
+    if module is not None:
+        head = [*start, "-m", module]
+    elif program.endswith(".py"):
+        head = [*start, _short(program)]
+    else:  # a command that an installed package brings
+        head = [*start, "--no-python", Path(program).name] if processes > 1 else [Path(program).name]
+    shown: list[str] = []
+    hides = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if hides and not word.startswith("--"):
+            shown.append(HIDDEN)
+            hides = False
+            continue
+        hides = _SECRET_FLAG.fullmatch(name) is not None and not equals
+        secret = _SECRET_FLAG.fullmatch(name) is not None and equals
+        shown.append(f"{name}={HIDDEN}" if secret else _short(word))
+    return shlex.join([*head, *(clean(word) for word in shown)])
+
+
+def _module(original: Sequence[str]) -> str | None:
+    """What follows `-m` where Python itself was told to run a module."""
+    words = list(original)[1:]
+    while words and words[0].startswith("-"):
+        if words[0] == "-m":
+            return words[1] if len(words) > 1 else None
+        words = words[2:] if words[0] in ("-W", "-X") else words[1:]
+    return None
+
+
+def _short(word: str) -> str:
+    """A word of a command line without the folders of absolute paths that are not below the working directory."""
+    name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    here = os.getcwd()
+    if os.path.isabs(value):
+        below = value == here or value.startswith(here + os.sep)
+        value = os.path.relpath(value, here) if below else Path(value).name
+    elif len(here) > 1:
+        value = value.replace(here + os.sep, "")
+    return f"{name}{equals}{value}"

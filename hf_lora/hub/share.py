@@ -1,0 +1,68 @@
+"""Push the adapters of a model, with a card and, if asked, the tokenizer."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from torch import nn
+
+from ..adapt.state import require_state
+from ..files.adapters import save_adapter
+from ..files.format import CONFIG_NAME
+from .card import write_card
+from .push import push_folder
+
+
+def push_model(
+    model: nn.Module,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    token: str | bool | None = None,
+    endpoint: str | None = None,
+    subfolder: str | None = None,
+    adapter_name: str | None = None,
+    tokenizer: Any = None,
+    card: bool = True,
+    tags: Sequence[str] | None = None,
+    max_shard_size: Any = None,
+) -> CommitInfo:
+    """Push the adapters of a model as one commit.
+
+    A single adapter, and one named "default", goes to the repository's root; others go to folders of their names, as
+    `save_pretrained` puts them.
+
+    Args:
+        repo_id, private, revision, create_pr, commit_message, commit_description, token, endpoint, subfolder: see
+            `hub.push.push_folder`.
+        adapter_name: push this one alone, to the root.
+        tokenizer: a tokenizer or processor to push beside it.
+        card: write README.md; what somebody wrote on the Hub around our part is kept.
+        tags: more tags of the card.
+        max_shard_size: taken because transformers' `push_to_hub` has it; an adapter is one file.
+
+    Raises:
+        AdapterFileError: a tensor is empty or not finite; the network was not asked.
+        HubError: the Hub refused it or could not be reached; the repository is as it was, or has the whole commit.
+    """
+    names = [adapter_name] if adapter_name is not None else list(require_state(model, "push_to_hub").configs)
+    with tempfile.TemporaryDirectory(prefix="hf_lora-") as folder:
+        root = Path(folder)
+        for name in names:
+            save_adapter(model, root / name if len(names) > 1 and name != "default" else root, name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(root)
+        if card and (root / CONFIG_NAME).is_file():
+            write_card(root, repo_id=repo_id, tags=tags)
+        return push_folder(
+            root, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message,
+            commit_description=commit_description, token=token, endpoint=endpoint, subfolder=subfolder,
+        )  # fmt: skip

@@ -1,0 +1,78 @@
+"""A Hub on this machine for each test, adapters to push, and no waiting between attempts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import randomize, tiny_llama
+from huggingface_hub import constants
+
+from hf_lora import apply_lora
+from hf_lora.hub import network
+from hf_lora.testing import LocalHub
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub-base")
+    tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """An adapter of `user/base`, with things beside it that belong to no adapter."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("hub-adapter")
+    with LocalHub() as hub, hub.active(tmp_path_factory.mktemp("hub-home")):
+        hub.add_repo("user/base", base_folder)
+        model = LlamaForCausalLM.from_pretrained("user/base")
+        randomize(apply_lora(model)).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n# An adapter\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    for other in ("optimizer.pt", "training_args.bin", "notes.txt", "checkpoint-3/adapter_config.json", "runs/events"):
+        (folder / other).parent.mkdir(exist_ok=True)
+        (folder / other).write_bytes(b"not of the adapter")
+    return folder
+
+
+EXPECTED = {"README.md", "adapter_config.json", "adapter_model.safetensors", "hf_lora.json", "tokenizer_config.json"}
+"""What is pushed of `adapter_folder`."""
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds of each wait, which does not happen; stalls are noticed soon."""
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    monkeypatch.setattr(network, "SILENCE", 0.25)
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setattr(constants, name, 0.25)
+    from huggingface_hub import file_download
+
+    if hasattr(file_download, "_ETAG_RETRY_TIMEOUT"):
+        monkeypatch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.25)
+    return slept
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[LocalHub]:
+    """The Hub of this process, with an empty cache in `tmp_path / "home"`."""
+    with LocalHub() as running, running.active(tmp_path / "home"):
+        yield running
+
+
+@pytest.fixture
+def with_base(hub: LocalHub, base_folder: Path) -> LocalHub:
+    hub.add_repo("user/base", base_folder)
+    return hub
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file below a folder, with its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,450 @@
+"""The card of an adapter: its numbers are those of the run and the files, and its snippets run."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import markdown
+import pytest
+import torch
+import yaml
+from helpers import VOCABULARY, assert_near, batch_for, randomize, tiny_bert, tiny_llama, token_ids
+from huggingface_hub import EvalResult, ModelCard, metadata_eval_result
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_lora import AdapterFileError, LoraConfig, LoraModel, LoraTrainer, LoraTrainingArguments, apply_lora, write_card
+
+WORDS = ["open", "close", "the", "door", "window", "A", "text", "to", "classify", "beginning", "of", "a", "The"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
+    words = [*special.values(), *WORDS]
+    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=32, **special).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / "bert-base"
+    tiny_bert().bert.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(bert_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `hf-lora train` made of 24 texts of two classes."""
+    from hf_lora.train.parsing import parse_arguments
+    from hf_lora.train.run import finetune
+
+    folder = tmp_path_factory.mktemp("trained")
+    lines = [f"{'open' if i % 2 else 'close'} the {WORDS[3 + i % 2]},{'yes' if i % 2 else 'no'}" for i in range(24)]
+    for name in ("rows.csv", "held out.csv"):
+        (folder / name).write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    flags = {
+        "model": bert_base, "train-file": folder / "rows.csv", "test-file": folder / "held out.csv", "lora-r": 4,
+        "output-dir": folder / "my-adapter", "num-train-epochs": 3, "per-device-train-batch-size": 4, "use-cpu": True,
+        "learning-rate": 3e-3, "seed": 7, "lora-alpha-pattern": '{"query": 2.0}', "disable-tqdm": True,
+    }  # fmt: skip
+    return finetune(parse_arguments([f"--{name}={value}" for name, value in flags.items()]))
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A classifier's adapter that was saved without a Trainer."""
+    model = randomize(apply_lora(tiny_bert(), LoraConfig(r=4)))
+    model.save_pretrained(tmp_path / "three")
+    return tmp_path / "three"
+
+
+def make_trainer(folder: Path, **values: Any) -> Any:
+    rows = [{k: v[0] for k, v in batch_for(tiny_bert()).items()} | {"labels": torch.tensor(i % 3)} for i in range(12)]
+    settings = {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
+        "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-2, "num_train_epochs": 2,
+    } | values  # fmt: skip
+    return LoraTrainer(tiny_bert(), LoraTrainingArguments(**settings), None, rows, rows[:5])
+
+
+def content(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def table(text: str) -> dict[str, str]:
+    """The rows of two cells of a card."""
+    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
+
+
+# True numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_the_results_read_back_are_those_that_were_measured(trained: Any) -> None:
+    card = ModelCard.load(trained.output_dir / "README.md")
+    read = {result.metric_type: result for result in card.data.eval_results}
+    measured = {name: trained.metrics[f"test_{name}"] for name in ("loss", "accuracy", "f1")}
+    assert {name: result.metric_value for name, result in read.items()} == measured
+    assert {(r.task_type, r.dataset_name) for r in read.values()} == {("text-classification", "held out.csv")}
+    assert card.data.metrics == ["accuracy", "f1"]
+    assert card.data.pipeline_tag == "text-classification"
+    assert {"lora", "hf_lora", "text-classification"} <= set(card.data.tags)
+    for name, value in measured.items():
+        assert f"| {'F1' if name == 'f1' else name.capitalize()} | held out.csv | {value:.4g} |" in card.text
+
+
+def test_the_metadata_are_those_that_the_hubs_own_function_makes(adapter: Path) -> None:
+    given = EvalResult("text-classification", "user/intents", "Intents", "accuracy", 0.8125, dataset_split="test")
+    write_card(adapter, results=[given], base_model="some/base", license="mit")
+    data = yaml.safe_load(content(adapter).split("---\n")[1])
+    expected = metadata_eval_result(
+        model_pretty_name="three", task_pretty_name="x", task_id="text-classification", metrics_pretty_name="Accuracy",
+        metrics_id="accuracy", metrics_value=0.8125, dataset_pretty_name="Intents", dataset_id="user/intents",
+        dataset_split="test",
+    )["model-index"]  # fmt: skip
+    del expected[0]["results"][0]["task"]["name"]
+    del expected[0]["results"][0]["metrics"][0]["verified"]
+    assert data["model-index"] == expected
+    assert (data["base_model"], data["base_model_relation"], data["license"]) == ("some/base", "adapter", "mit")
+    assert "base_model:adapter:some/base" in data["tags"]
+
+
+def test_the_configuration_is_the_files_and_the_runs(trained: Any) -> None:
+    folder = trained.output_dir
+    rows, tensors = table(content(folder)), load_file(folder / "adapter_model.safetensors")
+    layers = {key.rpartition(".lora_A")[0] for key in tensors if ".lora_A" in key}
+    assert rows["Parameters of the adapter"] == f"{sum(t.numel() for t in tensors.values()):,}"
+    assert rows["Its file"] == f"{(folder / 'adapter_model.safetensors').stat().st_size:,} bytes"
+    assert rows["Adapted layers"].startswith(f"{len(layers)}: ")
+    trainable = sum(p.numel() for p in trained.model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in trained.model.parameters())
+    assert rows["Trained"] == f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %)"
+    expected = {
+        "Rank r": "4", "Alpha": "8; other layers 2", "Learning rate": "0.003", "Epochs": "3", "Steps": "18",
+        "Seed": "7", "Batch": "4 rows", "Rows trained on": "24", "Schedule": "linear, warm-up of 6 % of the steps",
+        "Precision": "base in float32", "torch": torch.__version__,
+    }  # fmt: skip
+    assert {name: rows[name] for name in expected} == expected
+
+
+def test_a_card_of_files_alone_tells_no_more_than_they_do(adapter: Path) -> None:
+    write_card(adapter)
+    text = content(adapter)
+    assert "## Results" not in text
+    assert "The command" not in text
+    assert not {"Learning rate", "Trained", "Seed", "Hardware", "Base model"} & table(text).keys()
+    assert table(text)["Rank r"] == "4"
+    assert "model-index" not in ModelCard.load(adapter / "README.md").data.to_dict()
+
+
+def test_a_value_that_is_not_finite_stands_in_the_table_alone(adapter: Path) -> None:
+    write_card(adapter, results={"eval_loss": float("nan"), "eval_accuracy": 0.5, "eval_runtime": 3.0, "epoch": 1.0})
+    assert "| Loss | eval | nan |" in content(adapter)
+    found = ModelCard.load(adapter / "README.md").data.eval_results
+    assert [(r.metric_type, r.metric_value) for r in found] == [("accuracy", 0.5)]
+
+
+def test_an_earlier_evaluation_is_told_with_its_step_and_is_no_result(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.state.log_history.insert(3, {"eval_loss": 0.75, "eval_runtime": 1.0, "step": 4})  # of 6
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "| Loss | eval, after step 4 | 0.75 |" in content(tmp_path)
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
+    value = trainer.evaluate()["eval_loss"]
+    trainer.create_model_card()
+    assert "after step" not in content(tmp_path)
+    assert [r.metric_value for r in ModelCard.load(tmp_path / "README.md").data.eval_results] == [value]
+
+
+def test_of_the_best_model_its_own_evaluation_counts(tmp_path: Path) -> None:
+    from hf_lora.train.card import final_scores
+
+    trainer = make_trainer(tmp_path)
+    trainer.args.load_best_model_at_end = True
+    log = [{"eval_loss": loss, "eval_runtime": 1.0, "step": step} for step, loss in ((2, 0.5), (4, 0.25), (6, 0.75))]
+    trainer.state.log_history = [*log, {"train_runtime": 9.0, "train_loss": 1.0, "step": 6}]
+    trainer.state.global_step, trainer.state.best_global_step = 6, 4
+    assert [score.value for score in final_scores(trainer)] == [0.25]
+    trainer.args.load_best_model_at_end = False
+    assert [score.value for score in final_scores(trainer)] == [0.75]
+
+
+# Snippets ------------------------------------------------------------------------------------------------------------
+
+
+def run_snippets(folder: Path, names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Run each Python block of a card by itself; the names that it loads are folders here."""
+    monkeypatch.chdir(folder.parent)
+    blocks = re.findall(r"^```python\n(.*?)^```", content(folder), re.MULTILINE | re.DOTALL)
+    results = []
+    for block in blocks:
+        for name, path in names.items():
+            block = block.replace(json.dumps(name), json.dumps(path))
+        values: dict[str, Any] = {}
+        exec(compile(block, "a snippet of the card", "exec"), values)
+        results.append(values)
+    return results
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=token_ids()).logits
+
+
+def test_the_snippets_of_a_classifier_run(
+    trained: Any, bert_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = trained.output_dir
+    expected = logits(trained.model)
+    found = run_snippets(folder, {"my-adapter": str(folder), "bert-base": str(bert_base)}, monkeypatch)
+    own, merged, piped, peft = found
+    assert isinstance(own["model"], LoraModel)
+    assert torch.equal(logits(own["model"]), expected)
+    assert own["tokenizer"]("open the door")["input_ids"] == [3, 5, 6]
+    assert not isinstance(merged["model"], LoraModel)
+    assert_near(logits(merged["model"]), expected, torch.float32, 40)
+    assert (folder.parent / "merged" / "model.safetensors").is_file()
+    assert piped["pipe"]("open the door")[0]["label"] in ("yes", "no")
+    assert "score" in capsys.readouterr().out
+    assert_near(logits(peft["model"]), expected, torch.float32, 40)
+
+
+def test_the_snippets_of_a_causal_language_model_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    tiny_llama().save_pretrained(tmp_path / "base-of-mine")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base-of-mine")
+    model = randomize(apply_lora(model, LoraConfig(r=4)))
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    write_card(folder, repo_id="somebody/their-adapter", base_model="someone/their-base")
+    names = {"somebody/their-adapter": str(folder), "someone/their-base": str(tmp_path / "base-of-mine")}
+    own, merged, piped, peft = run_snippets(folder, names, monkeypatch)
+    expected = logits(model)
+    assert torch.equal(logits(own["model"]), expected)
+    assert_near(logits(merged["model"]), expected, torch.float32, 40)
+    assert piped["pipe"].task == "text-generation"
+    assert "generated_text" in capsys.readouterr().out
+    assert_near(logits(peft["model"]), expected, torch.float32, 40)
+
+
+def test_a_base_from_the_hub_is_found_by_the_adapter_itself(adapter: Path) -> None:
+    config, extras = (json.loads((adapter / n).read_text()) for n in ("adapter_config.json", "hf_lora.json"))
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    (adapter / "hf_lora.json").write_text(json.dumps(extras | {"base": {"name": "org/base", "commit": commit}}))
+    write_card(adapter)
+    text = content(adapter)
+    assert 'LoraModel.from_pretrained("three")' in text
+    assert f'from_pretrained("org/base", num_labels=3, revision="{commit}")' in text
+    assert ModelCard.load(adapter / "README.md").data.base_model == "org/base"
+    (adapter / "hf_lora.json").write_text(json.dumps(extras | {"base": {"name": "org/base", "files": "00"}}))
+    write_card(adapter)  # a folder that is no longer here
+    assert ModelCard.load(adapter / "README.md").data.base_model is None
+    assert "huggingface.co/org" not in content(adapter)
+
+
+# Who writes it -------------------------------------------------------------------------------------------------------
+
+
+def test_written_again_it_has_the_same_bytes(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(dataset="some rows", tags="mine")
+    before = {f: (tmp_path / f).read_bytes() for f in ("README.md", "training_loss.png")}
+    trainer.create_model_card()
+    assert {f: (tmp_path / f).read_bytes() for f in before} == before
+    write_card(tmp_path)  # without the run, which the file remembers
+    assert {f: (tmp_path / f).read_bytes() for f in before} == before
+    assert "Learning rate" in content(tmp_path)
+    randomize(trainer.model, 3)
+    trainer.save_model()
+    write_card(tmp_path)  # other weights, of which nothing is known
+    assert not {"Learning rate", "Steps"} & table(content(tmp_path)).keys()
+    assert "training_loss.png" not in content(tmp_path)
+    assert "mine" in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_before_the_first_save_the_card_is_of_the_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card()
+    assert table(content(tmp_path))["Rank r"] == "8"
+    assert "Its file" not in table(content(tmp_path))
+
+
+def test_pushes_bring_the_card_and_the_picture(tmp_path: Path) -> None:
+    from hf_lora.testing import LocalHub
+
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        trainer = make_trainer(
+            tmp_path / "run", push_to_hub=True, hub_model_id="user/bert-three", hub_token=hub.token,
+            hub_strategy="every_save", save_strategy="steps", save_steps=3, hub_always_push=True,
+        )  # fmt: skip
+        trainer.train()
+        while_training = hub.files("user/bert-three")
+        trainer.push_to_hub(license="mit")
+        files = hub.files("user/bert-three")
+    rows = table(while_training["README.md"].decode())
+    assert rows["Steps"] == "6"
+    assert rows["Its file"] == f"{len(while_training['adapter_model.safetensors']):,} bytes"
+    text = files["README.md"].decode()
+    assert 'LoraModel.from_pretrained("user/bert-three"' in text
+    assert "# bert-three\n" in text
+    assert ModelCard(text).data.license == "mit"
+    assert hub.token not in text
+    assert files["training_loss.png"].startswith(b"\x89PNG")
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.is_world_process_zero = lambda: False
+    trainer.create_model_card()
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_readme_that_cannot_be_kept_does_not_stop_a_training(tmp_path: Path, caplog: Any) -> None:
+    trainer = make_trainer(tmp_path)
+    (tmp_path / "README.md").write_text("---\na: [\n---\ntext", encoding="utf-8")
+    trainer.is_in_train = True
+    trainer.create_model_card()
+    trainer.is_in_train = False
+    with pytest.raises(AdapterFileError, match="no YAML"):
+        trainer.create_model_card()
+    assert content(tmp_path) == "---\na: [\n---\ntext"
+
+
+def test_a_folder_without_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AdapterFileError, match=r"no adapter_config\.json"):
+        write_card(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# The picture ---------------------------------------------------------------------------------------------------------
+
+HISTORY = [
+    {"loss": 2.0, "step": 10}, {"loss": 1.5, "step": 20}, {"eval_loss": 1.75, "eval_runtime": 1.0, "step": 20},
+    {"loss": float("nan"), "step": 30}, {"loss": 1.0, "step": 40},
+    {"eval_loss": 1.25, "eval_runtime": 1.0, "step": 40},
+    {"train_runtime": 3.0, "train_loss": 1.5, "step": 40}, {"eval_loss": 9.0, "eval_runtime": 1.0, "step": 40},
+]  # fmt: skip
+
+
+def test_the_curve_has_the_points_of_the_log() -> None:
+    from hf_lora.hub.curve import draw_curve, losses_of
+
+    assert losses_of(HISTORY) == {
+        "train": [(10, 2.0), (20, 1.5), (40, 1.0)], "eval": [(20, 1.75), (40, 1.25)],
+    }  # fmt: skip
+    assert draw_curve(HISTORY, "nats") == draw_curve(HISTORY, "nats") != draw_curve(HISTORY[:3], "nats")
+    assert draw_curve(HISTORY[:1]) is None
+    assert draw_curve([]) is None
+
+
+def test_the_picture_is_light_and_fine(adapter: Path) -> None:
+    import matplotlib
+    from PIL import Image
+
+    with matplotlib.rc_context({"figure.facecolor": "black", "savefig.facecolor": "black"}):
+        write_card(adapter, history=HISTORY)
+    with Image.open(adapter / "training_loss.png") as picture:
+        assert picture.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+        assert all(110 <= dpi <= 150 for dpi in picture.info["dpi"])
+        assert picture.width > 800
+    assert "![Loss by step](training_loss.png)" in content(adapter)
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_error(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [m for m in sys.modules if m.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_card(adapter, history=HISTORY)
+    assert not (adapter / "training_loss.png").exists()
+    assert "training_loss" not in content(adapter)
+
+
+# Hostile names -------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "a|b", "`code` ``x``", "<script>alert(1)</script>", "[link](javascript:alert(1))", "![x](http://evil/x.png)",
+    "--> <!-- hf_lora:end {} -->", "**bold** _it_ ~~no~~ $x^2$", "'quote' \"double\" \\ back", "{{ 7*7 }} {% raw %}",
+    "# heading", "---", "!!python/object:os.system", "&amp; &lt;", "naïve 模型 🙂", "- item", "1. item",
+]  # fmt: skip
+BROKEN_UP = [
+    "two\nlines\n---\nthree",
+    "tab\there\x00\x1b[31m",
+    "\ud800 lone",
+    "\u202e turned",
+    "<!-- hf_lora:end {} -->\n",
+]
+
+
+class Page(HTMLParser):
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: set[str] = set()
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.links |= {value or "" for name, value in attrs if name in ("href", "src")}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def render(text: str) -> Page:
+    return Page(markdown.markdown(text, extensions=["tables", "fenced_code"]))
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, *BROKEN_UP])
+def test_a_hostile_name_shows_as_it_is_and_is_no_markup(tmp_path: Path, name: str) -> None:
+    from hf_lora.hub.escape import clean
+
+    model = apply_lora(tiny_bert(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}))
+    plain, folder = tmp_path / "plain", tmp_path / "hostile"
+    for place in (plain, folder):
+        model.save_pretrained(place)
+    if name in HOSTILE:  # with others in them the files themselves are refused
+        extras = json.loads((folder / "hf_lora.json").read_text())
+        extras["id2label"]["0"] = extras["architecture"] = extras["base"]["name"] = name
+        (folder / "hf_lora.json").write_text(json.dumps(extras))
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = name.replace("://", "")  # an address is refused, too
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    words = {"results": {name: 0.5}, "data": name, "model_name": name, "tags": [name], "license": name}
+    write_card(plain, results={"x": 0.5}, data="y", model_name="z")
+    write_card(folder, **words)  # type: ignore[arg-type]
+    first = (folder / "README.md").read_bytes()
+    write_card(folder, **words)  # type: ignore[arg-type]
+    assert (folder / "README.md").read_bytes() == first
+
+    card = ModelCard.load(folder / "README.md")
+    shown = clean(name)
+    assert "\n" not in shown
+    assert shown in card.data.tags
+    assert card.data.license == shown
+    assert card.data.eval_results[0].metric_type == shown
+    harmless, page = render(ModelCard.load(plain / "README.md").text), render(card.text)
+    assert page.tags <= harmless.tags
+    assert page.links == harmless.links
+    squeezed = " ".join(page.text.split())
+    assert squeezed.count(" ".join(shown.split())) >= (4 if name in HOSTILE else 2), squeezed[:1500]
+    assert len(re.findall(r"^<!-- hf_lora:", card.text, re.MULTILINE)) == 2

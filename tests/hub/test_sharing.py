@@ -1,0 +1,357 @@
+"""Pushing and pulling with the real client: what goes up, what comes down, and what each refusal says."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize, run_command, tiny_llama, token_ids
+from hub.conftest import EXPECTED, contents
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+from hf_lora import AdapterFileError, BaseMismatchError, HubError, LoraModel, StateError, apply_lora
+from hf_lora.hub.pull import fetch_adapter, pull_adapter
+from hf_lora.hub.push import push_folder
+from hf_lora.testing import LocalHub
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
+
+
+def put(hub: LocalHub, folder: Path, repo_id: str = "user/ad", **kwargs: Any) -> None:
+    hub.add_repo(repo_id, {name: (folder / name).read_bytes() for name in EXPECTED}, **kwargs)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(token_ids()).logits
+    return found
+
+
+@pytest.fixture
+def model(with_base: LocalHub) -> Any:
+    return randomize(apply_lora(LlamaForCausalLM.from_pretrained("user/base")))
+
+
+FRESH = """
+import sys, torch
+from helpers import token_ids
+from hf_lora import LoraModel
+model = LoraModel.from_pretrained("user/ad")
+ours = model(token_ids()).logits
+if "peft" in sys.argv:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained("user/base"), "user/ad")
+    assert torch.allclose(theirs(token_ids()).logits, ours, atol=1e-5), "PEFT differs"
+if "push" in sys.argv:
+    model.push_to_hub("user/second")
+torch.save(ours.detach(), sys.argv[1])
+"""
+
+
+def in_fresh_process(hub: LocalHub, folder: Path, *words: str, path: str = "") -> torch.Tensor:
+    environment = hub.environment(folder / "fresh") | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (path, str(Path(__file__).parents[1])) if p)
+    command = [sys.executable, "-c", FRESH, str(folder / "logits.pt"), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(folder / "logits.pt")
+
+
+@pytest.mark.slow
+def test_round_trip_in_a_fresh_process_and_cache(model: Any, hub: LocalHub, tmp_path: Path) -> None:
+    """Also by the `hf` command, and with PEFT."""
+    done = model.push_to_hub("user/ad")
+    assert hub.files("user/ad").keys() == ADAPTER | {"README.md"}
+    assert [c.title for c in hub.commits("user/ad")] == ["Upload adapter", "initial commit"]
+    assert done.oid == hub.commits("user/ad")[0].oid
+    hub.clear()
+    assert torch.equal(in_fresh_process(hub, tmp_path, "peft"), logits(model))
+    assert not hub.asked("GET *training_args*")
+    hf = Path(sys.executable).with_name("hf")
+    command = [str(hf), "download", "user/ad", "--local-dir", str(tmp_path / "down")]
+    subprocess.run(command, env=hub.environment(tmp_path / "other"), check=True, capture_output=True, timeout=120)
+    down = {name: data for name, data in contents(tmp_path / "down").items() if name in hub.files("user/ad")}
+    assert down == hub.files("user/ad")
+
+
+@pytest.mark.slow
+def test_round_trip_with_huggingface_hub_1(model: Any, hub: LocalHub, tmp_path: Path) -> None:
+    """The oldest major version that is supported, in a process of its own."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--target",
+        str(tmp_path / "old"),
+        "huggingface_hub==1.33.*",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"huggingface_hub 1.33 cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+    for other in (tmp_path / "old").iterdir():  # that alone is another one
+        if not other.name.startswith("huggingface_hub") and other.name.split("-")[0] not in ("httpx", "hf_xet"):
+            shutil.rmtree(other) if other.is_dir() else other.unlink()
+    path = str(tmp_path / "old")
+    check = [sys.executable, "-c", "import huggingface_hub as h; print(h.__version__)"]
+    version = subprocess.run(check, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True)
+    assert version.stdout.startswith("1.33"), version.stderr
+    model.push_to_hub("user/ad")
+    found = in_fresh_process(hub, tmp_path, "push", "peft", path=path)
+    assert torch.equal(found, logits(model))
+    assert hub.files("user/second").keys() == ADAPTER | {"README.md"}
+    assert len(hub.commits("user/second")) == 2
+    assert hub.files("user/second")["adapter_model.safetensors"] == hub.files("user/ad")["adapter_model.safetensors"]
+
+
+# Pushing -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_adapter_s_files_go_up(hub: LocalHub, adapter_folder: Path) -> None:
+    output = run_command("push", adapter_folder, "user/ad", "--private", "-m", "First").output
+    assert hub.commits("user/ad")[0].oid in output
+    assert hub.files("user/ad").keys() == EXPECTED
+    assert hub.repo("user/ad").private
+    assert hub.commits("user/ad")[0].title == "First"
+    run_command("push", adapter_folder, "plain", "--no-tokenizer")
+    assert hub.files("user/plain").keys() == EXPECTED - {"tokenizer_config.json"}
+
+
+def test_large_uploads_go_in_parts(adapter_folder: Path, tmp_path: Path) -> None:
+    with LocalHub(chunk_size=10_000) as hub, hub.active(tmp_path):
+        push_folder(adapter_folder, "user/ad")
+        weights = (adapter_folder / "adapter_model.safetensors").read_bytes()
+        assert hub.files("user/ad")["adapter_model.safetensors"] == weights
+        assert len(hub.asked("PUT */part/*")) == -(-len(weights) // 10_000) > 1
+
+
+def test_branches_and_pull_requests(hub: LocalHub, adapter_folder: Path, tmp_path: Path) -> None:
+    push_folder(adapter_folder, "user/ad", revision="v2")  # neither repository nor branch is there
+    assert hub.files("user/ad") == {}
+    assert hub.files("user/ad", "v2").keys() == EXPECTED
+    done = push_folder(adapter_folder, "user/ad", create_pr=True)
+    assert done.pr_url == f"{hub.url}/user/ad/discussions/1"
+    assert hub.files("user/ad") == {}
+    pulled = pull_adapter("user/ad", tmp_path / "pr", revision="refs/pr/1")
+    assert contents(pulled).keys() == EXPECTED
+    hub.repo("user/ad").merge_pull(1)
+    assert hub.files("user/ad").keys() == EXPECTED
+    with pytest.raises(HubError, match="no branch, tag or commit 'refs/pr/7'"):
+        push_folder(adapter_folder, "user/ad", revision="refs/pr/7")
+    guest = hub.add_user("guest")
+    with pytest.raises(HubError, match="create_pr=True"):
+        push_folder(adapter_folder, "user/ad", token=guest, revision="v3")
+    assert push_folder(adapter_folder, "user/ad", token=guest, create_pr=True).oid
+
+
+def test_several_adapters_go_to_folders_of_their_names(model: Any, hub: LocalHub) -> None:
+    model.add_adapter("second", {"r": 2})
+    model.push_to_hub("user/two")
+    assert hub.files("user/two").keys() == {*ADAPTER, "README.md", *(f"second/{name}" for name in ADAPTER)}
+    loaded = LoraModel.from_pretrained("user/two", subfolder="second", adapter_name="other")
+    assert loaded.lora_configs["other"].r == 2
+    model.push_to_hub("user/one", adapter_name="second")
+    assert hub.files("user/one").keys() == ADAPTER | {"README.md"}
+    model.push_to_hub("user/in", adapter_name="second", subfolder="a/b", card=False)
+    assert hub.files("user/in").keys() == {f"a/b/{name}" for name in ADAPTER}
+    with pytest.raises(AdapterFileError, match="holds the adapters a/b in folders of their own: pass subfolder="):
+        LoraModel.from_pretrained("user/in")
+    for out in ("../x", "/x", "a/../b"):
+        with pytest.raises(HubError, match="no folder inside a repository"):
+            fetch_adapter("user/in", subfolder=out)
+
+
+def test_what_somebody_wrote_on_the_hub_is_kept(model: Any, hub: LocalHub) -> None:
+    model.push_to_hub("user/ad")
+    written = hub.files("user/ad")["README.md"].decode()
+    hub.add_files(
+        "user/ad", {"README.md": written.replace("<!-- hf_lora:begin", "Mine.\n\n<!-- hf_lora:begin").encode()}
+    )
+    randomize(model, seed=4)
+    model.push_to_hub("user/ad")
+    readme = hub.files("user/ad")["README.md"].decode()
+    assert readme.count("Mine.") == 1
+    assert readme.count("hf_lora:begin") == 1
+    assert len(hub.commits("user/ad")) == 4
+    model.push_to_hub("user/ad")
+    assert len(hub.commits("user/ad")) == 4, "nothing has changed"
+
+
+def test_what_is_checked_before_the_network_is_asked(
+    model: Any, hub: LocalHub, adapter_folder: Path, tmp_path: Path
+) -> None:
+    hub.clear()
+    shutil.copytree(adapter_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    (tmp_path / "none").mkdir()
+    model.merge_adapter()
+    refusals: list[tuple[Any, type[Exception], str]] = [
+        (lambda: push_folder(tmp_path / "cut", "user/x"), AdapterFileError, "cannot be read"),
+        (lambda: push_folder(tmp_path / "none", "user/x"), AdapterFileError, "holds no adapter"),
+        (lambda: push_folder(tmp_path / "absent", "user/x"), AdapterFileError, "is no folder"),
+        (lambda: push_folder(adapter_folder, "a b/c"), HubError, "no repository can have that name"),
+        (lambda: push_folder(adapter_folder, "user/x/y"), HubError, "no repository can have that name"),
+        (lambda: model.push_to_hub("user/x"), StateError, "merged"),
+    ]
+    for call, error, words in refusals:
+        with pytest.raises(error, match=words):
+            call()
+    assert not hub.requests
+
+
+def test_a_full_model_on_the_hub_is_left_alone(with_base: LocalHub, adapter_folder: Path) -> None:
+    before = with_base.files("user/base")
+    with pytest.raises(HubError, match=r"holds a full model there \(config.json, model.safetensors\)"):
+        push_folder(adapter_folder, "user/base")
+    assert with_base.files("user/base") == before
+    with pytest.raises(AdapterFileError, match=r"is no adapter .* full model \(config.json, model.safetensors\)"):
+        fetch_adapter("user/base")
+
+
+def test_no_token_is_ever_told(
+    hub: LocalHub, adapter_folder: Path, tmp_path: Path, capfd: Any, waits: list[float]
+) -> None:
+    secret = hub.add_user("reader", write=False)
+    echoed = {"X-Error-Message": f"the token {secret} is of no use"}
+    hub.fail("POST /api/repos/create", "status", status=403, headers=echoed)
+    with pytest.raises(HubError) as caught:
+        push_folder(adapter_folder, "reader/ad", token=secret)
+    import traceback
+
+    told = "".join(traceback.format_exception(caught.value))
+    assert "the token *** is of no use" in told
+    assert secret not in told
+    push_folder(adapter_folder, "user/ad")
+    out = capfd.readouterr()
+    for text in (out.out, out.err, *(str(c) for c in hub.files("user/ad").values())):
+        assert secret not in text
+        assert hub.token not in text
+
+
+# Pulling -------------------------------------------------------------------------------------------------------------
+
+
+def test_one_commit_and_only_what_an_adapter_needs(hub: LocalHub, adapter_folder: Path) -> None:
+    put(hub, adapter_folder)
+    hub.add_files("user/ad", {"model.bin": b"x", "optimizer.pt": b"x", "checkpoint-3/adapter_config.json": b"{}"})
+    hub.clear()
+    commit = hub.commits("user/ad")[0].oid
+    folder = fetch_adapter("user/ad")
+    assert folder.name == commit
+    assert contents(folder).keys() == EXPECTED - {"README.md"}
+    files = hub.asked("* /user/ad/resolve/*")
+    assert files
+    assert all(f"/resolve/{commit}/" in line.path for line in files)
+    hub.clear()
+    fetch_adapter("user/ad")
+    assert len(hub.requests) == 2, "what the revision is, and what files it has"
+
+
+def test_without_a_network_the_cache_is_used(
+    model: Any, hub: LocalHub, monkeypatch: pytest.MonkeyPatch, waits: list[float]
+) -> None:
+    from huggingface_hub import constants
+
+    model.push_to_hub("user/ad")
+    expected = logits(LoraModel.from_pretrained("user/ad"))
+    hub.clear()
+    hub.fail("* *", "drop", times=10_000)
+    assert torch.equal(logits(LoraModel.from_pretrained("user/ad", local_files_only=True)), expected)
+    assert not hub.requests
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert torch.equal(logits(LoraModel.from_pretrained("user/ad")), expected)
+    with pytest.raises(HubError, match=r"does not hold it at 'main'. Pull it once"):
+        LoraModel.from_pretrained("user/other")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    assert fetch_adapter("user/ad").is_dir()  # the Hub does not answer: a warning, and the cache
+
+
+def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits: list[float]) -> None:
+    put(hub, adapter_folder)
+    put(hub, adapter_folder, "user/secret", private=True)
+    put(hub, adapter_folder, "user/gated", gated=True)
+    hub.add_repo("user/empty", {"notes.txt": b"x"})
+    hub.add_repo("user/half", {"adapter_config.json": b"{}"})
+    hub.add_repo("user/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
+    guest = hub.add_user("guest")
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("user/absent", {}, "no model repository user/absent .* or it is private and the token has no access"),
+        ("user/secret", {"token": guest}, "private and the token has no access"),
+        ("user/gated", {"token": guest}, f"gated. Ask for access at {hub.url}/user/gated"),
+        ("user/ad", {"token": "hf_wrong_token"}, "401.*the token is not valid"),
+        ("user/ad", {"revision": "v9"}, "no branch, tag or commit 'v9'. It has main."),
+        ("user/empty", {}, r"is no adapter \(no adapter_config.json\). It holds .*notes.txt"),
+        ("user/half", {}, "no adapter_model.safetensors: the adapter is incomplete"),
+        ("user/old", {}, "a pickle, which is not fetched.*hf-lora convert"),
+        ("no/such/name", {}, "no repository can have that name"),
+    ]
+    for repo_id, kwargs, words in cases:
+        with pytest.raises(AdapterFileError, match=words):
+            fetch_adapter(repo_id, **kwargs)
+    assert not waits, "none of these passes"
+    hub.repo("user/gated").readers.add("guest")
+    assert fetch_adapter("user/gated", token=guest).is_dir()
+    with (
+        pytest.raises(HubError, match=r"no token was given. .*hf auth login"),
+        hub.active(adapter_folder.parent, None),
+    ):
+        fetch_adapter("user/secret", token=False)
+
+
+def test_the_base_is_that_of_the_training(model: Any, hub: LocalHub, base_folder: Path, tmp_path: Path) -> None:
+    model.push_to_hub("user/ad")
+    commit = hub.commits("user/base")[0].oid
+    assert json.loads(hub.files("user/ad")["hf_lora.json"])["base"]["commit"] == commit
+    expected = logits(model)
+    tiny_llama(seed=9).save_pretrained(tmp_path / "new")
+    hub.add_files("user/base", tmp_path / "new")
+    hub.clear()
+    assert torch.equal(logits(LoraModel.from_pretrained("user/ad")), expected)
+    assert all(commit in line.path for line in hub.asked("* /user/base/*"))
+    with pytest.raises(BaseMismatchError, match="another one"):
+        LoraModel.from_pretrained("user/ad", base_revision="main")
+    hub.add_repo("user/base", base_folder)
+    hub.add_files("user/base", {"README.md": b"written anew, so that the commit is gone"})
+    del hub.repo("user/base").commits[commit]
+    import huggingface_hub
+
+    shutil.rmtree(Path(huggingface_hub.constants.HF_HUB_CACHE) / "models--user--base")
+    with pytest.raises(HubError, match=f"at commit {commit}.*base_revision='main'"):
+        LoraModel.from_pretrained("user/ad")
+    assert torch.equal(logits(LoraModel.from_pretrained("user/ad", base_revision="main")), expected)
+
+
+def test_a_repository_that_peft_wrote(with_base: LocalHub, tmp_path: Path) -> None:
+    import peft
+
+    theirs = peft.get_peft_model(
+        LlamaForCausalLM.from_pretrained("user/base"), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path / "peft")
+    with_base.add_repo("user/peft", tmp_path / "peft")
+    ours = LoraModel.from_pretrained("user/peft")
+    assert torch.allclose(logits(ours), logits(theirs), atol=1e-5)
+    assert "hf_lora.json" not in with_base.files("user/peft")
+
+
+def test_pull_into_a_folder(hub: LocalHub, adapter_folder: Path, tmp_path: Path) -> None:
+    put(hub, adapter_folder)
+    output = run_command("pull", "user/ad", tmp_path / "out").output
+    assert str(tmp_path / "out") in output
+    assert contents(tmp_path / "out") == {name: (adapter_folder / name).read_bytes() for name in EXPECTED}
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "is not empty" in run_command("pull", "user/ad", tmp_path / "out", code=2).stderr
+    run_command("pull", "user/ad", tmp_path / "out", "--overwrite")
+    assert "snapshots" in run_command("pull", "user/ad", "--offline").output
