@@ -42,13 +42,15 @@ def merge_to_folder(
         The folder.
 
     Raises:
-        ConfigError: `dtype` is none of the three.
+        ConfigError: `dtype` is none of the three, or is given beside a `quantization_config`, which has its own.
         AdapterFileError: the folder is not empty, or holds an adapter; or the adapter cannot be loaded.
         MergeError: the adapter cannot be folded, or a weight is not finite. Nothing was written.
     """
     folder = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
+    if dtype is not None and kwargs.get("quantization_config") is not None:
+        raise ConfigError("dtype= is for dense weights. Leave it out, or leave out quantization_config.")
     check_new_folder(folder, overwrite)
     if isinstance(base_model, (str, os.PathLike)) and folder.resolve() == Path(base_model).resolve():
         raise AdapterFileError(f"{folder} is the base model's own folder. Name another one.")

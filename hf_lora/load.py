@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +21,11 @@ from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, HubError, LoraError
 from .files.adapters import load_adapter
 from .files.format import AdapterFile, key_of, read_adapter
+from .hub.base import commit_in_training
 from .hub.network import scrub
 from .hub.pull import local_adapter
 from .layers.ops import used_devices
+from .mixing import AFTERWARDS, check_mix, requantised, sources_of, weigh
 from .model import begin
 
 PROCESSORS = {
@@ -34,10 +38,12 @@ PROCESSORS = {
 
 
 def load_lora(
-    adapter: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     base_model: Any = None,
     merge: bool = False,
+    weights: Sequence[float] | None = None,
+    untie: bool = False,
     is_trainable: bool = False,
     adapter_name: str = "default",
     revision: str | None = None,
@@ -54,10 +60,13 @@ def load_lora(
     """Load an adapter with its base: `LoraModel.from_pretrained`.
 
     Args:
-        adapter: a folder, or a repository on the Hub.
+        adapter: a folder, or a repository on the Hub; with `merge=True` a sequence of them, whose updates add up.
         base_model: a model, or its folder or repository; None takes the one that the adapter's config names. The class
             is the one that the adapter was trained on, else that of its task.
-        merge: fold the adapter into the weights and return the plain base class.
+        merge: fold the adapter into the weights and return the plain base class. A `quantization_config` then counts
+            for the merged weights: the base is loaded dense, folded, and quantised as if it had been on disk so.
+        weights: with `merge=True`, a factor for each adapter's update; 1 each where not given.
+        untie: with `merge=True`, give an adapted layer that shares its weight with another its own copy of it first.
         is_trainable: let the adapter require gradients.
         adapter_name: the name that the adapter gets in the model.
         revision: branch, tag or commit of the adapter's repository.
@@ -68,7 +77,7 @@ def load_lora(
         cache_dir: where files from the Hub lie, those of the base too.
         local_files_only: take adapter and base from there and ask no network, as with HF_HUB_OFFLINE.
         dtype: of the base's weights; the adapter stays float32.
-        device_map: for the base's own `from_pretrained`.
+        device_map: for the base's own `from_pretrained`; where the merged model is quantised, for that one.
         **base_kwargs: further arguments of the base's `from_pretrained`.
 
     Returns:
@@ -77,24 +86,36 @@ def load_lora(
     Raises:
         AdapterFileError: the adapter is broken or does not fit; lists every fault.
         BaseMismatchError: the base is another one than the adapter was trained on.
+        ConfigError: the arguments do not go together; lists every fault.
+        MergeError: with `merge=True`, a layer cannot be folded.
         HubError: the adapter, or the base at the commit that it was trained on, cannot be had from the Hub.
     """
-    folder = local_adapter(
-        adapter, revision, token, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only
-    )
-    file = read_adapter(folder)
+    sources, call = sources_of(adapter), f"LoraModel.from_pretrained({adapter!r})"
+    kwargs = {"dtype": dtype, "device_map": device_map, "token": token, "cache_dir": cache_dir, **base_kwargs}
+    kwargs |= {"local_files_only": local_files_only or None}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    quantised = merge and "quantization_config" in kwargs
+    check_mix(call, len(sources), weights, merge, base_model, quantised, untie)
+    afterwards = {k: kwargs.pop(k) for k in AFTERWARDS if quantised and k in kwargs}
+    where: Any = {"subfolder": subfolder, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    files = [read_adapter(local_adapter(source, revision, token, **where)) for source in sources]
+    names = [adapter_name] if len(files) == 1 else [f"{adapter_name}-{i}" for i in range(len(files))]
     with torch.random.fork_rng(devices=used_devices()):  # a head that the base lacks would draw random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
-            kwargs = {"dtype": dtype, "device_map": device_map, "token": token, **base_kwargs}
-            kwargs |= {"cache_dir": cache_dir, "local_files_only": local_files_only or None}
-            kwargs = {k: v for k, v in kwargs.items() if v is not None}
-            model = _load_base(file, base_model, base_revision, kwargs)
-        with restored_if_refused(model, LoraError):  # a caller's model is left as it was
-            _fit_vocabulary(model, file, allow_other_base)
-            _put(model, file, adapter_name, is_trainable, allow_other_base)
-    model.train(is_trainable)
-    return model.merge_and_unload() if merge else model
+            model = _load_base(files, base_model, base_revision, kwargs)
+        # A caller's model is left as it was; of one that was loaded here nobody would see it.
+        with restored_if_refused(model, LoraError) if model is base_model else nullcontext():
+            for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
+                file = files.pop(0)  # its tensors go when the model has its own
+                _fit_vocabulary(model, file, allow_other_base)
+                _put(model, file, name, is_trainable, allow_other_base)
+                weigh(model, name, weight, call)
+                del file
+            model.train(is_trainable)
+            if merge:
+                model = model.merge_and_unload(names, untie=untie)
+        return requantised(model, afterwards) if afterwards else model
 
 
 def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -150,17 +171,20 @@ def _put(model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_oth
     begin(model)
 
 
-def _load_base(file: AdapterFile, base: Any, revision: str | None, kwargs: dict[str, Any]) -> PreTrainedModel:
+def _load_base(
+    files: Sequence[AdapterFile], base: Any, revision: str | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    file = files[0]
     name = base or file.config.base_model_name_or_path
     if not name:
         raise AdapterFileError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
             "Pass base_model=, a model or where it lies."
         )
-    trained_on = _commit_in_training(file, name) if revision is None else None
-    wanted = revision or trained_on or file.config.revision
-    if wanted is not None:
-        kwargs["revision"] = wanted
+    noted = revision is None and not os.path.isdir(str(name))  # of a name too long, Path.is_dir raises
+    trained_on = commit_in_training(file.config, file.extras, str(name)) if noted else None
+    if revision is not None or trained_on is not None:
+        kwargs["revision"] = revision or trained_on
     kwargs.setdefault("trust_remote_code", False)  # only the caller can say so; transformers would ask on the console
     with held_load_report() as release:
         try:
@@ -179,17 +203,10 @@ def _load_base(file: AdapterFile, base: Any, revision: str | None, kwargs: dict[
                 f"adapter was trained, cannot be had ({scrub(str(error).strip().splitlines()[0])}). Check network and "
                 "access; base_revision='main' takes the base as it is now, and compares its weights."
             ) from error
-        missing = [key for key in found["missing_keys"] if key_of(key, "copy") not in file.tensors]
+        missing = [key for key in found["missing_keys"] if not any(key_of(key, "copy") in f.tensors for f in files)]
         if missing or found["unexpected_keys"] or found["mismatched_keys"]:
             release()  # a head that the adapter brings is not missing; anything else is for the user to read
     return cast(PreTrainedModel, model)
-
-
-def _commit_in_training(file: AdapterFile, name: Any) -> str | None:
-    """The commit of a base on the Hub that the adapter was trained on; None where it was another base, or a folder."""
-    base = file.extras.get("base")
-    commit = base.get("commit") if isinstance(base, dict) and base.get("name") == str(name) else None
-    return commit if isinstance(commit, str) and not Path(str(name)).is_dir() else None
 
 
 def _class_of(file: AdapterFile) -> Any:

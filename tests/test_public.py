@@ -19,7 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # The rooms of the house; imports go down or stay. `__init__` and `testing` stand beside the ladder.
 LEVELS = {
     "config": 0, "errors": 0, "compat": 0, "layers": 1, "adapt": 2, "files": 3, "hub": 4, "model": 5, "load": 5,
-    "export": 5, "encode": 5, "generate": 5, "conversation": 5, "train": 6, "cli": 7,
+    "mixing": 5, "export": 5, "encode": 5, "generate": 5, "conversation": 5, "train": 6, "cli": 7,
 }  # fmt: skip
 BESIDE = {"", "__init__", "testing", "__main__"}
 ALLOWED = {("model", "load")}

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
 from ..layers.extend import plain
+from ..layers.mapped import let_go, lies_in, unwritten_maps
 from ..layers.quantized import why_unreadable
 from ..layers.shapes import ConvShape
 from ..layers.sharded import is_partitioned, is_sharded
-from ..layers.storage import fits
+from ..layers.storage import fits, put_rows
 from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
 from .state import LoraState, require_state, set_active, slots
 from .walk import adapter_layers, bias_layers, module_at, original_modules
@@ -65,7 +66,7 @@ def merge(
         raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
     layers = {n: layer for n, layer in adapter_layers(model).items() if _acting(layer, state)}
     try:
-        _check(model, state, layers, active, untie, keep, call)
+        check_mergeable(model, state, layers, active, untie, keep, call)
         if not keep:
             _try(model, state, layers, call)
     except MergeError:
@@ -74,15 +75,19 @@ def merge(
     if untie:
         _untie(model, layers)
     packed = {name: _folding(layer, state) for name, layer in layers.items() if layer._lora.storage.quantized}
-    steps = {n: partial(_fold, layer, _acting(layer, state), keep) for n, layer in layers.items() if n not in packed}
+    dense = {name: layer for name, layer in layers.items() if name not in packed}
+    maps = unwritten_maps() if dense else []
+    steps = {n: partial(_fold, layer, _acting(layer, state), keep, maps) for n, layer in dense.items()}
     if not keep and is_quantized(model):
         steps["the quantised layers"] = partial(dequantize_with, model, packed)
     for name, step in steps.items():
         try:
             step()
-        except MergeError as error:
+        except BaseException as error:  # such as no memory: a layer that stayed folded would be added to twice
             _restore(layers)
             set_active(model, state, before)
+            if not isinstance(error, MergeError):
+                raise
             undone = (
                 "The weights are as they were."
                 if keep
@@ -181,8 +186,17 @@ def _try(model: nn.Module, state: LoraState, layers: dict[str, LoraLayer], call:
 
 
 @torch.no_grad()
-def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool) -> None:
+def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool, maps: list[tuple[int, int]]) -> None:
     state = layer._lora
+    weight: Any = layer.weight
+    if lies_in(weight, maps):  # read there, and written to memory of its own
+        before, own = weight.data, torch.empty_like(weight)
+        for rows, block in folded(layer, names, reuse=True):
+            put_rows(own, rows, block)
+            if not keep:
+                let_go(before[rows])
+        weight.data, state.original = own, before if keep else None
+        return
     if keep:
         state.original = layer.weight.detach().clone()  # type: ignore[operator]
     for rows, block in folded(layer, names, reuse=True):
@@ -212,7 +226,7 @@ def _folding(layer: LoraLayer, state: LoraState) -> Callable[[Tensor, slice], Te
     return layer._lora.method[names[0]].folding(layer, names)
 
 
-def _check(
+def check_mergeable(
     model: nn.Module,
     state: LoraState,
     layers: dict[str, LoraLayer],
@@ -221,6 +235,11 @@ def _check(
     keep: bool,
     call: str,
 ) -> None:
+    """See that the adapters `active` can be folded into `layers`; nothing is computed for it.
+
+    Raises:
+        MergeError: lists everything that stands in the way.
+    """
     faults = Faults(call)
     next_step = "Adapters work unmerged in any case."
     becomes_dense = not keep and is_quantized(model)

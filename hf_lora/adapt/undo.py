@@ -11,17 +11,18 @@ from torch import nn
 
 @contextmanager
 def restored_if_refused(model: nn.Module, error: type[Exception]) -> Iterator[None]:
-    """Restore a model's structure, parameters and config where `error` is raised inside; values are not copied.
+    """Restore a model's modules, parameters and config where `error` is raised inside; values are not copied.
 
     What changes values in place is not undone.
     """
-    modules = [(module, _contents(module)) for module in model.modules()]
+    modules = [(module, type(module), _contents(module)) for module in model.modules()]
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
     configs = [(config, dict(vars(config))) for config in _configs(model)]
     try:
         yield
     except error:
-        for module, contents in modules:
+        for module, cls, contents in modules:
+            module.__class__ = cls
             module.__dict__.clear()
             module.__dict__.update(contents)
         for parameter, data, requires_grad in parameters:

@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants
 
-from .network import explain, retried
+from ..config import LoraConfig
+from ..files.format import read_config, read_extras
+from ..files.ranges import INDEX_NAME, SINGLE_NAME
+from .names import check_repository, chosen, is_folder
+from .place import Listing, Place
 
-FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*"]
-"""Those of a model in safetensors files. Folders inside a repository hold other forms of it."""
+BESIDE = (
+    "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
+    "additional_chat_templates/*.jinja",
+)  # fmt: skip
+"""What is brought beside the weights. Other folders in a repository hold other forms of the model."""
 
 
-def local_base(base: str | os.PathLike[str], revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a base model: itself where it is one, else a snapshot of the Hub's repository.
+def local_base(
+    base: str | os.PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    *,
+    adapter: Path | None = None,
+) -> Path:
+    """The folder of a base model: itself where it is one, else the safetensors files of the Hub's repository.
+
+    Args:
+        revision: branch, tag or commit. None: the commit that `adapter` was trained on, else `main`.
+        adapter: the folder of the adapter that it is for.
 
     Raises:
         HubError: neither a folder nor a repository that can be reached.
+        AdapterFileError: the adapter cannot be read.
     """
-    path, name = Path(base), str(base)
-    if path.is_dir():
-        return path
+    name = os.fspath(base)
+    if is_folder(name):
+        return Path(name)
     call = f"pulling the base {name!r}"
+    check_repository(name, f"{name!r} is no folder here, and")
+    if revision is None and adapter is not None:
+        revision = commit_in_training(read_config(adapter), read_extras(adapter), name)
+    place = Place(
+        name, revision or "main", token, None, Path(constants.HF_HUB_CACHE), call, _is_whole, f"hf download {name}",
+        trusting=True,
+    )  # fmt: skip
+
+    def needed(listing: Listing) -> list[str]:
+        weights = [SINGLE_NAME]
+        if INDEX_NAME in listing.files:
+            weights = _shards(place.bring(listing, INDEX_NAME))
+        return [*chosen(listing.files, BESIDE), *(path for path in weights if path in listing.files)]
+
+    return place.fetch(needed)
+
+
+def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str) -> str | None:
+    """The commit of base `name` in the adapter's training; None where that was another base, or nobody noted it."""
+    noted = extras.get("base")
+    if isinstance(noted, dict) and noted.get("name") == name and isinstance(noted.get("commit"), str):
+        return str(noted["commit"])
+    return config.revision if config.base_model_name_or_path == name else None
+
+
+def _is_whole(folder: Path) -> bool:
+    index = folder / INDEX_NAME
+    weights = _shards(index) if index.is_file() else [SINGLE_NAME]
+    return all((folder / name).is_file() for name in ("config.json", *weights))
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; none where it cannot be read, which is said by who merges."""
     try:
-        return Path(
-            retried(
-                call,
-                lambda: snapshot_download(
-                    name, revision=revision, token=token, allow_patterns=FILES, ignore_patterns=["*/*"]
-                ),
-                token=token,
-            )
-        )
-    except Exception as error:  # the client's errors are of many classes
-        raise explain(error, call, name, revision=revision, token=token) from error
+        return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return []

@@ -29,17 +29,25 @@ class DenseStorage(Storage):
         return weight.to(torch.float32, copy=True) if into is None else into.copy_(weight)
 
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
-        weight = cast(Tensor, layer.weight).detach()
-        if not fits(block, weight.dtype):
-            raise MergeError(f"a merged value is not finite, or too large for {weight.dtype}")
-        weight[rows] = block
+        put_rows(cast(Tensor, layer.weight).detach(), rows, block)
+
+
+def put_rows(weight: Tensor, rows: slice, block: Tensor) -> None:
+    """Round `block` into rows of `weight`.
+
+    Raises:
+        MergeError: a value is not finite, or is not when rounded.
+    """
+    if not fits(block, weight.dtype):
+        raise MergeError(f"a merged value is not finite, or too large for {weight.dtype}")
+    weight[rows] = block
 
 
 def fits(block: Tensor, dtype: torch.dtype) -> bool:
     """Whether every element of `block` is finite, and still is when rounded to `dtype`."""
     flat = block.reshape(-1)
     # No element is larger than the norm: one pass, without a mask, settles it for values of ordinary size.
-    if flat.dtype.itemsize > 1 and bool(flat.dot(flat) < torch.finfo(dtype).max ** 2):
+    if flat.dtype.itemsize > 1 and bool(flat.dot(flat).sqrt() < torch.finfo(dtype).max):
         return True
     return bool(torch.isfinite(block.to(dtype)).all())
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import validate_quantization_for_training
 
 from hf_lora import (
     BaseMismatchError,
+    ConfigError,
     LoraConfig,
     LoraModel,
     LoraTrainer,
@@ -145,6 +146,7 @@ def test_merging_in_float32_loses_nothing(base: Path, kind: str) -> None:
     assert not isinstance(dense, LoraModel)
     assert type(dense).__name__ == name
     assert_dense(dense, torch.float32)
+    assert all(p.requires_grad for p in dense.parameters())  # as of a dense model, that one may train whole
     # Weights, sums and two layers of products, each rounded once to float32 and summed in another order.
     assert_near(logits(dense), before, torch.float32, factor=64)
     dense.to(torch.bfloat16)  # transformers refuses it to a model that it takes for a quantised one
@@ -394,10 +396,14 @@ def test_a_quantised_base_is_merged_to_a_folder(base: Path, tmp_path: Path, trai
     model = LlamaForCausalLM.from_pretrained(out)
     assert_dense(model, torch.bfloat16)
     half = merge_to_folder(
-        trained["folder"], tmp_path / "half", base_model=str(base), dtype="float16",
-        quantization_config=method("nf4"), device_map="cpu",
-    )  # fmt: skip
+        trained["folder"], tmp_path / "half", base_model=str(tmp_path / "packed"), dtype="float16", device_map="cpu"
+    )
     assert_dense(LlamaForCausalLM.from_pretrained(half), torch.float16)
+    last: dict[str, Any] = {"base_model": str(base), "quantization_config": method("nf4"), "device_map": "cpu"}
+    small = merge_to_folder(trained["folder"], tmp_path / "small", **last)
+    assert LlamaForCausalLM.from_pretrained(small, device_map="cpu").is_quantized
+    with pytest.raises(ConfigError, match="dtype= is for dense"):
+        merge_to_folder(trained["folder"], tmp_path / "none", dtype="float16", **last)
 
 
 def test_rounding_a_merged_weight_to_nf4_again_takes_most_of_the_update_away() -> None:

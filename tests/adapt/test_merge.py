@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, tiny_llama
+from helpers import assert_same_tensors, randomize, tiny_llama
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +16,7 @@ from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.adapt.walk import adapter_tensors
 from hf_lora.files.adapters import load_adapter, save_adapter
-from hf_lora.layers.storage import fits
+from hf_lora.layers.storage import DenseStorage, fits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -96,7 +96,7 @@ def test_merging_for_good_allocates_a_block_at_a_time(dtype: torch.dtype) -> Non
 
 
 def test_fits_is_exact_at_the_ends_of_a_dtype() -> None:
-    for dtype in DTYPES:
+    for dtype in (*DTYPES, torch.float64):
         top = torch.finfo(dtype).max
         assert fits(torch.full((64,), top, dtype=torch.float64), dtype)  # their norm is larger than the dtype holds
         for value in (top * 1.01, torch.inf, -torch.inf, torch.nan):
@@ -115,6 +115,25 @@ def test_a_base_that_is_not_finite_is_refused_without_a_false_promise() -> None:
         merge(model, keep=True)
     with pytest.raises(MergeError, match="load the base anew"):
         merge(model, keep=False)
+
+
+def test_a_merge_that_breaks_off_leaves_every_weight_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=2)))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    own, calls = DenseStorage.write, []
+
+    def write(self: Any, *args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("no memory")
+        own(self, *args)
+
+    monkeypatch.setattr(DenseStorage, "write", write)
+    with pytest.raises(torch.OutOfMemoryError):
+        model.merge_adapter()
+    assert_same_tensors(dict(model.named_parameters()), before)
+    monkeypatch.undo()
+    model.merge_adapter()
 
 
 def test_the_tensors_of_adapters_are_found_in_one_pass() -> None:

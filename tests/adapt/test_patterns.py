@@ -67,7 +67,10 @@ def test_many_walked_patterns_match_as_python_has_it() -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    [r"(a+)+$", r"(.*)*x", "(((((.*)*)*)*)*)*x", ".*" * 8 + "x", "(?=.*(?=.*(?=.*x))).*", r"(a|a|a)*(a|b)*$"],
+    [
+        *(r"(a+)+$", r"(.*)*x", "(((((.*)*)*)*)*)*x", ".*" * 8 + "x", "(?=.*(?=.*(?=.*x))).*", r"(a|a|a)*(a|b)*$"),
+        *("(?:^){4294967294}a*", r"(?:(?:\b){65000}){65000}.*"),  # rounds that take nothing
+    ],
 )
 def test_a_pattern_that_explodes_is_matched_in_time(pattern: str) -> None:
     start = time.monotonic()

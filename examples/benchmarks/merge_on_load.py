@@ -1,0 +1,125 @@
+"""Merge on load: `LoraModel.from_pretrained(…, merge=True)` beside loading the base alone and PEFT's load and merge.
+
+    python examples/benchmarks/merge_on_load.py
+    python examples/benchmarks/merge_on_load.py --layers 4 --repeats 1 --json out/merge_on_load.json
+
+The checkpoint is that of stream_merge.py: Llama-shaped, random, bfloat16. The files are warm, the roads take turns,
+and each peak of memory is that of a process of its own that has then read every weight once: transformers maps a file,
+and what nobody has read takes no memory yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+from common import Table
+from stream_merge import make
+
+LIMITS = {"memory": 64.0, "peft": 0.25}
+"""MiB above loading the base alone; times PEFT's road."""
+
+
+def parse() -> argparse.Namespace:
+    parser = common.arguments(__doc__)
+    parser.add_argument("--layers", type=int, default=19, help="19 are 1.7 GB")
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--mlp", type=int, default=5632)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=None, help="where to work")
+    parser.add_argument("--peak-of", choices=tuple(ROADS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def plain(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+def merged(folder: Path) -> Any:
+    from hf_lora import LoraModel
+
+    base = str(folder / "base")
+    return LoraModel.from_pretrained(folder / "adapter", base_model=base, merge=True, allow_other_base=True)
+
+
+def peft(folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(plain(folder), folder / "adapter").merge_and_unload()
+
+
+ROADS: dict[str, Callable[[Path], Any]] = {"base alone": plain, "hf_lora": merged, "peft": peft}
+
+
+def peak() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def peak_of(road: str, folder: Path, options: argparse.Namespace) -> float:
+    command = [sys.executable, __file__, "--folder", str(folder), "--peak-of", road, "--threads", str(options.threads)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(next(line for line in text.splitlines() if line.startswith("peak")).split()[1])
+
+
+def measure(options: argparse.Namespace) -> Table:
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        make(folder, options)
+        size = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
+        times: dict[str, list[float]] = {road: [] for road in ROADS}
+        for turn in range(options.repeats + 1):
+            for road, run in ROADS.items():
+                start = time.perf_counter()
+                model = run(folder)
+                if turn:  # the first one warms up
+                    times[road].append(time.perf_counter() - start)
+                del model
+        peaks = {road: peak_of(road, folder, options) for road in ROADS}
+    medians = {road: statistics.median(seconds) for road, seconds in times.items()}
+    rows = [
+        {
+            "road": road,
+            "seconds": medians[road],
+            "peft": medians[road] / medians["peft"],
+            "memory": peaks[road] - peaks["base alone"],
+        }
+        for road in medians
+    ]
+    return Table(
+        kind="merge_on_load",
+        title=f"Merge on load of {size / 1e9:.2f} GB, bfloat16, r={options.rank}",
+        columns={
+            "road": "road", "seconds": "seconds", "peft": "times PEFT", "memory": "MiB above the base alone",
+        },
+        rows=rows,
+        settings=common.settings_of(options) | {"peak_of": None},
+        notes=[f"limits: {LIMITS['memory']:.0f} MiB, {LIMITS['peft']} of PEFT"],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    asked = parse()
+    if asked.peak_of:
+        torch.set_num_threads(asked.threads)
+        for parameter in ROADS[asked.peak_of](asked.folder).parameters():
+            parameter.detach().view(torch.int16).max()  # without a copy
+        print("peak", peak())
+    else:
+        common.device_of(asked)
+        measure(asked).show(asked.json)
