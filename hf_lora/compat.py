@@ -38,6 +38,21 @@ CALLED: dict[str, tuple[str, ...]] = {
 """Private methods of `transformers.Trainer` that are called or looked for -> their parameters after self."""
 
 
+LOADING: dict[str, tuple[str, ...]] = {
+    "conversion_mapping.get_model_conversion_mapping": ("model",),
+    "core_model_loading.WeightConverter": ("source_patterns", "target_patterns", "operations"),
+    "core_model_loading.WeightConverter.add_tensor": ("target_key", "source_key", "source_pattern", "future"),
+    "core_model_loading.WeightConverter.convert": ("layer_name", "model", "config"),
+    "core_model_loading.WeightRenaming": ("source_patterns", "target_patterns"),
+    "core_model_loading.dot_natural_key": ("s",),
+    "core_model_loading.rename_source_key": (
+        "source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict",
+    ),
+    "modeling_utils.PreTrainedModel.tie_weights": ("missing_keys", "recompute_mapping"),
+}  # fmt: skip
+"""What reads names of checkpoints as transformers' loader does -> its first parameters after self."""
+
+
 @contextlib.contextmanager
 def held_load_report() -> Iterator[Callable[[], None]]:
     """Keep back the table of missing keys that `from_pretrained` logs; calling what is yielded logs it after all.
@@ -107,6 +122,24 @@ def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         trainer.rotate_checkpoints = own
+
+
+@contextlib.contextmanager
+def loads_to_plain_cpu(args: Any) -> Iterator[None]:
+    """Let `args.device` be `cpu` where it is `cpu:0`, to which `torch.load` cannot restore.
+
+    Accelerate numbers the CPU where there are several processes, and Trainer loads the optimizer to `args.device` (in
+    5.17, no longer in 5.23). `TrainingArguments._setup_devices` is the cached property behind it.
+    """
+    numbered = args.device
+    if numbered.type != "cpu" or numbered.index is None:
+        yield
+        return
+    vars(args)["_setup_devices"] = type(numbered)("cpu")
+    try:
+        yield
+    finally:
+        vars(args)["_setup_devices"] = numbered
 
 
 def zero_partitions(optimizer: Any) -> list[Any] | None:

@@ -18,7 +18,7 @@ from .encode import Prompt, encode_prompts
 from .errors import AdapterFileError, ConfigError, Faults, StateError, nearest
 from .export import DTYPES
 from .files.format import CONFIG_NAME, read_config
-from .hub.pull import local_adapter
+from .hub.pull import FullModelError, local_adapter
 from .layers.ops import used_devices
 from .load import find_processor, load_lora
 
@@ -39,6 +39,7 @@ def load_for_generation(
     base_model: str | os.PathLike[str] | None = None,
     merge: bool = False,
     revision: str | None = None,
+    subfolder: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     token: str | None = None,
@@ -51,6 +52,7 @@ def load_for_generation(
         base_model: folder or name of an adapter's base; None takes the one that the adapter names.
         merge: fold the adapter into the weights.
         revision: branch, tag or commit of `source`.
+        subfolder: of an adapter that does not lie in the root of `source`.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps the checkpoint's.
         device: such as `"cuda:1"`; None takes the accelerator if there is one, else the CPU.
         token: for the Hub.
@@ -67,7 +69,10 @@ def load_for_generation(
     """
     call = f"load_for_generation({os.fspath(source)!r})"
     place = _check_arguments(call, dtype, device)
-    folder = local_adapter(source, revision, token)
+    try:
+        folder = local_adapter(source, revision, token, subfolder=subfolder)
+    except FullModelError:
+        folder = Path(source)
     if (folder / CONFIG_NAME).is_file():
         model = load_lora(folder, base_model=base_model, merge=merge, dtype=dtype, token=token)
         base: Any = base_model or model.config._name_or_path

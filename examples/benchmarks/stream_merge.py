@@ -4,14 +4,17 @@
     python examples/benchmarks/stream_merge.py --layers 4 --repeats 1 --json out/stream_merge.json
 
 A Llama-shaped checkpoint with random weights is written to a temporary folder, in shards, with an adapter beside it,
-and removed afterwards. The files are warm: they were read just before. Each peak of memory is that of a process of its
-own, less what an idle process takes that has imported torch. Every tensor is compared with the in-memory merge.
+and removed afterwards. The files are warm: they were read just before. The roads are taken in turns. The load of the
+machine is noted: where others use it too, threads win nothing, and the seconds of CPU say more than the clock. Each
+peak of memory is that of a process of its own, less what an idle process takes that has imported torch. Every tensor
+is compared with the in-memory merge.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -38,7 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mlp", type=int, default=5632)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; it needs five times the checkpoint")
     parser.add_argument("--peak-of", choices=("idle", *ROADS), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -153,12 +156,15 @@ def measure(options: argparse.Namespace) -> Table:
         for road in ("stream", "memory"):
             shutil.rmtree(folder / road)
         times: dict[str, list[float]] = {road: [] for road in ("copy", "stream", "peft")}
+        cpu: dict[str, list[float]] = {road: [] for road in times}
         for _ in range(options.repeats):
             for road in times:
-                start = time.perf_counter()
+                start, worked = time.perf_counter(), sum(os.times()[:4])
                 ROADS[road](folder, folder / "out")
                 times[road].append(time.perf_counter() - start)
+                cpu[road].append(sum(os.times()[:4]) - worked)
                 shutil.rmtree(folder / "out")
+        load = os.getloadavg()[0]
         idle = peak_of("idle", folder, options)
         peaks = {road: peak_of(road, folder, options) - idle for road in ("stream", "peft")}
     medians = {road: statistics.median(seconds) for road, seconds in times.items()}
@@ -168,6 +174,7 @@ def measure(options: argparse.Namespace) -> Table:
             "seconds": medians[road],
             "copies": medians[road] / medians["copy"],
             "peft": medians[road] / medians["peft"],
+            "cpu": statistics.median(cpu[road]),
             "memory": peaks.get(road),
         }
         for road in medians
@@ -176,13 +183,14 @@ def measure(options: argparse.Namespace) -> Table:
         kind="stream_merge",
         title=f"Merge of {size / 1e9:.2f} GB in {options.shards} shards, bfloat16, r={options.rank}",
         columns={
-            "road": "road", "seconds": "seconds", "copies": "times cp", "peft": "times PEFT",
+            "road": "road", "seconds": "seconds", "copies": "times cp", "peft": "times PEFT", "cpu": "CPU seconds",
             "memory": "MiB above idle torch",
         },
         rows=rows,
         settings=common.settings_of(options) | {"peak_of": None},
         notes=[
             f"tensors unlike the in-memory merge's: {len(different)}; layout of the base's shards kept: {alike}",
+            f"load {load:.1f} on {os.cpu_count()} cores; medians of {options.repeats}",
             f"limits: {LIMITS['memory']:.0f} MiB, {LIMITS['copy']:.0f} times cp, {LIMITS['peft']} of PEFT",
         ],
     )  # fmt: skip

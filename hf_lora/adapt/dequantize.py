@@ -26,10 +26,12 @@ from ..layers.ops import exact
 from ..layers.quantized import QuantizedStorage, is_packed, quantization_of, why_unreadable
 from ..layers.shapes import shape_of
 from ..layers.storage import fits, storage_of
+from .state import state_of
 from .walk import original_modules
 
-BLOCK_ELEMENTS = 1 << 17
-"""Elements of a row block on CPU: 1 MiB of float64. Other devices, where a launch costs more, take 16 times that."""
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of a row block on CPU: 2 MiB of float64. With less, calls and the products of wide rows cost more; with
+more, blocks leave the cache. Other devices, where a launch costs more, take 8 times that."""
 
 Fold = Callable[[Tensor, slice], Tensor]
 """(block, its rows) -> the block with the update in it; the block may be overwritten."""
@@ -104,7 +106,8 @@ def dequantize_with(model: Any, folds: dict[str, Fold]) -> None:
     Raises:
         MergeError: a sum is not finite in the model's dtype; layers before it are dense by then.
     """
-    dtype = dense_dtype(model)
+    dtype, state = dense_dtype(model), state_of(model)
+    trains = state is not None and any(state.required_grad.values())
     shared: dict[int, nn.Parameter] = {}
     parted = False
     for name, (layer, storage) in quantized_layers(model).items():
@@ -118,9 +121,11 @@ def dequantize_with(model: Any, folds: dict[str, Fold]) -> None:
                 shared[id(old)] = weight
         parted |= _is_tied(model, f"{name}.weight")
         storage.make_dense(layer, weight)
+        if state is not None:  # it was frozen since codes cannot be trained; numbers are as the rest of the base was
+            state.required_grad[f"{name}.weight"] = trains
         if isinstance(layer, LoraLayer):
-            state = layer._lora
-            state.storage, state.shape = cast(Storage, storage_of(layer)), cast(Any, shape_of(layer))
+            own = layer._lora
+            own.storage, own.shape = cast(Storage, storage_of(layer)), cast(Any, shape_of(layer))
     if parted:
         from .merge import untie_all
 
@@ -149,7 +154,7 @@ def read_rows(storage: Storage, layer: nn.Module, reuse: bool = False) -> Iterat
     """
     count, *rest = storage.shape(layer)
     device = cast(Tensor, layer.weight).device
-    elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 16)
+    elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 8)
     step = storage.block_rows(layer, max(1, elements // max(1, prod(rest))))
     memory = exact(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
     for start in range(0, count, step):

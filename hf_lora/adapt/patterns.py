@@ -119,6 +119,8 @@ def _is_simple(tree: Any) -> bool:
             choices += 1
             if repeated or choices > FEW_CHOICES:
                 return False
+        elif op in _REPEATS and value[0] > 1 and value[2].getwidth()[0] == 0:
+            return False  # each round of it may take nothing, so that no name's end ends it
     return True
 
 

@@ -5,7 +5,7 @@ Everything is decided, and every fault found, before the model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,7 +15,7 @@ from torch import nn
 from ..config import LoraConfig
 from ..errors import Faults, TargetError, nearest
 from ..layers.base import Shape, Storage
-from ..layers.quantized import is_packed
+from ..layers.quantized import is_packed, is_unfinished
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import ConvShape, runs_forward_of
 from .bypass import bypassed_modules
@@ -110,6 +110,12 @@ def resolve(
     return plan
 
 
+def scalings(config: LoraConfig) -> Callable[[str], float]:
+    """Original name of an adapted layer -> the factor in front of B A there."""
+    ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
+    return lambda name: config.scaling(ranks.get(name, config.r), alphas.get(name, config.alpha))
+
+
 def _saved_modules(
     model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
 ) -> dict[str, str]:
@@ -132,12 +138,22 @@ def _saved_modules(
 
 
 def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults: Faults) -> None:
-    for name, why in saved.items():
-        if any(is_packed(parameter) for parameter in modules[name].parameters()):
-            faults.add(
-                f"{name} would be trained whole ({why}), and is quantised. Load the base with this module left out "
-                f"(llm_int8_skip_modules or modules_to_not_convert: [{name!r}]), or with modules_to_save=[] adapt it"
-            )
+    """Refuse to train a quantised module whole, and quantised layers without weights, which cannot run."""
+    unfinished = {n: m for n, m in modules.items() if is_unfinished(m)}
+    heads = {n: why for n, why in saved.items() if any(is_packed(p) for p in modules[n].parameters())}
+    heads |= {s: why for s, why in saved.items() if any(f"{n}.".startswith(f"{s}.") for n in unfinished)}
+    others = [n for n in unfinished if not any(f"{n}.".startswith(f"{head}.") for head in heads)]
+    skip = f"llm_int8_skip_modules or modules_to_not_convert: {[*heads, *others]!r}"
+    for name, why in heads.items():
+        faults.add(
+            f"{name} would be trained whole ({why}), and is quantised. Load the base with all such modules left out, "
+            f"too ({skip})"
+        )
+    for name in others:
+        faults.add(
+            f"{name} has a quantised forward and a weight that never was, as where the base checkpoint lacks it. Load "
+            f"the base with all such modules left out, too ({skip})"
+        )
 
 
 def _bias_modules(

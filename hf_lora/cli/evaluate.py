@@ -9,7 +9,19 @@ from typing import Any
 import typer
 
 from ..errors import ConfigError
-from .generate import BASE_MODEL, BATCH_SIZE, DEVICE, DTYPE, MAX_NEW_TOKENS, MERGE, REVISION, SOURCE, SYSTEM, counter
+from .generate import (
+    BASE_MODEL,
+    BATCH_SIZE,
+    DEVICE,
+    DTYPE,
+    MAX_NEW_TOKENS,
+    MERGE,
+    REVISION,
+    SOURCE,
+    SUBFOLDER,
+    SYSTEM,
+    counter,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -30,6 +42,7 @@ def evaluate(
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
     revision: str | None = REVISION,
+    subfolder: str | None = SUBFOLDER,
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
@@ -56,8 +69,8 @@ def evaluate(
     if predictions is not None:
         check_output(predictions, table)
     model, tokenizer = load_for_generation(
-        source, base_model=base_model, merge=merge, revision=revision, dtype=dtype, device=device,
-        any_task=not generate,
+        source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype,
+        device=device, any_task=not generate,
     )  # fmt: skip
     fields: dict[str, dict[str, float]] = {}
     if not model.can_generate():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+SUBFOLDER = typer.Option(None, help="Folder in ADAPTER that holds it.")
 ADAPTER = typer.Argument(..., help="The adapter's folder, or its name on the Hub.", show_default=False)
 
 
@@ -32,7 +33,10 @@ def merge(
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
-    base_revision: str | None = typer.Option(None, help="Branch, tag or commit of the base model."),
+    subfolder: str | None = SUBFOLDER,
+    base_revision: str | None = typer.Option(
+        None, help="Branch, tag or commit of the base model; not given: the commit of the training."
+    ),
     allow_other_base: bool = typer.Option(
         False, "--allow-other-base", help="Merge into another base than the adapter was trained on."
     ),
@@ -50,8 +54,9 @@ def merge(
         from ..hub.base import local_base
         from ..hub.pull import local_adapter
 
+        adapter = local_adapter(what[1], revision, subfolder=subfolder)
         folder = merge_files(
-            local_base(what[0], base_revision), local_adapter(what[1], revision), what[2], dtype=dtype, untie=untie,
+            local_base(what[0], base_revision, adapter=adapter), adapter, what[2], dtype=dtype, untie=untie,
             overwrite=overwrite, allow_other_base=allow_other_base, progress=not quiet,
         )  # fmt: skip
     elif len(what) == 1 and out is not None and not untie:
@@ -59,7 +64,7 @@ def merge(
 
         folder = merge_to_folder(
             what[0], out, base_model=base, dtype=dtype, overwrite=overwrite, revision=revision,
-            base_revision=base_revision, allow_other_base=allow_other_base,
+            subfolder=subfolder, base_revision=base_revision, allow_other_base=allow_other_base,
         )  # fmt: skip
     else:
         raise typer.BadParameter(
@@ -89,6 +94,7 @@ def inspect(
     adapter: str = ADAPTER,
     plot: Path | None = typer.Option(None, help="Image to draw each layer's update norm in, such as norms.png."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
+    subfolder: str | None = SUBFOLDER,
 ) -> None:
     """Show what an adapter's file holds.
 
@@ -97,7 +103,7 @@ def inspect(
     from ..files.inspect import inspect_adapter
     from ..hub.pull import local_adapter
 
-    summary = inspect_adapter(local_adapter(adapter, revision))
+    summary = inspect_adapter(local_adapter(adapter, revision, subfolder=subfolder))
     typer.echo(str(summary))
     if plot is not None:
         typer.echo(f"drawn: {summary.plot(plot)}")

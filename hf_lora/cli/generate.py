@@ -15,6 +15,7 @@ SOURCE = typer.Argument(..., help="Folder or Hub name of an adapter, or of a ful
 BASE_MODEL = typer.Option(None, help="The adapter's base model; not given: the one that the adapter names.")
 MERGE = typer.Option(False, "--merge", help="Fold the adapter into the weights first.")
 REVISION = typer.Option(None, help="Branch, tag or commit of SOURCE.")
+SUBFOLDER = typer.Option(None, help="Folder in SOURCE that holds the adapter.")
 DTYPE = typer.Option(None, help="float32, bfloat16 or float16; not given: the checkpoint's.")
 DEVICE = typer.Option(None, help="Such as cuda:1; not given: the accelerator if there is one.")
 MAX_NEW_TOKENS = typer.Option(256, help="Most tokens of an answer.")
@@ -44,6 +45,7 @@ def chat(
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
     revision: str | None = REVISION,
+    subfolder: str | None = SUBFOLDER,
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
@@ -60,7 +62,7 @@ def chat(
     from ..generate import load_for_generation
 
     model, tokenizer = load_for_generation(
-        source, base_model=base_model, merge=merge, revision=revision, dtype=dtype, device=device
+        source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
     )
     conversation = Conversation(
         model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
@@ -142,6 +144,7 @@ def generate(
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
     revision: str | None = REVISION,
+    subfolder: str | None = SUBFOLDER,
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
@@ -169,7 +172,7 @@ def generate(
     if table is not None and out is not None:
         check_output(out, table)
     model, tokenizer = load_for_generation(
-        source, base_model=base_model, merge=merge, revision=revision, dtype=dtype, device=device
+        source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
     )
     answers = generate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from ..adapt.inject import inject
 from ..adapt.labels import new_head, task_type_of, twin
 from ..adapt.match import matches
 from ..adapt.state import Task, base_task, require_state, slots, state_of
-from ..adapt.targets import Explanation, resolve
+from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
@@ -118,11 +119,17 @@ def extras_of(model: Any, name: str) -> dict[str, Any]:
         "base": state.identity,
         "architecture": plain(type(model)).__name__,
         "num_labels": task.num_labels,
-        "id2label": {str(k): v for k, v in task.id2label.items()} if task.id2label else None,
+        "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
         "problem_type": task.problem_type,
         "vocabulary": vocabulary_of(model),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _label(value: Any) -> Any:
+    """A label as JSON can hold it: tables give NaN, where a row has none."""
+    is_whole = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_whole else value
 
 
 def load_adapter(
@@ -193,12 +200,28 @@ def load_adapter_weights(
         source: an adapter's folder, or tensors by file key.
 
     Raises:
-        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes.
+        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes, and layers
+            in which the values would act with another factor than they were trained with.
+        BaseMismatchError: the folder's adapter belongs to another base.
     """
     path = "tensors" if isinstance(source, Mapping) else str(source)
-    require_state(model, "load_adapter_weights").refuse_merged("load_adapter_weights")
-    tensors = source if isinstance(source, Mapping) else read_adapter(source).tensors
-    faults = Faults(f"load_adapter_weights({path!r}, {name!r})")
+    state = require_state(model, "load_adapter_weights")
+    state.refuse_merged("load_adapter_weights")
+    call = f"load_adapter_weights({path!r}, {name!r})"
+    faults = Faults(call)
+    if isinstance(source, Mapping):
+        tensors = source
+    else:
+        state.require(name)
+        file = read_adapter(source)
+        tensors = file.tensors
+        difference = differs(file.extras.get("base") or {}, state.identity)
+        if difference:
+            raise BaseMismatchError(
+                f"{call}: {difference}. Nothing was changed. Load the base that the adapter was trained on; "
+                "load_adapter(…, allow_other_base=True) takes an adapter onto another one."
+            )
+        _compare_scalings(state.configs[name], file.config, adapter_layers(model), name, faults)
     own = adapter_state_dict(model, name)
     aliases = [_alias(key, own) for key in tensors]
     if len(set(aliases)) < len(aliases):
@@ -208,6 +231,23 @@ def load_adapter_weights(
     compare_kinds(own, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
     assign(model, name, tensors)
+
+
+def _compare_scalings(
+    own: LoraConfig, saved: LoraConfig, layers: Mapping[str, Any], name: str, faults: Faults
+) -> None:
+    """Add a fault for the layers where the file's configuration has another factor in front of B A."""
+    found: dict[tuple[float, float], list[str]] = {}
+    of_file, of_model = scalings(saved), scalings(own)
+    for path in (path for path, layer in layers.items() if name in layer._lora.names):
+        pair = of_file(path), of_model(path)
+        if pair[0] != pair[1]:
+            found.setdefault(pair, []).append(path)
+    for (then, now), paths in found.items():
+        faults.add(
+            f"scaling: alpha over rank is {then:g} in the file and {now:g} in the model, for {len(paths)} layers such "
+            f"as {paths[0]}"
+        )
 
 
 @torch.no_grad()

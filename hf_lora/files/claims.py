@@ -52,7 +52,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
         if layers and not (isinstance(pattern, str) and _NAME.fullmatch(pattern)):
             faults.add(f"layers_pattern: {pattern!r} must be a name, such as 'layers'")
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
-    if base is not None and (not is_text(base) or base.startswith(("//", "\\\\")) or "://" in base):
+    if base not in (None, "") and (not is_text(base) or base.startswith(("//", "\\\\")) or "://" in base):
         faults.add(f"base_model_name_or_path={base!r} is no name")
     if revision is not None and not is_revision(revision):
         faults.add(f"revision={revision!r} is no branch, tag or commit")

@@ -85,9 +85,15 @@ def inputs_of(checkpoint: Checkpoint, adapter: Path, options: dict[str, Any]) ->
         digest.update(shard.header)
     digest.update((checkpoint.folder / "config.json").read_bytes())
     for name in (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME):
-        file = adapter / name
-        digest.update(hashlib.sha256(file.read_bytes() if file.is_file() else b"").digest())
+        digest.update(_digest(adapter / name))
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    if not file.is_file():
+        return hashlib.sha256().digest()
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").digest()
 
 
 def open_journal(folder: Path, inputs: str, overwrite: bool, faults: Faults) -> Journal:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapt.merge import _check as check_merge
-from ..adapt.merge import folded
+from ..adapt.merge import check_mergeable, folded
 from ..adapt.state import require_state
 from ..adapt.walk import adapter_layers, bias_layers, replacements
 from ..errors import Faults, MergeError
@@ -176,7 +175,7 @@ def make_plan(shell: Shell, sources: Sources, dtype: torch.dtype | None, untie: 
             layer._lora.storage = found
             plan.folds[name] = Fold(layer, found)
     try:
-        check_merge(shell.model, state, layers, (NAME,), untie=untie, keep=False, call=call)
+        check_mergeable(shell.model, state, layers, (NAME,), untie=untie, keep=False, call=call)
     except MergeError as error:
         lines = str(error).splitlines()
         faults.found += [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]

@@ -8,6 +8,7 @@ the rest    the tensors, without gaps; offsets count from here
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Faults
+from ..errors import AdapterFileError, Faults
+from .safety import parse_json
+from .together import is_full
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -154,13 +157,13 @@ def _read_shard(file: Path, faults: Faults) -> Shard | None:
                 faults.add(f"{file} is cut off, or no safetensors file: its header would end at byte {length + 8}")
                 return None
             header = opened.read(length)
-        values = json.loads(header)
+        values = parse_json(header, f"The header of {file}", most=len(header))
         metadata = values.pop("__metadata__", None)
         entries = [_entry(name, value, 8 + length, file) for name, value in values.items()]
     except FileNotFoundError:
         faults.add(f"{file} is missing")
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterFileError) as error:
         faults.add(f"{file} has no safetensors header ({type(error).__name__}: {error})")
         return None
     entries.sort(key=lambda e: (e.start, e.end))
@@ -181,7 +184,9 @@ def _entry(name: str, value: dict[str, Any], begin: int, file: Path) -> Entry:
     if value["dtype"] not in DTYPES:
         raise ValueError(f"{name} is of the unknown dtype {value['dtype']}")
     start, end = value["data_offsets"]
-    return Entry(name, DTYPES[value["dtype"]], tuple(value["shape"]), begin + int(start), begin + int(end), file)
+    if not all(type(n) is int and n >= 0 for n in (start, end, *value["shape"])):
+        raise ValueError(f"{name} has a size or place that is no whole number")
+    return Entry(name, DTYPES[value["dtype"]], tuple(value["shape"]), begin + start, begin + end, file)
 
 
 def header_of(entries: list[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None) -> bytes:
@@ -217,9 +222,29 @@ def write_from(file: int, view: memoryview, offset: int) -> None:
         done += os.pwrite(file, view[done:], offset + done)
 
 
+def reserve(file: int, size: int) -> None:
+    """Give a new file its size, and its place on the disk where the system can: writing is faster then.
+
+    `os.posix_fallocate` is not used: where the file system cannot, it writes to every block instead.
+    """
+    try:
+        _fallocate(file, size)
+    except (OSError, AttributeError) as error:
+        if is_full(error):
+            raise
+    os.ftruncate(file, size)
+
+
+def _fallocate(file: int, size: int) -> None:
+    call = ctypes.CDLL(None, use_errno=True).fallocate  # of Linux alone
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    if call(file, 0, 0, size) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def copy_range(source: int, start: int, target: int, place: int, count: int) -> None:
     """Copy bytes from file to file within the kernel, where it can; nothing passes through this process's memory."""
-    ways = [_copy_file_range, _sendfile, _read_and_write]
+    ways = [_copy_file_range, _read_and_write]  # not sendfile: it writes at a position that threads would share
     while count:
         try:
             done = ways[0](source, start, target, place, min(count, 1 << 26))
@@ -238,11 +263,6 @@ def copy_range(source: int, start: int, target: int, place: int, count: int) -> 
 
 def _copy_file_range(source: int, start: int, target: int, place: int, count: int) -> int:
     return os.copy_file_range(source, target, count, start, place)
-
-
-def _sendfile(source: int, start: int, target: int, place: int, count: int) -> int:
-    os.lseek(target, place, os.SEEK_SET)
-    return os.sendfile(target, source, start, count)
 
 
 def _read_and_write(source: int, start: int, target: int, place: int, count: int) -> int:

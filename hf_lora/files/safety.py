@@ -85,6 +85,25 @@ def own_file(folder: Path, name: str) -> Path | None:
     return target
 
 
+def own_folder(folder: Path, subfolder: str) -> Path:
+    """A folder in a folder, which need not be there.
+
+    Raises:
+        AdapterFileError: a link leads out of the folder on the way.
+    """
+    inside = folder / subfolder
+    try:
+        target = inside.resolve()
+        out = not target.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL in the path
+        raise AdapterFileError(f"{inside} cannot be opened ({error}). {REPAIR}") from error
+    if out:
+        raise AdapterFileError(
+            f"{inside} is a link that leads out of its folder, to {target}. If it is yours, name that."
+        )
+    return inside
+
+
 def _blobs(home: Path) -> list[Path]:
     """Where the Hub's cache keeps the contents for a folder `<repository>/snapshots/<commit>[/…]`."""
     return [

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from .carry import carry_folders, writers_of
 from .format import CONFIG_NAME, AdapterFile, read_adapter
 from .journal import Journal, inputs_of, open_journal
 from .plan import Fold, Out, OutShard, Plan, Put, make_plan
-from .ranges import Checkpoint, Entry, bytes_of, open_checkpoint, read_into
+from .ranges import Checkpoint, Entry, bytes_of, open_checkpoint, read_into, reserve
 from .shell import IN_MEMORY, NAME, make_shell
 from .sink import CHUNK, Sink, Sources, word_of
 from .together import JOURNAL_NAME as MOVES_NAME
@@ -81,42 +82,45 @@ def merge_files(
         raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
     folder = Path(out)
     file, checkpoint, journal = _open(Path(base), Path(adapter), folder, dtype, untie, overwrite, call)
-    sources = Sources()
-    try:
-        shell = make_shell(checkpoint, file, call, allow_other_base)
-        plan = make_plan(shell, sources, DTYPES.get(dtype or ""), untie, call)
-        whole = {shard.name for shard in plan.shards if journal.has(shard, sources)}
-        _check_space(plan, whole, folder, call)
-        folder.mkdir(parents=True, exist_ok=True)
-        journal.finished = {name: sums for name, sums in journal.finished.items() if name in whole}
-        journal.save()
-        with _bar(plan.size, progress) as bar:
-            for shard in plan.shards:
-                if shard.name in whole:
-                    bar.update(shard.size)
-                    continue
-                beside = folder / f".{shard.name}.part"
-                sums = write_shard(plan, shard, beside, sources, bar.update)
-                beside.replace(folder / shard.name)
-                journal.finished[shard.name] = sums
-                journal.save()
-        carry_folders(plan, folder)
-        finish_moves(folder)
-        writers = writers_of(plan, DTYPES.get(dtype or ""))
-        ours = tuple(f".{name.lstrip('.')}." for name in (*writers, MOVES_NAME, *(s.name for s in plan.shards)))
-        for left in [*folder.glob(".*.part"), *folder.glob(".*.tmp")]:  # of calls that were killed
-            if left.name.startswith(ours):
-                left.unlink()
-        replace_together(folder, writers)
-        journal.remove()
-    except OSError as error:
-        full = f" ({no_space(folder)})" if is_full(error) else ""
-        raise AdapterFileError(
-            f"{call}: stopped{full}: {error}. What is finished stays; the same call goes on from there."
-        ) from error
-    finally:
-        sources.close()
+    with closing(Sources()) as sources, _one_thread_each() as threads:
+        try:
+            shell = make_shell(checkpoint, file, call, allow_other_base)
+            plan = make_plan(shell, sources, DTYPES.get(dtype or ""), untie, call)
+            whole = {shard.name for shard in plan.shards if journal.has(shard, sources)}
+            _check_space(plan, whole, folder, call)
+            folder.mkdir(parents=True, exist_ok=True)
+            journal.finished = {name: sums for name, sums in journal.finished.items() if name in whole}
+            journal.save()
+            with _bar(plan.size, progress) as bar:
+                for shard in plan.shards:
+                    if shard.name in whole:
+                        bar.update(shard.size)
+                        continue
+                    beside = folder / f".{shard.name}.part"
+                    sums = write_shard(plan, shard, beside, sources, bar.update, threads)
+                    beside.replace(folder / shard.name)
+                    journal.finished[shard.name] = sums
+                    journal.save()
+            _finish(plan, folder, journal, DTYPES.get(dtype or ""))
+        except OSError as error:
+            full = f" ({no_space(folder)})" if is_full(error) else ""
+            raise AdapterFileError(
+                f"{call}: stopped{full}: {error}. What is finished stays; the same call goes on from there."
+            ) from error
     return folder
+
+
+def _finish(plan: Plan, folder: Path, journal: Journal, dtype: torch.dtype | None) -> None:
+    """Once all weights are written: the small files, of which the config comes last."""
+    carry_folders(plan, folder)
+    finish_moves(folder)
+    writers = writers_of(plan, dtype)
+    ours = tuple(f".{name.lstrip('.')}." for name in (*writers, MOVES_NAME, *(s.name for s in plan.shards)))
+    for left in [*folder.glob(".*.part"), *folder.glob(".*.tmp")]:  # of calls that were killed
+        if left.name.startswith(ours):
+            left.unlink()
+    replace_together(folder, writers)
+    journal.remove()
 
 
 def _open(
@@ -179,14 +183,14 @@ def _check_space(plan: Plan, whole: set[str], folder: Path, call: str) -> None:
 
 
 def write_shard(
-    plan: Plan, shard: OutShard, beside: Path, sources: Sources, report: Callable[[int], object]
+    plan: Plan, shard: OutShard, beside: Path, sources: Sources, report: Callable[[int], object], threads: int
 ) -> dict[str, int]:
     """Write one file; the check sums of the tensors in it that are no plain copies."""
     places = {out.name: (out.start, out.end - out.start) for out in shard.outs}
     words = {out.name: word_of(out.shape, out.dtype) for out in shard.outs}
     file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        os.ftruncate(file, shard.size)
+        reserve(file, shard.size)
         os.pwrite(file, shard.header, 0)
         report(len(shard.header))
         sink = Sink(file, places, words, report)
@@ -196,8 +200,8 @@ def write_shard(
         casts = [
             partial(_cast, sink, sources, out, out.base) for out in shard.outs if out.touched and out.base is not None
         ]
-        _together([*casts, *copies])
-        _together([partial(_apply, part, sink) for part in _changes(plan, sink)])
+        _together([*casts, *copies], threads)
+        _together([partial(_apply, part, sink) for part in _changes(plan, sink)], threads)
         return sink.sums()
     except BaseException:
         beside.unlink()
@@ -206,24 +210,30 @@ def write_shard(
         os.close(file)
 
 
-def _together(calls: Sequence[Callable[[], None]]) -> None:
-    """Run calls on as many threads as PyTorch may use, each of which then computes alone: blocks are small."""
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Let each thread compute alone, and say how many PyTorch may use: blocks are small, and are shared out whole."""
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield min(threads, MAX_THREADS)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _together(calls: Sequence[Callable[[], None]], threads: int) -> None:
+    """Run calls on some threads."""
     if threads == 1 or len(calls) < 2:
         for call in calls:
             call()
         return
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(min(threads, MAX_THREADS)) as pool:
-            started = [pool.submit(call) for call in calls]
-            try:
-                for future in started:
-                    future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads) as pool:
+        started = [pool.submit(call) for call in calls]
+        try:
+            for future in started:
+                future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _changes(plan: Plan, sink: Sink) -> list[Fold | Put]:

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..config import LoraConfig
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, HubError
 from ..files.adapters import adapter_state_dict, config_on_disk, extras_of
 from ..files.format import CONFIG_NAME, WEIGHTS_NAME, read_config, read_extras, split_key
 from .escape import clean
+from .names import check_repository
 
 PIPELINES = {
     "ForSequenceClassification": "text-classification",
@@ -245,9 +244,14 @@ def scores_of(metrics: Mapping[str, Any], prefix: str = "", **where: Any) -> lis
             continue
         if isinstance(value, bool) or not hasattr(value, "__float__"):
             continue
-        number = float(value)
-        found.append(Score(clean(name), number if math.isfinite(number) else str(number), **where))
+        found.append(Score(clean(name), _number(value), **where))
     return found
+
+
+def _number(value: Any) -> float | str:
+    """A number as it can stand in JSON; a text where it is not finite, or was one."""
+    number = value if isinstance(value, str) else float(value)
+    return number if isinstance(number, str) or math.isfinite(number) else str(number)
 
 
 def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | None = None) -> list[Score]:
@@ -260,7 +264,7 @@ def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | 
         ]
     return [
         Score(
-            clean(r.metric_type), r.metric_value if isinstance(r.metric_value, str) else float(r.metric_value),
+            clean(r.metric_type), _number(r.metric_value),
             clean(r.dataset_name), None if r.dataset_type == "custom" else clean(r.dataset_type),
             r.dataset_config, r.dataset_split, r.dataset_revision,
         )
@@ -275,10 +279,8 @@ def title(metric: str) -> str:
 
 def is_repository(name: str | os.PathLike[str] | None) -> bool:
     """Whether a name is one on the Hub, or may be, rather than a folder here."""
-    if not name or Path(name).exists():
-        return False
     try:
-        validate_repo_id(str(name))
-    except HFValidationError:
+        check_repository(os.fspath(name or ""), "")
+    except HubError:
         return False
-    return True
+    return not Path(name or "").exists()

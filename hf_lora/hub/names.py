@@ -1,9 +1,16 @@
-"""Which files of a folder or a repository belong to an adapter. Nothing else is pushed or pulled."""
+"""What a repository may be called, and which files of a folder or a repository belong to an adapter.
+
+Nothing else is pushed or pulled.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import HubError
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
@@ -19,6 +26,29 @@ PROCESSING = (
     "video_preprocessor_config.json",
 )  # fmt: skip
 """Tokenizers and processors, where they lie beside the adapter."""
+
+
+def is_folder(name: str) -> bool:
+    """Whether it is one here; what the system cannot look for is none."""
+    try:
+        return Path(name).is_dir()
+    except OSError:  # longer than a path may be
+        return False
+
+
+def check_repository(name: str, opening: str) -> None:
+    """Refuse what no repository can be called.
+
+    Args:
+        opening: the beginning of the message.
+
+    Raises:
+        HubError: it is no name.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise HubError(f"{opening} no repository can have that name ({str(error).splitlines()[0]}).") from error
 
 
 def chosen(paths: Iterable[str], patterns: Iterable[str], subfolder: str = "") -> list[str]:
@@ -48,6 +78,6 @@ def check_subfolder(subfolder: str | None, call: str) -> str:
     """
     plain = (subfolder or "").strip("/")
     out = plain and any(part in ("", ".", "..") for part in plain.split("/"))
-    if out or "\\" in plain or (subfolder or "").startswith("/"):
+    if out or not plain.isprintable() or "\\" in plain or (subfolder or "").startswith("/"):
         raise HubError(f"{call}: subfolder={subfolder!r} is no folder inside a repository. Name one like 'mine'.")
     return plain

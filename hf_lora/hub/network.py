@@ -41,6 +41,9 @@ SILENCE = 60.0
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 """Answers that another attempt may change: somebody else's commit came between, too many requests, a busy server."""
 
+NEVER_SENT = ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL")
+"""The client's errors of an endpoint or a token that no request can be made with."""
+
 HTTPError: type[Exception] = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
 """The base of the HTTP client's errors: huggingface_hub 1 uses httpx, 2 uses httpx2."""
 
@@ -66,7 +69,7 @@ def retried(call: str, do: Callable[[], T], *, token: str | bool | None = None, 
             pause = _pause(error, attempt, twice)
             if pause is None or attempt == ATTEMPTS or time.monotonic() - begin + pause > PATIENCE:
                 raise
-            logger.warning(f"{call}: {reason(error, token)}. Trying again in {pause:.0f} s.")
+            logger.warning(f"{call}: {reason(error, token).rstrip('.')}. Trying again in {pause:.0f} s.")
         time.sleep(pause)
     raise AssertionError
 
@@ -105,6 +108,8 @@ def _pause(error: Exception, attempt: int, twice: bool) -> float | None:
     """Seconds to wait before another attempt; None where there should be none."""
     found, status = root(error), status_of(error)
     if isinstance(found, OfflineModeIsEnabled) or (status is not None and status not in PASSING):
+        return None
+    if type(found).__name__ in NEVER_SENT:
         return None
     if not twice and was_lost(error):
         return None
@@ -163,8 +168,9 @@ def _limit(request: Any) -> None:
 def scrub(text: str, token: str | bool | None = None) -> str:
     """A text without tokens."""
     for secret in (token, get_token()):
-        if isinstance(secret, str) and secret:
-            text = text.replace(secret, "***")
+        if isinstance(secret, str) and secret.strip():
+            for form in (repr(secret)[1:-1], secret.strip()):  # the client quotes one that cannot stand in a header
+                text = text.replace(form, "***")
     return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)
 
 

@@ -12,21 +12,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import (
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from ..errors import AdapterFileError, Faults, HubError, LoraError
-from ..files.format import CONFIG_NAME, FULL_MODEL_FILES, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, read_config, read_extras
-from .names import ADAPTER, CARD_NAME, PICTURES, PROCESSING, check_subfolder, chosen
+from ..files.format import (
+    CONFIG_NAME,
+    EXTRAS_NAME,
+    FULL_MODEL_FILES,
+    LEGACY_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    read_config,
+    read_extras,
+)
+from ..files.safety import own_file, own_folder
+from .names import ADAPTER, CARD_NAME, PICTURES, PROCESSING, check_repository, check_subfolder, chosen
 from .network import cause, explain, retried, was_lost
-from .two_cards import one_of_two
+from .place import Listing, Place
+from .readme import one_of_two
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +49,7 @@ def push_folder(
     endpoint: str | None = None,
     subfolder: str | None = None,
     tokenizer: bool = True,
+    call: str | None = None,
 ) -> CommitInfo:
     """Push the adapter in a folder, and those in folders of their own in it, as one commit.
 
@@ -61,6 +67,7 @@ def push_folder(
         endpoint: of another Hub.
         subfolder: where in the repository the folder's files go; None: its root.
         tokenizer: push tokenizers and processors too.
+        call: how messages name this; not given, by folder and repository.
 
     Returns:
         What the client says of the commit: `oid`, `commit_url`, and `pr_url` of a pull request.
@@ -70,14 +77,9 @@ def push_folder(
         HubError: the Hub refused it or could not be reached. The folder and the repository are as they were, or the
             commit is there whole.
     """
-    call = f"pushing {str(folder)!r} to {repo_id!r}"
+    call = call or f"pushing {str(folder)!r} to {repo_id!r}"
     inside = check_subfolder(subfolder, call)
-    try:
-        validate_repo_id(repo_id)
-        if repo_id.count("/") > 1:
-            raise HFValidationError("a repository's name is like user/adapter")
-    except HFValidationError as error:
-        raise HubError(f"{call}: no repository can have that name ({str(error).splitlines()[0]}).") from error
+    check_repository(repo_id, f"{call}:")
     if (revision or "").startswith("refs/") and create_pr:
         raise HubError(f"{call}: create_pr=True opens a pull request against a branch, and {revision!r} is none.")
     files = pushed_files(folder, call, tokenizer)
@@ -131,6 +133,12 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
         above = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
         patterns = (CARD_NAME, PICTURES, *(PROCESSING if tokenizer else ()))
         files |= {name: root / name for name in chosen(above, patterns)}
+    for path in files.values():
+        try:
+            own_file(own_folder(root, path.parent.relative_to(root).as_posix()), path.name)
+        except AdapterFileError as error:
+            if str(error) not in faults.found:  # of a folder it is said once
+                faults.add(str(error))
     faults.check(AdapterFileError, "Nothing was sent. Save the adapter again, or name its folder.")
     return dict(sorted(files.items()))
 
@@ -198,9 +206,13 @@ class Target:
             for card in files:
                 if card.rpartition("/")[2] == CARD_NAME:
                     contents[card] = self._card(api, card, files[card], head if card in present else None)
-            operations = [
+            operations: list[Any] = [
                 CommitOperationAdd(path, content if isinstance(content, bytes) else str(content))
                 for path, content in contents.items()
+            ]
+            extras = {f"{path.removesuffix(CONFIG_NAME)}{EXTRAS_NAME}" for path in files if _is_config(path)}
+            operations += [  # those of another adapter, which is replaced
+                CommitOperationDelete(path, is_folder=False) for path in sorted((extras - files.keys()) & present)
             ]
             step = "committing"
             return api.create_commit(
@@ -257,9 +269,9 @@ class Target:
     def _refuse_full_model(self, files: Mapping[str, Any], present: set[str]) -> None:
         """Other loaders take an adapter beside a full model for the full model, and overlook it."""
         for path in files:
-            folder, _, name = path.rpartition("/")
-            beside = [f for f in FULL_MODEL_FILES if (f"{folder}/{f}" if folder else f) in present]
-            if name == CONFIG_NAME and beside:
+            folder = path.removesuffix(CONFIG_NAME)
+            beside = [f for f in FULL_MODEL_FILES if folder + f in present]
+            if _is_config(path) and beside:
                 raise HubError(
                     f"{self.call}: {self.repo_id} holds a full model there ({', '.join(beside)}), and other loaders "
                     "would overlook the adapter beside it. Push to a repository of its own, or with subfolder=."
@@ -267,11 +279,22 @@ class Target:
 
     def _card(self, api: HfApi, path: str, here: Path | bytes, head: str | None) -> bytes:
         local = here.read_bytes() if isinstance(here, Path) else here
-        there = Path(api.hf_hub_download(self.repo_id, path, revision=head)).read_bytes() if head else b""
+        there = b""
+        if head is not None:
+            said = api.get_paths_info(self.repo_id, path, revision=head)
+            place = Place(self.repo_id, head, self.token, self.endpoint, Path(constants.HF_HUB_CACHE), self.call)
+            there = place.bring(Listing(head, {path: said[0]}), path).read_bytes()
         try:
             return one_of_two(local.decode("utf-8"), there.decode("utf-8"), f"{self.call}, {path}").encode()
         except UnicodeDecodeError as error:
-            raise AdapterFileError(f"{self.call}: {path}, here or on the Hub, is not UTF-8 ({error}).") from error
+            raise AdapterFileError(
+                f"{self.call}: {path}, here or on the Hub, is not UTF-8 ({error}). Nothing was sent. Repair it "
+                "there, or take it away, and push again."
+            ) from error
+
+
+def _is_config(path: str) -> bool:
+    return path.rpartition("/")[2] == CONFIG_NAME
 
 
 def _at_commit(error: BaseException) -> bool:

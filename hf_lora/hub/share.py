@@ -65,4 +65,5 @@ def push_model(
         return push_folder(
             root, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message,
             commit_description=commit_description, token=token, endpoint=endpoint, subfolder=subfolder,
+            call=f"push_to_hub({repo_id!r})",
         )  # fmt: skip

@@ -39,6 +39,10 @@ class QuantizedStorage(Storage):
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return _features(layer)
 
+    def form(self, layer: nn.Module) -> str:
+        """Which of the backend's forms the weight has: values of one form are not those of another."""
+        return self.kind
+
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
         raise MergeError(f"its weight is quantised ({self.kind}); rounding a sum to that form would lose the update")
 
@@ -81,6 +85,9 @@ class Bits4Storage(QuantizedStorage):
             return False
         state = _state_of(layer)
         return state is not None and tuple(state.shape) == _features(layer)
+
+    def form(self, layer: nn.Module) -> str:
+        return f"bitsandbytes {str(_state_of(layer).quant_type).upper()}"
 
     def dense_class(self, layer: Any) -> type[nn.Module]:
         return _source_class(layer)
@@ -170,6 +177,11 @@ class TorchaoStorage(QuantizedStorage):
             return False
         return tuple(weight.shape) == _features(layer)
 
+    def form(self, layer: nn.Module) -> str:
+        weight: Any = layer.weight
+        dtype = getattr(weight, "target_dtype", getattr(getattr(weight, "qdata", None), "dtype", None))
+        return f"torchao {str(dtype).removeprefix('torch.') if dtype else type(weight).__name__}"
+
     def dense_class(self, layer: Any) -> type[nn.Module]:
         return plain(type(layer))
 
@@ -230,6 +242,19 @@ def quantization_of(layer: nn.Module) -> QuantizedStorage | None:
     if not isinstance(layer.__dict__.get("out_features"), int):
         return None
     return next((storage for storage in QUANTIZED if storage.owns(layer)), None)
+
+
+def is_unfinished(layer: Any) -> bool:
+    """Whether a bitsandbytes layer holds a weight that was never quantised: its forward fails.
+
+    transformers leaves a module so that the base checkpoint did not hold, such as a new task head.
+    """
+    weight = layer._parameters.get("weight")
+    if weight is None or weight.is_meta or not weight.dtype.is_floating_point:
+        return False
+    if _is(layer, "bitsandbytes", "Linear4bit"):
+        return _state_of(layer) is None and tuple(weight.shape) == _features(layer)
+    return _is(layer, "bitsandbytes", "Linear8bitLt") and not layer.state.has_fp16_weights
 
 
 def is_packed(tensor: Tensor | None) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 
 from .api import Api
 from .faults import Fault, Step
-from .server import Logged, Server
+from .server import HOST, Logged, Server
 from .store import Commit, Repo, User, new_repo
 
 __all__ = ["Fault", "LocalHub", "Logged"]
@@ -98,7 +98,8 @@ class LocalHub:
         own = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
         values = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         values |= {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": os.fspath(home)}
-        values |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
+        values |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        values |= {"NO_PROXY": HOST, "no_proxy": HOST}  # where both are set, the small one counts
         token = self.token if token == "" else token
         return values | ({"HF_TOKEN": token} if token else {})
 
@@ -120,14 +121,15 @@ class LocalHub:
         }  # fmt: skip
         before = {name: getattr(constants, name) for name in values if hasattr(constants, name)}
         token = self.token if token == "" else token
-        environment = {name: os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "NO_PROXY")}
+        settings = {"HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": None, "NO_PROXY": HOST, "no_proxy": HOST}
+        environment = {name: os.environ.get(name) for name in settings}
         clients = _shared_clients()
         try:
             for client in clients:
                 client.endpoint = url
             for name in before:
                 setattr(constants, name, values[name])
-            for name, value in {"HF_TOKEN": token, "HUGGING_FACE_HUB_TOKEN": None, "NO_PROXY": "127.0.0.1"}.items():
+            for name, value in settings.items():
                 _set(name, value)
             yield self
         finally:

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
 from .server import Reply, Request, answer
 from .store import Blob, Repo, User, is_large, new_repo
@@ -148,10 +148,10 @@ class Api:
             return self._info(repo, self._at(repo, "/".join(rest) or "main"))
         if verb == "tree":
             commit = repo.commits[self._at(repo, rest[0])]
-            inside = "/".join(rest[1:])
+            inside = "".join(f"{part}/" for part in rest[1:])
             return answer([_entry(p, b) for p, b in sorted(commit.tree.items()) if p.startswith(inside)])
         if verb == "paths-info":
-            tree, wanted = repo.commits[self._at(repo, rest[0])].tree, request.json()["paths"]
+            tree, wanted = repo.commits[self._at(repo, rest[0])].tree, parse_qs(request.body.decode())["paths"]
             return answer([_entry(path, tree[path]) for path in wanted if path in tree])
         if verb == "commits":
             return answer([_described(c) for c in repo.history(rest[0])] if self._at(repo, rest[0]) else [])

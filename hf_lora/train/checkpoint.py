@@ -94,6 +94,8 @@ def finish_checkpoint(
     step: int,
     parameters: list[str] | None = None,
     left_out: dict[str, list[str]] | None = None,
+    quantization: list[str] | None = None,
+    optimizer: str | None = None,
 ) -> None:
     """Write the manifest: the folder counts as a checkpoint from here on, and what it replaces goes.
 
@@ -102,6 +104,8 @@ def finish_checkpoint(
         step: the optimizer step that it belongs to.
         parameters: names of the trained parameters in the optimizer's order.
         left_out: adapter -> layers that its configuration matches and that it was taken off in training.
+        quantization: the forms in which layers of the base are quantised.
+        optimizer: the class that the optimizer's state belongs to; None where an engine hides it.
     """
     folder = Path(folder)
     files = {
@@ -112,7 +116,10 @@ def finish_checkpoint(
     for inner in {folder, *(folder / name for name in files)}:
         if inner.is_dir():
             sync_folder(inner)
-    content = {"format": _FORMAT, "step": step, "files": files, "parameters": parameters, "left_out": left_out}
+    content = {
+        "format": _FORMAT, "step": step, "files": files, "parameters": parameters, "left_out": left_out,
+        "quantization": quantization, "optimizer": optimizer,
+    }  # fmt: skip
     content["seal"] = _seal(content)
     aside = folder / (MANIFEST_NAME + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -152,6 +159,8 @@ def why_incomplete(folder: str | Path, contents: bool = False) -> list[str]:
         contents: read every file and compare it with what was written, beside looking at the sizes.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        return ["there is no such folder"]
     try:
         manifest = read_manifest(folder)
     except AdapterFileError as error:
@@ -200,6 +209,14 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     if skipped:
         then = f"Going on from {chosen}." if chosen else "No complete checkpoint is left."
         logger.warning("\n".join(["These checkpoints are not complete and are skipped:", *skipped, then]))
+    if chosen is not None:
+        found = [p for p in checkpoints(output_dir) if not p.name.endswith(ASIDE) and not why_incomplete(p)]
+        later = [p for p in found if _written(p)[0] > _written(Path(chosen))[0]]
+        if later:
+            logger.warning(
+                f"{chosen} has the highest step and is resumed from, but {later[0]} was written after it: is "
+                "it an earlier run's? Then name the other, and give each run a folder of its own."
+            )
     return chosen
 
 
@@ -265,29 +282,6 @@ def require_complete(folder: str | Path, contents: bool = False) -> None:
         lines.append(f"Resume from {others[0]} instead, the newest complete one.")
     else:
         lines.append("No complete checkpoint lies beside it; start again, or load its adapter with load_adapter.")
-    raise AdapterFileError("\n".join(lines))
-
-
-def check_parameter_order(folder: str | Path, names: list[str] | None) -> None:
-    """Refuse to give optimizer state to other parameters than it was saved from.
-
-    Args:
-        folder: the checkpoint.
-        names: the trained parameters in the optimizer's order; None where the optimizer hides them.
-
-    Raises:
-        AdapterFileError: names what differs.
-    """
-    manifest = read_manifest(folder)
-    saved = manifest.get("parameters") if manifest else None
-    if saved is None or names is None or saved == names:
-        return
-    lines = [f"The optimizer state in {folder} belongs to other parameters than those that are trained now:"]
-    lines += [f"  - saved and not trained now: {name}" for name in saved if name not in set(names)][:10]
-    lines += [f"  - trained now and not saved: {name}" for name in names if name not in set(saved)][:10]
-    if len(lines) == 1:
-        lines.append("  - they are the same, in another order (the rates and the order of the adapters count)")
-    lines.append("Resume with the arguments of the first run, or start a new run from the adapter alone.")
     raise AdapterFileError("\n".join(lines))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..layers.storage import storage_of
+from ..adapt.dequantize import quantized_layers
 
 
 def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
@@ -25,33 +26,42 @@ def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
 
 
 def base_precision(model: nn.Module) -> str:
-    """The kinds of the frozen weights, most elements first: `"nf4, bfloat16"`."""
+    """The kinds of the frozen weights, most elements first: `"bitsandbytes NF4, bfloat16"`."""
     counts: Counter[str] = Counter()
     packed = set()
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        storage = storage_of(module) if weight is not None else None
-        if weight is not None and storage is not None and storage.kind != "dense":
-            packed.add(id(weight))
-            size = 1
-            for length in storage.shape(module):
-                size *= length
-            counts[storage.kind] += size
+    for layer, storage in quantized_layers(model).values():
+        packed |= {id(p) for p in (layer._parameters.get("weight"),) if p is not None}
+        counts[storage.form(layer)] += prod(storage.shape(layer))
     for parameter in model.parameters():
         if not parameter.requires_grad and id(parameter) not in packed:
             counts[_name(parameter.dtype)] += parameter.numel()
     return _listed(counts) or "none"
 
 
+def quantization(model: nn.Module) -> list[str]:
+    """The forms in which layers of the base are quantised; none where all are dense."""
+    return sorted({storage.form(layer) for layer, storage in quantized_layers(model).values()})
+
+
 def _products(model: nn.Module, accelerator: Any) -> str:
+    text = _dense_products(model, accelerator)
+    own = {layer.__dict__.get("compute_dtype") for layer, _ in quantized_layers(model).values()}
+    named = ", ".join(sorted(_name(dtype) for dtype in own if isinstance(dtype, torch.dtype)))
+    return f"{text}, those of 4-bit layers in {named}" if named else text
+
+
+def _dense_products(model: nn.Module, accelerator: Any) -> str:
     mixed = str(accelerator.mixed_precision)
     if mixed == "fp8":
         return "float8 where Accelerate's backend has it (experimental)"
     if mixed == "bf16":
         return "bfloat16 by autocast"
     if mixed == "fp16":
-        scaled = getattr(accelerator, "scaler", None) is not None
-        return "float16 by autocast, the loss scaled" if scaled else "float16 by autocast"
+        if getattr(accelerator, "scaler", None) is not None:
+            return "float16 by autocast, the loss scaled"
+        if accelerator.device.type == "cpu":
+            return "float16 by autocast, the loss not scaled (Accelerate does so on accelerators alone)"
+        return "float16 by autocast"
     dtypes = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     text = "in the base's dtype"
     if torch.float32 in dtypes and accelerator.device.type == "cuda" and _tf32():

@@ -103,7 +103,11 @@ class PushingMixin(TrainerPart):
         name = {"checkpoint": "last-checkpoint", "all_checkpoints": Path(checkpoint_folder).name}.get(strategy)
         if name is not None:
             files |= _of_checkpoint(Path(checkpoint_folder), name)
-        stage = _copied(files)
+        try:
+            stage = _copied(files)
+        except OSError as error:  # the disk of temporary files is full, say
+            logger.warning(f"{call}: the copy to push cannot be made; training goes on without this push. {error}")
+            return
         if name is not None:
             _sealed_anew(stage / name)
         if self.processing_class is not None:
@@ -160,7 +164,8 @@ def _sealed_anew(folder: Path) -> None:
     """Let a copied checkpoint's manifest count no file that is not pushed: it is whole without them."""
     content = read_manifest(folder)
     if content is not None:
-        finish_checkpoint(folder, content["step"], content.get("parameters"), content.get("left_out"))
+        facts = (content.get(name) for name in ("parameters", "left_out", "quantization", "optimizer"))
+        finish_checkpoint(folder, content["step"], *facts)
 
 
 def _reported(job: Future[Any]) -> Future[Any]:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from ..adapt.gather import gathered_state
 from ..adapt.inject import drop_layers
 from ..adapt.state import require_state
-from ..compat import rotates_with, zero_partitions
+from ..compat import loads_to_plain_cpu, rotates_with, zero_partitions
 from ..errors import AdapterFileError
 from ..files.adapters import load_adapter_weights, save_adapter
 from ..files.format import CONFIG_NAME
@@ -23,7 +23,6 @@ from ..model import LoraModel
 from .checkpoint import (
     adapter_folders,
     begin_checkpoint,
-    check_parameter_order,
     checkpoints,
     finish_checkpoint,
     read_manifest,
@@ -35,6 +34,7 @@ from .checkpoint import (
 from .engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from .guard import NEVER_CALLED, check_finite
 from .pushing import PushingMixin
+from .resume import check_optimizer, check_parameter_order, check_quantization
 
 logger = logging.get_logger(__name__)
 
@@ -44,6 +44,8 @@ class SavingMixin(PushingMixin):
 
     _groups: list[dict[str, Any]] = []
     """What the optimizer was made for, where DeepSpeed has taken it over; see `engines.groups_of`."""
+    _quantization: list[str] = []
+    """The forms in which layers of the base are quantised, before an engine shards them."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (and the tokenizer) to `output_dir`, as `Trainer.save_model` does with a whole model.
@@ -57,7 +59,9 @@ class SavingMixin(PushingMixin):
             super().save_model(output_dir, _internal_call)
             return
         # Trainer would gather the base here, or write the shards of this process.
-        self._save(folder, state_dict=gathered_state(self._bare_model))
+        state = gathered_state(self._bare_model)
+        if self.args.should_save:  # older transformers let every process write in `_save`
+            self._save(folder, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -103,8 +107,10 @@ class SavingMixin(PushingMixin):
 
         def write_both(json_path: str) -> None:
             write(json_path)
-            left_out = _left_out(self._bare_model)
-            finish_checkpoint(Path(json_path).parent, state.global_step, self._parameters_in_order(), left_out)
+            finish_checkpoint(
+                Path(json_path).parent, state.global_step, self._parameters_in_order(), _left_out(self._bare_model),
+                self._quantization, _class_of(self.optimizer),
+            )  # fmt: skip
 
         state.save_to_json = write_both  # type: ignore[method-assign]
         try:
@@ -188,6 +194,7 @@ class SavingMixin(PushingMixin):
                 "model goes on with transformers.Trainer, or is loaded with from_pretrained and adapted anew."
             )
         require_complete(folder)
+        check_quantization(folder, self._quantization)
         model = self._bare_model
         manifest = read_manifest(folder) or {}
         for name, paths in (manifest.get("left_out") or {}).items():
@@ -200,7 +207,9 @@ class SavingMixin(PushingMixin):
             self._forget_lost_best()
             check_parameter_order(checkpoint, self._parameters_in_order())
             present = any(Path(checkpoint).glob(f"{Path(OPTIMIZER_NAME).stem}*"))
-            if not present:
+            if present:
+                check_optimizer(checkpoint, _class_of(self.optimizer))
+            else:
                 logger.warning(
                     f"{checkpoint} holds the adapter without the optimizer's state (save_only_model), so the "
                     "optimizer and its schedule start anew and the run will not end as an uninterrupted one."
@@ -212,7 +221,8 @@ class SavingMixin(PushingMixin):
                     schedule = torch.load(Path(checkpoint, SCHEDULER_NAME), map_location="cpu", weights_only=True)
                     load_schedule_state(self.lr_scheduler, self.optimizer, self._groups, schedule)
                 return
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with loads_to_plain_cpu(self.args):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
 
 def _folder_of(model: nn.Module, folder: str | Path, name: str) -> Path:
@@ -226,3 +236,11 @@ def _left_out(model: nn.Module) -> dict[str, list[str]]:
     skipped = require_state(model, "save_model").skipped
     found = {name: [p for p, why in table.items() if why == NEVER_CALLED] for name, table in skipped.items()}
     return {name: paths for name, paths in found.items() if paths}
+
+
+def _class_of(optimizer: Any) -> str | None:
+    """An optimizer's library and class, such as torch.AdamW; None under DeepSpeed, which has classes of its own."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if inner is None or zero_partitions(inner) is not None:
+        return None
+    return f"{type(inner).__module__.partition('.')[0]}.{type(inner).__name__}"

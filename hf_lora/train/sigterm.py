@@ -8,6 +8,7 @@ as long as one more step.
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ class SaveBetweenSteps(JITCheckpointCallback):
         self._group: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        manager = self.jit_manager
+        if manager is not None and signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:
+            manager.setup_signal_handler()  # the end of an earlier `train` has taken it off
         shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         # Of CPU tensors, so that no process waits for its device at every step.
         self._group = dist.new_group(backend="gloo") if shared else None

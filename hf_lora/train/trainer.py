@@ -34,7 +34,7 @@ from .groups import learning_rates, split_by_rate
 from .guard import LayerGuard
 from .head_loss import HeadLossMixin
 from .memory import keep_freed_memory
-from .precision import precision_line
+from .precision import precision_line, quantization
 from .saving import SavingMixin
 from .sigterm import save_between_steps
 from .start import announce, base_dtype, check_start, find_shared_inputs, hold_batchnorm
@@ -145,6 +145,7 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
         else:
             reason = f"the model already has the adapters {', '.join(map(repr, state.configs))}"
         state.resumable = True
+        self._quantization = quantization(model)
         changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
         if flags is not None and changed and flags.lora_config() not in state.configs.values():
             logger.warning(f"These arguments have no effect, since {reason}: {', '.join(changed)}.")
@@ -210,7 +211,8 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
             equalize(model)
         if self.is_world_process_zero():
             announce(model, self.args.learning_rate if self.optimizer is None else None)
-            named = self.args.optim if self.optimizer is None else type(self.optimizer).__name__
+            own = getattr(self.optimizer, "optimizer", self.optimizer)  # a second run finds it wrapped
+            named = self.args.optim if own is None else type(own).__name__
             print(precision_line(model, self.accelerator, str(getattr(named, "value", named))))
             if base_dtype(model) != self._base_dtype:
                 logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import pyarrow.parquet
 import pytest
 from helpers import run_command as run
 from helpers import write_lines
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from hf_lora import Conversation, DataError, generate_texts
 from hf_lora.cli.main import app
 from hf_lora.generate import load_for_generation
+from hf_lora.testing import LocalHub
 from hf_lora.train.prompts import read_prompt_table, read_prompts
 
 
@@ -30,6 +33,21 @@ def chat(adapter: str, *lines: str, options: tuple[str, ...] = ()) -> list[str]:
     result = CliRunner().invoke(app, words, input="".join(f"{line}\n" for line in lines))
     assert result.exit_code == 0, result.output
     return [*result.stdout.splitlines(), *(line for line in result.stderr.splitlines() if line.startswith("Error: "))]
+
+
+def test_models_on_the_hub_and_adapters_in_folders(
+    chat_adapter: str, llama_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("--prompt", "open the door", "--max-new-tokens", "4")
+    shutil.copytree(chat_adapter, tmp_path / "two" / "inner")
+    expected = run("generate", chat_adapter, *words).stdout
+    assert run("generate", tmp_path / "two", "--subfolder", "inner", *words).stdout == expected
+    run("merge", chat_adapter, "--out", tmp_path / "merged")
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        hub.add_repo("user/merged", tmp_path / "merged")
+        assert run("generate", "user/merged", *words).stdout == expected
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert run("generate", "user/merged", *words).stdout == expected
 
 
 # chat ----------------------------------------------------------------------------------------------------------------

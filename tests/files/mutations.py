@@ -212,6 +212,7 @@ def _of_fields() -> dict[str, Mutation]:
     found["config: layers_pattern of numbers"] = Mutation(
         fields(CONFIG_NAME, layers_to_transform=[0], layers_pattern=[5])
     )
+    found["config: base_model_name_or_path empty"] = Mutation(fields(CONFIG_NAME, base_model_name_or_path=""), LOADS)
     found["config: peft_type ?0"] = Mutation(fields(CONFIG_NAME, peft_type="lora"), LOADS)
     found["config: auto_mapping ?0"] = Mutation(
         fields(CONFIG_NAME, auto_mapping={"base_model_class": "system", "parent_library": "os"}), LOADS

@@ -15,6 +15,7 @@ import pytest
 import torch
 from families import batch_of
 from helpers import assert_same_tensors, randomize, snapshot, tiny_bert, tiny_llama, tiny_t5
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 
 import hf_lora.files.format as file_format
@@ -367,6 +368,14 @@ def test_a_copy_of_the_base_in_a_foreign_file_is_compared(tmp_path: Path) -> Non
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama(seed=1), allow_other_base=True)
 
 
+def test_a_base_without_a_name_may_be_an_empty_one(folder: Path) -> None:
+    """So PEFT writes it with older transformers, for a model that never had files."""
+    spoil_json(folder, base_model_name_or_path="")
+    LoraModel.from_pretrained(folder, base_model=tiny_llama())
+    with pytest.raises(AdapterFileError, match="base_model="):
+        LoraModel.from_pretrained(folder)
+
+
 # Saving --------------------------------------------------------------------------------------------------------------
 
 
@@ -486,3 +495,17 @@ def test_gathered_tensors_are_written_in_place_of_the_models_own(saved: Path, tm
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     apply_lora(tiny_llama()).save_pretrained(tmp_path / "x", is_main_process=False)
     assert not (tmp_path / "x").exists()
+
+
+def test_labels_that_json_cannot_hold_are_saved_as_texts(tmp_path: Path) -> None:
+    """A table gives NaN where a row has no label. What is saved is read again, whatever the labels are."""
+    model = tiny_bert()
+    try:
+        model.config.id2label = {0: float("nan"), 1: "half \ud800", 2: ["a", "list"]}
+    except StrictDataclassFieldValidationError:
+        pytest.skip("this transformers lets no such labels into a config")
+    randomize(apply_lora(model)).save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "hf_lora.json").read_text(encoding="utf-8"))["id2label"]
+    assert saved == {"0": "nan", "1": "half ?", "2": "['a', 'list']"}
+    again = LoraModel.from_pretrained(tmp_path, base_model=tiny_bert())
+    assert again.config.id2label == {0: "nan", 1: "half ?", 2: "['a', 'list']"}

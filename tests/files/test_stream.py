@@ -151,8 +151,47 @@ def test_an_embedding_that_is_kept_whole_ends_the_tie(tmp_path: Path) -> None:
     assert_merges_alike(base, adapter, tmp_path)
 
 
-def test_experts_are_copied_and_their_attention_is_merged(tmp_path: Path) -> None:
-    """Experts lie one by one on disk and stacked in memory; layers are called otherwise on disk."""
+def grown(base: Path, folder: Path, *kept: str, rows: int = 5) -> Path:
+    """An adapter trained after the vocabulary had grown by some rows."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + rows)
+    apply_lora(
+        model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=list(kept) or None)
+    )
+    randomize(model)
+    model.save_pretrained(folder / "adapter")
+    model.merge_and_unload()
+    model.save_pretrained(folder / "memory")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_has_grown(tmp_path: Path, tied: bool) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = save_base(tiny_llama(tied=tied), tmp_path, "20KB")
+    out = merge_files(base, grown(base, tmp_path, "embed_tokens", "lm_head"), tmp_path / "out")
+    assert_same_bits(tensors_of(out), tensors_of(tmp_path / "memory"))
+    again, report = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["mismatched_keys"]
+    assert again.config.vocab_size == len(again.lm_head.weight) == tiny_llama().config.vocab_size + 5
+    assert again.config.tie_word_embeddings is False
+
+
+def test_new_rows_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
+    for tied, kept, error, said in (
+        (False, ("embed_tokens",), MergeError, "shape: lm_head.weight is"),
+        (True, ("embed_tokens",), MergeError, "its own new rows are in no file"),
+        (False, (), BaseMismatchError, "the new rows are in no file"),
+    ):
+        folder = tmp_path / f"{tied} {len(kept)}"
+        base = save_base(tiny_llama(tied=tied), folder)
+        assert said in refused(error, base, grown(base, folder, *kept), folder / "out")
+
+
+def save_mixtral(folder: Path) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -160,7 +199,24 @@ def test_experts_are_copied_and_their_attention_is_merged(tmp_path: Path) -> Non
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, initializer_range=0.2,
     )  # fmt: skip
-    base = save_base(MixtralForCausalLM(config), tmp_path, "40KB")
+    return save_base(MixtralForCausalLM(config), folder, "40KB")
+
+
+def test_a_router_that_is_kept_whole_and_experts_that_are(tmp_path: Path) -> None:
+    base = save_mixtral(tmp_path)
+    whole = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    adapter = save_adapter(base, tmp_path, name="router", modules_to_save=["gate"], **whole)
+    out = assert_merges_alike(base, adapter, tmp_path)
+    changed = {n for n, t in tensors_of(base).items() if not torch.equal(t, tensors_of(out)[n])}
+    assert {n.split(".")[-2] for n in changed} == {"gate", "q_proj"}
+    adapter = save_adapter(base, tmp_path, name="experts", modules_to_save=["experts"], **whole)
+    said = refused(MergeError, base, adapter, tmp_path / "experts out")
+    assert "model.layers.1.mlp.experts.down_proj: the checkpoint holds it as" in said
+
+
+def test_experts_are_copied_and_their_attention_is_merged(tmp_path: Path) -> None:
+    """Experts lie one by one on disk and stacked in memory; layers are called otherwise on disk."""
+    base = save_mixtral(tmp_path)
     assert any("block_sparse_moe.experts.3.w1" in n for n in tensors_of(base))
     adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
     out = assert_merges_alike(base, adapter, tmp_path)
@@ -263,6 +319,28 @@ def test_every_fault_of_the_files_is_in_one_error(tmp_path: Path) -> None:
     said = refused(AdapterFileError, base, adapter, tmp_path / "out")
     for part in (f"{first} is missing", f"{second} is", f"{third} is cut off", "is not JSON", "is not empty"):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"shape":[32]', '"shape":[-4,-8]'),
+        ('"shape":[32]', '"shape":[32.0]'),
+        ('"dtype":"F32"', '"dtype":"F32","dtype":"F32"'),
+        ('"dtype":"F32"', '"dtype":"Q4"'),
+    ],
+)
+def test_a_header_that_is_not_what_the_format_says(tmp_path: Path, written: str, instead: str) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    file = base / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode()
+    assert written in header
+    changed = header.replace(written, instead, 1).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    assert f"{file} has no safetensors header" in refused(AdapterFileError, base, adapter, tmp_path / "out")
 
 
 def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -18,7 +19,7 @@ from files.test_stream import assert_same_bits, layout, save_adapter, save_base,
 from helpers import tiny_llama
 
 from hf_lora import AdapterFileError, merge_files
-from hf_lora.files import stream
+from hf_lora.files import ranges, stream
 from hf_lora.files.journal import JOURNAL_NAME
 
 
@@ -131,6 +132,41 @@ def test_threads_change_no_bit(inputs: tuple[Path, Path], tmp_path: Path) -> Non
     finally:
         torch.set_num_threads(1)
     assert_same_bits(tensors_of(together), tensors_of(alone))
+
+
+def test_files_between_which_the_system_copies_nothing(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two file systems, of which one reserves no place: the same bytes, and no position that threads would share."""
+    base, adapter = inputs
+    expected = merge_files(base, adapter, tmp_path / "expected")
+
+    def refuses(*args: object) -> int:
+        raise OSError(errno.EXDEV, "other file systems")
+
+    monkeypatch.setattr(ranges, "_copy_file_range", refuses)
+    monkeypatch.setattr(ranges, "_fallocate", refuses)
+    out = merge_files(base, adapter, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in expected.iterdir()}
+    (tmp_path / "source").write_bytes(bytes(range(256)))
+    with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
+        ranges.copy_range(source.fileno(), 50, target.fileno(), 20, 100)
+        assert os.lseek(source.fileno(), 0, os.SEEK_CUR) == os.lseek(target.fileno(), 0, os.SEEK_CUR) == 0
+    assert (tmp_path / "target").read_bytes() == bytes(20) + bytes(range(50, 150))
+
+
+def test_a_full_disk_is_found_when_a_place_is_reserved(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: int) -> None:
+        raise OSError(errno.ENOSPC, "nothing left")
+
+    monkeypatch.setattr(ranges, "_fallocate", full)
+    with pytest.raises(AdapterFileError, match="the same call goes on"):
+        merge_files(*inputs, tmp_path / "out")
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name != JOURNAL_NAME]
+    monkeypatch.undo()
+    merge_files(*inputs, tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -152,6 +152,17 @@ def test_a_value_that_is_not_finite_stands_in_the_table_alone(adapter: Path) -> 
     assert "| Loss | eval | nan |" in content(adapter)
     found = ModelCard.load(adapter / "README.md").data.eval_results
     assert [(r.metric_type, r.metric_value) for r in found] == [("accuracy", 0.5)]
+    given = {"task_type": "t", "dataset_type": "d", "dataset_name": "D"}
+    given |= {"metric_type": "perplexity", "metric_value": float("inf")}
+    write_card(adapter, results=[EvalResult(**given)])
+    assert "| Perplexity | D | inf |" in content(adapter)
+    assert "Infinity" not in content(adapter), "the record is JSON, which has no such number"
+    assert "model-index" not in ModelCard.load(adapter / "README.md").data.to_dict()
+
+
+def test_a_base_with_a_name_longer_than_a_path_may_be(adapter: Path) -> None:
+    write_card(adapter, base_model="x" * 300)
+    assert "base_model" not in ModelCard.load(adapter / "README.md").data.to_dict()
 
 
 def test_an_earlier_evaluation_is_told_with_its_step_and_is_no_result(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import token_ids
 from hub.conftest import EXPECTED, contents
 from huggingface_hub import constants
 
-from hf_lora import AdapterFileError, HubError, LoraModel
+from hf_lora import AdapterFileError, HubError, LoraModel, write_card
 from hf_lora.hub import network
 from hf_lora.hub.pull import fetch_adapter, pull_adapter
 from hf_lora.hub.push import push_folder
@@ -149,6 +150,29 @@ def test_bytes_that_change_on_their_way_up_are_refused(
     assert hub.files("user/ad") == {}
     push_folder(adapter_folder, "user/ad")
     assert hub.files("user/ad").keys() == EXPECTED
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_card_on_the_hub_is_read_whole(
+    hub: LocalHub, adapter_folder: Path, tmp_path: Path, waits: list[float], fault: str
+) -> None:
+    """Of it, what somebody wrote there is sent back."""
+    folder = shutil.copytree(adapter_folder, tmp_path / "mine")
+    write_card(folder)
+    push_folder(folder, "user/ad")
+    mine = "\nWhat I wrote.\n" * 1000
+    hub.add_files("user/ad", {"README.md": hub.files("user/ad")["README.md"] + mine.encode()})
+    write_card(folder, license="mit")
+    set_up = hub.fail("GET */resolve/*/README.md", **FAULTS[fault])
+    try:
+        push_folder(folder, "user/ad")
+    except HubError:
+        assert fault in ("409", "412"), "this passes, and was not tried again"
+        assert len(hub.commits("user/ad")) == 3
+    else:
+        assert hub.files("user/ad")["README.md"].decode().endswith(mine)
+        assert b"license: mit" in hub.files("user/ad")["README.md"]
+    assert set_up.fired == 1
 
 
 def test_a_commit_of_somebody_else_in_between(hub: LocalHub, adapter_folder: Path, waits: list[float]) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_lora import AdapterFileError, BaseMismatchError, HubError, LoraModel, StateError, apply_lora
-from hf_lora.hub.pull import fetch_adapter, pull_adapter
-from hf_lora.hub.push import push_folder
+from hf_lora.hub.pull import fetch_adapter, local_adapter, pull_adapter
+from hf_lora.hub.push import push_folder, pushed_files
 from hf_lora.testing import LocalHub
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
@@ -166,7 +166,7 @@ def test_several_adapters_go_to_folders_of_their_names(model: Any, hub: LocalHub
     assert hub.files("user/in").keys() == {f"a/b/{name}" for name in ADAPTER}
     with pytest.raises(AdapterFileError, match="holds the adapters a/b in folders of their own: pass subfolder="):
         LoraModel.from_pretrained("user/in")
-    for out in ("../x", "/x", "a/../b"):
+    for out in ("../x", "/x", "a/../b", "a\0b"):
         with pytest.raises(HubError, match="no folder inside a repository"):
             fetch_adapter("user/in", subfolder=out)
 
@@ -210,6 +210,32 @@ def test_what_is_checked_before_the_network_is_asked(
     assert not hub.requests
 
 
+def test_links_that_lead_out_of_the_folder_are_not_followed(
+    hub: LocalHub, adapter_folder: Path, tmp_path: Path
+) -> None:
+    """Neither up to the Hub nor into a model."""
+    hub.clear()
+    folder, secret = shutil.copytree(adapter_folder, tmp_path / "mine"), tmp_path / "id_rsa"
+    secret.write_text("a secret")
+    (folder / "vocab.json").symlink_to(secret)
+    with pytest.raises(AdapterFileError, match=r"vocab.json is a link that leads out .*id_rsa"):
+        push_folder(folder, "user/ad")
+    (folder / "vocab.json").unlink()
+    (folder / "other").symlink_to(adapter_folder)
+    with pytest.raises(AdapterFileError, match="other is a link that leads out") as caught:
+        push_folder(folder, "user/ad")
+    assert str(caught.value).count("leads out") == 1
+    assert not hub.requests
+    with pytest.raises(AdapterFileError, match="other is a link that leads out"):
+        local_adapter(folder, subfolder="other")
+    (folder / "other").unlink()
+    (folder / "vocab.json").symlink_to(folder / "hf_lora.json")  # this one stays within
+    assert "vocab.json" in pushed_files(folder, "here")
+    assert local_adapter(folder, subfolder="none") == folder / "none"
+    cached = fetch_adapter("user/ad") if push_folder(folder, "user/ad") else folder
+    assert pushed_files(cached, "of the cache, which consists of links").keys() >= ADAPTER
+
+
 def test_a_full_model_on_the_hub_is_left_alone(with_base: LocalHub, adapter_folder: Path) -> None:
     before = with_base.files("user/base")
     with pytest.raises(HubError, match=r"holds a full model there \(config.json, model.safetensors\)"):
@@ -232,8 +258,13 @@ def test_no_token_is_ever_told(
     told = "".join(traceback.format_exception(caught.value))
     assert "the token *** is of no use" in told
     assert secret not in told
+    with pytest.raises(HubError) as caught:
+        push_folder(adapter_folder, "user/ad", token="no\ntoken")
+    assert "Bearer ***" in str(caught.value)
+    assert not waits, "it cannot stand in a header, now or later"
     push_folder(adapter_folder, "user/ad")
     out = capfd.readouterr()
+    assert "no\\ntoken" not in out.err
     for text in (out.out, out.err, *(str(c) for c in hub.files("user/ad").values())):
         assert secret not in text
         assert hub.token not in text
@@ -284,6 +315,7 @@ def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits
     hub.add_repo("user/empty", {"notes.txt": b"x"})
     hub.add_repo("user/half", {"adapter_config.json": b"{}"})
     hub.add_repo("user/old", {"adapter_config.json": b"{}", "adapter_model.bin": b"x"})
+    hub.add_repo("user/huge", {"adapter_config.json": b" " * 5_000_000, "adapter_model.safetensors": b"x"})
     guest = hub.add_user("guest")
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("user/absent", {}, "no model repository user/absent .* or it is private and the token has no access"),
@@ -294,11 +326,14 @@ def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits
         ("user/empty", {}, r"is no adapter \(no adapter_config.json\). It holds .*notes.txt"),
         ("user/half", {}, "no adapter_model.safetensors: the adapter is incomplete"),
         ("user/old", {}, "a pickle, which is not fetched.*hf-lora convert"),
+        ("user/huge", {}, "adapter_config.json has more than 4,194,304 bytes. It is not fetched."),
         ("no/such/name", {}, "no repository can have that name"),
+        ("x" * 300, {}, "no repository can have that name"),
     ]
     for repo_id, kwargs, words in cases:
         with pytest.raises(AdapterFileError, match=words):
-            fetch_adapter(repo_id, **kwargs)
+            local_adapter(repo_id, **kwargs)
+    assert not hub.asked("GET */user/huge/resolve/*")
     assert not waits, "none of these passes"
     hub.repo("user/gated").readers.add("guest")
     assert fetch_adapter("user/gated", token=guest).is_dir()
@@ -355,3 +390,22 @@ def test_pull_into_a_folder(hub: LocalHub, adapter_folder: Path, tmp_path: Path)
     assert "is not empty" in run_command("pull", "user/ad", tmp_path / "out", code=2).stderr
     run_command("pull", "user/ad", tmp_path / "out", "--overwrite")
     assert "snapshots" in run_command("pull", "user/ad", "--offline").output
+    with pytest.raises(AdapterFileError, match=r"cannot be made .*Name another folder"):
+        pull_adapter("user/ad", adapter_folder / "README.md" / "out")
+
+
+def test_nothing_is_left_of_an_adapter_that_is_replaced(hub: LocalHub, adapter_folder: Path, tmp_path: Path) -> None:
+    """Another library's adapter has no hf_lora.json: that of ours would tell of another base, and of other labels."""
+    theirs = {name: (adapter_folder / name).read_bytes() for name in ADAPTER - {"hf_lora.json"}}
+    hub.add_repo("user/theirs", theirs)
+    put(hub, adapter_folder)
+    out = pull_adapter("user/ad", tmp_path / "out")
+    (out / "mine.txt").write_text("mine")
+    pull_adapter("user/theirs", out, overwrite=True)
+    assert contents(out).keys() == theirs.keys() | {"mine.txt", "README.md"}
+    pull_adapter("user/theirs", tmp_path / "theirs")
+    push_folder(tmp_path / "theirs", "user/ad")
+    assert hub.files("user/ad").keys() == EXPECTED - {"hf_lora.json"}
+    push_folder(adapter_folder, "user/ad", subfolder="inner")
+    push_folder(tmp_path / "theirs", "user/ad")
+    assert "inner/hf_lora.json" in hub.files("user/ad"), "another adapter's"

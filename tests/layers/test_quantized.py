@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_near, assert_same_tensors, randomize, relative_error, tiny_llama, token_ids
+from helpers import VOCABULARY, assert_near, assert_same_tensors, randomize, relative_error, tiny_llama, token_ids
 from quantized_bases import QUANTIZED, bits, load, method, save_base
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -301,6 +303,31 @@ def test_a_quantised_module_is_not_trained_whole(base: Path) -> None:
     with pytest.raises(TargetError, match=r"layers\.0\.mlp\.up_proj would be trained whole.*is quantised"):
         apply_lora(model, LoraConfig(r=2, modules_to_save=["up_proj"]))
     assert_same_tensors(bits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_new_head_that_was_never_quantised_is_refused_with_the_way_out(tmp_path: Path, kind: str) -> None:
+    """transformers puts quantised layers in the place of a head, and no quantised weights in them: none can run."""
+    from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+        )
+    ).save_pretrained(tmp_path)
+    model = load(tmp_path, kind, cls=BertForSequenceClassification)
+    with pytest.raises((AssertionError, AttributeError)):  # what there would be without the refusal
+        model(input_ids=token_ids())
+    for saved, pooler in ((None, "bert.pooler"), (["classifier"], "bert.pooler.dense"), ([], "bert.pooler.dense")):
+        with pytest.raises(TargetError) as caught:
+            apply_lora(model, LoraConfig(r=2, modules_to_save=saved))
+        named = re.search(r"llm_int8_skip_modules.*: (\[.*\])\)", str(caught.value))
+        assert named
+        assert sorted(ast.literal_eval(named[1])) == [pooler, "classifier"]
+        skip = {"llm_int8_skip_modules": ast.literal_eval(named[1])}
+        fine = apply_lora(load(tmp_path, kind, cls=BertForSequenceClassification, **skip), LoraConfig(r=2)).train()
+        fine(input_ids=token_ids(), labels=torch.tensor([0, 1])).loss.backward()
+        assert all(p.grad is not None for n, p in fine.named_parameters() if "classifier" in n and p.requires_grad)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

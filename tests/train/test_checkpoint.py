@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 import hf_lora.train.saving as saving
 from hf_lora import LoraConfig, LoraTrainer, apply_lora, share_inputs
-from hf_lora.errors import AdapterFileError
+from hf_lora.errors import AdapterFileError, BaseMismatchError
 from hf_lora.train.checkpoint import ASIDE, MANIFEST_NAME, last_checkpoint, why_incomplete
 
 Make = Callable[..., Any]
@@ -92,6 +95,42 @@ def test_resuming_by_true_takes_the_newest_complete_one(arguments: Make, message
     resumed = run(args, resume=True)
     assert_same_tensors(adapter_values(resumed.model), adapter_values(whole.model))
     assert why_incomplete(folder / "checkpoint-8") == []
+
+
+def test_a_later_run_in_the_folder_of_a_longer_one_is_pointed_out(arguments: Make, messages: list[str]) -> None:
+    common = {"save_strategy": "steps", "save_steps": 2}
+    folder = Path(run(arguments(max_steps=4, **common)).args.output_dir)
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert not any("was written after it" in message for message in messages)
+    run(arguments(max_steps=2, **common))
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+    assert f"{folder / 'checkpoint-2'} was written after it" in messages[-1]
+
+
+def test_a_second_run_of_a_trainer_heeds_sigterm_as_the_first(arguments: Make) -> None:
+    class Sender(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and self.armed:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.2)  # for the timer of the manager, which waits for no time here
+
+        armed = False
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        sender = Sender()
+        args = arguments(max_steps=6, enable_jit_checkpoint=True)
+        trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), callbacks=[sender])
+        managers = [m for c in trainer.callback_handler.callbacks if (m := getattr(c, "jit_manager", None))]
+        managers[0].kill_wait = 0
+        trainer.train()
+        sender.armed = True
+        trainer.train()
+        step = trainer.state.global_step
+        assert 2 <= step < 6
+        assert why_incomplete(Path(args.output_dir) / f"checkpoint-{step}") == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nothing_to_resume_from(arguments: Make) -> None:
@@ -215,6 +254,31 @@ def test_other_arguments_than_those_of_the_checkpoint_are_refused(arguments: Mak
         run(arguments(**common, loraplus_lr_ratio=2.0), resume=True)
     with pytest.raises(AdapterFileError, match="shape"):
         run(arguments(**common), resume=True, lora_config=LoraConfig(r=2))
+    with pytest.raises(
+        AdapterFileError, match=r"is torch\.AdamW's, and this run's optimizer is transformers\.Adafactor"
+    ):
+        run(arguments(**common, optim="adafactor"), resume=str(Path(arguments().output_dir, "checkpoint-2")))
+    run(arguments(name="bare", **common, save_only_model=True))
+    bare = run(arguments(name="bare", **common | {"max_steps": 6}, optim="adafactor"), resume=True)
+    assert bare.state.global_step == 6  # there is no state that could be another optimizer's
+
+
+def test_another_base_or_scaling_is_refused(arguments: Make) -> None:
+    """The values would fit, and mean something else."""
+    common = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    folder = Path(run(arguments(**common)).args.output_dir) / "checkpoint-2"
+    louder = apply_lora(tiny_bert(), LoraConfig(r=4, lora_alpha=32, alpha_pattern={"query": 8}))
+    other = apply_lora(tiny_bert(seed=7), CONFIG)
+    for model, error, said in (
+        (louder, AdapterFileError, r"over rank is 2 in the file and 8 in the model, for 11 layers"),
+        (other, BaseMismatchError, "its weights differ"),
+    ):
+        before = adapter_values(model)
+        with pytest.raises(error, match=said):
+            model.load_adapter_weights(folder)
+        with pytest.raises(error, match=said):
+            LoraTrainer(model, arguments(**common), train_dataset=sentences()).train(str(folder))
+        assert_same_tensors(adapter_values(model), before)
 
 
 def test_an_unmodified_trainer_writes_adapters_and_says_how_to_resume(

@@ -7,15 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import accelerate
 import pytest
-from packaging.version import Version
 
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    if Version(accelerate.__version__) < Version("1.15"):
-        pytest.skip("this accelerate calls a process's device cpu:0, to which Trainer cannot load an optimizer")
     here = Path(__file__).parent
     script = here / "two_processes.py"
     paths = os.pathsep.join([str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])

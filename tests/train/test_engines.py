@@ -10,12 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import torch
 from engine_runs import STEPS, fresh_model, run_arguments, start, write_result
 from helpers import assert_same_tensors
-from packaging.version import Version
 from quantized_bases import load, save_base
 from safetensors.torch import load_file
 from tiny import texts, tiny_bert, tiny_llama
@@ -32,8 +30,6 @@ ZERO = ("zero3", "zero3-resumed", "zero3-from-one", "zero3-loaded", "zero2", "ze
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all results, with those of one process in it."""
-    if Version(accelerate.__version__) < Version("1.15"):
-        pytest.skip("this accelerate calls a process's device cpu:0, to which Trainer cannot load an optimizer")
     out = tmp_path_factory.mktemp("engines")
     train_alone(out / "single")
     tiny_llama().save_pretrained(out / "base")

@@ -10,6 +10,7 @@ import torch
 from tiny import Rows, sentences, texts, tiny_bert, tiny_llama
 
 from hf_lora import LoraConfig, LoraTrainer
+from hf_lora.errors import AdapterFileError
 
 Make = Callable[..., Any]
 STEPS = 12
@@ -22,7 +23,7 @@ def quantised_llama(tmp_path: Any, **options: Any) -> Any:
     folder = tmp_path / "base"
     if not folder.exists():
         tiny_llama().save_pretrained(folder)
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **options)
+    config = BitsAndBytesConfig(load_in_4bit=True, **{"bnb_4bit_quant_type": "nf4"} | options)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
@@ -38,6 +39,7 @@ def quantised_llama(tmp_path: Any, **options: Any) -> Any:
             "base float32; adapters float32; products in the base's dtype; optimizer adamw_torch_fused",
         ),
         (torch.float32, {"bf16": True}, "base float32; adapters float32; products bfloat16 by autocast"),
+        (torch.float32, {"fp16": True}, "products float16 by autocast, the loss not scaled"),
         (torch.bfloat16, {}, "base bfloat16; adapters float32; products in the base's dtype"),
         (torch.bfloat16, {"bf16": True, "optim": "sgd"}, "products bfloat16 by autocast; optimizer sgd on float32"),
     ],
@@ -51,6 +53,8 @@ def test_the_start_says_the_precision(
     assert said in line
     states = [v for s in trainer.optimizer.state.values() for v in s.values() if v.dim()]  # type: ignore[union-attr]
     assert all(v.dtype == torch.float32 for v in states)  # and what it says of the optimizer is so
+    trainer.train()
+    assert "AcceleratedOptimizer" not in capsys.readouterr().out
 
 
 def test_the_start_says_how_the_base_is_quantised(
@@ -59,8 +63,23 @@ def test_the_start_says_how_the_base_is_quantised(
     model = quantised_llama(tmp_path, bnb_4bit_compute_dtype=torch.bfloat16)
     LoraTrainer(model, arguments(max_steps=1), train_dataset=texts(4)).train()
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("precision: "))
-    assert "base bitsandbytes 4-bit, float32;" in line
+    assert "base bitsandbytes NF4, float32;" in line
+    assert "products in the base's dtype, those of 4-bit layers in bfloat16;" in line
     assert "adapters float32" in line
+
+
+def test_a_run_does_not_go_on_over_another_form_of_the_base(arguments: Make, tmp_path: Any) -> None:
+    def trainer(steps: int, **options: Any) -> Any:
+        args = arguments(max_steps=steps, save_strategy="steps", save_steps=1)
+        return LoraTrainer(quantised_llama(tmp_path, **options), args, train_dataset=texts(4))
+
+    trainer(1).train()
+    fp4 = trainer(2, bnb_4bit_quant_type="fp4")
+    with pytest.raises(AdapterFileError, match=r"it was bitsandbytes NF4 then, and is bitsandbytes FP4 now"):
+        fp4.train(resume_from_checkpoint=True)
+    resumed = trainer(2)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 2
 
 
 # The curves.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,20 @@ def test_a_push_that_fails_stops_no_training(
     hub.clear()
     run.push_to_hub()
     assert set(hub.files("user/run")) - {"training_loss.png"} == OWN
+
+
+def test_a_full_disk_of_temporary_files_stops_no_training(
+    arguments: Make, hub: LocalHub, messages: list[str], monkeypatch: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = trainer(arguments, "checkpoint", hub_token=hub.token)
+    monkeypatch.setattr("hf_lora.train.pushing._copied", full)
+    run.train()
+    assert run.state.global_step == 4
+    assert any("training goes on without this push" in text and "No space" in text for text in messages)
+    assert hub.files("user/run") == {}
 
 
 def test_a_repository_that_cannot_be_made_is_said_before_training(arguments: Make, hub: LocalHub) -> None:
