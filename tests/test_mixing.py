@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,3 +169,13 @@ def test_heads_are_replaced_and_take_no_weight(tmp_path: Path) -> None:
     folders = save(tiny_bert(), tmp_path, (1, 2), modules_to_save=["classifier"])
     with pytest.raises(ConfigError, match=r"(?s)classifier.*no weight but 1"):
         LoraModel.from_pretrained(folders[:1], base_model=tmp_path / "base", merge=True, weights=[0.5])
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_merge_at_load(tmp_path: Path) -> None:
+    command = [sys.executable, "examples/benchmarks/merge_on_load.py", "--layers", "4", "--repeats", "1",
+               "--folder", str(tmp_path), "--json", str(tmp_path / "table.json")]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
+    rows = {row["road"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert set(rows) == {"base alone", "hf_lora", "peft"}
+    assert rows["hf_lora"]["memory"] <= 64  # MiB above loading the base alone

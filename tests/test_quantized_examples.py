@@ -41,8 +41,8 @@ def test_qlora(tmp_path: Path) -> None:
     losses = [float(v) for v in re.findall(r"loss (\d+\.\d+)\n", output)]
     assert len(losses) == 3
     beside, merged, dense = losses
-    # After four steps an update is smaller than half a place of bfloat16 in many weights, so the rounded sum loses part
-    # of it, whoever adds: 8% in the loss were seen, with PEFT as with us.
+    # After four steps an update is smaller than half a place of bfloat16 in many weights, so the rounded sum loses a
+    # part of it, whoever adds: 8% in the loss were seen, with PEFT as with us.
     assert abs(dense - beside) < 0.15 * beside
     assert merged < 1.2 * beside
     config = json.loads((tmp_path / "out" / "qlora" / "merged" / "config.json").read_text())

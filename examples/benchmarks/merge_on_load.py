@@ -23,21 +23,14 @@ from typing import Any
 import common
 import torch
 from common import Table
-from stream_merge import make
+from stream_merge import checkpoint_arguments, make
 
 LIMITS = {"memory": 64.0, "peft": 0.25}
 """MiB above loading the base alone; times PEFT's road."""
 
 
 def parse() -> argparse.Namespace:
-    parser = common.arguments(__doc__)
-    parser.add_argument("--layers", type=int, default=19, help="19 are 1.7 GB")
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--mlp", type=int, default=5632)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None, help="where to work")
+    parser = checkpoint_arguments(__doc__)
     parser.add_argument("--peak-of", choices=tuple(ROADS), help=argparse.SUPPRESS)
     return parser.parse_args()
 

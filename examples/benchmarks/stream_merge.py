@@ -35,7 +35,14 @@ LIMITS = {"memory": 400.0, "copy": 3.0, "peft": 0.2}
 
 
 def parse() -> argparse.Namespace:
-    parser = common.arguments(__doc__)
+    parser = checkpoint_arguments(__doc__)
+    parser.add_argument("--peak-of", choices=("idle", *ROADS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def checkpoint_arguments(description: str | None) -> argparse.ArgumentParser:
+    """What the checkpoint to merge is like, and where it is put."""
+    parser = common.arguments(description)
     parser.add_argument("--layers", type=int, default=19, help="19 are 1.7 GB")
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--mlp", type=int, default=5632)
@@ -43,8 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, default=None, help="where to work; it needs five times the checkpoint")
-    parser.add_argument("--peak-of", choices=("idle", *ROADS), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser
 
 
 def make(folder: Path, options: argparse.Namespace) -> None:
