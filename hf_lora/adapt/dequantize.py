@@ -27,6 +27,7 @@ from ..layers.quantized import QuantizedStorage, is_packed, quantization_of, why
 from ..layers.shapes import shape_of
 from ..layers.storage import fits, storage_of
 from .state import state_of
+from .ties import untie_all
 from .walk import original_modules
 
 BLOCK_ELEMENTS = 1 << 18
@@ -127,8 +128,6 @@ def dequantize_with(model: Any, folds: dict[str, Fold]) -> None:
             own = layer._lora
             own.storage, own.shape = cast(Storage, storage_of(layer)), cast(Any, shape_of(layer))
     if parted:
-        from .merge import untie_all
-
         untie_all(model)
     forget_quantization(model, dtype)
 

@@ -22,9 +22,9 @@ from ..layers.sharded import how_sharded
 from ..layers.storage import execution_device
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
-from .merge import untie_all
 from .state import ATTRIBUTE, LoraState, Task, require_state, set_active, state_of, update_requires_grad
 from .targets import Explanation, Target, resolve
+from .ties import untie_all
 from .walk import adapter_layers, bias_layers, module_at, original_modules, put, replacements
 
 

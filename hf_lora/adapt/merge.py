@@ -2,7 +2,8 @@
 
 Rows of a weight are read as float64, the updates are computed in float64 and added, and the sum is rounded once, to
 the weight's dtype. Blocks of rows bound the memory, and are small enough to stay in a core's cache: the weight is read
-and written once, and no temporary is as large as a weight.
+and written once, and no temporary is as large as a weight. A weight that is a map of its file gets memory of its own
+instead, and gives its pages of the map back as it is read.
 
 A quantised weight is never written. To merge for good makes the whole model dense (dequantize.py); to merge for a
 while is refused.
@@ -10,7 +11,6 @@ while is refused.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
-from ..layers.extend import plain
 from ..layers.mapped import let_go, lies_in, unwritten_maps
 from ..layers.quantized import why_unreadable
 from ..layers.shapes import ConvShape
@@ -29,7 +28,8 @@ from ..layers.sharded import is_partitioned, is_sharded
 from ..layers.storage import fits, put_rows
 from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
 from .state import LoraState, require_state, set_active, slots
-from .walk import adapter_layers, bias_layers, module_at, original_modules
+from .ties import forward_asks_for_ties, untie_adapted, weight_users
+from .walk import adapter_layers, bias_layers
 
 
 def merge(
@@ -73,7 +73,7 @@ def merge(
         set_active(model, state, before)
         raise
     if untie:
-        _untie(model, layers)
+        untie_adapted(model, layers)
     packed = {name: _folding(layer, state) for name, layer in layers.items() if layer._lora.storage.quantized}
     dense = {name: layer for name, layer in layers.items() if name not in packed}
     maps = unwritten_maps() if dense else []
@@ -288,7 +288,7 @@ def check_mergeable(
             kind = "a part of ZeRO-3's" if is_partitioned(weight) else type(weight).__name__
             faults.add(f"{path}: its weight is {kind} now, which cannot be folded in place")
         shared = [n for n in users[id(weight)] if n != path]
-        if shared and untie and _forward_asks_for_ties(model):
+        if shared and untie and forward_asks_for_ties(model):
             faults.add(
                 f"{path}: its weight is tied to {', '.join(shared)}, and untying would change what the model "
                 "computes, as its forward asks whether embeddings are tied. Keep the adapter unmerged"
@@ -299,64 +299,3 @@ def check_mergeable(
                 "adapter unmerged, or pass untie=True to give the layer its own weight (the model then saves both)"
             )
     faults.check(MergeError, f"Nothing was changed. {next_step}")
-
-
-def weight_users(model: nn.Module) -> dict[int, list[str]]:
-    """id of a weight -> original names of the modules that hold it."""
-    users: dict[int, list[str]] = {}
-    for name, module in original_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
-    return users
-
-
-def _untie(model: Any, layers: dict[str, LoraLayer]) -> None:
-    """Give every adapted layer a weight of its own, in memory and in what the model will save."""
-    users = weight_users(model)
-    shared = [layer for layer in layers.values() if len(users[id(layer.weight)]) > 1]
-    if not shared:
-        return
-    for layer in shared:
-        if not layer._lora.storage.quantized:  # each of those gets a dense weight of its own in any case
-            _own(layer, "weight")
-    untie_all(model)
-
-
-def untie_all(model: Any) -> None:
-    """Make copies of what a transformers model ties, and say in its config that nothing is tied.
-
-    A config says of all ties at once whether they hold, and a file without ties must hold every tensor.
-    """
-    ties = getattr(model, "all_tied_weights_keys", None)
-    for key, source in (ties or {}).items():
-        (path, _, name), (source_path, _, source_name) = key.rpartition("."), source.rpartition(".")
-        holder: Any = module_at(model, path)
-        if holder._parameters.get(name) is module_at(model, source_path)._parameters.get(source_name):
-            _own(holder, name)
-    if ties is not None:
-        model.all_tied_weights_keys = {}
-    for config in _configs(model):
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False
-
-
-def _own(module: Any, name: str) -> None:
-    parameter = module._parameters[name]
-    if parameter is not None:
-        module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
-
-
-def _forward_asks_for_ties(model: nn.Module) -> bool:
-    """Whether the model computes something else, such as a scale, where its config says that embeddings are tied."""
-    cls: Any = plain(type(model))
-    forward = inspect.unwrap(cls.forward)
-    return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
-
-
-def _configs(model: Any) -> Iterator[Any]:
-    config = getattr(model, "config", None)
-    if config is not None:
-        yield config
-        if hasattr(config, "get_text_config"):
-            yield config.get_text_config()
