@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from typing import Any
 import common
 import torch
 from common import Table
-from stream_merge import checkpoint_arguments, make
+from stream_merge import checkpoint_arguments, make, peak_in, peak_now
 
 LIMITS = {"memory": 64.0, "peft": 0.25}
 """MiB above loading the base alone; times PEFT's road."""
@@ -57,18 +55,6 @@ def peft(folder: Path) -> Any:
 ROADS: dict[str, Callable[[Path], Any]] = {"base alone": plain, "hf_lora": merged, "peft": peft}
 
 
-def peak() -> float:
-    """The largest resident memory of this process so far, in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-
-
-def peak_of(road: str, folder: Path, options: argparse.Namespace) -> float:
-    command = [sys.executable, __file__, "--folder", str(folder), "--peak-of", road, "--threads", str(options.threads)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(next(line for line in text.splitlines() if line.startswith("peak")).split()[1])
-
-
 def measure(options: argparse.Namespace) -> Table:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -83,7 +69,7 @@ def measure(options: argparse.Namespace) -> Table:
                 if turn:  # the first one warms up
                     times[road].append(time.perf_counter() - start)
                 del model
-        peaks = {road: peak_of(road, folder, options) for road in ROADS}
+        peaks = {road: peak_in(__file__, road, folder, options) for road in ROADS}
     medians = {road: statistics.median(seconds) for road, seconds in times.items()}
     rows = [
         {
@@ -112,7 +98,7 @@ if __name__ == "__main__":
         torch.set_num_threads(asked.threads)
         for parameter in ROADS[asked.peak_of](asked.folder).parameters():
             parameter.detach().view(torch.int16).max()  # without a copy
-        print("peak", peak())
+        print("peak", peak_now())
     else:
         common.device_of(asked)
         measure(asked).show(asked.json)

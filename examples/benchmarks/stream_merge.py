@@ -104,8 +104,20 @@ def peak(road: str, options: argparse.Namespace) -> None:
         out = Path(tempfile.mkdtemp(dir=options.folder)) / "out"
         ROADS[road](options.folder, out)
         shutil.rmtree(out.parent)
+    print("peak", peak_now())
+
+
+def peak_now() -> float:
+    """The largest resident memory of this process so far, in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    print("peak", int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024)
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def peak_in(script: str, road: str, folder: Path, options: argparse.Namespace) -> float:
+    """What a benchmark prints as its peak where it is started for one road alone."""
+    command = [sys.executable, script, "--folder", str(folder), "--peak-of", road, "--threads", str(options.threads)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(next(line for line in text.splitlines() if line.startswith("peak")).split()[1])
 
 
 def peak_of(road: str, folder: Path, options: argparse.Namespace) -> float:
@@ -113,9 +125,7 @@ def peak_of(road: str, folder: Path, options: argparse.Namespace) -> float:
         code = "import torch; print(open('/proc/self/status').read())"
         text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         return int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    command = [sys.executable, __file__, "--folder", str(folder), "--peak-of", road, "--threads", str(options.threads)]
-    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return float(next(line for line in text.splitlines() if line.startswith("peak")).split()[1])
+    return peak_in(__file__, road, folder, options)
 
 
 # What is compared ----------------------------------------------------------------------------------------------------
