@@ -22,6 +22,11 @@ _WHERE = {
     "generate_texts": "generate",
     "Conversation": "conversation",
     "explain_targets": "adapt.targets",
+    "INITS": "layers.inits",
+    "METHODS": "layers.methods",
+    "SHAPES": "layers.shapes",
+    "STORAGES": "layers.storage",
+    "register": "layers.registry",
     "check_adapter": "adapt.check",
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
@@ -48,6 +53,10 @@ _WHERE = {
 }
 
 __all__ = [
+    "INITS",
+    "METHODS",
+    "SHAPES",
+    "STORAGES",
     "AdapterFileError",
     "BaseMismatchError",
     "ConfigError",
@@ -78,6 +87,7 @@ __all__ = [
     "get_peft_model",
     "merge_files",
     "pipeline",
+    "register",
     "register_adapter_hooks",
     "share_inputs",
     "write_card",
@@ -105,6 +115,11 @@ if TYPE_CHECKING:
     from .files.stream import merge_files
     from .generate import generate_texts
     from .hub.card import write_card
+    from .layers.inits import INITS
+    from .layers.methods import METHODS
+    from .layers.registry import register
+    from .layers.shapes import SHAPES
+    from .layers.storage import STORAGES
     from .load import pipeline
     from .model import LoraModel, apply_lora, get_peft_model
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments

@@ -73,11 +73,14 @@ class LoraConfig:
         modules_to_save: modules trained whole and kept in the adapter. `None` finds a task head that the base
             checkpoint did not hold; `[]` means none.
         init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with deviation 1/r, B zero) or
-            `False` (B random too: the model changes at once; for tests).
+            `False` (B random too: the model changes at once; for tests). Or the name of an initialization that
+            another package registered. Names are looked up when the configuration is applied.
         fan_in_fan_out: kept for the file format; whether a weight is stored transposed is read off the layer itself.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: where the base model came from.
         revision: the base model's revision.
+        method: what the factors do: `"lora"`, or a method that another package registered (docs/extending.md). It is
+            written to a file only where it is another one than `"lora"`.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -95,11 +98,12 @@ class LoraConfig:
     use_rslora: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    method: str = "lora"
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
@@ -147,8 +151,10 @@ class LoraConfig:
                     faults.add(f"{name}[{key!r}]={value!r} must be positive")
         if self.bias not in ("none", "all", "lora_only"):
             faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights != "gaussian":
-            faults.add(f"init_lora_weights={self.init_lora_weights!r} is not supported (True, False or 'gaussian')")
+        if not isinstance(self.init_lora_weights, (bool, str)):
+            faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
+        if not isinstance(self.method, str):
+            faults.add(f"method={self.method!r} must be a name, such as 'lora'")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
             faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
         indices = self.layers_to_transform
@@ -165,6 +171,8 @@ class LoraConfig:
         """The content of PEFT's adapter_config.json: plain JSON values, `lora_alpha` resolved."""
         values = dataclasses.asdict(self)
         values["lora_alpha"] = self.alpha
+        if self.method == "lora":  # PEFT's files say nothing of it
+            del values["method"]
         return {"peft_type": "LORA", "inference_mode": True, "auto_mapping": None, **values}
 
     @classmethod

@@ -20,7 +20,7 @@ from .adapt.undo import restored_if_refused
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, HubError, LoraError
 from .files.adapters import load_adapter
-from .files.format import AdapterFile, key_of, read_adapter
+from .files.format import PREFIX, AdapterFile, key_of, read_adapter
 from .hub.base import commit_in_training
 from .hub.network import scrub
 from .hub.pull import local_adapter
@@ -203,7 +203,7 @@ def _load_base(
                 f"adapter was trained, cannot be had ({scrub(str(error).strip().splitlines()[0])}). Check network and "
                 "access; base_revision='main' takes the base as it is now, and compares its weights."
             ) from error
-        missing = [key for key in found["missing_keys"] if not any(key_of(key, "copy") in f.tensors for f in files)]
+        missing = [key for key in found["missing_keys"] if not any(f"{PREFIX}{key}" in f.tensors for f in files)]
         if missing or found["unexpected_keys"] or found["mismatched_keys"]:
             release()  # a head that the adapter brings is not missing; anything else is for the user to read
     return cast(PreTrainedModel, model)
@@ -226,7 +226,7 @@ def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> No
         return
     embedding: Any = model.get_input_embeddings()
     path = next((n for n, m in model.named_modules() if m is embedding), "")
-    whole = file.tensors.get(key_of(f"{path}.weight", "copy"))
+    whole = file.tensors.get(key_of(path, "weight"))
     saved = whole.shape[0] if whole is not None else file.extras.get("vocabulary")
     if not isinstance(saved, int) or saved == now:
         return

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapt.state import require_state, slots
-from .adapt.walk import adapter_layers
+from .adapt.state import require_state
+from .adapt.walk import parts
 from .errors import ConfigError, Faults
 
 AFTERWARDS = ("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers")
@@ -62,15 +62,16 @@ def weigh(model: nn.Module, name: str, weight: float, call: str) -> None:
     """
     if weight == 1:
         return
-    whole = sorted({slot.path for slot in slots(model, name) if slot.role in ("bias", "copy")})
+    owned = list(parts(model, name))
+    whole = sorted({part.path for part in owned if part.replaces})
     if whole:
+        config = require_state(model, call).adapters[name].config
         raise ConfigError(
-            f"{call}: the adapter {require_state(model, call).configs[name].base_model_name_or_path or name!r} has "
+            f"{call}: the adapter {config.base_model_name_or_path or name!r} has "
             f"tensors of its own in place of the base's ({', '.join(whole[:5])}), which no weight but 1 fits."
         )
-    for layer in adapter_layers(model).values():
-        if name in layer._lora.names:
-            layer._lora.scaling[name] *= weight
+    for part in owned:
+        part.scale(weight)
 
 
 def requantised(model: Any, afterwards: Mapping[str, Any]) -> Any:

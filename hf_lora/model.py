@@ -168,7 +168,7 @@ class LoraModel(Extension, PreTrainedModel):
             )
         if not is_main_process:
             return
-        names = [adapter_name] if adapter_name is not None else list(state.configs)
+        names = [adapter_name] if adapter_name is not None else list(state.adapters)
         for name in names:
             inner = len(names) > 1 and name != "default"
             folder = Path(save_directory) / name if inner else save_directory
@@ -199,7 +199,7 @@ class LoraModel(Extension, PreTrainedModel):
     @property
     def lora_configs(self) -> dict[str, LoraConfig]:
         """The configuration of each adapter."""
-        return dict(_state(self, "lora_configs").configs)
+        return {name: record.config for name, record in _state(self, "lora_configs").adapters.items()}
 
     def add_adapter(
         self,

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from ..layers.sharded import gather
-from .state import require_state, slots
+from .state import require_state
+from .walk import parts
 
 
 def gathered_state(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -30,9 +31,9 @@ def gathered_state(model: nn.Module, adapter_names: str | Iterable[str] | None =
         StateError: the model has no adapters, or not these.
     """
     state = require_state(model, "gathered_state")
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or state.configs)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or state.adapters)
     for name in names:
         state.require(name)
-    wanted = {id(slot.tensor) for name in names for slot in slots(model, name)}
+    wanted = {id(t) for name in names for part in parts(model, name) for _, t in part.tensors()}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return gather({name: tensor for name, tensor in tensors.items() if id(tensor) in wanted})

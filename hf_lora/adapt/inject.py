@@ -13,19 +13,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
-from ..layers.base import LoraLayer, end_layer, start_layer
-from ..layers.init import INITS, Init, unset
-from ..layers.methods import ADDITIVE
+from ..layers.base import LayerAdapter, LoraLayer, end_layer, start_layer
+from ..layers.inits import INITS, Init, InitCall, Unset, init_name
 from ..layers.quantized import end_differentiable, keep_differentiable
-from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias, remove_bias
+from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias
 from ..layers.sharded import how_sharded
 from ..layers.storage import execution_device
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
-from .state import ATTRIBUTE, LoraState, Task, require_state, set_active, state_of, update_requires_grad
+from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
 from .targets import Explanation, Target, resolve
 from .ties import untie_all
-from .walk import adapter_layers, bias_layers, module_at, original_modules, put, replacements
+from .walk import adapter_layers, bias_layers, module_at, original_modules, parts, put, replacements
 
 
 def inject(
@@ -56,8 +55,9 @@ def inject(
     _check_name(name)
     state = state_of(model)
     _check_model(model, state, name, call)
-    init = INITS[config.init_lora_weights] if plan is None else unset
+    filled_by_file = plan is not None
     plan = plan or resolve(model, config, call, allow_bypassed, from_file)
+    init = Unset() if filled_by_file else INITS[init_name(config.init_lora_weights)]
     if state is None:
         state = _first(model)
     with _uncollected():
@@ -67,14 +67,11 @@ def inject(
         _save_whole(model, path, name, state, (heads or {}).get(path))
     for path in plan.biases:
         add_bias(module_at(model, path), name, state.activity)
-    state.configs[name] = config
-    state.tasks[name] = task or state.base_task
-    state.heads[name] = plan.saved
-    state.skipped[name] = plan.skipped
-    state.notes[name] = plan.notes
-    state.named_by_user[name] = config.target_modules not in PRESETS and not from_file
+    named_by_user = config.target_modules not in PRESETS and not from_file
+    state.adapters[name] = AdapterRecord(
+        config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
+    )
     if trainable:
-        state.trainable.add(name)
         keep_differentiable(module for _, module in original_modules(model))
     else:
         update_requires_grad(model, state, [name])
@@ -91,27 +88,14 @@ def delete(model: nn.Module, name: str) -> None:
     state = require_state(model, "delete_adapter")
     state.require(name)
     state.refuse_merged("delete_adapter")
-    for layer in adapter_layers(model).values():
-        if name in layer._lora.names:
-            layer.remove_lora(name)
-            if not layer._lora.names:
-                end_layer(layer)
-    for biased in bias_layers(model).values():
-        if name in biased._bias_names:
-            remove_bias(biased, name)
-            if not biased._bias_names:
-                end_bias(biased)
-    for path, replacement in replacements(model).items():
-        if name in replacement._names:
-            replacement.remove_copy(name)
-            if not replacement._names:
-                put(model, path, replacement.base_layer)
-    for table in (state.configs, state.tasks, state.heads, state.skipped, state.notes, state.named_by_user):
-        del table[name]
-    state.trainable.discard(name)
+    for part in list(parts(model, name)):
+        instead = part.remove()
+        if instead is not None:
+            put(model, part.path, instead)
+    del state.adapters[name]
     remaining = tuple(n for n in state.activity.active if n != name)
-    if not remaining and state.configs:
-        remaining = (next(reversed(state.configs)),)
+    if not remaining and state.adapters:
+        remaining = (next(reversed(state.adapters)),)
     set_active(model, state, remaining)
 
 
@@ -123,7 +107,7 @@ def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> No
             layer.remove_lora(name)
             if not layer._lora.names:
                 end_layer(layer)
-            state.skipped[name][path] = reason
+            state.adapters[name].skipped[path] = reason
 
 
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
@@ -176,7 +160,7 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             f"{_BEFORE_SHARDING[engine]}"
         )
     if state is not None:
-        if name in state.configs:
+        if name in state.adapters:
             raise StateError(
                 f"{call}: the model already has an adapter {name!r}. To start again (a notebook cell run twice), call "
                 f"model.unload() first; to add another, give it another name; to load weights into this one, use "
@@ -244,9 +228,12 @@ def _adapt(target: Target, config: LoraConfig, name: str, state: LoraState, init
     layer = target.module
     if not isinstance(layer, LoraLayer):
         layer = start_layer(layer, target.shape, target.storage, state.activity)
-    shapes = target.shape.shapes(layer, target.r)
-    a, b = init(target.shape, *shapes, execution_device(layer))
-    layer.add_lora(name, ADDITIVE, a, b, target.alpha, target.scaling, config.lora_dropout)
+    dropout = 0.0 if target.shape.looks_up else config.lora_dropout
+    adapter = LayerAdapter(target.method, target.specs, target.r, target.alpha, target.scaling, dropout)
+    layer.add_lora(name, adapter, init(InitCall(layer, target.shape, target.specs, execution_device(layer))))
+    if not isinstance(init, Unset):
+        for kind, value in target.method.start(layer, name).items():
+            layer.add_factor(kind, name, value, target.specs[kind].trainable)
 
 
 def _save_whole(model: nn.Module, path: str, name: str, state: LoraState, head: nn.Module | None) -> None:

@@ -23,13 +23,12 @@ from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
 from ..layers.mapped import let_go, lies_in, unwritten_maps
 from ..layers.quantized import why_unreadable
-from ..layers.shapes import ConvShape
 from ..layers.sharded import is_partitioned, is_sharded
 from ..layers.storage import fits, put_rows
 from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
-from .state import LoraState, require_state, set_active, slots
+from .state import LoraState, require_state, set_active
 from .ties import forward_asks_for_ties, untie_adapted, weight_users
-from .walk import adapter_layers, bias_layers
+from .walk import adapter_layers, bias_layers, parts
 
 
 def merge(
@@ -165,7 +164,7 @@ def folded(layer: LoraLayer, names: tuple[str, ...], reuse: bool = False) -> Ite
         reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
     """
     state = layer._lora
-    fold = state.method[names[0]].folding(layer, names)
+    fold = state.adapters[names[0]].method.folding(layer, names)
     for rows, block in read_rows(state.storage, layer, reuse):
         yield rows, fold(block, rows)
 
@@ -223,7 +222,7 @@ def _acting(layer: LoraLayer, state: LoraState) -> tuple[str, ...]:
 
 def _folding(layer: LoraLayer, state: LoraState) -> Callable[[Tensor, slice], Tensor]:
     names = _acting(layer, state)
-    return layer._lora.method[names[0]].folding(layer, names)
+    return layer._lora.adapters[names[0]].method.folding(layer, names)
 
 
 def check_mergeable(
@@ -252,11 +251,12 @@ def check_mergeable(
         for fault in leftovers(model):
             faults.add(fault)
     for name in active:
-        for slot in slots(model, name):
-            if is_sharded(slot.tensor):
-                continue  # the weights are refused below
-            if slot.tensor.is_floating_point() and not fits(slot.tensor.detach(), slot.tensor.dtype):
-                faults.add(f"adapter {name!r}: {slot.path}.{slot.role} holds NaN or infinity")
+        for part in parts(model, name):
+            for spec, tensor in part.tensors():
+                if is_sharded(tensor):
+                    continue  # the weights are refused below
+                if tensor.is_floating_point() and not fits(tensor.detach(), tensor.dtype):
+                    faults.add(f"adapter {name!r}: {part.path}.{spec.key} holds NaN or infinity")
     for path, biased in bias_layers(model).items():
         for name in (n for n in active if n in biased._bias_names):
             bias: Any = biased.bias
@@ -276,10 +276,9 @@ def check_mergeable(
                 f"{path}: its weight is quantised ({storage.kind}), and rounding the sum to that form again would "
                 "take most of the update away"
             )
-        if isinstance(layer._lora.shape, ConvShape) and layer.groups > 1:  # type: ignore[operator]
-            faults.add(
-                f"{path}: the update of a grouped convolution crosses its groups, which no grouped weight can hold"
-            )
+        refused = layer._lora.shape.refuse_folding(layer)
+        if refused is not None:
+            faults.add(f"{path}: {refused}")
         if weight.is_meta:
             faults.add(
                 f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..layers.sharded import whole_numel
-from .state import require_state, slots
-from .walk import adapter_layers
+from .state import require_state
+from .walk import adapter_layers, parts
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
@@ -35,18 +35,19 @@ def trainable_line(model: nn.Module) -> str:
 def adapter_table(model: nn.Module, name: str | None = None) -> str:
     """Every adapted layer with shape, rank, alpha and parameters; what is trained whole; what was left out and why."""
     state = require_state(model, "adapter_table")
-    names = [name] if name is not None else list(state.configs)
+    names = [name] if name is not None else list(state.adapters)
     tables = []
     for each in names:
         state.require(each)
         rows = [
-            (path, _shape(layer), layer._lora.rank[each], layer._lora.alpha[each], _count(layer, each))
+            (path, _shape(layer), layer._lora.adapters[each].r, layer._lora.adapters[each].alpha, _count(layer, each))
             for path, layer in adapter_layers(model).items()
             if each in layer._lora.names
         ]
-        whole = [(p, w, sum(whole_numel(s.tensor) for s in slots(model, each) if s.role == "copy" and _in(s.path, p)))
-                 for p, w in state.heads[each].items()]  # fmt: skip
-        tables.append(f"adapter {each!r}\n" + _table(rows, whole, state.skipped[each], state.notes[each]))
+        record = state.adapters[each]
+        counts = {p.path: sum(whole_numel(t) for _, t in p.tensors()) for p in parts(model, each) if p.whole_module}
+        whole = [(path, why, counts.get(path, 0)) for path, why in record.heads.items()]
+        tables.append(f"adapter {each!r}\n" + _table(rows, whole, record.skipped, record.notes))
     return "\n\n".join(tables)
 
 
@@ -80,8 +81,5 @@ def _shape(layer: Any) -> str:
 
 
 def _count(layer: Any, name: str) -> int:
-    return sum(whole_numel(factor.weight) for _, factor in layer.factors(name))
-
-
-def _in(path: str, parent: str) -> bool:
-    return path.startswith(parent + ".")
+    specs = layer._lora.adapters[name].specs
+    return sum(whole_numel(factor.weight) for kind, factor in layer.factors(name) if specs[kind].trainable)

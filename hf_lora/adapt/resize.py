@@ -47,7 +47,7 @@ def resizing(model: Any) -> Iterator[None]:
             replacement.base_layer = base
             for copy in replacement.copies.values():
                 _fit_copy(copy, base)
-        update_requires_grad(model, state, state.configs)  # transformers freezes a whole frozen embedding again
+        update_requires_grad(model, state, state.adapters)  # transformers freezes a whole frozen embedding again
 
 
 def _refuse_joined(model: Any) -> None:
@@ -83,10 +83,11 @@ def _graft(old: nn.Module, new: nn.Module) -> None:
 def _fit_factors(layer: Any) -> None:
     if isinstance(layer, nn.Linear):  # stale where a tie, and not transformers, brought the new weight
         layer.out_features = layer.weight.shape[0]
-    for name in layer._lora.names:
-        shapes = layer._lora.shape.shapes(layer, layer._lora.rank[name])
-        for (_, factor), shape in zip(layer.factors(name), shapes, strict=False):
-            factor.weight = _fitted(factor.weight, torch.zeros(shape, device=factor.weight.device))
+    for name, adapter in layer._lora.adapters.items():
+        adapter.specs = adapter.method.factors(layer, layer._lora.shape, adapter.r)
+        for kind, factor in layer.factors(name):
+            like = torch.zeros(adapter.specs[kind].shape, device=factor.weight.device)
+            factor.weight = _fitted(factor.weight, like)
 
 
 def _fit_biases(layer: Any) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from ..config import LoraConfig
 from ..errors import StateError, nearest
 from ..layers.base import Activity
-from .walk import adapter_layers, adapter_tensors, bias_layers, replacements
+from ..layers.parts import Part
+from .walk import adapter_tensors, parts
 
 ATTRIBUTE = "_hf_lora"
 
@@ -56,21 +56,33 @@ class Task:
 
 
 @dataclass
+class AdapterRecord:
+    """Everything about one adapter of a model that is not a tensor.
+
+    Args:
+        heads: name -> why, of the modules that it keeps whole.
+        skipped: name -> why, of what its configuration left out.
+        notes: what its table says below.
+        named_by_user: whether its layers were named (a list or regular expression) rather than found by a preset.
+        trainable: whether its tensors require gradients while it is active.
+    """
+
+    config: LoraConfig
+    task: Task
+    heads: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    named_by_user: bool = True
+    trainable: bool = True
+
+
+@dataclass
 class LoraState:
     """Everything about a model's adapters that is not a tensor. It lives on the root module."""
 
     activity: Activity = field(default_factory=Activity)
-    configs: dict[str, LoraConfig] = field(default_factory=dict)
-    tasks: dict[str, Task] = field(default_factory=dict)
-    heads: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Adapter -> name -> why, of the modules that it keeps whole."""
-    skipped: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Adapter -> name -> why, of what its configuration left out."""
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    named_by_user: dict[str, bool] = field(default_factory=dict)
-    """Adapter -> whether its layers were named (a list or regular expression) rather than found by a preset."""
-    trainable: set[str] = field(default_factory=set)
-    """Adapters whose tensors require gradients while they are active."""
+    adapters: dict[str, AdapterRecord] = field(default_factory=dict)
+    """What is known of each adapter, in the order in which they came."""
     required_grad: dict[str, bool] = field(default_factory=dict)
     """Original parameter name -> requires_grad before the first adapter."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -87,10 +99,10 @@ class LoraState:
     """Attributes of the model itself that a Trainer set and that go when the adapters go."""
 
     def require(self, name: str) -> None:
-        if name not in self.configs:
+        if name not in self.adapters:
             raise StateError(
-                f"There is no adapter {name!r}{nearest(name, self.configs)}. "
-                f"The model holds {', '.join(map(repr, self.configs)) or 'none'}."
+                f"There is no adapter {name!r}{nearest(name, self.adapters)}. "
+                f"The model holds {', '.join(map(repr, self.adapters)) or 'none'}."
             )
 
     def refuse_merged(self, call: str) -> None:
@@ -119,39 +131,9 @@ def require_state(model: nn.Module, call: str) -> LoraState:
     return state
 
 
-class Slot(NamedTuple):
-    """One tensor of an adapter.
-
-    path: original name of its module; for a `copy` the original name of the parameter or buffer itself.
-    role: `lora_A`, `lora_B`, a method's further factor, `bias` or `copy`.
-    shape: class name of the layer's shape, or "".
-    """
-
-    path: str
-    role: str
-    shape: str
-    tensor: Any
-
-
-def slots(model: nn.Module, name: str) -> Iterator[Slot]:
-    """Every tensor that adapter `name` owns, in the order of the model's modules."""
-    for path, layer in adapter_layers(model).items():
-        if name in layer._lora.names:
-            for role, factor in layer.factors(name):
-                yield Slot(path, role, type(layer._lora.shape).__name__, factor.weight)
-    for path, biased in bias_layers(model).items():
-        if name in biased._bias_names:
-            yield Slot(path, "bias", "", biased.lora_bias[name].weight)
-    for path, replacement in replacements(model).items():
-        if name in replacement._names:
-            copied = replacement.copies[name]
-            for key, tensor in copied.state_dict(keep_vars=True).items():
-                yield Slot(f"{path}.{key}", "copy", "", tensor)
-
-
 def update_requires_grad(model: nn.Module, state: LoraState, names: Any) -> None:
     """Let the tensors of `names` require gradients where the adapter is active and trainable."""
-    wanted = {name: name in state.trainable and name in state.activity.active for name in names}
+    wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
     if not wanted:
         return
     for name, parameter in adapter_tensors(model, wanted):
@@ -175,29 +157,20 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
         _refuse_conflicts(model, names)
     before = state.activity.active
     state.activity.set(active=names)
-    changed = {n for n in (*before, *names) if (n in before) != (n in names)} & state.trainable
+    switched = {n for n in (*before, *names) if (n in before) != (n in names)}
+    changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
     update_requires_grad(model, state, changed)
     for name in names[:1]:
-        state.tasks[name].apply(model)
+        state.adapters[name].task.apply(model)
 
 
 def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    faults = []
-    for path, replacement in replacements(model).items():
-        both = [n for n in names if n in replacement._names]
-        if len(both) > 1:
-            faults.append(f"{path}: {' and '.join(map(repr, both))} each have their own")
-    for path, biased in bias_layers(model).items():
-        both = [n for n in names if n in biased._bias_names]
-        if len(both) > 1:
-            faults.append(f"{path}.bias: {' and '.join(map(repr, both))} each have their own")
-    for path, layer in adapter_layers(model).items():
-        methods = {layer._lora.method[n].kind: layer._lora.method[n] for n in names if n in layer._lora.names}
-        count = sum(n in layer._lora.names for n in names)
-        if count > 1 and not all(m.additive for m in methods.values()):
-            faults.append(f"{path}: {', '.join(methods)} cannot act on one layer together")
-        if len(methods) > 1:
-            faults.append(f"{path}: adapters of the methods {', '.join(methods)} cannot act together")
-    if faults:
-        listed = "\n".join(f"  - {f}" for f in faults[:20])
+    together: dict[tuple[str, type[Part]], list[Part]] = {}
+    for part in parts(model):
+        if part.adapter in names:
+            together.setdefault((part.path, type(part)), []).append(part)
+    faults = [first.conflict(others) for first, *others in together.values() if others]
+    found = [fault for fault in faults if fault is not None]
+    if found:
+        listed = "\n".join(f"  - {f}" for f in found[:20])
         raise StateError(f"set_adapter({list(names)}): these adapters cannot be active together:\n{listed}")

@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from ..config import LoraConfig
-from ..errors import Faults, TargetError, nearest
-from ..layers.base import Shape, Storage
+from ..errors import ConfigError, Faults, TargetError, nearest
+from ..layers.base import FactorSpec, Method, Shape, Storage
+from ..layers.inits import INITS, init_name
+from ..layers.methods import METHODS
 from ..layers.quantized import is_packed, is_unfinished
 from ..layers.replacement import BIAS_CLASSES
-from ..layers.shapes import ConvShape, runs_forward_of
+from ..layers.shapes import runs_forward_of
 from .bypass import bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, matches
@@ -29,20 +31,21 @@ NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-line
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its name, shape class, storage, rank R, alpha and scaling."""
+    """One layer to adapt: its name, shape, storage, method and declared factors, rank R, alpha and scaling."""
 
     name: str
     module: nn.Module
     shape: Shape
     storage: Storage
+    method: Method
+    specs: dict[str, FactorSpec]
     r: int
     alpha: float
     scaling: float
 
     @property
     def parameters(self) -> int:
-        a, b = self.shape.shapes(self.module, self.r)
-        return prod(a) + prod(b)
+        return sum(prod(spec.shape) for spec in self.specs.values() if spec.trainable)
 
 
 @dataclass
@@ -89,7 +92,10 @@ def resolve(
             patterns that match nothing there are no fault.
     """
     faults = Faults(call)
-    plan = Explanation()
+    for fault in unknown_names(config):
+        faults.add(fault)
+    faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
+    plan, method = Explanation(), METHODS[config.method]
     modules = dict(original_modules(model))
     plan.saved = _saved_modules(model, modules, config, faults, from_file)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
@@ -97,9 +103,12 @@ def resolve(
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
     for name, (module, shape, storage) in chosen.items():
         r, alpha = ranks.get(name, config.r), alphas.get(name, config.alpha)
-        if isinstance(shape, ConvShape) and r % module.groups:
-            faults.add(f"{name}: its rank {r} must be divisible by the convolution's {module.groups} groups")
-        plan.layers.append(Target(name, module, shape, storage, r, alpha, config.scaling(r, alpha)))
+        refused = shape.refuse_rank(module, r)
+        if refused is not None:
+            faults.add(f"{name}: {refused}")
+            continue
+        specs = method.factors(module, shape, r)
+        plan.layers.append(Target(name, module, shape, storage, method, specs, r, alpha, config.scaling(r, alpha)))
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
@@ -108,6 +117,16 @@ def resolve(
     faults.check(TargetError, NEXT_STEP)
     plan.notes = _notes(modules, plan)
     return plan
+
+
+def unknown_names(config: LoraConfig) -> list[str]:
+    """What to say of the method and the initialization of a configuration where nobody has registered them."""
+    faults = []
+    if config.method not in METHODS:
+        faults.append(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
+    if (init := init_name(config.init_lora_weights)) not in INITS:
+        faults.append(f"init_lora_weights={init!r} is not supported: {INITS.why_unknown(init)}")
+    return faults
 
 
 def scalings(config: LoraConfig) -> Callable[[str], float]:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..layers.base import LoraLayer
+from ..layers.parts import PARTS, Part
 from ..layers.replacement import BiasLayer, Replacement
 
 
@@ -57,13 +58,26 @@ def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
             if (ours and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
                 for name in names:
                     held = child._modules.get(name)
-                    if held is None:
+                    if held is None or "frozen" in held.__dict__:
                         continue
                     for parameter in held.parameters() if held._modules else held._parameters.values():
                         if parameter is not None:
                             yield name, parameter
             else:
                 stack.append(child)
+
+
+def parts(model: nn.Module, name: str | None = None) -> Iterator[Part]:
+    """All that adapter `name` (or any) owns, in the order of the model's modules.
+
+    The walk is not finished when the first part comes out: take a list before removing any.
+    """
+    kinds = tuple(PARTS.search())
+    for path, module in _walk(model):
+        for kind in kinds:
+            for adapter in kind.adapters(module):
+                if name is None or adapter == name:
+                    yield kind(path, module, adapter)
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:

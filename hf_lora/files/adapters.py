@@ -16,22 +16,33 @@ from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.inject import inject
 from ..adapt.labels import new_head, task_type_of, twin
 from ..adapt.match import matches
-from ..adapt.state import Task, base_task, require_state, slots, state_of
+from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
-from ..adapt.walk import adapter_layers, module_at, original_modules
+from ..adapt.walk import adapter_layers, module_at, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
+from ..layers.inits import INITS, init_name
 from ..layers.ops import used_devices
+from ..layers.parts import bias_spec
 from ..layers.sharded import is_sharded, scatter, whole_shape
 from .fingerprint import differs, identify
-from .format import FULL_MODEL_FILES, AdapterFile, compare, compare_kinds, key_of, keys_of, read_adapter, write_adapter
+from .format import (
+    FULL_MODEL_FILES,
+    AdapterFile,
+    compare,
+    compare_kinds,
+    declared,
+    key_of,
+    read_adapter,
+    write_adapter,
+)
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> tensor (not copied) of one adapter."""
+    """File key -> tensor of one adapter, not copied where its layout on disk is that in memory."""
     require_state(model, "get_adapter_state_dict").require(name)
-    return keys_of(slots(model, name))
+    return {key: spec.to_disk(tensor) for key, spec, tensor in declared(parts(model, name))}
 
 
 def save_adapter(
@@ -53,10 +64,9 @@ def save_adapter(
     """
     state = require_state(model, "save_adapter")
     state.require(name)
-    tensors = adapter_state_dict(model, name)
-    if state_dict:
-        gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict}
-        tensors = {key: gathered.get(id(tensor), tensor) for key, tensor in tensors.items()}
+    whole = state_dict or {}
+    gathered = {id(p): whole[n] for n, p in model.named_parameters() if n in whole} if whole else {}
+    tensors = {k: spec.to_disk(gathered.get(id(t), t)) for k, spec, t in declared(parts(model, name))}
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. Call, on "
@@ -76,21 +86,21 @@ def save_adapter(
 def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
     """adapter_config.json of one adapter, such that PEFT finds the same layers."""
     state = require_state(model, "save_adapter")
-    config = state.configs[name]
+    record = state.adapters[name]
+    config = record.config
     values = config.to_dict()
     adapted = {p for p, layer in adapter_layers(model).items() if name in layer._lora.names}
     everything = [path for path, _ in original_modules(model) if path]
-    values["modules_to_save"] = list(state.heads[name]) or None
-    if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(state.heads[name])):
+    values["modules_to_save"] = list(record.heads) or None
+    if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(record.heads)):
         values |= {
             "target_modules": shortest_names(adapted, everything),
             "exclude_modules": None,
             "layers_to_transform": None,
             "layers_pattern": None,
         }
-    values["fan_in_fan_out"] = any(
-        type(layer._lora.shape).__name__ == "TransposedShape" for layer in adapter_layers(model).values()
-    )
+    values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
+    values["init_lora_weights"] = INITS[init_name(config.init_lora_weights)].in_files
     values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
     values["task_type"] = config.task_type or task_type_of(model)
     if values["task_type"] is None:
@@ -114,7 +124,7 @@ def extras_of(model: Any, name: str) -> dict[str, Any]:
     from .. import __version__
 
     state = require_state(model, "save_adapter")
-    task = state.tasks[name]
+    task = state.adapters[name].task
     return {
         "base": state.identity,
         "architecture": plain(type(model)).__name__,
@@ -162,9 +172,10 @@ def load_adapter(
         raise AdapterFileError(str(error)) from error
     task = _task_in(file, model)
     expected = {
-        key_of(t.name, role, type(t.shape).__name__): shape
-        for t in plan.layers
-        for role, shape in zip(("lora_A", "lora_B"), t.shape.shapes(t.module, t.r), strict=True)
+        key_of(target.name, spec.key): spec.shape_on_disk
+        for target in plan.layers
+        for spec in target.specs.values()
+        if spec.key is not None
     }
     adapted = {t.name for t in plan.layers}
     expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
@@ -175,7 +186,7 @@ def load_adapter(
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
         head = module_at(model, path) if other is None else other.get_submodule(path)
-        copies |= {key_of(f"{path}.{k}", "copy"): v for k, v in head.state_dict().items() if "lora_" not in k}
+        copies |= {key_of(path, k): v for k, v in head.state_dict().items() if "lora_" not in k}
     expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
     _check_base_copies(model, file, allow_other_base, call)
     faults = Faults(call)
@@ -221,7 +232,7 @@ def load_adapter_weights(
                 f"{call}: {difference}. Nothing was changed. Load the base that the adapter was trained on; "
                 "load_adapter(…, allow_other_base=True) takes an adapter onto another one."
             )
-        _compare_scalings(state.configs[name], file.config, adapter_layers(model), name, faults)
+        _compare_scalings(state.adapters[name].config, file.config, adapter_layers(model), name, faults)
     own = adapter_state_dict(model, name)
     aliases = [_alias(key, own) for key in tensors]
     if len(set(aliases)) < len(aliases):
@@ -253,9 +264,10 @@ def _compare_scalings(
 @torch.no_grad()
 def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors by file key into an adapter; they were compared before."""
-    own = adapter_state_dict(model, name)
+    own = {key: (spec, tensor) for key, spec, tensor in declared(parts(model, name))}
     for key, tensor in tensors.items():
-        scatter(own[_alias(key, own)], tensor)
+        spec, held = own[_alias(key, own)]
+        scatter(held, spec.from_disk(tensor))
 
 
 def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
@@ -273,7 +285,7 @@ def _whole_embeddings(model: Any, file: AdapterFile) -> dict[str, str]:
         return {}
     ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
     named = [path for path, m in original_modules(model) if id(m) in ends]
-    return {p: "the file holds it whole" for p in named if key_of(f"{p}.weight", "copy") in file.tensors}
+    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
 
 
 def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bool, call: str) -> None:
@@ -307,7 +319,7 @@ def _alias(key: str, own: Mapping[str, Any]) -> str:
 
 
 def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> str:
-    keys = [key_of(path, "bias", adapted=a) for a in (path in adapted, path not in adapted)]
+    keys = [key_of(path, bias_spec((), a).key) for a in (path in adapted, path not in adapted)]
     return next((key for key in keys if key in tensors), keys[0])
 
 
@@ -316,7 +328,7 @@ def _bias_shape(module: Any) -> tuple[int, ...]:
 
 
 def _holds(key: str, path: str) -> bool:
-    return key.startswith(key_of(f"{path}.", "copy"))
+    return key.startswith(key_of(path, ""))
 
 
 def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
@@ -355,7 +367,7 @@ def _labels_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> 
     present = base_task(model).num_labels
     for path in plan.saved:
         for key, own in module_at(model, path).state_dict().items():
-            held = file.tensors.get(key_of(f"{path}.{key}", "copy"))
+            held = file.tensors.get(key_of(path, key))
             if held is None or not own.dim() or held.shape == own.shape or own.shape[0] != present:
                 continue
             if held.shape[1:] == own.shape[1:]:

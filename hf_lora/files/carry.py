@@ -84,7 +84,7 @@ def _config(plan: Plan, values: dict[str, Any], dtype: torch.dtype | None) -> di
     """The base's config.json with what the merge changed."""
     model = plan.shell.model
     state = require_state(model, "merge_files")
-    task = state.tasks[NAME]
+    task = state.adapters[NAME].task
     if plan.shell.foreign:
         values["architectures"] = [plain(type(model)).__name__]
     if task != state.base_task and task.id2label:

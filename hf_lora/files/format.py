@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapt.state import Slot
+from ..adapt.targets import unknown_names
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
+from ..layers.base import FactorSpec
+from ..layers.methods import METHODS
+from ..layers.parts import Part
+from ..layers.shapes import SHAPES
 from ..layers.storage import fits
 from .claims import check_config, check_extras
 from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
@@ -55,36 +59,61 @@ class AdapterFile:
     """Module -> the base's weight, where another library put a copy of it into the file."""
 
 
-def key_of(path: str, role: str, shape: str = "", adapted: bool = True) -> str:
-    """The file key of one tensor: see `adapt.state.Slot` for the arguments."""
-    if role == "copy":
-        return f"{PREFIX}{path}"
-    if role == "bias":
-        return f"{PREFIX}{path}.base_layer.bias" if adapted else f"{PREFIX}{path}.bias"
-    if shape == "EmbeddingShape" and role in ("lora_A", "lora_B"):
-        return f"{PREFIX}{path}.lora_embedding_{role[-1]}"
-    return f"{PREFIX}{path}.{role}.weight"
+def key_of(path: str, key: str | None) -> str:
+    """The file key of a tensor that a part at module `path` declares as `key`."""
+    return f"{PREFIX}{path}.{key}"
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(path, role) of a file key: the inverse of `key_of`, where a bias has the role "bias" and a copy "copy"."""
+    """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path)."""
     path = key.removeprefix(PREFIX)
-    module, _, last = path.rpartition(".")
-    if last in ("lora_embedding_A", "lora_embedding_B"):
-        return module, f"lora_{last[-1]}"
-    module, _, role = module.rpartition(".")
-    if role.startswith("lora_") and last == "weight":
-        return module, role
-    if role == "base_layer" and last == "bias":
-        return module, "bias"
-    return path, "copy"
+    known = factor_keys()
+    for components in (1, 2):
+        *module, last = path.rsplit(".", components) if components == 1 else _two(path)
+        if module and last in known:
+            return module[0], known[last]
+    module_path, _, last = path.rpartition(".base_layer.")
+    return (module_path, "bias") if module_path and last == "bias" else (path, "copy")
 
 
-def keys_of(slots: Iterable[Slot]) -> dict[str, Tensor]:
-    """File key -> tensor of an adapter's slots."""
-    found = list(slots)
-    adapted = {slot.path for slot in found if slot.role == "lora_A"}
-    return {key_of(s.path, s.role, s.shape, s.path in adapted): s.tensor for s in found}
+def _two(path: str) -> list[str]:
+    """A path cut before its last two components."""
+    module, *ends = path.rsplit(".", 2)
+    return [module, ".".join(ends)] if len(ends) == 2 else [path]
+
+
+def factor_keys() -> dict[str, str]:
+    """Name on disk, below a module's path -> factor, of all that the registered shapes and methods declare."""
+    tables = [*(shape.keys for shape in SHAPES.values()), *(method.keys for method in METHODS.values())]
+    return {key: name for table in tables for name, key in table.items()}
+
+
+def matrices() -> tuple[str, ...]:
+    """The names of the factors whose product is the update: (R, I) first."""
+    return tuple(next(iter(SHAPES.values())).keys)
+
+
+def factors_of(config: LoraConfig) -> tuple[str, ...]:
+    """The names of all factors that a layer of such an adapter has in a file."""
+    return (*matrices(), *METHODS[config.method].keys)
+
+
+def declared(parts: Iterable[Part]) -> Iterator[tuple[str, FactorSpec, Tensor]]:
+    """(file key, declaration, tensor) of all that goes into an adapter's file.
+
+    Raises:
+        AdapterFileError: two tensors have one key.
+    """
+    seen: set[str] = set()
+    for part in parts:
+        for spec, tensor in part.tensors():
+            if spec.key is None:
+                continue
+            key = key_of(part.path, spec.key)
+            if key in seen:
+                raise AdapterFileError(f"Two tensors of the adapter {part.adapter!r} would be called {key} in a file.")
+            seen.add(key)
+            yield key, spec, tensor
 
 
 def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -95,9 +124,10 @@ def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     """
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
+    names = factor_keys()
     for key, tensor in tensors.items():
         path = key.removesuffix(".base_layer.weight")
-        if path != key and (f"{path}.lora_embedding_A" in tensors or f"{path}.lora_A.weight" in tensors):
+        if path != key and any(f"{path}.{name}" in tensors for name in names):
             copies[path.removeprefix(PREFIX)] = tensor
         elif not _is_written_twice(key, tensors):
             own[key] = tensor
@@ -183,7 +213,7 @@ def _check_roles(entries: Mapping[str, Entry], weights: Path) -> None:
             continue
         if entry.dtype not in FLOATS:
             faults.add(f"{key} holds {entry.dtype}, no floating-point numbers")
-        if role in ("lora_A", "lora_B") and len(entry.shape) < 2:
+        if role in matrices() and len(entry.shape) < 2:
             faults.add(f"{key} {list(entry.shape)} is no matrix")
     faults.check(AdapterFileError, REPAIR)
 
@@ -200,9 +230,14 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
     check_config(values, str(file))
     try:
-        return LoraConfig.from_dict(values, call=str(file))
+        config = LoraConfig.from_dict(values, call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error)) from error
+    faults = Faults(str(file))
+    for fault in unknown_names(config):
+        faults.add(fault)
+    faults.check(AdapterFileError, "Import the package that registers these, or load the adapter with what wrote it.")
+    return config
 
 
 def _finish(path: Path) -> None:

@@ -15,7 +15,7 @@ from ..adapt.match import PatternTable
 from ..config import LoraConfig
 from ..errors import AdapterFileError, Faults
 from ..layers.storage import fits
-from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter, split_key
+from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
 from .safety import REPAIR
 
 
@@ -125,15 +125,16 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
             whole[name if role == "copy" else f"{name}.bias"] = tensor.numel()
         else:
             factors.setdefault(name, {})[role] = tensor
-    half = [name for name, found in factors.items() if not {"lora_A", "lora_B"} <= found.keys()]
+    declared = factors_of(file.config)
+    half = [name for name, found in factors.items() if found.keys() != set(declared)]
     if half:
         raise AdapterFileError(
-            f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} have one of lora_A and lora_B alone. "
-            "The file is incomplete."
+            f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} have not each of "
+            f"{' and '.join(declared)}, and nothing else. The file is incomplete, or of another method."
         )
     faults = Faults(str(file.path))
     for name, found in factors.items():
-        _check_factors(name, found["lora_A"], found["lora_B"], faults)
+        _check_factors(name, found, faults)
     faults.check(AdapterFileError, REPAIR)
     alphas = PatternTable(file.config.alpha_pattern)
     layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
@@ -148,16 +149,18 @@ def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
     )
 
 
-def _check_factors(name: str, a: Tensor, b: Tensor, faults: Faults) -> None:
+def _check_factors(name: str, factors: dict[str, Tensor], faults: Faults) -> None:
     """Without a model at hand: whether B A can be multiplied."""
+    a, b = (factors[each] for each in matrices())
     if a.shape[0] % b.shape[1] or b.shape[0] % (a.shape[0] // b.shape[1]):
-        faults.add(f"{name}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit together")
-    elif not (fits(a, torch.float32) and fits(b, torch.float32)):
+        down, up = matrices()
+        faults.add(f"{name}: {down} {list(a.shape)} and {up} {list(b.shape)} do not fit together")
+    elif not all(fits(t, torch.float32) for t in factors.values()):
         faults.add(f"{name}: its factors hold NaN or infinity")
 
 
 def _summary(file: AdapterFile, name: str, factors: dict[str, Tensor], alphas: PatternTable) -> LayerSummary:
-    a, b = factors["lora_A"], factors["lora_B"]
+    a, b = (factors[each] for each in matrices())
     r = a.shape[0]
     alpha = alphas.get(name, file.config.alpha)
     scaling = file.config.scaling(r, alpha)

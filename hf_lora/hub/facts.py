@@ -62,7 +62,7 @@ class Adapter:
     @property
     def layers(self) -> list[str]:
         """The adapted layers, by path."""
-        return sorted({path for key in self.shapes for path, role in [split_key(key)] if role == "lora_A"})
+        return sorted({path for key in self.shapes for path, role in [split_key(key)] if role not in ("bias", "copy")})
 
     @property
     def whole(self) -> list[str]:

@@ -53,7 +53,7 @@ def push_model(
         AdapterFileError: a tensor is empty or not finite; the network was not asked.
         HubError: the Hub refused it or could not be reached; the repository is as it was, or has the whole commit.
     """
-    names = [adapter_name] if adapter_name is not None else list(require_state(model, "push_to_hub").configs)
+    names = [adapter_name] if adapter_name is not None else list(require_state(model, "push_to_hub").adapters)
     with tempfile.TemporaryDirectory(prefix="hf_lora-") as folder:
         root = Path(folder)
         for name in names:

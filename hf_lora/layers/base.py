@@ -2,7 +2,8 @@
 
 Three axes meet here and are never multiplied. A *shape* knows how factors act on a kind of layer, a *method* belongs
 to an adapter and says what its factors do to the layer's output and weight, a *storage* knows how the weight's bits
-are kept. The layer holds one shape, one storage and a method for each adapter.
+are kept. The layer holds one shape, one storage and a method for each adapter. Which factors an adapter has is
+declared once, by its method, as a `FactorSpec` each; injection, files, counting and resizing read that declaration.
 
 The law that all of them obey: the layer's output equals that of the plain layer whose weight is
 `fold(read(layer))`; a fresh adapter changes no bit; merge then unmerge restores every bit.
@@ -68,12 +69,45 @@ class Activity:
         return tuple(n for n in self.active if n in names) if self.enabled and not self.merged else ()
 
 
-class Factor(nn.Module):
-    """One trainable tensor of one adapter: a float32 master, whatever the model around it is cast to."""
+def same(tensor: Tensor) -> Tensor:
+    """The layout on disk of a factor that is written as it is."""
+    return tensor
 
-    def __init__(self, weight: Tensor) -> None:
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """The declaration of one tensor of an adapter at one module.
+
+    Args:
+        shape: of the whole tensor, in memory.
+        key: its name on disk, below the module's path; None for a tensor that is in no file.
+        axes: what each axis runs along, a letter each: R rank, I inputs, O outputs; "" where that is not known.
+        trainable: whether an active adapter trains it.
+        to_disk, from_disk: the layout in a file and back, views where possible.
+    """
+
+    shape: tuple[int, ...]
+    key: str | None
+    axes: str = ""
+    trainable: bool = True
+    to_disk: Callable[[Tensor], Tensor] = same
+    from_disk: Callable[[Tensor], Tensor] = same
+
+    @property
+    def shape_on_disk(self) -> tuple[int, ...]:
+        if self.to_disk is same:
+            return self.shape
+        return tuple(self.to_disk(torch.empty(self.shape, device="meta")).shape)
+
+
+class Factor(nn.Module):
+    """One tensor of one adapter: a float32 master, whatever the model around it is cast to."""
+
+    def __init__(self, weight: Tensor, trainable: bool = True) -> None:
         super().__init__()
-        self._parameters["weight"] = nn.Parameter(weight.to(torch.float32))
+        self._parameters["weight"] = nn.Parameter(weight.to(torch.float32), requires_grad=trainable)
+        if not trainable:
+            self.frozen = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Factor:
         super()._apply(device_only(fn), recurse)
@@ -95,7 +129,12 @@ def as_masters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 class Shape(ABC):
     """How two factors act on one kind of layer. Stateless: one instance a kind."""
 
-    takes_dropout = True
+    looks_up = False
+    """Whether the layer's input are indices, of which rows are taken: nothing is multiplied, and nothing dropped."""
+    fan_in_fan_out = False
+    """Whether the weight is stored (I, O), which PEFT asks its users for."""
+    keys: dict[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    """Factor -> its name on disk, below the layer's path."""
     is_matrix = False
     """Whether the layer multiplies its input (…, I) by one matrix, as `ops.lora_products` does."""
 
@@ -107,9 +146,25 @@ class Shape(ABC):
         """Why this layer, though of the right class, cannot be adapted; None where it can."""
         return None
 
+    def refuse_rank(self, layer: nn.Module, r: int) -> str | None:
+        """Why this layer cannot have factors of rank `r`; None where it can."""
+        return None
+
+    def refuse_folding(self, layer: nn.Module) -> str | None:
+        """Why no update can be folded into this layer's weight, though it acts beside it; None where one can."""
+        return None
+
     @abstractmethod
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B as PEFT stores them; from attributes, since the weight may be packed or sharded."""
+
+    def specs(self, layer: nn.Module, r: int) -> dict[str, FactorSpec]:
+        """The declaration of A and B."""
+        a, b = self.shapes(layer, r)
+        return {
+            "lora_A": FactorSpec(a, self.keys["lora_A"], "RI"),
+            "lora_B": FactorSpec(b, self.keys["lora_B"], "OR"),
+        }
 
     @abstractmethod
     def features(self, layer: nn.Module) -> tuple[int, int]:
@@ -152,14 +207,19 @@ class Method(ABC):
     """What an adapter's factors do. Stateless: one instance a method, chosen for each adapter."""
 
     kind = ""
-    extra: tuple[str, ...] = ()
-    """Names of factors besides A and B, such as `"lora_magnitude_vector"`."""
+    keys: dict[str, str] = {}
+    """Factor -> its name on disk, of those besides the shape's: `{"lora_magnitude_vector": "lora_magnitude_vector"}`.
+    A factor's name begins with `lora_`."""
     additive = False
     """Whether adapters of this method add up, also with those of other additive methods."""
 
-    def start(self, layer: Any, name: str) -> None:
-        """Make the further factors of a new adapter (`layer.add_factor`)."""
-        return None
+    def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        """The declaration of all factors of an adapter of rank `r` on `layer`, which need not be adapted yet."""
+        return shape.specs(layer, r)
+
+    def start(self, layer: Any, name: str) -> dict[str, Tensor]:
+        """Values of a new adapter's factors that come from the weight; its A and B are there already."""
+        return {}
 
     @abstractmethod
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
@@ -208,6 +268,18 @@ class Storage(ABC):
 
 
 @dataclass
+class LayerAdapter:
+    """What one adapter is on one layer, beside its tensors."""
+
+    method: Method
+    specs: dict[str, FactorSpec]
+    r: int
+    alpha: float
+    scaling: float
+    dropout: float
+
+
+@dataclass
 class LayerState:
     """Plain data of an adapted layer. It never holds a Parameter: sharding and loading replace parameters."""
 
@@ -215,11 +287,7 @@ class LayerState:
     storage: Storage
     activity: Activity
     names: tuple[str, ...] = ()
-    method: dict[str, Method] = field(default_factory=dict)
-    rank: dict[str, int] = field(default_factory=dict)
-    alpha: dict[str, float] = field(default_factory=dict)
-    scaling: dict[str, float] = field(default_factory=dict)
-    dropout: dict[str, float] = field(default_factory=dict)
+    adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     original: Tensor | None = None
     """The weight before merge_adapter, kept so that unmerging restores every bit."""
     group: tuple[LoraLayer, ...] = ()
@@ -243,51 +311,43 @@ class LoraLayer(Extension):
         names = state.activity.acting[state.names]
         if not names:
             return self.product(x)
-        return state.method[names[0]].forward(self, x, names)
+        return state.adapters[names[0]].method.forward(self, x, names)
 
     def train(self, mode: bool = True) -> Any:
         if mode and self._lora.activity.merged:
             raise StateError(MERGED_TRAINING)
         return super().train(mode)
 
-    def add_factor(self, kind: str, name: str, weight: Tensor) -> None:
+    def add_factor(self, kind: str, name: str, weight: Tensor, trainable: bool = True) -> None:
         """Hold `weight` as `self.<kind>[name].weight`, a float32 master."""
         # Straight into the tables of nn.Module: its own setting costs as much as the rest of an injection.
         if kind not in self._modules:
             self._modules[kind] = nn.ModuleDict()
-        cast(nn.ModuleDict, self._modules[kind])._modules[name] = Factor(weight)
+        cast(nn.ModuleDict, self._modules[kind])._modules[name] = Factor(weight, trainable)
 
     def factors(self, name: str) -> Iterator[tuple[str, Factor]]:
-        """(kind, factor) of one adapter, A and B first."""
-        for kind in ("lora_A", "lora_B", *self._lora.method[name].extra):
-            yield kind, getattr(self, kind)[name]
+        """(kind, factor) of one adapter, in the order of its declaration."""
+        for kind in self._lora.adapters[name].specs:
+            yield kind, cast(Factor, cast(nn.Module, self._modules[kind])._modules[name])
 
-    def add_lora(
-        self, name: str, method: Method, a: Tensor, b: Tensor, alpha: float, scaling: float, dropout: float
-    ) -> None:
+    def add_lora(self, name: str, adapter: LayerAdapter, values: Mapping[str, Tensor]) -> None:
+        """Give the layer an adapter with the values of all its declared factors."""
         state = self._lora
-        self.add_factor("lora_A", name, a)
-        self.add_factor("lora_B", name, b)
-        state.method[name] = method
-        state.rank[name] = a.shape[0]
-        state.alpha[name] = alpha
-        state.scaling[name] = scaling
-        state.dropout[name] = dropout if state.shape.takes_dropout else 0.0
-        method.start(self, name)
+        for kind, spec in adapter.specs.items():
+            self.add_factor(kind, name, values[kind], spec.trainable)
+        state.adapters[name] = adapter
         state.names = (*state.names, name)
         state.activity.watch(state.names)
 
     def remove_lora(self, name: str) -> None:
         state = self._lora
-        for kind, _ in list(self.factors(name)):
+        for kind in state.adapters.pop(name).specs:
             del getattr(self, kind)[name]
-        for table in (state.method, state.rank, state.alpha, state.scaling, state.dropout):
-            del table[name]
         state.names = tuple(n for n in state.names if n != name)
         state.activity.watch(state.names)
 
     def extra_repr(self) -> str:
-        ranks = ", ".join(f"{n}: r={self._lora.rank[n]}" for n in self._lora.names)
+        ranks = ", ".join(f"{n}: r={self._lora.adapters[n].r}" for n in self._lora.names)
         return f"{super().extra_repr()}, lora({ranks})"
 
 
@@ -296,7 +356,6 @@ def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Acti
     LoraLayer.extend(layer)
     assert isinstance(layer, LoraLayer)
     layer._lora = LayerState(shape, storage, activity)
-    layer._modules["lora_A"], layer._modules["lora_B"] = nn.ModuleDict(), nn.ModuleDict()
     activity.watch(())
     return layer
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import MergeError
 from .base import Storage
 from .quantized import QUANTIZED, rounds_activations
+from .registry import Registry
 
 
 class DenseStorage(Storage):
@@ -52,12 +53,14 @@ def fits(block: Tensor, dtype: torch.dtype) -> bool:
     return bool(torch.isfinite(block.to(dtype)).all())
 
 
-STORAGES: tuple[Storage, ...] = (DenseStorage(), *QUANTIZED)
+STORAGES: Registry[Storage] = Registry(
+    "storage", {"dense": DenseStorage(), **{storage.kind: storage for storage in QUANTIZED}}
+)
 
 
 def storage_of(layer: nn.Module) -> Storage | None:
     """The storage that owns `layer`'s weight, or None."""
-    return next((storage for storage in STORAGES if storage.owns(layer)), None)
+    return next((storage for storage in STORAGES.search() if storage.owns(layer)), None)
 
 
 def why_no_storage(layer: nn.Module) -> str:

@@ -16,9 +16,11 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
+from ..layers.inits import INITS, init_name
 
 REGEX = "re:"
-_INIT: dict[str, bool | Literal["gaussian"]] = {"true": True, "false": False, "gaussian": "gaussian"}
+_INIT = {"true": True, "false": False}
+_INIT_NAMES = sorted({*_INIT, *(INITS.keys() - {init_name(True), init_name(False)})}, reverse=True)
 
 
 @dataclass
@@ -74,7 +76,7 @@ class LoraArguments:
     lora_init: str = field(
         default="true",
         metadata={
-            "choices": sorted(_INIT, reverse=True),
+            "choices": _INIT_NAMES,
             "help": "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: B random too (for tests).",
         },
     )
@@ -177,6 +179,9 @@ class LoraArguments:
                 faults.add(f"{name}={rate!r} must be above 0")
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
+        init = values["init_lora_weights"]
+        if isinstance(init, str) and init not in INITS:
+            faults.add(f"lora_init={init!r}: {INITS.why_unknown(init)}")
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")
         config = None

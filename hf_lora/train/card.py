@@ -76,7 +76,7 @@ class CardMixin(TrainerPart):
             words[key] = [words[key]] if isinstance(words.get(key), str) else words.get(key)
         model, folder = self._bare_model, Path(str(self.args.output_dir))
         state = require_state(model, "create_model_card")
-        name = next(iter(state.activity.active or state.configs))
+        name = next(iter(state.activity.active or state.adapters))
         run = run_of(self, data, split, words["datasets"] or [])
         plain_loss = self.compute_loss_func is None and getattr(self.args, "loss_type", None) in (None, "nll")
         try:
@@ -97,7 +97,7 @@ class CardMixin(TrainerPart):
 
     def _folders_of(self, name: str) -> list[Path]:
         """Where an adapter of the model may lie, as it is now: saved, or in the checkpoint of this step."""
-        several = len(require_state(self._bare_model, "create_model_card").configs) > 1
+        several = len(require_state(self._bare_model, "create_model_card").adapters) > 1
         inside = name if several and name != "default" else ""
         folder = Path(str(self.args.output_dir))
         return [folder / inside, folder / f"checkpoint-{self.state.global_step}" / inside]

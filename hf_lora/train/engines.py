@@ -118,7 +118,8 @@ def check_alike(model: nn.Module, call: str) -> None:
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
     mine = {n: f"{list(whole_shape(p))}" for n, p in model.named_parameters() if p.requires_grad}
-    for name, config in require_state(model, call).configs.items():
+    for name, record in require_state(model, call).adapters.items():
+        config = record.config
         mine[f"adapter {name!r}"] = f"r={config.r}, alpha={config.alpha:g}, dropout={config.lora_dropout:g}"
     digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
     if len(set(_all(digest))) == 1:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapt.walk import adapter_layers, replacements
+from ..adapt.walk import parts
 from ..errors import ConfigError
 
 
@@ -19,14 +19,12 @@ def learning_rates(
 ) -> dict[int, float]:
     """id of a parameter -> its learning rate, for those that do not have the common one."""
     rates: dict[int, float] = {}
-    if loraplus_lr_ratio is not None:
-        for layer in adapter_layers(model).values():
-            for factor in layer.lora_B.values():
-                rates[id(factor.weight)] = learning_rate * loraplus_lr_ratio
-    if head_learning_rate is not None:
-        for replacement in replacements(model).values():
-            for parameter in replacement.copies.parameters():
-                rates[id(parameter)] = head_learning_rate
+    for part in parts(model):
+        for spec, tensor in part.tensors():
+            if loraplus_lr_ratio is not None and spec.axes == "OR":
+                rates[id(tensor)] = learning_rate * loraplus_lr_ratio
+            if head_learning_rate is not None and part.whole_module and spec.trainable:
+                rates[id(tensor)] = head_learning_rate
     return rates
 
 

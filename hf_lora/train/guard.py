@@ -63,7 +63,12 @@ class _Watched:
 
     def has_values(self) -> bool:
         """Whether an adapter acts, as one that was loaded does: it is not taken off, whatever this task calls."""
-        return any(bool(self.layer.lora_B[a].weight.count_nonzero()) for a in self.adapters)
+        return any(
+            bool(factor.weight.count_nonzero())
+            for a in self.adapters
+            for kind, factor in self.layer.factors(a)
+            if self.layer._lora.adapters[a].specs[kind].axes == "OR"
+        )
 
     def is_held(self, parameters: set[int]) -> bool:
         """Whether the optimizer has the adapters' parameters as they are: DeepSpeed glues them together."""
@@ -220,7 +225,8 @@ class LayerGuard(TrainerCallback):
         self.finish()
 
         state = require_state(model, "LayerGuard")
-        named = [w for w in uncalled if any(state.named_by_user.get(a, True) for a in w.adapters)]
+        records = state.adapters
+        named = [w for w in uncalled if any(a not in records or records[a].named_by_user for a in w.adapters)]
         if named:
             names = [w.name for w in named]
             raise TrainingError(

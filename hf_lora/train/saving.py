@@ -76,7 +76,7 @@ class SavingMixin(PushingMixin):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:  # a module without save_pretrained: Trainer would write all its weights
             folder = str(output_dir or self.args.output_dir)
-            for name in require_state(model, "save_model").configs:
+            for name in require_state(model, "save_model").adapters:
                 save_adapter(model, _folder_of(model, folder, name), name, state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
@@ -199,7 +199,7 @@ class SavingMixin(PushingMixin):
         manifest = read_manifest(folder) or {}
         for name, paths in (manifest.get("left_out") or {}).items():
             drop_layers(model, name, set(paths), NEVER_CALLED)
-        for name in require_state(model, "load_adapter_weights").configs:
+        for name in require_state(model, "load_adapter_weights").adapters:
             load_adapter_weights(model, _folder_of(model, folder, name), name)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -227,14 +227,14 @@ class SavingMixin(PushingMixin):
 
 def _folder_of(model: nn.Module, folder: str | Path, name: str) -> Path:
     """Where `LoraModel.save_pretrained(folder)` puts one of the model's adapters."""
-    several = len(require_state(model, "save_pretrained").configs) > 1
+    several = len(require_state(model, "save_pretrained").adapters) > 1
     return Path(folder, name) if several and name != "default" else Path(folder)
 
 
 def _left_out(model: nn.Module) -> dict[str, list[str]]:
     """Adapter -> layers that the guard took it off: a fresh model has to lose them before it can resume."""
-    skipped = require_state(model, "save_model").skipped
-    found = {name: [p for p, why in table.items() if why == NEVER_CALLED] for name, table in skipped.items()}
+    records = require_state(model, "save_model").adapters
+    found = {n: [p for p, why in r.skipped.items() if why == NEVER_CALLED] for n, r in records.items()}
     return {name: paths for name, paths in found.items() if paths}
 
 

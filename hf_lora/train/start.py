@@ -35,7 +35,7 @@ def check_start(model: nn.Module, call: str) -> None:
     state.refuse_merged(call)
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
-            f"{call}: no tensor of the adapters {_listed(state.configs)} is trainable (active: "
+            f"{call}: no tensor of the adapters {_listed(state.adapters)} is trainable (active: "
             f"{_listed(state.activity.active) or 'none'}). Load the adapter with is_trainable=True, or activate one "
             "with set_adapter."
         )
@@ -73,10 +73,11 @@ def announce(model: nn.Module, learning_rate: float | None) -> None:
 def summary(model: nn.Module, state: LoraState, name: str) -> str:
     """One line of an adapter: rank, alpha, how many layers of which names, and what is trained whole."""
     layers = [path for path, layer in adapter_layers(model).items() if name in layer._lora.names]
-    config = state.configs[name]
+    record = state.adapters[name]
+    config = record.config
     kinds = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
     line = f"LoRA {name!r}: r={config.r}, alpha={config.alpha:g}, {len(layers)} layers ({kinds})"
-    whole = ", ".join(state.heads.get(name, ()))
+    whole = ", ".join(record.heads)
     return f"{line}; trained whole: {whole}" if whole else line
 
 

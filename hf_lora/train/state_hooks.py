@@ -43,7 +43,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
             if state_of(model) is None:
                 continue
             state = gathered_state(model)
-            for name in require_state(model, "save_state").configs:
+            for name in require_state(model, "save_state").adapters:
                 if writes:
                     save_adapter(model, _folder(output_dir, index, model, name), name, state)
             if index < len(weights):
@@ -54,7 +54,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
             model = accelerator.unwrap_model(models[index], keep_torch_compile=False)
             if state_of(model) is None:
                 continue
-            for name in require_state(model, "load_state").configs:
+            for name in require_state(model, "load_state").adapters:
                 load_adapter_weights(model, _folder(input_dir, index, model, name), name)
             del models[index]
 
@@ -64,5 +64,5 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
 def _folder(folder: str, index: int, model: nn.Module, name: str) -> Path:
     """As `LoraModel.save_pretrained`, in a folder for each model after the first."""
     path = Path(folder, f"model_{index}") if index else Path(folder)
-    several = len(require_state(model, "save_state").configs) > 1
+    several = len(require_state(model, "save_state").adapters) > 1
     return path / name if several and name != "default" else path

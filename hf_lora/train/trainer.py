@@ -138,16 +138,17 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
             reason = "lora_config is given" if given is not None else None
         elif given is not None:
             raise StateError(
-                f"{call}: the model already has the adapters {', '.join(map(repr, state.configs))}. Leave lora_config "
-                "out to train the active one, call model.unload() to start again, or model.add_adapter(name, config) "
-                "for one more."
+                f"{call}: the model already has the adapters {', '.join(map(repr, state.adapters))}. Leave "
+                "lora_config out to train the active one, call model.unload() to start again, or "
+                "model.add_adapter(name, config) for one more."
             )
         else:
-            reason = f"the model already has the adapters {', '.join(map(repr, state.configs))}"
+            reason = f"the model already has the adapters {', '.join(map(repr, state.adapters))}"
         state.resumable = True
         self._quantization = quantization(model)
         changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
-        if flags is not None and changed and flags.lora_config() not in state.configs.values():
+        configs = [record.config for record in state.adapters.values()]
+        if flags is not None and changed and flags.lora_config() not in configs:
             logger.warning(f"These arguments have no effect, since {reason}: {', '.join(changed)}.")
 
     # The start of training -------------------------------------------------------------------------------------------

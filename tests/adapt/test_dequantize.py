@@ -362,7 +362,7 @@ def test_the_documented_road_merges_into_the_bfloat16_base(base: Path, trained: 
     assert_dense(dense, torch.bfloat16)
     plain = LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     layer: Any = trained["model"].model.layers[0].self_attn.q_proj
-    update = layer._lora.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    update = layer._lora.adapters["default"].scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     wanted = plain.model.layers[0].self_attn.q_proj.weight.double() + update.detach().double()
     found = dense.model.layers[0].self_attn.q_proj.weight.double()
     assert ((found - wanted).abs() <= wanted.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-7).all()

@@ -48,7 +48,7 @@ def exact_sum(model: Any, names: list[str]) -> Tensor:
     total = layer.weight.detach().double()
     for name in names:
         a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
-        total = total + layer._lora.scaling[name] * (b @ a)
+        total = total + layer._lora.adapters[name].scaling * (b @ a)
     return total
 
 

@@ -125,12 +125,14 @@ def test_patterns_of_rank_and_alpha() -> None:
         rank_pattern={"query": 2, r"layer\.1\..*key": 3}, alpha_pattern={r"^bert\.encoder\.layer\.0\..*value": 5},
     )  # fmt: skip
     model = apply_lora(tiny_bert(), config)
-    found = {n.removeprefix("bert.encoder.layer."): m._lora for n, m in adapter_layers(model).items()}
-    assert {n: (s.rank["default"], s.alpha["default"]) for n, s in found.items()} == {
+    found = {
+        n.removeprefix("bert.encoder.layer."): m._lora.adapters["default"] for n, m in adapter_layers(model).items()
+    }
+    assert {n: (s.r, s.alpha) for n, s in found.items()} == {
         "0.attention.self.query": (2, 16), "0.attention.self.key": (8, 16), "0.attention.self.value": (8, 5),
         "1.attention.self.query": (2, 16), "1.attention.self.key": (3, 16), "1.attention.self.value": (8, 16),
     }  # fmt: skip
-    assert all(s.scaling["default"] == s.alpha["default"] / s.rank["default"] ** 0.5 for s in found.values())
+    assert all(s.scaling == s.alpha / s.r**0.5 for s in found.values())
 
 
 # Faults --------------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def test_a_peft_config_is_a_config() -> None:
     )
     model = apply_lora(tiny_bert(), config)
     assert model.lora_configs["default"].r == 4
-    assert {m._lora.scaling["default"] for m in adapter_layers(model).values()} == {3.0}
+    assert {m._lora.adapters["default"].scaling for m in adapter_layers(model).values()} == {3.0}
 
 
 # Heads ---------------------------------------------------------------------------------------------------------------

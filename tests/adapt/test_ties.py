@@ -66,7 +66,7 @@ def test_merging_one_side_of_a_tie_is_refused_with_the_two_ways_out(case: str) -
         assert "untie=True" in message
     assert_same_tensors(snapshot(model), before)
     assert torch.equal(logits(model), y)
-    assert any("shares its weight with" in note for note in require_state(model, "test").notes["default"])
+    assert any("shares its weight with" in note for note in require_state(model, "test").adapters["default"].notes)
 
 
 @pytest.mark.parametrize("case", TIED)

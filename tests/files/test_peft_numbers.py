@@ -274,7 +274,7 @@ def test_a_peft_config_object_is_a_config() -> None:
     }
     from hf_lora.adapt.inject import adapter_layers
 
-    found = {n: (m._lora.rank["default"], m._lora.scaling["default"]) for n, m in adapter_layers(model).items()}
+    found = {n: (a.r, a.scaling) for n, m in adapter_layers(model).items() for a in [m._lora.adapters["default"]]}
     assert found == expected
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora import LoraConfig
-from hf_lora.adapt import inject as injecting
+from hf_lora import METHODS, LoraConfig, register
+from hf_lora.adapt.inject import inject
 from hf_lora.adapt.state import require_state, set_active
-from hf_lora.layers.base import Method
+from hf_lora.layers.base import FactorSpec, Method, Shape
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,14 @@ class Toy(Method):
     """Weight-decomposed: W' = m V / |V| with V = W + s B A and |V| over what feeds each output (arXiv:2402.09353)."""
 
     kind = "toy"
-    extra = ("lora_magnitude_vector",)
+    keys = {"lora_magnitude_vector": "lora_magnitude_vector"}
 
-    def start(self, layer: Any, name: str) -> None:
-        layer.add_factor(self.extra[0], name, self._norm(layer, name))
+    def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        magnitude = FactorSpec((shape.features(layer)[1],), self.keys["lora_magnitude_vector"], "O")
+        return {**shape.specs(layer, r), "lora_magnitude_vector": magnitude}
+
+    def start(self, layer: Any, name: str) -> dict[str, Tensor]:
+        return {"lora_magnitude_vector": self._norm(layer, name)}
 
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
         (name,) = names
@@ -94,13 +98,13 @@ class Toy(Method):
         gain = shape.on_output(layer, self._gain(layer, name))
         bias = getattr(layer, "bias", None)
         linear = y if bias is None else y - shape.on_output(layer, bias).to(y.dtype)
-        update = shape.update(layer, name, x, layer._lora.scaling[name])
+        update = shape.update(layer, name, x, layer._lora.adapters[name].scaling)
         return y + ((gain - 1) * linear + gain * update).to(y.dtype)
 
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         (name,) = names
         shape = layer._lora.shape
-        block.add_(shape.delta(layer, name, rows), alpha=layer._lora.scaling[name])
+        block.add_(shape.delta(layer, name, rows), alpha=layer._lora.adapters[name].scaling)
         return block * shape.on_weight(layer, self._gain(layer, name), rows)
 
     def _gain(self, layer: Any, name: str) -> Tensor:
@@ -109,11 +113,13 @@ class Toy(Method):
     def _norm(self, layer: Any, name: str) -> Tensor:
         state, rows = layer._lora, slice(0, layer.weight.shape[0])
         return state.shape.norm(
-            state.storage.read(layer, rows) + state.scaling[name] * state.shape.delta(layer, name, rows).float()
+            state.storage.read(layer, rows)
+            + state.adapters[name].scaling * state.shape.delta(layer, name, rows).float()
         )
 
 
-TOY = Toy()
+TOY = register(METHODS, "toy", Toy())
+ADDITIVE = METHODS["lora"]
 
 
 class Holder(nn.Module):
@@ -127,16 +133,6 @@ class Holder(nn.Module):
         return self.layer(x)
 
 
-def inject_with(method: Method, model: nn.Module, config: LoraConfig, name: str) -> None:
-    """`inject`, with another method than the one that it knows."""
-    before = injecting.ADDITIVE
-    injecting.ADDITIVE = method  # type: ignore[assignment]
-    try:
-        injecting.inject(model, config, name)
-    finally:
-        injecting.ADDITIVE = before
-
-
 def adapted(
     case: Case, method: Method, dtype: torch.dtype, adapters: int, fresh: bool = False, **config: Any
 ) -> Holder:
@@ -144,7 +140,8 @@ def adapted(
     model = Holder(case.layer(dtype)).eval()
     names = ["one", "two"][:adapters]
     for i, name in enumerate(names):
-        inject_with(method, model, LoraConfig(r=4 + 2 * i, lora_alpha=6, target_modules=["layer"], **config), name)
+        one = LoraConfig(r=4 + 2 * i, lora_alpha=6, target_modules=["layer"], method=method.kind, **config)
+        inject(model, one, name)
     set_active(model, require_state(model, "test"), tuple(names))
     if not fresh:
         randomize(model, seed=3)
@@ -158,7 +155,7 @@ def exact_weight(case: Case, model: Any) -> Tensor:
     for name in layer._lora.names:
         a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
         weight = weight + 6 / a.shape[0] * case.delta(a, b)
-        if layer._lora.method[name].kind == "toy":
+        if layer._lora.adapters[name].method.kind == "toy":
             magnitude = layer.lora_magnitude_vector[name].weight.detach().double()
             norm = case.norm(weight)
             weight = weight * magnitude.view_as(norm) / norm

@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_near, randomize, snapshot
-from shapes_under_test import BY_NAME, CASES, TOY, TOY_CASES, Case, Holder, adapted, exact_weight, inject_with
+from shapes_under_test import ADDITIVE, BY_NAME, CASES, TOY, TOY_CASES, Case, Holder, adapted, exact_weight
 from torch import Tensor, nn
 
 from hf_lora import LoraConfig, MergeError, TargetError
+from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.layers.base import Method
 from hf_lora.layers.dropout import chosen, draw_mask, dropped
-from hf_lora.layers.methods import ADDITIVE
 
 GRID = [(c, ADDITIVE, 2) for c in CASES] + [(c, TOY, 1) for c in TOY_CASES]
 IDS = [f"{c.name}-{m.kind}" for c, m, _ in GRID]
@@ -48,7 +48,7 @@ def differentiable_weight(case: Case, model: Any) -> Tensor:
     for name in layer._lora.names:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         weight = weight + 6 / a.shape[0] * case.delta(a, b)
-        if layer._lora.method[name].kind == "toy":
+        if layer._lora.adapters[name].method.kind == "toy":
             norm = case.norm(weight)
             weight = weight * layer.lora_magnitude_vector[name].weight.view_as(norm) / norm
     return weight
@@ -114,7 +114,7 @@ def grouped() -> Holder:
 def test_a_grouped_convolution_trains_saves_and_refuses_to_fold(tmp_path: Path) -> None:
     model = grouped()
     base = snapshot(model)
-    inject_with(ADDITIVE, model, LoraConfig(r=4, lora_alpha=6, target_modules=["layer"]), "default")
+    inject(model, LoraConfig(r=4, lora_alpha=6, target_modules=["layer"]), "default")
     randomize(model)
     a, b = model.layer.lora_A["default"].weight, model.layer.lora_B["default"].weight
     assert a.shape == (4, 8, 3, 3)
@@ -145,7 +145,7 @@ def test_a_grouped_convolution_trains_saves_and_refuses_to_fold(tmp_path: Path) 
 def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
     model = grouped()
     with pytest.raises(TargetError, match="layer: its rank 6 must be divisible by the convolution's 4 groups"):
-        inject_with(ADDITIVE, model, LoraConfig(r=6, target_modules=["layer"]), "default")
+        inject(model, LoraConfig(r=6, target_modules=["layer"]), "default")
     assert type(model.layer) is nn.Conv2d
 
 

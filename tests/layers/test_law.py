@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_near, assert_same_tensors, randomize, snapshot
 from shapes_under_test import (
+    ADDITIVE,
     BY_NAME,
     CASES,
     TOY,
@@ -16,17 +17,15 @@ from shapes_under_test import (
     Holder,
     adapted,
     exact_weight,
-    inject_with,
     plain_layer,
 )
 from torch import nn
 
 from hf_lora import LoraConfig, MergeError, StateError
-from hf_lora.adapt.inject import eject
+from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, folded, merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
 from hf_lora.layers.base import Method
-from hf_lora.layers.methods import ADDITIVE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRID = [(c, ADDITIVE, n) for c in CASES for n in (1, 2)] + [(c, TOY, 1) for c in TOY_CASES]
@@ -108,7 +107,7 @@ def test_unload_restores_class_and_requires_grad(required: bool) -> None:
     for case in CASES:
         model = Holder(case.layer().requires_grad_(required))
         before = {n: (p.requires_grad, id(p)) for n, p in model.named_parameters()}
-        inject_with(ADDITIVE, model, LoraConfig(target_modules=["layer"]), "default")
+        inject(model, LoraConfig(target_modules=["layer"]), "default")
         assert [n for n, p in model.named_parameters() if p.requires_grad] == [
             "layer.lora_A.default.weight", "layer.lora_B.default.weight",
         ]  # fmt: skip
@@ -127,7 +126,7 @@ def test_a_merged_bf16_weight_is_rounded_once(seed: int) -> None:
     """At most one unit in the last place from the float64 result rounded to bf16, in under 1e-4 of the elements."""
     torch.manual_seed(seed)
     model = Holder(nn.Linear(1024, 1024, bias=False).to(torch.bfloat16))
-    inject_with(ADDITIVE, model, LoraConfig(r=16, target_modules=["layer"]), "default")
+    inject(model, LoraConfig(r=16, target_modules=["layer"]), "default")
     randomize(model, seed, scale=0.05)
     a, b = (
         model.layer.lora_A["default"].weight.detach().double(),
@@ -170,7 +169,7 @@ def test_a_nan_in_a_factor_is_refused_by_name() -> None:
     model = adapted(BY_NAME["linear"], ADDITIVE, torch.float32, 2)
     with torch.no_grad():
         model.layer.lora_A["two"].weight[0, 0] = float("nan")
-    with pytest.raises(MergeError, match=r"adapter 'two': layer\.lora_A holds NaN"):
+    with pytest.raises(MergeError, match=r"adapter 'two': layer\.lora_A\.weight holds NaN"):
         merge(model)
 
 
@@ -178,7 +177,7 @@ def test_methods_that_do_not_add_up_are_refused_together() -> None:
     case = BY_NAME["linear"]
     model = Holder(case.layer())
     for name, method in (("toy", TOY), ("plain", ADDITIVE), ("toy2", TOY)):
-        inject_with(method, model, LoraConfig(target_modules=["layer"]), name)
+        inject(model, LoraConfig(target_modules=["layer"], method=method.kind), name)
     randomize(model)
     state = require_state(model, "test")
     for names in (("toy", "plain"), ("toy", "toy2")):
@@ -200,7 +199,7 @@ def merge_exactly(case: Case, model: Any, name: str) -> torch.Tensor:
 
 def test_the_toys_magnitude_is_a_master_too() -> None:
     """A method's own factors have what A and B have: float32, a gradient, a place in the file."""
-    from hf_lora.adapt.state import slots
+    from hf_lora.adapt.walk import parts
 
     model = adapted(BY_NAME["linear"], TOY, torch.bfloat16, 1)
     model.to(torch.bfloat16)
@@ -209,6 +208,7 @@ def test_the_toys_magnitude_is_a_master_too() -> None:
     model(BY_NAME["linear"].input(torch.bfloat16)).float().square().sum().backward()
     assert magnitude.grad is not None
     assert magnitude.grad.abs().sum() > 0
-    assert [s.role for s in slots(model, "one")] == ["lora_A", "lora_B", "lora_magnitude_vector"]
+    found = [spec.key for part in parts(model, "one") for spec, _ in part.tensors()]
+    assert found == ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
     eject(model)
     assert not list(model.layer._modules)

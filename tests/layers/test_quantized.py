@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_plain_layer_in_float64(base: Path, kind: str
     layer(x).backward(g)
     a64, b64, x64 = (t.detach().double().requires_grad_() for t in (a, b, x))
     weight = read_whole(layer).double()
-    scaling = layer._lora.scaling["default"]
+    scaling = layer._lora.adapters["default"].scaling
     F.linear(x64, weight + scaling * (b64 @ a64)).backward(g.double())
     for found, wanted in ((a, a64), (b, b64), (x, x64)):
         assert_near(found.grad, wanted.grad, torch.float32, factor=16)

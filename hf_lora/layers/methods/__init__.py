@@ -1,5 +1,13 @@
-"""The methods, one file each."""
+"""The methods, one file each: what the factors of an adapter do to a layer's output and to its weight.
 
-from .additive import ADDITIVE
+In: a layer, a shape's factors, the names of the adapters that act. Out: the layer's output, or rows of its weight with
+the update in them. `METHODS` is the table; a configuration names one of them in its field `method`.
+"""
 
-__all__ = ["ADDITIVE"]
+from ..base import Method
+from ..registry import Registry
+from .additive import Additive
+
+METHODS: Registry[Method] = Registry("method", {"lora": Additive()})
+
+__all__ = ["METHODS", "Additive"]

@@ -37,7 +37,7 @@ class Additive(Method):
     def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
         state = layer._lora
         # Each block needs its own rows of the left factor and all of the right one: that is made float64 once.
-        factors = [(*state.shape.factors(layer, name), state.scaling[name]) for name in names]
+        factors = [(*state.shape.factors(layer, name), state.adapters[name].scaling) for name in names]
         exactly = [(left, exact(right), scaling) for left, right, scaling in factors]
 
         def add(block: Tensor, rows: slice) -> Tensor:
@@ -51,7 +51,8 @@ class Additive(Method):
 def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
     """y with the update of one adapter, in PyTorch's own operations."""
     state = layer._lora
-    p, scaling = state.dropout[name], state.scaling[name]
+    adapter = state.adapters[name]
+    p, scaling = adapter.dropout, adapter.scaling
     if p and layer.training:
         x = F.dropout(x, p)
     elif not torch.is_grad_enabled():
@@ -79,7 +80,7 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     for name in others:
         a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
         if y.dtype == inner.dtype:
-            added = Operand(y, None, a, b, layer._lora.scaling[name])
+            added = Operand(y, None, a, b, layer._lora.adapters[name].scaling)
             (y,) = lora_products(inner, [added], _dropout(layer, name), weights=False)
         else:
             y = _plain(layer, name, inner, y)
@@ -98,7 +99,7 @@ def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: 
         if state.activity.acting[state.names] != names or member.training != layer.training:
             continue
         operand = _operand(member, name, inner)
-        if operand is not None and state.dropout[name] == layer._lora.dropout[name]:
+        if operand is not None and state.adapters[name].dropout == layer._lora.adapters[name].dropout:
             members.append(member)
             operands.append(operand)
     if len(members) < 2 or not any(member is layer for member in members):
@@ -116,11 +117,8 @@ def _operand(layer: Any, name: str, x: Tensor) -> Operand | None:
         return None
     parts = layer._modules
     a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
-    return Operand(weight, layer.bias, a, b, layer._lora.scaling[name])
+    return Operand(weight, layer.bias, a, b, layer._lora.adapters[name].scaling)
 
 
 def _dropout(layer: Any, name: str) -> float:
-    return layer._lora.dropout[name] if layer.training else 0.0
-
-
-ADDITIVE = Additive()
+    return layer._lora.adapters[name].dropout if layer.training else 0.0

@@ -1,0 +1,34 @@
+"""The shapes, one file each: how two factors act on a kind of layer, on its output and on its weight.
+
+In: a module, or a layer and its input. Out: the declaration of the factors, their update, or rows of B A in the layout
+of the weight. `SHAPES` is the table; the first of it that claims a layer has it.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..base import Shape
+from ..registry import Registry
+from .convolution import ConvShape
+from .embedding import EmbeddingShape
+from .linear import LinearShape
+from .matrix import runs_forward_of
+from .transposed import TransposedShape
+
+SHAPES: Registry[Shape] = Registry(
+    "shape",
+    {
+        "linear": LinearShape(),
+        "transposed": TransposedShape(),
+        "embedding": EmbeddingShape(),
+        "convolution": ConvShape(),
+    },
+)
+
+__all__ = ["SHAPES", "runs_forward_of", "shape_of"]
+
+
+def shape_of(layer: nn.Module) -> Shape | None:
+    """The shape that claims `layer`, or None: its forward is not known, so LoRA on it could be wrong."""
+    return next((shape for shape in SHAPES.search() if shape.claims(layer)), None)

@@ -1,0 +1,74 @@
+"""Convolutions: A convolves with the layer's kernel, B with one of size 1."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..base import Shape
+from ..ops import weight_like
+from .matrix import runs_forward_of
+
+
+class ConvShape(Shape):
+    """`nn.Conv1d/2d/3d`: weight (O, I/groups, *kernel), A (R, I, *kernel), B (O, R/groups, 1, …).
+
+    That is PEFT's form. With groups > 1 the update mixes groups, which no grouped weight can hold: such a layer trains
+    and is saved, and folding it is refused.
+    """
+
+    CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d)
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, self.CLASSES) and any(runs_forward_of(layer, cls) for cls in self.CLASSES)
+
+    def refuse_rank(self, layer: nn.Module, r: int) -> str | None:
+        groups = cast(int, layer.groups)
+        return f"its rank {r} must be divisible by the convolution's {groups} groups" if r % groups else None
+
+    def refuse_folding(self, layer: nn.Module) -> str | None:
+        if cast(int, layer.groups) > 1:
+            return "the update of a grouped convolution crosses its groups, which no grouped weight can hold"
+        return None
+
+    def features(self, layer: nn.Module) -> tuple[int, int]:
+        return cast(nn.Conv2d, layer).in_channels, cast(nn.Conv2d, layer).out_channels
+
+    def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        layer = cast(nn.Conv2d, layer)
+        ones = (1,) * len(layer.kernel_size)
+        return (r, layer.in_channels, *layer.kernel_size), (layer.out_channels, r // layer.groups, *ones)
+
+    def _hidden(self, layer: Any, name: str, x: Tensor) -> Tensor:
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+            padding = 0
+        convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
+        weight = weight_like(layer.lora_A[name].weight, x)
+        return convolve(x, weight, None, layer.stride, padding, layer.dilation)
+
+    def _output(self, layer: Any, name: str, h: Tensor) -> Tensor:
+        convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
+        return convolve(h, weight_like(layer.lora_B[name].weight, h), groups=layer.groups)
+
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+        return self._output(layer, name, self._hidden(layer, name, x) * scaling)
+
+    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+        return layer.lora_B[name].weight.flatten(1), layer.lora_A[name].weight.flatten(1)
+
+    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+        return super().delta(layer, name, rows).unflatten(1, layer.lora_A[name].weight.shape[1:])
+
+    def norm(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1).norm(dim=1)
+
+    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+        return v[rows].view(-1, *[1] * (1 + len(layer.kernel_size)))
+
+    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * len(layer.kernel_size))

@@ -1,0 +1,286 @@
+"""Proof that a method, an initialization, a shape and a storage from outside the package need only `register`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import randomize, tiny_llama
+from torch import Tensor, nn
+
+from hf_lora import (
+    INITS,
+    METHODS,
+    SHAPES,
+    STORAGES,
+    AdapterFileError,
+    ConfigError,
+    LoraConfig,
+    LoraModel,
+    apply_lora,
+    explain_targets,
+    merge_files,
+    register,
+)
+from hf_lora.adapt.inject import delete, eject, inject
+from hf_lora.adapt.merge import merge, unmerge
+from hf_lora.adapt.state import require_state, set_active
+from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.inspect import inspect_adapter
+from hf_lora.layers.base import FactorSpec, Method, Shape
+from hf_lora.layers.inits import Init, InitCall
+from hf_lora.layers.shapes.linear import LinearShape
+from hf_lora.layers.storage import DenseStorage
+from hf_lora.train.groups import learning_rates
+
+IDS = torch.arange(14).view(2, 7) % 32
+
+
+class Gain(Method):
+    """y = W x + g ∘ (scaling · B A x), with a third factor g (O,), stored as a column in a file."""
+
+    kind = "gain"
+    keys = {"lora_gain": "lora_gain.column"}
+
+    def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        gain = FactorSpec(
+            (shape.features(layer)[1],), self.keys["lora_gain"], "O", to_disk=as_column, from_disk=from_column
+        )
+        return {**shape.specs(layer, r), "lora_gain": gain}
+
+    def start(self, layer: Any, name: str) -> dict[str, Tensor]:
+        return {"lora_gain": torch.ones(layer.weight.shape[0])}
+
+    def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        (name,) = names
+        update = layer._lora.shape.update(layer, name, x, layer._lora.adapters[name].scaling)
+        y: Tensor = layer.product(x)
+        return y + (layer.lora_gain[name].weight * update).to(y.dtype)
+
+    def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
+        (name,) = names
+        gain = layer.lora_gain[name].weight[rows, None].to(block.dtype)
+        delta = layer._lora.shape.delta(layer, name, rows).to(block.dtype)
+        return block + layer._lora.adapters[name].scaling * gain * delta
+
+
+def as_column(gain: Tensor) -> Tensor:
+    return gain[:, None]
+
+
+def from_column(gain: Tensor) -> Tensor:
+    return gain[:, 0]
+
+
+class Constant(Init):
+    """A of 0.1 throughout, B zero."""
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        values = call.zeros()
+        values["lora_A"].fill_(0.1)
+        return values
+
+
+class Doubled(nn.Module):
+    """y = 2 W x, and no linear layer."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs) / inputs**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * 2
+
+
+class DoubledShape(LinearShape):
+    plain_forward = None
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Doubled)
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+        return None
+
+    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+        return super().update(layer, name, x, 2 * scaling)
+
+    is_matrix = False
+
+
+class Negated(Doubled):
+    """y = -2 W x: its weight is kept with the other sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) * -2
+
+
+class NegatedStorage(DenseStorage):
+    kind = "negated"
+
+    def owns(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Negated)
+
+    def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
+        return super().read(layer, rows, into).neg_()
+
+    def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
+        super().write(layer, rows, -block)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.doubled, self.negated, self.plain = Doubled(6, 8), Negated(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(self.negated(self.doubled(x).tanh()).tanh())
+
+
+@pytest.fixture(autouse=True)
+def entries() -> Iterator[None]:
+    added: list[tuple[Any, str, Any]] = [
+        (METHODS, "gain", Gain()),
+        (INITS, "constant", Constant()),
+        (SHAPES, "doubled", DoubledShape()),
+        (STORAGES, "negated", NegatedStorage()),
+    ]
+    for registry, name, entry in added:
+        register(registry, name, entry)
+    yield
+    for registry, name, _ in added:
+        registry.pop(name, None)
+
+
+TARGETS = ["doubled", "negated", "plain"]
+
+
+def train(model: nn.Module, x: Tensor, steps: int = 5) -> tuple[float, float]:
+    """(first, last) loss."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (model(x) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    return losses[0], losses[-1]
+
+
+def exact(base: Net, model: Net, x: Tensor, name: str) -> Tensor:
+    """The adapted net in float64, from the written formulas."""
+    weights = []
+    for path in TARGETS:
+        layer, own = getattr(model, path), getattr(base, path)
+        a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
+        update = layer._lora.adapters[name].scaling * (b @ a)
+        if "lora_gain" in layer._modules:
+            update = layer.lora_gain[name].weight.detach().double()[:, None] * update
+        sign = -1 if path == "negated" else 1
+        weights.append(sign * own.weight.detach().double() + update)
+    h = (2 * F.linear(x.double(), weights[0])).tanh()
+    h = (2 * F.linear(h, weights[1])).tanh()
+    return F.linear(h, weights[2], base.plain.bias.detach().double())
+
+
+@pytest.mark.parametrize("method", ["lora", "gain"])
+def test_a_shape_a_storage_a_method_and_an_init_go_through_all_verbs(method: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(4, 6)
+    base, model = Net(), Net()
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, method=method, init_lora_weights="constant")
+    counted = sum(t.parameters for t in explain_targets(model, config).layers)
+    inject(model, config)
+    assert torch.equal(model(x), base(x)), "a fresh adapter changes no bit"
+    assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert (model.plain.lora_A["default"].weight == 0.1).all()
+    first, last = train(model, x)
+    assert last < first
+    randomize(model, 5)
+    assert torch.allclose(model(x).double(), exact(base, model, x, "default"), rtol=1e-5, atol=1e-5)
+
+    save_adapter(model, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert saved.get("method", "lora") == method
+    assert saved["init_lora_weights"] is True
+    again = Net()
+    load_adapter(again, tmp_path / "saved")
+    assert torch.equal(again(x), model(x))
+    summary = inspect_adapter(tmp_path / "saved")
+    assert summary.parameters == counted
+    assert [layer.path for layer in summary.layers] == TARGETS
+
+    unmerged, weights = model(x), [getattr(model, path).weight.clone() for path in TARGETS]
+    merge(model)
+    assert torch.allclose(model(x), unmerged, rtol=1e-5, atol=1e-5)
+    unmerge(model)
+    assert all(torch.equal(getattr(model, p).weight, w) for p, w in zip(TARGETS, weights, strict=True))
+    assert torch.equal(model(x), unmerged)
+    inject(model, LoraConfig(r=2, target_modules=["plain"]), "second")
+    set_active(model, require_state(model, "test"), ("default",))
+    delete(model, "second")
+    assert torch.equal(model(x), unmerged)
+    eject(model)
+    assert torch.equal(model(x), base(x))
+    assert [type(m) for m in model.modules()] == [type(m) for m in base.modules()]
+    assert set(dict(model.named_parameters())) == set(dict(base.named_parameters()))
+
+
+def test_a_method_with_a_third_factor_in_a_transformers_model(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], method="gain")
+    model = apply_lora(type(tiny_llama()).from_pretrained(tmp_path / "base"), config)
+    randomize(model).eval()
+    unmerged = model(IDS).logits
+    rates = learning_rates(model, 1.0, 4.0, None)
+    assert {rates.get(id(p)) for n, p in model.named_parameters() if "lora_B" in n} == {4.0}
+    assert not any(id(p) in rates for n, p in model.named_parameters() if "lora_gain" in n)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    assert torch.equal(loaded(IDS).logits, unmerged)
+    loaded.load_adapter_weights(tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    by_file = type(tiny_llama()).from_pretrained(tmp_path / "merged").eval()
+    by_memory = model.merge_and_unload()
+    assert all(
+        torch.equal(a, b) for a, b in zip(by_file.state_dict().values(), by_memory.state_dict().values(), strict=True)
+    )
+    assert torch.allclose(by_memory(IDS).logits, unmerged, rtol=1e-4, atol=1e-5)
+
+
+def test_methods_that_do_not_add_up_cannot_act_together() -> None:
+    model = Net()
+    for name in ("one", "two"):
+        inject(model, LoraConfig(r=2, target_modules=["plain"], method="gain"), name)
+    with pytest.raises(Exception, match="methods gain cannot act on one layer together"):
+        set_active(model, require_state(model, "test"), ("one", "two"))
+
+
+def test_what_is_not_registered_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_lora(tiny_llama(), LoraConfig(method="gian", init_lora_weights="pissa"))
+    assert "there is no method 'gian' (did you mean gain?)" in str(caught.value).replace("'gain'", "gain")
+    assert "there is no initialization 'pissa'" in str(caught.value)
+    model = apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], method="gain"))
+    model.save_pretrained(tmp_path)
+    del METHODS["gain"]
+    for read in (inspect_adapter, lambda folder: load_adapter(tiny_llama(), folder)):
+        with pytest.raises(AdapterFileError, match="there is no method 'gain'"):
+            read(tmp_path)
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ConfigError, match="there is a method 'lora' already"):
+        register(METHODS, "lora", Gain())
+    with pytest.raises(ConfigError, match="is no name"):
+        register(METHODS, "Not A Name", Gain())
+    assert register(METHODS, "gain", METHODS["gain"]) is METHODS["gain"]
