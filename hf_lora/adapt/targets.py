@@ -15,9 +15,9 @@ from torch import nn
 from ..config import LoraConfig
 from ..errors import Faults, TargetError, nearest
 from ..layers.base import Shape, Storage
-from ..layers.quantized import is_packed, is_unfinished
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import ConvShape, runs_forward_of
+from ..layers.storages import is_packed, is_unfinished
 from .bypass import bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, matches

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..adapt.state import Slot
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
-from ..layers.storage import fits
+from ..layers.storages import fits
 from .claims import check_config, check_extras
 from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
 from .together import finish_moves, replace_together

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .base import LoraLayer, Shape
 from .extend import plain
 from .ops import weight_like
-from .quantized import quantization_of
+from .storages import quantization_of
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
