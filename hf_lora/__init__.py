@@ -25,7 +25,7 @@ _WHERE = {
     "INITS": "layers.inits",
     "METHODS": "layers.methods",
     "SHAPES": "layers.shapes",
-    "STORAGES": "layers.storage",
+    "STORAGES": "layers.storages",
     "register": "layers.registry",
     "check_adapter": "adapt.check",
     "share_inputs": "adapt.sharing",
@@ -119,7 +119,7 @@ if TYPE_CHECKING:
     from .layers.methods import METHODS
     from .layers.registry import register
     from .layers.shapes import SHAPES
-    from .layers.storage import STORAGES
+    from .layers.storages import STORAGES
     from .load import pipeline
     from .model import LoraModel, apply_lora, get_peft_model
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments

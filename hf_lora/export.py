@@ -11,7 +11,7 @@ import torch
 from .errors import AdapterFileError, ConfigError, MergeError, nearest
 from .files.format import CONFIG_NAME
 from .hub.pull import local_adapter
-from .layers.storage import fits
+from .layers.storages import fits
 from .load import PROCESSORS, find_processor, load_lora
 
 DTYPES = ("float32", "bfloat16", "float16")

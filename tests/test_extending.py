@@ -35,7 +35,7 @@ from hf_lora.files.inspect import inspect_adapter
 from hf_lora.layers.base import FactorSpec, Method, Shape
 from hf_lora.layers.inits import Init, InitCall
 from hf_lora.layers.shapes.linear import LinearShape
-from hf_lora.layers.storage import DenseStorage
+from hf_lora.layers.storages import DenseStorage
 from hf_lora.train.groups import learning_rates
 
 IDS = torch.arange(14).view(2, 7) % 32

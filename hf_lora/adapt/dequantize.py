@@ -23,9 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import Faults, MergeError
 from ..layers.base import LoraLayer, Storage
 from ..layers.ops import exact
-from ..layers.quantized import QuantizedStorage, is_packed, quantization_of, why_unreadable
 from ..layers.shapes import shape_of
-from ..layers.storage import fits, storage_of
+from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
 from .state import state_of
 from .ties import untie_all
 from .walk import original_modules

@@ -15,10 +15,9 @@ from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
 from ..layers.base import LayerAdapter, LoraLayer, end_layer, start_layer
 from ..layers.inits import INITS, Init, InitCall, Unset, init_name
-from ..layers.quantized import end_differentiable, keep_differentiable
 from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias
 from ..layers.sharded import how_sharded
-from ..layers.storage import execution_device
+from ..layers.storages import end_differentiable, execution_device, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
 from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from ..errors import Faults, MergeError, StateError
 from ..layers.base import LoraLayer
 from ..layers.mapped import let_go, lies_in, unwritten_maps
-from ..layers.quantized import why_unreadable
 from ..layers.sharded import is_partitioned, is_sharded
-from ..layers.storage import fits, put_rows
+from ..layers.storages import fits, put_rows, why_unreadable
 from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
 from .state import LoraState, require_state, set_active
 from .ties import forward_asks_for_ties, untie_adapted, weight_users

@@ -8,18 +8,17 @@ from typing import Any
 from torch import nn
 
 from ..layers.sharded import whole_numel
+from ..layers.storages import numel
 from .state import require_state
 from .walk import adapter_layers, parts
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a packed 4-bit weight counts as the elements that it stands for."""
+    """(trainable, all) parameters; a packed weight counts as the elements that it stands for."""
     trainable = total = 0
     for parameter in model.parameters():
-        count = whole_numel(parameter)  # ZeRO-3 leaves an empty tensor behind
-        shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
-        if shape is not None:
-            count = shape.numel()
+        packed = numel(parameter)
+        count = whole_numel(parameter) if packed is None else packed  # ZeRO-3 leaves an empty tensor behind
         total += count
         trainable += count if parameter.requires_grad else 0
     return trainable, total

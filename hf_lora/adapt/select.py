@@ -12,9 +12,8 @@ from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig
 from ..errors import Faults, nearest
 from ..layers.base import Shape, Storage
 from ..layers.extend import refuse_instance_forward
-from ..layers.quantized import quantization_of
 from ..layers.shapes import shape_of
-from ..layers.storage import storage_of, why_no_storage
+from ..layers.storages import quantization_of, storage_of, why_no_storage
 from .bypass import bypassed_modules
 from .embeddings import output_embeddings
 from .heads import outside_backbone

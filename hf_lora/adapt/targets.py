@@ -17,9 +17,9 @@ from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.base import FactorSpec, Method, Shape, Storage
 from ..layers.inits import INITS, init_name
 from ..layers.methods import METHODS
-from ..layers.quantized import is_packed, is_unfinished
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import runs_forward_of
+from ..layers.storages import is_packed, is_unfinished
 from .bypass import bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, matches

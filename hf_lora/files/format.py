@@ -29,7 +29,7 @@ from ..layers.base import FactorSpec
 from ..layers.methods import METHODS
 from ..layers.parts import Part
 from ..layers.shapes import SHAPES
-from ..layers.storage import fits
+from ..layers.storages import fits
 from .claims import check_config, check_extras
 from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
 from .together import finish_moves, replace_together

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..adapt.match import PatternTable
 from ..config import LoraConfig
 from ..errors import AdapterFileError, Faults
-from ..layers.storage import fits
+from ..layers.storages import fits
 from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
 from .safety import REPAIR
 

@@ -14,7 +14,7 @@ from ..adapt.state import require_state
 from ..adapt.walk import adapter_layers, bias_layers, replacements
 from ..errors import Faults, MergeError
 from ..layers.base import LoraLayer
-from ..layers.storage import fits
+from ..layers.storages import fits
 from .naming import Run, misnamed
 from .ranges import Entry, header_of
 from .shell import IN_MEMORY, NAME, Shell

@@ -241,6 +241,11 @@ class Storage(ABC):
     quantized = False
     """Whether the layer holds codes in place of numbers, so that only its own forward can multiply by them."""
     readable = True
+    library: str | None = None
+    """The optional library whose weights these are; None where there is none.
+
+    `before_training` and `after_training` are called only where it was imported.
+    """
 
     @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
@@ -265,6 +270,42 @@ class Storage(ABC):
         Raises:
             MergeError: the storage cannot hold a value (not finite after rounding).
         """
+
+    def keep(self, layer: nn.Module) -> Tensor:
+        """What `put_back` needs to restore every bit of the weight after `write`."""
+        return cast(Tensor, layer.weight).detach().clone()
+
+    def put_back(self, layer: nn.Module, kept: Tensor) -> None:
+        """Restore what `keep` returned, which stays as it is."""
+        cast(Tensor, layer.weight).data.copy_(kept)
+
+    def refuse(self, layer: nn.Module) -> str | None:
+        """Why a weight of this backend cannot be adapted, though `owns` denies it; None where it is another's."""
+        return None
+
+    def unfinished(self, layer: nn.Module) -> bool:
+        """Whether the layer is of this backend and its weight, of floating-point numbers, was never converted."""
+        return False
+
+    def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
+        """In which dtype the layer multiplies whatever its input is; None where it has none of its own."""
+        return None
+
+    def before_training(self, module: nn.Module) -> None:
+        """See that gradients go on passing through `module`, which may be of any kind, also after an evaluation."""
+        return None
+
+    def after_training(self, module: nn.Module) -> None:
+        """Undo `before_training`."""
+        return None
+
+    def numel(self, parameter: Tensor) -> int | None:
+        """How many elements a packed parameter of this backend stands for; None for any other parameter."""
+        return None
+
+    def unshardable(self, parameter: Tensor) -> bool:
+        """Whether the parameter is of this backend, and FSDP2 fails to split it though it is of a float dtype."""
+        return False
 
 
 @dataclass

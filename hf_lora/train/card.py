@@ -20,6 +20,7 @@ from ..errors import AdapterFileError
 from ..hub.card import write_card
 from ..hub.escape import command_line
 from ..hub.facts import Run, Score, facts_of, is_repository, scores_of
+from ..layers.storages import libraries_of
 from .part import TrainerPart
 
 logger = logging.get_logger(__name__)
@@ -214,11 +215,9 @@ def versions_of(trainer: Any) -> dict[str, str]:
     """Library -> version of what takes part in the run, beside what `hf_lora.json` names."""
     bases = {cls.__module__.partition(".")[0] for cls in type(trainer).__mro__}
     data = {type(part).__module__.partition(".")[0] for part in (trainer.train_dataset, trainer.eval_dataset)}
-    weights = {type(m).__module__.partition(".")[0] for m in trainer._bare_model.modules()}
-    weights |= {type(p.data).__module__.partition(".")[0] for p in trainer._bare_model.parameters()}
     taking_part = {
         "accelerate": True, "trl": "trl" in bases, "datasets": "datasets" in data,
-        "bitsandbytes": "bitsandbytes" in weights, "torchao": "torchao" in weights,
+        **dict.fromkeys(libraries_of(trainer._bare_model), True),
         "deepspeed": trainer.is_deepspeed_enabled,
     }  # fmt: skip
     found = {"python": platform.python_version()}

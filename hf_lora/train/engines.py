@@ -19,7 +19,6 @@ from transformers.utils import logging
 from ..adapt.state import require_state
 from ..compat import zero_partitions
 from ..errors import ConfigError, StateError, TrainingError
-from ..layers.quantized import unshardable
 from ..layers.sharded import (
     gather,
     gather_state,
@@ -29,6 +28,7 @@ from ..layers.sharded import (
     shard_like,
     whole_shape,
 )
+from ..layers.storages import unshardable
 
 logger = logging.get_logger(__name__)
 

@@ -45,8 +45,8 @@ def quantization(model: nn.Module) -> list[str]:
 
 def _products(model: nn.Module, accelerator: Any) -> str:
     text = _dense_products(model, accelerator)
-    own = {layer.__dict__.get("compute_dtype") for layer, _ in quantized_layers(model).values()}
-    named = ", ".join(sorted(_name(dtype) for dtype in own if isinstance(dtype, torch.dtype)))
+    own = {storage.compute_dtype(layer) for layer, storage in quantized_layers(model).values()}
+    named = ", ".join(sorted(_name(dtype) for dtype in own if dtype is not None))
     return f"{text}, those of 4-bit layers in {named}" if named else text
 
 

@@ -34,7 +34,7 @@ from hf_lora.adapt.check import check_adapter
 from hf_lora.adapt.dequantize import dense_dtype, dequantize, is_quantized
 from hf_lora.adapt.merge import folded
 from hf_lora.export import merge_to_folder
-from hf_lora.layers.quantized import QuantizedStorage
+from hf_lora.layers.storages import QuantizedStorage
 
 NOTES_OF_LOADING = {"_is_hf_initialized", "_hf_quantized_needs_local_tp"}
 """What transformers leaves on a layer that it loaded, and nobody reads again."""

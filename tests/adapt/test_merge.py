@@ -16,7 +16,7 @@ from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.adapt.walk import adapter_tensors
 from hf_lora.files.adapters import load_adapter, save_adapter
-from hf_lora.layers.storage import DenseStorage, fits
+from hf_lora.layers.storages import DenseStorage, fits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

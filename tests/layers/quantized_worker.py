@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from hf_lora import LoraConfig, apply_lora
-from hf_lora.layers.quantized import unshardable
+from hf_lora.layers.storages import unshardable
 
 
 def make(base: Path) -> Any:

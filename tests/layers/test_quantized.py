@@ -20,8 +20,7 @@ from hf_lora import LoraConfig, MergeError, TargetError, apply_lora
 from hf_lora.adapt.dequantize import quantized_layers
 from hf_lora.adapt.merge import folded
 from hf_lora.adapt.walk import adapter_layers
-from hf_lora.layers.quantized import quantization_of, unshardable
-from hf_lora.layers.storage import storage_of
+from hf_lora.layers.storages import quantization_of, storage_of, unshardable
 
 KINDS = ["dense", *QUANTIZED]
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..extend import plain
-from ..quantized import quantization_of
+from ..storages import quantization_of
 from .matrix import Matrix, runs_forward_of
 
 

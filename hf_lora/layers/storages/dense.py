@@ -1,16 +1,14 @@
-"""The storages: how a backend keeps the bits of a layer's weight. A new backend is one class here."""
+"""The dense storage, and what it takes to write to a dense weight: PyTorch's own parameters, of no backend."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import MergeError
-from .base import Storage
-from .quantized import QUANTIZED, rounds_activations
-from .registry import Registry
+from ...errors import MergeError
+from ..base import Storage
 
 
 class DenseStorage(Storage):
@@ -51,33 +49,3 @@ def fits(block: Tensor, dtype: torch.dtype) -> bool:
     if flat.dtype.itemsize > 1 and bool(flat.dot(flat).sqrt() < torch.finfo(dtype).max):
         return True
     return bool(torch.isfinite(block.to(dtype)).all())
-
-
-STORAGES: Registry[Storage] = Registry(
-    "storage", {"dense": DenseStorage(), **{storage.kind: storage for storage in QUANTIZED}}
-)
-
-
-def storage_of(layer: nn.Module) -> Storage | None:
-    """The storage that owns `layer`'s weight, or None."""
-    return next((storage for storage in STORAGES.search() if storage.owns(layer)), None)
-
-
-def why_no_storage(layer: nn.Module) -> str:
-    """What is unusual about a weight that no storage owns."""
-    if "weight" not in layer._parameters:
-        return "its weight is computed from other tensors (a parametrisation), so a merged value would be lost"
-    weight = layer._parameters["weight"]
-    if rounds_activations(weight):
-        return "its activations are quantised too, and no gradient passes through them"
-    return f"its weight is kept as {type(weight).__name__} of {getattr(weight, 'dtype', None)}, which is not supported"
-
-
-def execution_device(layer: Any) -> torch.device:
-    """Where the layer computes: its weight's device, or its hook's where the weight is offloaded."""
-    hook = layer.__dict__.get("_hf_hook")
-    device = getattr(hook, "execution_device", None)
-    if device is None:
-        own = (*layer._parameters.values(), *layer._buffers.values())
-        return next(t.device for t in own if t is not None)
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)

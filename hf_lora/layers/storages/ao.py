@@ -1,0 +1,73 @@
+"""torchao: tensors that stand for a dense weight, in an ordinary layer.
+
+torchao is never imported: who holds one of its weights has imported it. The values read are those of its own
+dequantisation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..extend import plain
+from .quantized import QuantizedStorage, comes_from, features
+
+TORCHAO = "torchao"
+
+
+class TorchaoStorage(QuantizedStorage):
+    """torchao's weights: tensors that stand for a dense one, in an ordinary `nn.Linear`."""
+
+    kind = "torchao"
+    library = TORCHAO
+    attributes = ("extra_repr",)
+
+    def owns(self, layer: nn.Module) -> bool:
+        weight: Any = layer._parameters.get("weight")
+        known = isinstance(layer, nn.Linear) and comes_from(type(weight), TORCHAO)
+        if not known or type(weight).dequantize is Tensor.dequantize or _rounds_activations(weight):
+            return False
+        return tuple(weight.shape) == features(layer)
+
+    def form(self, layer: nn.Module) -> str:
+        weight: Any = layer.weight
+        dtype = getattr(weight, "target_dtype", getattr(getattr(weight, "qdata", None), "dtype", None))
+        return f"torchao {str(dtype).removeprefix('torch.') if dtype else type(weight).__name__}"
+
+    def dense_class(self, layer: Any) -> type[nn.Module]:
+        return plain(type(layer))
+
+    def block_rows(self, layer: nn.Module, wanted: int) -> int:
+        """All of them where the packed form cannot be cut: such a weight is dequantised whole."""
+        weight: Any = layer.weight
+        count: int = weight.shape[0]
+        try:
+            return (
+                wanted if weight.detach()[: min(wanted, count)].dequantize().shape[0] == min(wanted, count) else count
+            )
+        except (NotImplementedError, AssertionError, RuntimeError, ValueError):
+            return count
+
+    def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
+        weight: Any = layer.weight.detach()  # type: ignore[operator]
+        start, stop, _ = rows.indices(weight.shape[0])
+        whole = (start, stop) == (0, weight.shape[0])
+        block = (weight if whole else weight[start:stop]).dequantize()
+        return block.to(torch.float32) if into is None else into.copy_(block)
+
+    def refuse(self, layer: nn.Module) -> str | None:
+        weight = layer._parameters.get("weight")
+        if comes_from(type(weight), TORCHAO) and _rounds_activations(weight):
+            return "its activations are quantised too, and no gradient passes through them"
+        return None
+
+    def unshardable(self, parameter: Tensor) -> bool:
+        return comes_from(type(parameter), TORCHAO)  # they fail under `fully_shard`
+
+
+def _rounds_activations(weight: Any) -> bool:
+    """Whether a torchao weight has its inputs quantised as well: no gradient then passes to them."""
+    chosen = getattr(weight, "act_quant_kwargs", None), getattr(weight, "activation_quantization", None)
+    return any(each is not None for each in chosen)
