@@ -173,7 +173,7 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method == "lora":  # PEFT's files say nothing of it
             del values["method"]
-        return {"peft_type": "LORA", "inference_mode": True, "auto_mapping": None, **values}
+        return {"peft_type": _peft_type(self.method), "inference_mode": True, "auto_mapping": None, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], call: str = "LoraConfig.from_dict(…)") -> LoraConfig:
@@ -186,7 +186,7 @@ class LoraConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         kind = values.get("peft_type", "LORA")
         kind = str(getattr(kind, "value", kind)).upper()
-        if kind != "LORA":
+        if kind not in ("LORA", _peft_type(values.get("method"))):
             faults.add(f"peft_type={kind!r}: only LORA adapters are supported")
         for name, value in values.items():
             if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
@@ -228,6 +228,11 @@ class LoraConfig:
             f"A LoRA config was expected, not {type(config).__name__}. Pass hf_lora.LoraConfig(…), a mapping with its "
             "fields, or a peft.LoraConfig."
         )
+
+
+def _peft_type(method: Any) -> str:
+    """What a file says to PEFT, which refuses a type that it does not know: it would overlook the further factors."""
+    return "LORA" if method in (None, "lora") else f"LORA_{method}".upper()
 
 
 def _is_int(value: Any) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -248,6 +249,8 @@ def test_a_method_with_a_third_factor_in_a_transformers_model(tmp_path: Path) ->
     loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert torch.equal(loaded(IDS).logits, unmerged)
     loaded.load_adapter_weights(tmp_path / "adapter")
+    with pytest.raises((KeyError, ValueError)):  # PEFT would overlook the third factor
+        peft.PeftConfig.from_pretrained(tmp_path / "adapter")
     merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
     by_file = type(tiny_llama()).from_pretrained(tmp_path / "merged").eval()
     by_memory = model.merge_and_unload()

@@ -145,3 +145,28 @@ def test_no_file_names_a_model_architecture(file: Path) -> None:
         if word in ARCHITECTURES and text != "gpt"  # also what files of chats call the assistant
     ]
     assert not named
+
+
+FACTORS = re.compile(r"lora_(embedding_)?[AB]\b")
+SHAPE_CLASSES = re.compile(r"\b\w+Shape\b")
+OWN_FILES = ("base.py", "shapes", "methods", "inits")
+
+
+def test_no_caller_names_a_factor_or_the_class_of_a_shape() -> None:
+    """What an adapter holds is declared by its method and the layer's shape; all others read the declaration."""
+    named = []
+    for file in FILES:
+        folders = file.relative_to(ROOT).parts
+        if folders[0] == "layers" and folders[1] in OWN_FILES:
+            continue
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        texts = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, documented) and n.body and
+                 isinstance(n.body[0], ast.Expr)}  # fmt: skip
+        for node in ast.walk(tree):
+            word = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "value", None)
+            if not isinstance(word, str) or id(node) in texts:
+                continue
+            if FACTORS.search(word) or (SHAPE_CLASSES.search(word) and not isinstance(node, ast.Constant)):
+                named.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {word}")
+    assert not named

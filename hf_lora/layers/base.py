@@ -338,8 +338,6 @@ class LayerState:
 class LoraLayer(Extension):
     """Mixed in before a layer's own class; owns the attributes `lora_*` and `_lora`, all else stays the layer's."""
 
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
     _lora: LayerState
 
     def product(self, x: Tensor) -> Tensor:
