@@ -13,6 +13,7 @@ Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,10 @@ class FactorSpec:
         return tuple(self.to_disk(torch.empty(self.shape, device="meta")).shape)
 
 
+_spec = functools.lru_cache(maxsize=256)(FactorSpec)
+"""Layers of one size, of which a model has hundreds, share their declarations."""
+
+
 class Factor(nn.Module):
     """One tensor of one adapter: a float32 master, whatever the model around it is cast to."""
 
@@ -161,10 +166,7 @@ class Shape(ABC):
     def specs(self, layer: nn.Module, r: int) -> dict[str, FactorSpec]:
         """The declaration of A and B."""
         a, b = self.shapes(layer, r)
-        return {
-            "lora_A": FactorSpec(a, self.keys["lora_A"], "RI"),
-            "lora_B": FactorSpec(b, self.keys["lora_B"], "OR"),
-        }
+        return {"lora_A": _spec(a, self.keys["lora_A"], "RI"), "lora_B": _spec(b, self.keys["lora_B"], "OR")}
 
     @abstractmethod
     def features(self, layer: nn.Module) -> tuple[int, int]:
