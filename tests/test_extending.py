@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import randomize, tiny_llama
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hf_lora import (
@@ -32,6 +34,7 @@ from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
 from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.inspect import inspect_adapter
 from hf_lora.layers.base import FactorSpec, Method, Shape
 from hf_lora.layers.inits import Init, InitCall
@@ -287,3 +290,45 @@ def test_a_name_is_taken_once() -> None:
     with pytest.raises(ConfigError, match="is no name"):
         register(METHODS, "Not A Name", Gain())
     assert register(METHODS, "gain", METHODS["gain"]) is METHODS["gain"]
+
+
+class FrozenGain(Gain):
+    """The same with a third factor that nobody trains."""
+
+    kind = "frozen_gain"
+
+    def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        specs = super().factors(layer, shape, r)
+        return {**specs, "lora_gain": dataclasses.replace(specs["lora_gain"], trainable=False)}
+
+
+def test_a_frozen_factor_is_saved_and_never_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "frozen_gain", FrozenGain())
+    model, config = Net(), LoraConfig(r=2, target_modules=["plain"], method="frozen_gain")
+    inject(model, config)
+    inject(model, LoraConfig(r=2, target_modules=["plain"]), "second")
+    set_active(model, require_state(model, "test"), ("default",))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained == ["plain.lora_A.default.weight", "plain.lora_B.default.weight"]
+    assert sum(t.parameters for t in explain_targets(Net(), config).layers) == 2 * 5 + 3 * 2
+    with torch.no_grad():
+        model.plain.lora_gain["default"].weight.mul_(3)
+    train(model, torch.randn(4, 6))
+    assert (model.plain.lora_gain["default"].weight == 3).all()
+    save_adapter(model, tmp_path)
+    again = Net()
+    load_adapter(again, tmp_path, is_trainable=True)
+    assert (again.plain.lora_gain["default"].weight == 3).all()
+    assert not again.plain.lora_gain["default"].weight.requires_grad
+
+
+def test_a_factor_that_nobody_declared_is_told_as_one(tmp_path: Path) -> None:
+    model = Net()
+    inject(model, LoraConfig(r=2, target_modules=["plain"]))
+    save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file(tensors | {"base_model.model.plain.lora_magnitude.weight": torch.ones(3)}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterFileError, match=r"plain have not each of lora_A and lora_B, and nothing else"):
+        inspect_adapter(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"unexpected: .*lora_magnitude"):
+        load_adapter(Net(), tmp_path)

@@ -101,12 +101,10 @@ def delete(model: nn.Module, name: str) -> None:
 def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
     """Take adapter `name` off some layers, and list them as left out."""
     state = require_state(model, "drop_layers")
-    for path, layer in adapter_layers(model).items():
-        if path in paths and name in layer._lora.names:
-            layer.remove_lora(name)
-            if not layer._lora.names:
-                end_layer(layer)
-            state.adapters[name].skipped[path] = reason
+    for part in list(parts(model, name)):
+        if part.path in paths and not part.replaces:
+            part.remove()
+            state.adapters[name].skipped[part.path] = reason
 
 
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:

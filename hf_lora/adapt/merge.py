@@ -136,8 +136,11 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         return
     if state.activity.merged:
         for layer in adapter_layers(model).values():
-            if layer._lora.original is not None:
-                _swap(layer.weight, layer._lora.original)  # type: ignore[arg-type]
+            own = layer._lora
+            if own.original is not None:
+                now = own.storage.keep(layer)
+                own.storage.put_back(layer, own.original)
+                own.original = now
         for biased in bias_layers(model).values():
             if biased._bias_original is not None:
                 _swap(biased.bias, biased._bias_original)  # type: ignore[arg-type]
@@ -196,7 +199,7 @@ def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool, maps: list[tuple
         weight.data, state.original = own, before if keep else None
         return
     if keep:
-        state.original = layer.weight.detach().clone()  # type: ignore[operator]
+        state.original = state.storage.keep(layer)
     for rows, block in folded(layer, names, reuse=True):
         state.storage.write(layer, rows, block)
 
@@ -205,7 +208,7 @@ def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool, maps: list[tuple
 def _restore(layers: dict[str, LoraLayer]) -> None:
     for layer in layers.values():
         if layer._lora.original is not None:
-            cast(Tensor, layer.weight).data.copy_(layer._lora.original)
+            layer._lora.storage.put_back(layer, layer._lora.original)
             layer._lora.original = None
 
 

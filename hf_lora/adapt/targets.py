@@ -92,8 +92,7 @@ def resolve(
             patterns that match nothing there are no fault.
     """
     faults = Faults(call)
-    for fault in unknown_names(config):
-        faults.add(fault)
+    check_names(config.method, config.init_lora_weights, faults)
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
     plan, method = Explanation(), METHODS[config.method]
     modules = dict(original_modules(model))
@@ -119,14 +118,12 @@ def resolve(
     return plan
 
 
-def unknown_names(config: LoraConfig) -> list[str]:
-    """What to say of the method and the initialization of a configuration where nobody has registered them."""
-    faults = []
-    if config.method not in METHODS:
-        faults.append(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
-    if (init := init_name(config.init_lora_weights)) not in INITS:
-        faults.append(f"init_lora_weights={init!r} is not supported: {INITS.why_unknown(init)}")
-    return faults
+def check_names(method: str, init: bool | str, faults: Faults) -> None:
+    """Add a fault for a method or an initialization that nobody has registered."""
+    if method not in METHODS:
+        faults.add(f"method={method!r}: {METHODS.why_unknown(method)}")
+    if (name := init_name(init)) not in INITS:
+        faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
 
 
 def scalings(config: LoraConfig) -> Callable[[str], float]:

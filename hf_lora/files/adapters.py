@@ -24,7 +24,7 @@ from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
 from ..layers.inits import INITS, init_name
 from ..layers.ops import used_devices
-from ..layers.parts import bias_spec
+from ..layers.parts import bias_key
 from ..layers.sharded import is_sharded, scatter, whole_shape
 from .fingerprint import differs, identify
 from .format import (
@@ -64,8 +64,7 @@ def save_adapter(
     """
     state = require_state(model, "save_adapter")
     state.require(name)
-    whole = state_dict or {}
-    gathered = {id(p): whole[n] for n, p in model.named_parameters() if n in whole} if whole else {}
+    gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
     tensors = {k: spec.to_disk(gathered.get(id(t), t)) for k, spec, t in declared(parts(model, name))}
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
@@ -319,7 +318,7 @@ def _alias(key: str, own: Mapping[str, Any]) -> str:
 
 
 def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> str:
-    keys = [key_of(path, bias_spec((), a).key) for a in (path in adapted, path not in adapted)]
+    keys = [key_of(path, bias_key(a)) for a in (path in adapted, path not in adapted)]
     return next((key for key in keys if key in tensors), keys[0])
 
 

@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..adapt.targets import unknown_names
+from ..adapt.targets import check_names
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
-from ..layers.base import FactorSpec
+from ..layers.base import FactorSpec, Method, Shape
 from ..layers.methods import METHODS
 from ..layers.parts import Part
 from ..layers.shapes import SHAPES
@@ -59,7 +59,7 @@ class AdapterFile:
     """Module -> the base's weight, where another library put a copy of it into the file."""
 
 
-def key_of(path: str, key: str | None) -> str:
+def key_of(path: str, key: str) -> str:
     """The file key of a tensor that a part at module `path` declares as `key`."""
     return f"{PREFIX}{path}.{key}"
 
@@ -67,30 +67,27 @@ def key_of(path: str, key: str | None) -> str:
 def split_key(key: str) -> tuple[str, str]:
     """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path)."""
     path = key.removeprefix(PREFIX)
-    known = factor_keys()
-    for components in (1, 2):
-        *module, last = path.rsplit(".", components) if components == 1 else _two(path)
-        if module and last in known:
-            return module[0], known[last]
-    module_path, _, last = path.rpartition(".base_layer.")
-    return (module_path, "bias") if module_path and last == "bias" else (path, "copy")
+    for suffix, factor in factor_keys():
+        if path.endswith(f".{suffix}"):
+            return path.removesuffix(f".{suffix}"), factor
+    module, _, last = path.rpartition(".")
+    module, _, role = module.rpartition(".")
+    if role.startswith("lora_") and last == "weight":
+        return module, role  # of a method that nobody has registered: a factor all the same
+    return (module, "bias") if role == "base_layer" and last == "bias" else (path, "copy")
 
 
-def _two(path: str) -> list[str]:
-    """A path cut before its last two components."""
-    module, *ends = path.rsplit(".", 2)
-    return [module, ".".join(ends)] if len(ends) == 2 else [path]
-
-
-def factor_keys() -> dict[str, str]:
-    """Name on disk, below a module's path -> factor, of all that the registered shapes and methods declare."""
-    tables = [*(shape.keys for shape in SHAPES.values()), *(method.keys for method in METHODS.values())]
-    return {key: name for table in tables for name, key in table.items()}
+def factor_keys() -> Iterator[tuple[str, str]]:
+    """(name on disk, below a module's path, factor) of all that the registered shapes and methods declare."""
+    tables: tuple[Shape | Method, ...] = (*SHAPES.values(), *METHODS.values())
+    for declaring in tables:
+        for factor, suffix in declaring.keys.items():
+            yield suffix, factor
 
 
 def matrices() -> tuple[str, ...]:
     """The names of the factors whose product is the update: (R, I) first."""
-    return tuple(next(iter(SHAPES.values())).keys)
+    return tuple(Shape.keys)
 
 
 def factors_of(config: LoraConfig) -> tuple[str, ...]:
@@ -124,10 +121,10 @@ def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     """
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
-    names = factor_keys()
+    suffixes = {suffix for suffix, _ in factor_keys()}
     for key, tensor in tensors.items():
         path = key.removesuffix(".base_layer.weight")
-        if path != key and any(f"{path}.{name}" in tensors for name in names):
+        if path != key and any(f"{path}.{suffix}" in tensors for suffix in suffixes):
             copies[path.removeprefix(PREFIX)] = tensor
         elif not _is_written_twice(key, tensors):
             own[key] = tensor
@@ -234,8 +231,7 @@ def read_config(path: Path) -> LoraConfig:
     except ConfigError as error:
         raise AdapterFileError(str(error)) from error
     faults = Faults(str(file))
-    for fault in unknown_names(config):
-        faults.add(fault)
+    check_names(config.method, config.init_lora_weights, faults)
     faults.check(AdapterFileError, "Import the package that registers these, or load the adapter with what wrote it.")
     return config
 

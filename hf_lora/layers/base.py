@@ -289,10 +289,6 @@ class Storage(ABC):
         """Whether the layer is of this backend and its weight, of floating-point numbers, was never converted."""
         return False
 
-    def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
-        """In which dtype the layer multiplies whatever its input is; None where it has none of its own."""
-        return None
-
     def before_training(self, module: nn.Module) -> None:
         """See that gradients go on passing through `module`, which may be of any kind, also after an evaluation."""
         return None

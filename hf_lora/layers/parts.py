@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import StateError
 from .base import FactorSpec, LoraLayer, end_layer
 from .registry import Registry
 from .replacement import BiasLayer, Replacement, end_bias, remove_bias
@@ -54,8 +55,12 @@ class Part(ABC):
         return None
 
     def scale(self, weight: float) -> None:
-        """Multiply its update. Not for a part that `replaces`."""
-        raise NotImplementedError  # a part that replaces has nothing to multiply
+        """Multiply its update.
+
+        Raises:
+            StateError: it `replaces` the base's tensors.
+        """
+        raise StateError(f"{self.path}: what stands in place of the base's tensors has no update to multiply.")
 
 
 class Factors(Part):
@@ -98,7 +103,8 @@ class Bias(Part):
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
         weight = self.module.lora_bias[self.adapter].weight
-        yield bias_spec(whole_shape(weight), self.adapter in Factors.adapters(self.module)), weight
+        key = bias_key(self.adapter in Factors.adapters(self.module))
+        yield FactorSpec(whole_shape(weight), key, "O"), weight
 
     def remove(self) -> nn.Module | None:
         remove_bias(self.module, self.adapter)
@@ -131,9 +137,9 @@ class Copy(Part):
         return f"{self.path}: {_each(self, others)}"
 
 
-def bias_spec(shape: tuple[int, ...], adapted: bool) -> FactorSpec:
-    """The declaration of a bias; PEFT names that of an adapted layer otherwise."""
-    return FactorSpec(shape, "base_layer.bias" if adapted else "bias", "O")
+def bias_key(adapted: bool) -> str:
+    """A bias's name on disk, below its layer's path; PEFT names that of an adapted layer otherwise."""
+    return "base_layer.bias" if adapted else "bias"
 
 
 def _each(part: Part, others: Sequence[Part]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from ..adapt.targets import check_names
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.inits import INITS, init_name
@@ -179,9 +180,9 @@ class LoraArguments:
                 faults.add(f"{name}={rate!r} must be above 0")
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
-        init = values["init_lora_weights"]
-        if isinstance(init, str) and init not in INITS:
-            faults.add(f"lora_init={init!r}: {INITS.why_unknown(init)}")
+        unknown = Faults("")
+        check_names("lora", values["init_lora_weights"], unknown)
+        faults.found += [_as_flag(fault) for fault in unknown.found]
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")
         config = None

@@ -44,6 +44,7 @@ class QuantizedStorage(Storage):
         raise MergeError(f"its weight is quantised ({self.kind}), and is never written to")
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
+        """In which dtype the layer multiplies whatever its input is; None where it has none of its own."""
         own = layer.__dict__.get("compute_dtype")  # so called by more than one backend
         return own if isinstance(own, torch.dtype) else None
 
