@@ -36,7 +36,7 @@ from hf_lora.adapt.state import require_state, set_active
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.inspect import inspect_adapter
-from hf_lora.layers.base import FactorSpec, Method, Shape
+from hf_lora.layers.contract import FactorSpec, Method, Shape
 from hf_lora.layers.inits import Init, InitCall
 from hf_lora.layers.shapes.linear import LinearShape
 from hf_lora.layers.storages import DenseStorage

@@ -149,7 +149,7 @@ def test_no_file_names_a_model_architecture(file: Path) -> None:
 
 FACTORS = re.compile(r"lora_(embedding_)?[AB]\b")
 SHAPE_CLASSES = re.compile(r"\b\w+Shape\b")
-OWN_FILES = ("base.py", "shapes", "methods", "inits")
+OWN_FILES = ("contract.py", "shapes", "methods", "inits")
 
 
 def test_no_caller_names_a_factor_or_the_class_of_a_shape() -> None:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import Faults, MergeError
-from ..layers.base import LoraLayer, Storage
+from ..layers.base import LoraLayer
+from ..layers.contract import Storage
 from ..layers.ops import exact
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable

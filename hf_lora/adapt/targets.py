@@ -14,7 +14,7 @@ from torch import nn
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
-from ..layers.base import FactorSpec, Method, Shape, Storage
+from ..layers.contract import FactorSpec, Method, Shape, Storage
 from ..layers.inits import INITS, init_name
 from ..layers.methods import METHODS
 from ..layers.replacement import BIAS_CLASSES

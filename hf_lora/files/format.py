@@ -25,7 +25,7 @@ from torch import Tensor
 from ..adapt.targets import check_names
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
-from ..layers.base import FactorSpec, Method, Shape
+from ..layers.contract import FactorSpec, Method, Shape
 from ..layers.methods import METHODS
 from ..layers.parts import Part
 from ..layers.shapes import SHAPES

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError
-from ..layers.base import Storage
+from ..layers.contract import Storage
 from .naming import Run
 from .ranges import Entry, bytes_of, copy_range, read_into, write_from
 

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .base import FactorSpec, LoraLayer, end_layer
+from .base import LoraLayer, end_layer
+from .contract import FactorSpec
 from .registry import Registry
 from .replacement import BiasLayer, Replacement, end_bias, remove_bias
 from .sharded import whole_shape

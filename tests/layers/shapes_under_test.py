@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora import METHODS, LoraConfig, register
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.state import require_state, set_active
-from hf_lora.layers.base import FactorSpec, Method, Shape
+from hf_lora.layers.contract import FactorSpec, Method, Shape
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from hf_lora import LoraConfig, MergeError, TargetError
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.files.adapters import load_adapter, save_adapter
-from hf_lora.layers.base import Method
+from hf_lora.layers.contract import Method
 from hf_lora.layers.dropout import chosen, draw_mask, dropped
 
 GRID = [(c, ADDITIVE, 2) for c in CASES] + [(c, TOY, 1) for c in TOY_CASES]

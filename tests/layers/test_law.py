@@ -25,7 +25,7 @@ from hf_lora import LoraConfig, MergeError, StateError
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, folded, merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
-from hf_lora.layers.base import Method
+from hf_lora.layers.contract import Method
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRID = [(c, ADDITIVE, n) for c in CASES for n in (1, 2)] + [(c, TOY, 1) for c in TOY_CASES]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..base import FactorSpec, Shape
+from ..contract import FactorSpec, Shape
 
 
 class InitCall(NamedTuple):

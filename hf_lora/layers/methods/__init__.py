@@ -4,7 +4,7 @@ In: a layer, a shape's factors, the names of the adapters that act. Out: the lay
 the update in them. `METHODS` is the table; a configuration names one of them in its field `method`.
 """
 
-from ..base import Method
+from ..contract import Method
 from ..registry import Registry
 from .additive import Additive
 

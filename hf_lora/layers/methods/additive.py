@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import LoraLayer, Method
+from ..base import LoraLayer
+from ..contract import Method
 from ..ops import Operand, exact, lora_products, takes_functions, working
 from ..sharing import leave, take
 

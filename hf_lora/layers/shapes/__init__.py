@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..base import Shape
+from ..contract import Shape
 from ..registry import Registry
 from .convolution import ConvShape
 from .embedding import EmbeddingShape

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import Shape
+from ..contract import Shape
 from ..ops import weight_like
 from .matrix import runs_forward_of
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import LoraLayer, Shape
+from ..base import LoraLayer
+from ..contract import Shape
 from ..extend import plain
 from ..ops import weight_like
 

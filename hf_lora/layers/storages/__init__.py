@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import Storage
+from ..contract import Storage
 from ..registry import Registry
 from .ao import TorchaoStorage
 from .bnb import Bits4Storage, Int8Storage

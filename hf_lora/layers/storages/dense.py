@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import MergeError
-from ..base import Storage
+from ..contract import Storage
 
 
 class DenseStorage(Storage):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import MergeError
-from ..base import Storage
+from ..contract import Storage
 from ..extend import plain, rebase
 from ..sharded import is_sharded
 
