@@ -1,8 +1,8 @@
 """The contract: what a shape, a method and a storage answer, and the declaration of a factor. Nothing here has state.
 
 A *shape* knows how factors act on a kind of layer, a *method* belongs to an adapter and says what its factors do to
-the layer's output and weight, a *storage* knows how the weight's bits are kept. They meet in `base.LoraLayer`, and obey
-the law that stands there.
+the layer's output and weight, a *storage* knows how the weight's bits are kept. They meet in `base.LoraLayer`, and
+obey the law that stands there.
 
 Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, V vocabulary.
 """
