@@ -25,6 +25,7 @@ _WHERE = {
     "INITS": "layers.inits",
     "METHODS": "layers.methods",
     "SHAPES": "layers.shapes",
+    "PARTS": "layers.parts",
     "STORAGES": "layers.storages",
     "register": "layers.registry",
     "check_adapter": "adapt.check",
@@ -55,6 +56,7 @@ _WHERE = {
 __all__ = [
     "INITS",
     "METHODS",
+    "PARTS",
     "SHAPES",
     "STORAGES",
     "AdapterFileError",
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
     from .hub.card import write_card
     from .layers.inits import INITS
     from .layers.methods import METHODS
+    from .layers.parts import PARTS
     from .layers.registry import register
     from .layers.shapes import SHAPES
     from .layers.storages import STORAGES

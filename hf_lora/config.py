@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +81,8 @@ class LoraConfig:
         revision: the base model's revision.
         method: what the factors do: `"lora"`, or a method that another package registered (docs/extending.md). It is
             written to a file only where it is another one than `"lora"`.
+        parts: kind of part that another package registered -> what it is to make, in that kind's own JSON values.
+            Written to a file only where there are any.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -104,6 +106,7 @@ class LoraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     method: str = "lora"
+    parts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
@@ -114,6 +117,7 @@ class LoraConfig:
             self.task_type = str(getattr(self.task_type, "value", self.task_type))
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
+        self.parts = {} if self.parts is None else self.parts
         faults = Faults("LoraConfig(…)")
         self._check(faults)
         faults.check(ConfigError, "Correct these fields; LoraConfig's docstring says what each one takes.")
@@ -155,6 +159,8 @@ class LoraConfig:
             faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
         if not isinstance(self.method, str):
             faults.add(f"method={self.method!r} must be a name, such as 'lora'")
+        if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
+            faults.add(f"parts={self.parts!r} must be a mapping from a kind of part to what it is to make")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
             faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
         indices = self.layers_to_transform
@@ -173,7 +179,14 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method == "lora":  # PEFT's files say nothing of it
             del values["method"]
-        return {"peft_type": _peft_type(self.method), "inference_mode": True, "auto_mapping": None, **values}
+        if not self.parts:
+            del values["parts"]
+        return {
+            "peft_type": _peft_type(self.method, self.parts),
+            "inference_mode": True,
+            "auto_mapping": None,
+            **values,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], call: str = "LoraConfig.from_dict(…)") -> LoraConfig:
@@ -186,7 +199,7 @@ class LoraConfig:
         own = {f.name for f in dataclasses.fields(cls)}
         kind = values.get("peft_type", "LORA")
         kind = str(getattr(kind, "value", kind)).upper()
-        if kind not in ("LORA", _peft_type(values.get("method"))):
+        if kind not in ("LORA", _peft_type(values.get("method"), values.get("parts") or ())):
             faults.add(f"peft_type={kind!r}: only LORA adapters are supported")
         for name, value in values.items():
             if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
@@ -230,9 +243,10 @@ class LoraConfig:
         )
 
 
-def _peft_type(method: Any) -> str:
-    """What a file says to PEFT, which refuses a type that it does not know: it would overlook the further factors."""
-    return "LORA" if method in (None, "lora") else f"LORA_{method}".upper()
+def _peft_type(method: Any, parts: Iterable[Any]) -> str:
+    """What a file says to PEFT, which refuses a type that it does not know: it would overlook what is not its own."""
+    others = [name for name in (method, *sorted(map(str, parts))) if name not in (None, "lora")]
+    return "_".join(["LORA", *map(str, others)]).upper()
 
 
 def _is_int(value: Any) -> bool:

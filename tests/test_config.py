@@ -35,9 +35,9 @@ FULL: dict[str, Any] = dict(
 
 
 def test_every_field_goes_to_json_and_back() -> None:
-    values = FULL | {"method": "other"}  # a field of ours alone, which PEFT's files know nothing of
+    values = FULL | {"method": "other", "parts": {"rows": {"embed": [1]}}}  # ours alone
     assert set(values) == {f.name for f in dataclasses.fields(LoraConfig)}
-    assert "method" not in LoraConfig(**FULL).to_dict()
+    assert not {"method", "parts"} & LoraConfig(**FULL).to_dict().keys()
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())
     assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -111,6 +111,7 @@ WRONG: dict[str, list[Any]] = {
     "modules_to_save": ["score", [3]],
     "init_lora_weights": [None, 1.5, ["pissa"]],
     "method": [None, 3],
+    "parts": [["rows"], 3, {1: 2}],
     "task_type": ["SEQ_CLASS", "x"],
 }
 

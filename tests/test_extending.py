@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomize, tiny_llama
+from helpers import assert_same_tensors, randomize, snapshot, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import Doubled, Gain, Negated, registered
+from toys import Doubled, Gain, Negated, Pair, registered
 
 from hf_lora import (
     METHODS,
@@ -30,6 +30,7 @@ from hf_lora import (
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.inspect import inspect_adapter
@@ -43,10 +44,17 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.doubled, self.negated, self.plain = Doubled(6, 8), Negated(8, 5), nn.Linear(5, 3)
+        self.embed = nn.Embedding(9, 6)
+        self.doubled, self.negated, self.pair, self.plain = (
+            Doubled(6, 8),
+            Negated(8, 5),
+            Pair(5, 7, 4),
+            nn.Linear(4, 3),
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.plain(self.negated(self.doubled(x).tanh()).tanh())
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.negated(self.doubled(self.embed(ids)).tanh()).tanh()
+        return self.plain(self.pair(x).tanh())
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +63,9 @@ def entries() -> Iterator[None]:
         yield
 
 
-TARGETS = ["doubled", "negated", "plain"]
+TARGETS = ["doubled", "negated", "pair", "plain"]
+WEIGHTS = ["doubled", "negated", "pair.first", "pair.second", "plain"]
+ROWS = {"rows": {"embed": [1, 5]}}
 
 
 def train(model: nn.Module, x: Tensor, steps: int = 5) -> tuple[float, float]:
@@ -71,29 +81,36 @@ def train(model: nn.Module, x: Tensor, steps: int = 5) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def exact(base: Net, model: Net, x: Tensor, name: str) -> Tensor:
+def exact(base: Net, model: Net, ids: Tensor, name: str) -> Tensor:
     """The adapted net in float64, from the written formulas."""
-    weights = []
-    for path in TARGETS:
-        layer, own = getattr(model, path), getattr(base, path)
-        a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
-        update = layer._lora.adapters[name].scaling * (b @ a)
-        if "lora_gain" in layer._modules:
-            update = layer.lora_gain[name].weight.detach().double()[:, None] * update
-        sign = -1 if path == "negated" else 1
-        weights.append(sign * own.weight.detach().double() + update)
-    h = (2 * F.linear(x.double(), weights[0])).tanh()
-    h = (2 * F.linear(h, weights[1])).tanh()
-    return F.linear(h, weights[2], base.plain.bias.detach().double())
+    own = {path: tensor.detach().double() for path, tensor in model.named_parameters()}
+    held = {path: tensor.detach().double() for path, tensor in base.named_parameters()}
+    weights = {}
+    for path, site in adapter_layers(model).items():
+        module, _, weight = path.rpartition(".")
+        holder, end = (f"{module}.", f"_{weight}") if module else (f"{weight}.", "")
+        a, b = own[f"{holder}lora_A{end}.{name}.weight"], own[f"{holder}lora_B{end}.{name}.weight"]
+        update = site._lora.adapters[name].scaling * (b @ a)
+        gain = own.get(f"{holder}lora_gain{end}.{name}.weight")
+        weights[path] = update if gain is None else gain[:, None] * update
+        weights[path] += held[path if module else f"{path}.weight"] * (-1 if path == "negated" else 1)
+    x = held["embed.weight"].clone()
+    x[ROWS["rows"]["embed"]] = own[f"embed.lora_rows.{name}.weight"]
+    x = (2 * F.linear(x[ids], weights["doubled"])).tanh()
+    x = (2 * F.linear(x, weights["negated"])).tanh()
+    x = F.linear(F.linear(x, weights["pair.first"]).tanh(), weights["pair.second"], held["pair.bias"]).tanh()
+    return F.linear(x, weights["plain"], held["plain.bias"])
 
 
 @pytest.mark.parametrize("method", ["lora", "gain"])
-def test_a_shape_a_storage_a_method_and_an_init_go_through_all_verbs(method: str, tmp_path: Path) -> None:
+def test_entries_of_every_kind_go_through_all_verbs(method: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    x = torch.randn(4, 6)
+    x = torch.arange(18).view(2, 9) % 9
     base, model = Net(), Net()
-    config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, method=method, init_lora_weights="constant")
-    counted = sum(t.parameters for t in explain_targets(model, config).layers)
+    config = LoraConfig(
+        r=3, lora_alpha=5, target_modules=TARGETS, method=method, init_lora_weights="constant", parts=ROWS
+    )
+    counted = sum(t.parameters for t in explain_targets(model, config).layers) + 2 * 6
     inject(model, config)
     assert torch.equal(model(x), base(x)), "a fresh adapter changes no bit"
     assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,13 +129,14 @@ def test_a_shape_a_storage_a_method_and_an_init_go_through_all_verbs(method: str
     assert torch.equal(again(x), model(x))
     summary = inspect_adapter(tmp_path / "saved")
     assert summary.parameters == counted
-    assert [layer.path for layer in summary.layers] == TARGETS
+    assert [layer.path for layer in summary.layers] == WEIGHTS
+    assert summary.whole == {"embed.toy_rows.weight": 12}
 
-    unmerged, weights = model(x), [getattr(model, path).weight.clone() for path in TARGETS]
+    unmerged, weights = model(x), snapshot(model)
     merge(model)
     assert torch.allclose(model(x), unmerged, rtol=1e-5, atol=1e-5)
     unmerge(model)
-    assert all(torch.equal(getattr(model, p).weight, w) for p, w in zip(TARGETS, weights, strict=True))
+    assert_same_tensors(snapshot(model), weights)
     assert torch.equal(model(x), unmerged)
     inject(model, LoraConfig(r=2, target_modules=["plain"]), "second")
     set_active(model, require_state(model, "test"), ("default",))
@@ -132,7 +150,8 @@ def test_a_shape_a_storage_a_method_and_an_init_go_through_all_verbs(method: str
 
 def test_a_method_with_a_third_factor_in_a_transformers_model(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
-    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], method="gain")
+    rows = {"rows": {"model.embed_tokens": [3, 7]}}
+    config = LoraConfig(r=3, target_modules=["q_proj", "down_proj"], method="gain", parts=rows)
     model = apply_lora(type(tiny_llama()).from_pretrained(tmp_path / "base"), config)
     randomize(model).eval()
     unmerged = model(IDS).logits
@@ -201,10 +220,10 @@ def test_a_frozen_factor_is_saved_and_never_trained(tmp_path: Path, monkeypatch:
     set_active(model, require_state(model, "test"), ("default",))
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained == ["plain.lora_A.default.weight", "plain.lora_B.default.weight"]
-    assert sum(t.parameters for t in explain_targets(Net(), config).layers) == 2 * 5 + 3 * 2
+    assert sum(t.parameters for t in explain_targets(Net(), config).layers) == 2 * 4 + 3 * 2
     with torch.no_grad():
         model.plain.lora_gain["default"].weight.mul_(3)
-    train(model, torch.randn(4, 6))
+    train(model, torch.arange(4))
     assert (model.plain.lora_gain["default"].weight == 3).all()
     save_adapter(model, tmp_path)
     again = Net()

@@ -1,8 +1,8 @@
-"""A method, an initialization, a shape and a storage such as another package may register."""
+"""A method, an initialization, shapes, a storage and a kind of part such as another package may register."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,11 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_lora import INITS, METHODS, SHAPES, STORAGES, register
+from hf_lora import INITS, METHODS, PARTS, SHAPES, STORAGES, register
+from hf_lora.errors import Faults
+from hf_lora.layers.base import Activity, Held, Host, add_factor, remove_factor
 from hf_lora.layers.contract import FactorSpec, Method, Shape
 from hf_lora.layers.inits import Init, InitCall
+from hf_lora.layers.parts import Fold, Part, Planned
 from hf_lora.layers.shapes.linear import LinearShape
 from hf_lora.layers.storages import DenseStorage
+from hf_lora.layers.views import LoraViews, View
 
 
 class Gain(Method):
@@ -36,11 +40,11 @@ class Gain(Method):
         (name,) = names
         update = layer._lora.shape.update(layer, name, x, layer._lora.adapters[name].scaling)
         y: Tensor = layer.product(x)
-        return y + (layer.lora_gain[name].weight * update).to(y.dtype)
+        return y + (layer.factor("lora_gain", name) * update).to(y.dtype)
 
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         (name,) = names
-        gain = layer.lora_gain[name].weight[rows, None].to(block.dtype)
+        gain = layer.factor("lora_gain", name)[rows, None].to(block.dtype)
         delta = layer._lora.shape.delta(layer, name, rows).to(block.dtype)
         return block + layer._lora.adapters[name].scaling * gain * delta
 
@@ -111,11 +115,138 @@ class NegatedStorage(DenseStorage):
         super().write(layer, rows, -block)
 
 
+class Pair(nn.Module):
+    """y = second tanh(first x) + bias: two weights in one module, which multiplies by both itself."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(hidden, inputs) / inputs**0.5)
+        self.second = nn.Parameter(torch.randn(outputs, hidden) / hidden**0.5)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.first).tanh(), self.second, self.bias)
+
+
+class PairLayer(LoraViews):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.site("second").respond(self.site("first").respond(x).tanh())
+
+
+class PairShape(LinearShape):
+    mixin = PairLayer
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Pair)
+
+    def sites(self, layer: nn.Module) -> list[View]:
+        return [View(layer, "first"), View(layer, "second", "bias")]
+
+    def features(self, layer: Any) -> tuple[int, int]:
+        return layer.weight.shape[1], layer.weight.shape[0]
+
+    def prefix(self, layer: Any) -> str:
+        return f"{layer.name}."
+
+
+class RowsHeld(Held):
+    """What a `RowsHost` knows: the ids of each adapter's rows."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__(activity)
+        self.ids: dict[str, list[int]] = {}
+
+
+class RowsHost(Host):
+    """An embedding of which adapters have some rows of their own."""
+
+    attribute = "_toy_rows"
+    knows = RowsHeld
+    order = 20
+    _toy_rows: RowsHeld
+    lora_rows: nn.ModuleDict
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        for name in self._toy_rows.acting:
+            own: Any = self.lora_rows[name].weight
+            hit = x[..., None] == torch.tensor(self._toy_rows.ids[name], device=x.device)
+            chosen = F.embedding(hit.int().argmax(-1), own).to(y.dtype)
+            y = torch.where(hit.any(-1, keepdim=True), chosen, y)
+        return y
+
+
+class Rows(Part):
+    """Rows of an embedding, by their ids: `parts={"rows": {"embed": [1, 5]}}`."""
+
+    keys = ("toy_rows.weight",)
+
+    @classmethod
+    def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterator[Planned]:
+        for path, ids in wanted.items():
+            module = modules.get(path)
+            if not isinstance(module, nn.Embedding) or max(ids) >= module.num_embeddings:
+                faults.add(f"parts: rows {ids} of {path!r}: there is no such embedding, or no such row")
+            else:
+                yield Planned(path, module, {"rows": cls.spec(module, ids)}, ids)
+
+    @classmethod
+    def spec(cls, module: Any, ids: list[int]) -> FactorSpec:
+        return FactorSpec((len(ids), module.embedding_dim), cls.keys[0])
+
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        if isinstance(module, RowsHost):
+            for name in module._toy_rows.names:
+                yield cls(path, module, name)
+
+    def attach(self, activity: Activity, planned: Any) -> None:
+        held: Any = RowsHost.hold(self.module, activity)
+        held.ids[self.adapter] = planned.options
+        held.add(self.adapter)
+        add_factor(self.module, "lora_rows", self.adapter, self.module.weight.detach()[planned.options])
+
+    def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
+        yield self.spec(self.module, self.ids), self.own
+
+    def remove(self, keep: bool = False) -> None:
+        del self.module._toy_rows.ids[self.adapter]
+        remove_factor(self.module, "lora_rows", self.adapter)
+        RowsHost.let_go(self.module, self.adapter)
+
+    def conflict(self, others: Sequence[Part]) -> str | None:
+        counted = [i for part in (self, *others) for i in part.ids]  # type: ignore[attr-defined]
+        return f"{self.path}: rows are in two adapters" if len(set(counted)) < len(counted) else None
+
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        everyone: list[Any] = [self, *others]
+
+        def put(block: Tensor, rows: slice) -> Tensor:
+            for part in everyone:
+                for own, i in zip(part.own.detach(), part.ids, strict=True):
+                    if rows.start <= i < rows.stop:
+                        block[i - rows.start] = own
+            return block
+
+        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), put, (self.path,))
+
+    @property
+    def ids(self) -> list[int]:
+        ids: list[int] = self.module._toy_rows.ids[self.adapter]
+        return ids
+
+    @property
+    def own(self) -> Any:
+        return self.module.lora_rows[self.adapter].weight
+
+
 TOYS: list[tuple[Any, str, Any]] = [
     (METHODS, "gain", Gain()),
     (INITS, "constant", Constant()),
     (SHAPES, "doubled", DoubledShape()),
+    (SHAPES, "pair", PairShape()),
     (STORAGES, "negated", NegatedStorage()),
+    (PARTS, "rows", Rows),
 ]
 """(registry, name, entry)"""
 

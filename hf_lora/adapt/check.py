@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
-from ..layers.base import LoraLayer
+from ..layers.base import Site
 from ..layers.ops import used_devices
 from .dequantize import quantized_layers
 from .merge import disabled, folded
@@ -86,10 +86,11 @@ def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
             module.training = True
 
 
-def _compare(model: nn.Module, layers: dict[str, LoraLayer], batch: Mapping[str, Any]) -> AdapterCheck:
+def _compare(model: nn.Module, layers: dict[str, Site], batch: Mapping[str, Any]) -> AdapterCheck:
     batch = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     called: set[str] = set()
-    hooks = [layer.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()]
+    hosts = {name: layer.host() for name, layer in layers.items()}
+    hooks = [host.register_forward_hook(lambda *_, name=name: called.add(name)) for name, host in hosts.items()]
     unmerged = _output(model, batch)
     for hook in hooks:
         hook.remove()
@@ -127,7 +128,7 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _all_folded(layers: dict[str, LoraLayer]) -> Iterator[None]:
+def _all_folded(layers: dict[str, Site]) -> Iterator[None]:
     """Plain layers with folded weights in place of adapted ones."""
     kept: list[tuple[Any, Any, tuple[str, ...]]] = []
     try:

@@ -34,7 +34,7 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a row block on CPU: 2 MiB of float64. With less, calls and the products of wide rows cost more; with
 more, blocks leave the cache. Other devices, where a launch costs more, take 8 times that."""
 
-Fold = Callable[[Tensor, slice], Tensor]
+Update = Callable[[Tensor, slice], Tensor]
 """(block, its rows) -> the block with the update in it; the block may be overwritten."""
 
 FORGOTTEN = (
@@ -101,7 +101,7 @@ def leftovers(model: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def dequantize_with(model: Any, folds: dict[str, Fold]) -> None:
+def dequantize_with(model: Any, folds: dict[str, Update]) -> None:
     """`dequantize`, unchecked, with the updates of the layers named in `folds`.
 
     Raises:
@@ -132,7 +132,7 @@ def dequantize_with(model: Any, folds: dict[str, Fold]) -> None:
     forget_quantization(model, dtype)
 
 
-def _dense(layer: nn.Module, storage: QuantizedStorage, fold: Fold | None, dtype: torch.dtype) -> Tensor:
+def _dense(layer: nn.Module, storage: QuantizedStorage, fold: Update | None, dtype: torch.dtype) -> Tensor:
     outputs, inputs = storage.shape(layer)
     turned = issubclass(storage.dense_class(layer), Conv1D)
     device = cast(Tensor, layer.weight).device
@@ -145,7 +145,7 @@ def _dense(layer: nn.Module, storage: QuantizedStorage, fold: Fold | None, dtype
     return dense
 
 
-def read_rows(storage: Storage, layer: nn.Module, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+def read_rows(storage: Storage, layer: Any, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
     """(rows, block) of the layer's weight, float64 where the device has it.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,17 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
-from ..layers.base import LayerAdapter, LoraLayer, end_layer, start_layer
-from ..layers.inits import INITS, Init, InitCall, Unset, init_name
-from ..layers.replacement import BiasLayer, Replacement, add_bias, end_bias
+from ..layers.inits import INITS, Init, Unset, init_name
+from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.sharded import how_sharded
-from ..layers.storages import end_differentiable, execution_device, keep_differentiable
+from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
 from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
-from .targets import Explanation, Target, resolve
+from .targets import Explanation, resolve
 from .ties import untie_all
-from .walk import adapter_layers, bias_layers, module_at, original_modules, parts, put, replacements
+from .walk import module_at, original_modules, parts, placed, put
 
 
 def inject(
@@ -60,12 +59,10 @@ def inject(
     if state is None:
         state = _first(model)
     with _uncollected():
-        for target in plan.layers:
-            _adapt(target, config, name, state, init)
-    for path in plan.saved:
-        _save_whole(model, path, name, state, (heads or {}).get(path))
-    for path in plan.biases:
-        add_bias(module_at(model, path), name, state.activity)
+        for part, planned in _planned(model, plan, name, init, heads or {}):
+            instead = part.attach(state.activity, planned)
+            if instead is not None:
+                put(model, part.path, instead)
     named_by_user = config.target_modules not in PRESETS and not from_file
     state.adapters[name] = AdapterRecord(
         config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
@@ -87,10 +84,7 @@ def delete(model: nn.Module, name: str) -> None:
     state = require_state(model, "delete_adapter")
     state.require(name)
     state.refuse_merged("delete_adapter")
-    for part in list(parts(model, name)):
-        instead = part.remove()
-        if instead is not None:
-            put(model, part.path, instead)
+    _remove(model, parts(model, name))
     del state.adapters[name]
     remaining = tuple(n for n in state.activity.active if n != name)
     if not remaining and state.adapters:
@@ -114,22 +108,15 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
         keep_heads: leave the active adapter's heads in place of the base's (after a merge).
     """
     state = require_state(model, "unload")
-    swapped = []
-    for path, replacement in replacements(model).items():
-        kept = replacement.running() if keep_heads else replacement.base_layer
-        if kept is not replacement.base_layer:
-            swapped.append(f"{path}.")
-            like = next((p for p in replacement.base_layer.parameters()), None)
-            kept = kept.to(like.dtype) if like is not None else kept
-        put(model, path, kept)
+    owned = list(parts(model))
+    active = state.activity.active if keep_heads and state.activity.enabled else ()
+    swapped = {f"{part.path}." for part in owned if part.whole_module and part.adapter in active}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    if any((key.startswith(p)) != (source.startswith(p)) for p in swapped for key, source in ties.items()):
+    _remove(model, owned, active)
+    if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
         untie_all(model)  # the copy is no longer what its original was tied to
     state.activity.set(merged=())
-    for layer in adapter_layers(model).values():
-        end_layer(layer)
-    for biased in bias_layers(model).values():
-        end_bias(biased)
+    state.originals.clear()
     end_differentiable(module for _, module in original_modules(model))
     for name in state.borrowed:
         model.__dict__.pop(name, None)
@@ -137,6 +124,29 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, True))
     return model
+
+
+def _planned(
+    model: nn.Module, plan: Explanation, name: str, init: Init, heads: dict[str, nn.Module]
+) -> Iterator[tuple[Part, Any]]:
+    """Every part of a plan, unattached, with what its kind planned. A module is looked up when its part's turn comes:
+    one before it may have taken its place."""
+    for target in plan.layers:
+        yield Factors(target.path, target.module, name, target.site), (target, init)
+    for path in plan.saved:
+        yield Copy(path, placed(model, path), name), heads.get(path)
+    for path in plan.biases:
+        yield Bias(path, module_at(model, path), name), None
+    for planned in plan.others:
+        yield planned.kind(planned.path, module_at(model, planned.path), name), planned
+
+
+def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:
+    """Take parts off; what `replaces` modules for the adapters `keep` stays in their place."""
+    for part in list(owned):
+        instead = part.remove(keep=part.adapter in keep)
+        if instead is not None:
+            put(model, part.path, instead)
 
 
 def _check_name(name: Any) -> None:
@@ -219,36 +229,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
-
-
-def _adapt(target: Target, config: LoraConfig, name: str, state: LoraState, init: Init) -> None:
-    layer = target.module
-    if not isinstance(layer, LoraLayer):
-        layer = start_layer(layer, target.shape, target.storage, state.activity)
-    dropout = 0.0 if target.shape.looks_up else config.lora_dropout
-    adapter = LayerAdapter(target.method, target.specs, target.r, target.alpha, target.scaling, dropout)
-    layer.add_lora(name, adapter, init(InitCall(layer, target.shape, target.specs, execution_device(layer))))
-    if not isinstance(init, Unset):
-        for kind, value in target.method.start(layer, name).items():
-            layer.add_factor(kind, name, value, target.specs[kind].trainable)
-
-
-def _save_whole(model: nn.Module, path: str, name: str, state: LoraState, head: nn.Module | None) -> None:
-    parent = module_at(model, path.rpartition(".")[0])
-    leaf = path.rpartition(".")[2]
-    present = parent._modules[leaf]
-    assert present is not None
-    replacement = present
-    if not isinstance(present, Replacement):
-        replacement = Replacement(present, state.activity)
-        setattr(parent, leaf, replacement)
-    assert isinstance(replacement, Replacement)
-    own = replacement.add_copy(name, head)
-    for module in list(own.modules()):  # a copy of an adapted module is kept whole: no factors in it
-        if isinstance(module, BiasLayer):
-            end_bias(module)
-        if isinstance(module, LoraLayer):
-            end_layer(module)
-    own.train(present.training)
-    for parameter in own.parameters():
-        parameter.requires_grad_(True)

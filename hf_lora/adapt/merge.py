@@ -11,23 +11,24 @@ while is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import Faults, MergeError, StateError
-from ..layers.base import LoraLayer
+from ..layers.base import Site
 from ..layers.mapped import let_go, lies_in, unwritten_maps
+from ..layers.parts import Fold
 from ..layers.sharded import is_partitioned, is_sharded
 from ..layers.storages import fits, put_rows, why_unreadable
-from .dequantize import dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
-from .state import LoraState, require_state, set_active
-from .ties import forward_asks_for_ties, untie_adapted, weight_users
-from .walk import adapter_layers, bias_layers, parts
+from .dequantize import Update, dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
+from .state import LoraState, Original, acting_together, require_state, set_active
+from .ties import forward_asks_for_ties, tensor_users, untie_adapted
+from .walk import parts
 
 
 def merge(
@@ -62,27 +63,29 @@ def merge(
     active = state.activity.active
     if not active:
         raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
-    layers = {n: layer for n, layer in adapter_layers(model).items() if _acting(layer, state)}
     try:
-        check_mergeable(model, state, layers, active, untie, keep, call)
+        folds = folds_of(model, active)
+        check_mergeable(model, folds, active, untie, keep, call)
         if not keep:
-            _try(model, state, layers, call)
+            _try(model, folds, call)
     except MergeError:
         set_active(model, state, before)
         raise
     if untie:
-        untie_adapted(model, layers)
-    packed = {name: _folding(layer, state) for name, layer in layers.items() if layer._lora.storage.quantized}
-    dense = {name: layer for name, layer in layers.items() if name not in packed}
+        untie_adapted(model, folds)
+    stored = by_tensor(folds)
+    packed = {name.rpartition(".")[0]: fold.update for name, fold in stored.items() if fold.storage.quantized}
+    dense = {name: fold for name, fold in stored.items() if not fold.storage.quantized}
     maps = unwritten_maps() if dense else []
-    steps = {n: partial(_fold, layer, _acting(layer, state), keep, maps) for n, layer in dense.items()}
+    kept = state.originals if keep else None
+    steps = {fold.label: partial(_fold, fold, kept, maps) for fold in dense.values()}
     if not keep and is_quantized(model):
         steps["the quantised layers"] = partial(dequantize_with, model, packed)
     for name, step in steps.items():
         try:
             step()
         except BaseException as error:  # such as no memory: a layer that stayed folded would be added to twice
-            _restore(layers)
+            _restore(state)
             set_active(model, state, before)
             if not isinstance(error, MergeError):
                 raise
@@ -92,15 +95,7 @@ def merge(
                 else "Layers before this one hold their adapters already: load the base anew."
             )
             raise MergeError(f"{call}: {name}: {error}. {undone}") from None
-    for biased in bias_layers(model).values():
-        for n in biased._bias_names:
-            if n in active:
-                bias: Any = biased.bias
-                biased._bias_original = bias.detach().clone() if keep else None
-                bias.data.copy_(biased.lora_bias[n].weight)
     state.activity.set(merged=active)
-    if not keep:
-        forget_originals(model)
     return active
 
 
@@ -114,19 +109,9 @@ def unmerge(model: nn.Module) -> None:
     if not state.activity.merged:
         raise StateError("unmerge_adapter: no adapter is merged.")
     if state.activity.enabled:
-        _restore(adapter_layers(model))
-        for biased in bias_layers(model).values():
-            if biased._bias_original is not None:
-                cast(Tensor, biased.bias).data.copy_(biased._bias_original)
-    forget_originals(model)
+        _restore(state)
+    state.originals.clear()
     state.activity.set(merged=())
-
-
-def forget_originals(model: nn.Module) -> None:
-    for layer in adapter_layers(model).values():
-        layer._lora.original = None
-    for biased in bias_layers(model).values():
-        biased._bias_original = None
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -134,16 +119,8 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     state = require_state(model, "enable_adapters" if enabled else "disable_adapters")
     if state.activity.enabled == enabled:
         return
-    if state.activity.merged:
-        for layer in adapter_layers(model).values():
-            own = layer._lora
-            if own.original is not None:
-                now = own.storage.keep(layer)
-                own.storage.put_back(layer, own.original)
-                own.original = now
-        for biased in bias_layers(model).values():
-            if biased._bias_original is not None:
-                _swap(biased.bias, biased._bias_original)  # type: ignore[arg-type]
+    for original in state.originals:
+        original.swap()
     state.activity.set(enabled=enabled)
 
 
@@ -159,84 +136,87 @@ def disabled(model: nn.Module) -> Iterator[None]:
         set_enabled(model, before)
 
 
-def folded(layer: LoraLayer, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, block) of the layer's weight with the adapters `names` in it, float64 where the device has it.
+def folds_of(model: nn.Module, names: tuple[str, ...]) -> list[Fold]:
+    """What merging the adapters `names` makes of the base's tensors, each with those that act on it together."""
+    return [fold for first, *others in acting_together(model, names) for fold in first.folds(others)]
+
+
+def by_tensor(folds: Sequence[Fold]) -> dict[str, Fold]:
+    """Name of a tensor -> all its folds as one: it is read once and rounded once."""
+    found: dict[str, Fold] = {}
+    for fold in folds:
+        before = found.get(fold.name)
+        update = fold.update if before is None else partial(_one_after_another, before.update, fold.update)
+        found[fold.name] = replace(fold, update=update)
+    return found
+
+
+def _one_after_another(first: Update, second: Update, block: Tensor, rows: slice) -> Tensor:
+    return second(first(block, rows), rows)
+
+
+def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, block) of the tensor as merged, float64 where the device has it.
 
     Args:
         reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
     """
-    state = layer._lora
-    fold = state.adapters[names[0]].method.folding(layer, names)
-    for rows, block in read_rows(state.storage, layer, reuse):
+    for rows, block in read_rows(fold.storage, fold.site, reuse):
+        yield rows, fold.update(block, rows)
+
+
+def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """`merged_rows` of one site with the adapters `names` in it."""
+    fold = layer.folding(names)
+    for rows, block in read_rows(layer._lora.storage, layer, reuse):
         yield rows, fold(block, rows)
 
 
 @torch.no_grad()
-def _try(model: nn.Module, state: LoraState, layers: dict[str, LoraLayer], call: str) -> None:
+def _try(model: nn.Module, folds: Sequence[Fold], call: str) -> None:
     """Fold float16 layers and write nothing: only float16 overflows where base and update are of ordinary size.
 
     Without kept originals nothing could undo that half way. It costs the work twice, and no memory.
     """
     faults = Faults(call)
-    for name, layer in layers.items():
-        dtype = dense_dtype(model) if layer._lora.storage.quantized else cast(Tensor, layer.weight).dtype
-        if dtype == torch.float16:
-            if not all(fits(block, dtype) for _, block in folded(layer, _acting(layer, state), reuse=True)):
-                faults.add(f"{name}: a merged value is not finite, or too large for {dtype}")
+    for fold in by_tensor(folds).values():
+        dtype = dense_dtype(model) if fold.storage.quantized else fold.site.weight.dtype
+        if dtype == torch.float16 and not all(fits(block, dtype) for _, block in merged_rows(fold, reuse=True)):
+            faults.add(f"{fold.label}: a merged value is not finite, or too large for {dtype}")
     faults.check(MergeError, "The weights are as they were. Adapters work unmerged in any case.")
 
 
 @torch.no_grad()
-def _fold(layer: LoraLayer, names: tuple[str, ...], keep: bool, maps: list[tuple[int, int]]) -> None:
-    state = layer._lora
-    weight: Any = layer.weight
+def _fold(fold: Fold, kept: list[Original] | None, maps: list[tuple[int, int]]) -> None:
+    """Write one tensor as merged; what it was goes into `kept`, where it is to be restored."""
+    weight = fold.site.weight
     if lies_in(weight, maps):  # read there, and written to memory of its own
         before, own = weight.data, torch.empty_like(weight)
-        for rows, block in folded(layer, names, reuse=True):
+        for rows, block in merged_rows(fold, reuse=True):
             put_rows(own, rows, block)
-            if not keep:
+            if kept is None:
                 let_go(before[rows])
-        weight.data, state.original = own, before if keep else None
+        weight.data = own
+        if kept is not None:
+            kept.append(Original(fold.site, fold.storage, before))
         return
-    if keep:
-        state.original = state.storage.keep(layer)
-    for rows, block in folded(layer, names, reuse=True):
-        state.storage.write(layer, rows, block)
+    if kept is not None:
+        kept.append(Original(fold.site, fold.storage, fold.storage.keep(fold.site)))
+    for rows, block in merged_rows(fold, reuse=True):
+        fold.storage.write(fold.site, rows, block)
 
 
 @torch.no_grad()
-def _restore(layers: dict[str, LoraLayer]) -> None:
-    for layer in layers.values():
-        if layer._lora.original is not None:
-            layer._lora.storage.put_back(layer, layer._lora.original)
-            layer._lora.original = None
-
-
-def _swap(parameter: Tensor, kept: Tensor) -> None:
-    now = parameter.detach().clone()
-    parameter.data.copy_(kept)
-    kept.copy_(now)
-
-
-def _acting(layer: LoraLayer, state: LoraState) -> tuple[str, ...]:
-    return tuple(n for n in state.activity.active if n in layer._lora.names)
-
-
-def _folding(layer: LoraLayer, state: LoraState) -> Callable[[Tensor, slice], Tensor]:
-    names = _acting(layer, state)
-    return layer._lora.adapters[names[0]].method.folding(layer, names)
+def _restore(state: LoraState) -> None:
+    for original in state.originals:
+        original.put_back()
+    state.originals.clear()
 
 
 def check_mergeable(
-    model: nn.Module,
-    state: LoraState,
-    layers: dict[str, LoraLayer],
-    active: tuple[str, ...],
-    untie: bool,
-    keep: bool,
-    call: str,
+    model: nn.Module, folds: Sequence[Fold], active: tuple[str, ...], untie: bool, keep: bool, call: str
 ) -> None:
-    """See that the adapters `active` can be folded into `layers`; nothing is computed for it.
+    """See that the adapters `active` can be merged, which makes `folds` of the base; nothing is computed for it.
 
     Raises:
         MergeError: lists everything that stands in the way.
@@ -244,7 +224,7 @@ def check_mergeable(
     faults = Faults(call)
     next_step = "Adapters work unmerged in any case."
     becomes_dense = not keep and is_quantized(model)
-    if any(layer._lora.storage.quantized for layer in layers.values()) and not becomes_dense:
+    if any(fold.storage.quantized for fold in folds) and not becomes_dense:
         next_step = (
             "Keep the adapter unmerged; or call merge_and_unload(), which makes a model dense whose form is known; "
             "or, best, merge into the dense base: LoraModel.from_pretrained(adapter, base_model=…, merge=True)."
@@ -259,37 +239,37 @@ def check_mergeable(
                     continue  # the weights are refused below
                 if tensor.is_floating_point() and not fits(tensor.detach(), tensor.dtype):
                     faults.add(f"adapter {name!r}: {part.path}.{spec.key} holds NaN or infinity")
-    for path, biased in bias_layers(model).items():
-        for name in (n for n in active if n in biased._bias_names):
-            bias: Any = biased.bias
-            own: Any = biased.lora_bias[name].weight
-            if torch.isfinite(own).all() and not torch.isfinite(own.to(bias.dtype)).all():
-                faults.add(f"{path}.bias: a merged value is too large for {bias.dtype}")
-    users = weight_users(model)
-    for path, layer in layers.items():
-        storage = layer._lora.storage
+    users = tensor_users(model)
+    together = {fold.name for fold in folds if fold.holders is None or len(fold.holders) > 1}
+    for fold in folds:
+        path, storage = fold.label, fold.storage
         if not storage.readable:
             if not becomes_dense:  # else it is among the leftovers
-                faults.add(f"{path}: {why_unreadable(layer)}")
+                faults.add(f"{path}: {why_unreadable(fold.site)}")
             continue
-        weight: Any = layer.weight
+        weight = fold.site.weight
         if storage.quantized and keep:
             faults.add(
                 f"{path}: its weight is quantised ({storage.kind}), and rounding the sum to that form again would "
                 "take most of the update away"
             )
-        refused = layer._lora.shape.refuse_folding(layer)
-        if refused is not None:
-            faults.add(f"{path}: {refused}")
+        if fold.refused is not None:
+            faults.add(f"{path}: {fold.refused}")
         if weight.is_meta:
             faults.add(
                 f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"
             )
-        elif is_partitioned(weight) or not storage.owns(layer):
+        elif is_partitioned(weight) or not storage.owns(fold.site):
             kind = "a part of ZeRO-3's" if is_partitioned(weight) else type(weight).__name__
             faults.add(f"{path}: its weight is {kind} now, which cannot be folded in place")
-        shared = [n for n in users[id(weight)] if n != path]
-        if shared and untie and forward_asks_for_ties(model):
+        elif weight.dim() == 1 and not all(fits(block, weight.dtype) for _, block in merged_rows(fold)):
+            faults.add(f"{path}: a merged value is not finite, or too large for {weight.dtype}")
+        shared = [n for n in users[id(weight)] if fold.holders is not None and n not in fold.holders]
+        if shared and untie and fold.name in together:
+            faults.add(
+                f"{path}: its weight is tied to {', '.join(shared)}, and another update is meant for all of them"
+            )
+        elif shared and untie and forward_asks_for_ties(model):
             faults.add(
                 f"{path}: its weight is tied to {', '.join(shared)}, and untying would change what the model "
                 "computes, as its forward asks whether embeddings are tied. Keep the adapter unmerged"

@@ -52,7 +52,7 @@ def adapter_table(model: nn.Module, name: str | None = None) -> str:
 
 def explanation_table(plan: Any) -> str:
     """The same table of what would be adapted: see `explain_targets`."""
-    rows = [(t.name, "{} -> {}".format(*t.shape.features(t.module)), t.r, t.alpha, t.parameters) for t in plan.layers]
+    rows = [(t.name, "{} -> {}".format(*t.shape.features(t.site)), t.r, t.alpha, t.parameters) for t in plan.layers]
     whole = [(path, why, None) for path, why in plan.saved.items()]
     return _table(rows, whole, plan.skipped, plan.notes)
 

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import StateError
-from ..layers.base import LoraLayer
-from ..layers.replacement import BiasLayer, Replacement
+from ..layers.base import Host, LoraLayer
+from ..layers.extend import mixins_of
+from ..layers.replacement import Replacement
 from .embeddings import output_embedding, vocabulary_of
 from .state import require_state, state_of, update_requires_grad
-from .walk import adapter_layers, original_modules, put, replacements
+from .walk import adapter_layers, original_modules, parts, put, replacements
 
 
 @contextmanager
@@ -36,17 +36,18 @@ def resizing(model: Any) -> Iterator[None]:
         if adapted_head is not None and head is not None and head is not adapted_head:
             _graft(adapted_head, head)
         tied = [layer for layer in _matrices(model) if layer.weight.shape != sizes.get(id(layer))]
-        for layer in {id(m): m for m in (model.get_input_embeddings(), head, *tied)}.values():
-            if isinstance(layer, LoraLayer):
-                _fit_factors(layer)
-            if isinstance(layer, BiasLayer):
-                _fit_biases(layer)
+        affected = {id(m) for m in (model.get_input_embeddings(), head, *tied)}
+        for layer in tied:
+            if isinstance(layer, nn.Linear):  # stale where a tie, and not transformers, brought the new weight
+                layer.out_features = layer.weight.shape[0]
         for path, replacement in wrapped.items():
             base = model.get_submodule(path)
             put(model, path, replacement)
             replacement.base_layer = base
-            for copy in replacement.copies.values():
-                _fit_copy(copy, base)
+            affected.add(id(replacement))
+        for part in parts(model):
+            if id(part.module) in affected:
+                part.fit()
         update_requires_grad(model, state, state.adapters)  # transformers freezes a whole frozen embedding again
 
 
@@ -69,51 +70,14 @@ def _matrices(model: Any) -> list[Any]:
 
 def _graft(old: nn.Module, new: nn.Module) -> None:
     """Move the adapters of a layer that transformers replaced, if it has any, to the one that stands there now."""
-    for mixin, data in ((LoraLayer, ("_lora",)), (BiasLayer, ("_bias_names", "_bias_activity", "_bias_original"))):
-        if isinstance(old, mixin):
+    for mixin in reversed(mixins_of(old)):
+        if issubclass(mixin, Host):
             mixin.extend(new)
-            for attribute in data:
-                setattr(new, attribute, getattr(old, attribute))
+            new.__dict__[mixin.attribute] = old.__dict__[mixin.attribute]
     for name, child in old._modules.items():
         if name.startswith("lora_"):
             new.add_module(name, child)
     new.train(old.training)
-
-
-def _fit_factors(layer: Any) -> None:
-    if isinstance(layer, nn.Linear):  # stale where a tie, and not transformers, brought the new weight
-        layer.out_features = layer.weight.shape[0]
-    for name, adapter in layer._lora.adapters.items():
-        adapter.specs = adapter.method.factors(layer, layer._lora.shape, adapter.r)
-        for kind, factor in layer.factors(name):
-            like = torch.zeros(adapter.specs[kind].shape, device=factor.weight.device)
-            factor.weight = _fitted(factor.weight, like)
-
-
-def _fit_biases(layer: Any) -> None:
-    for factor in layer.lora_bias.values():
-        factor.weight = _fitted(factor.weight, layer.bias.detach().float())
-
-
-def _fit_copy(copy: Any, base: Any) -> None:
-    """Give a copy of an embedding, or of what holds one, the rows of its original, new ones with its values."""
-    made: dict[int, nn.Parameter] = {}  # what is shared in the copy stays shared
-    for path, own in copy.named_modules():
-        like = base.get_submodule(path)
-        for name, parameter in list(own._parameters.items()):
-            if parameter is not None and parameter.shape != like._parameters[name].shape:
-                new = made.setdefault(id(parameter), _fitted(parameter, like._parameters[name].detach().float()))
-                setattr(own, name, new)
-        for attribute in ("num_embeddings", "out_features"):
-            if hasattr(own, attribute):
-                setattr(own, attribute, getattr(like, attribute))
-
-
-def _fitted(old: nn.Parameter, like: Tensor) -> nn.Parameter:
-    new = like.clone()
-    common = tuple(slice(0, min(a, b)) for a, b in zip(old.shape, new.shape, strict=True))
-    new[common] = old.detach()[common]
-    return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
 def frozen_new_rows(model: Any) -> tuple[int, int] | None:

@@ -48,7 +48,8 @@ class Selection:
         allow_bypassed: bool,
         from_file: bool,
     ) -> None:
-        self.chosen: dict[str, tuple[nn.Module, Shape, Storage]] = {}
+        self.chosen: dict[str, tuple[Shape, list[tuple[Any, Storage]]]] = {}
+        """Name -> its shape, and each of its sites with its storage."""
         self.skipped: dict[str, str] = {}
         """Name -> why it is left out."""
         self._modules = modules
@@ -98,13 +99,13 @@ class Selection:
             self._elsewhere = dict.fromkeys(patterns, ONLY_CONTAINERS) | self._elsewhere
             return
         self._hit.update(patterns)
-        shape, storage = shape_of(module), storage_of(module)
+        shape = shape_of(module)
         if reason is None and name in self._bypassed and (self._preset or not self._allow_bypassed):
             reason = self._bypassed[name]
             if not self._preset:
                 reason += " (allow_bypassed=True adapts it all the same)"
-        if reason is None and shape is not None and storage is not None:
-            self.chosen[name] = (module, shape, storage)
+        if reason is None and shape is not None:
+            self.chosen[name] = shape, [(site, storage_of(site)) for site in shape.sites(module)]  # type: ignore[misc]
         elif self._preset:
             self.skipped[name] = reason or "has no weight of its own"
         else:
@@ -159,13 +160,15 @@ def why_not(module: nn.Module) -> str | None:
     computed = hasattr(module, "parametrizations")
     if quantization_of(module) is not None:
         return refuse_instance_forward(module)
-    if not computed and (not module._parameters or ("weight" not in module._parameters and module._modules)):
-        return ""
     shape = shape_of(module)
+    no_layer = not module._parameters or ("weight" not in module._parameters and module._modules)
     if shape is None and not computed:
-        return f"{type(module).__name__} is not a kind of layer whose forward is known"
-    if shape is None or storage_of(module) is None:
+        return "" if no_layer else f"{type(module).__name__} is not a kind of layer whose forward is known"
+    if shape is None:
         return why_no_storage(module)
+    strange = next((site for site in shape.sites(module) if storage_of(site) is None), None)
+    if strange is not None:
+        return why_no_storage(strange)
     return shape.refuse(module) or refuse_instance_forward(module)
 
 

@@ -38,7 +38,11 @@ def share_inputs(model: nn.Module, *args: Any, **batch: Any) -> list[tuple[str, 
         StateError: the model has no adapters.
     """
     require_state(model, "share_inputs")
-    layers = {layer: name for name, layer in adapter_layers(model).items() if layer._lora.shape.is_matrix}
+    layers = {
+        layer: name
+        for name, layer in adapter_layers(model).items()
+        if isinstance(layer, LoraLayer) and layer._lora.shape.is_matrix
+    }
     for layer in layers:
         ungroup(layer)
     order = {layer: i for i, layer in enumerate(layers)}

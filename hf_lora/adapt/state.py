@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import StateError, nearest
 from ..layers.base import Activity
+from ..layers.contract import Storage
 from ..layers.parts import Part
 from .walk import adapter_tensors, parts
 
@@ -77,10 +78,30 @@ class AdapterRecord:
 
 
 @dataclass
+class Original:
+    """A tensor of the base as it was before a merge. `site` holds it as `site.weight`, whichever parameter that is."""
+
+    site: Any
+    storage: Storage
+    kept: Tensor
+
+    def put_back(self) -> None:
+        self.storage.put_back(self.site, self.kept)
+
+    def swap(self) -> None:
+        """Exchange it with what is in its place."""
+        now = self.storage.keep(self.site)
+        self.put_back()
+        self.kept = now
+
+
+@dataclass
 class LoraState:
     """Everything about a model's adapters that is not a tensor. It lives on the root module."""
 
     activity: Activity = field(default_factory=Activity)
+    originals: list[Original] = field(default_factory=list)
+    """What merging kept of the base, so that unmerging restores every bit."""
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
     """What is known of each adapter, in the order in which they came."""
     required_grad: dict[str, bool] = field(default_factory=dict)
@@ -164,12 +185,19 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
         state.adapters[name].task.apply(model)
 
 
-def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    together: dict[tuple[str, type[Part]], list[Part]] = {}
+def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
+    """The parts of the adapters `names`, in the order of these, grouped by what they act on."""
+    together: dict[tuple[Any, ...], list[Part]] = {}
     for part in parts(model):
         if part.adapter in names:
-            together.setdefault((part.path, type(part)), []).append(part)
-    faults = [first.conflict(others) for first, *others in together.values() if others]
+            together.setdefault(part.place(), []).append(part)
+    for group in together.values():
+        group.sort(key=lambda part: names.index(part.adapter))
+    return list(together.values())
+
+
+def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
+    faults = [first.conflict(others) for first, *others in acting_together(model, names) if others]
     found = [fault for fault in faults if fault is not None]
     if found:
         listed = "\n".join(f"  - {f}" for f in found[:20])

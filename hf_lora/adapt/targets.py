@@ -5,7 +5,7 @@ Everything is decided, and every fault found, before the model is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -14,12 +14,15 @@ from torch import nn
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
-from ..layers.contract import FactorSpec, Method, Shape, Storage
+from ..layers.base import LayerAdapter
+from ..layers.contract import FactorSpec, Shape, Storage
 from ..layers.inits import INITS, init_name
 from ..layers.methods import METHODS
+from ..layers.parts import PARTS, Planned
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import runs_forward_of
 from ..layers.storages import is_packed, is_unfinished
+from ..layers.views import View
 from .bypass import bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, matches
@@ -31,17 +34,38 @@ NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-line
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt: its name, shape, storage, method and declared factors, rank R, alpha and scaling."""
+    """One weight to adapt: its name, which is that of its layer, its shape and storage, and what the adapter is there.
+
+    Of a module with several weights, `name` is the weight's own, and `path` the module's.
+    """
 
     name: str
-    module: nn.Module
+    path: str
+    site: Any
     shape: Shape
     storage: Storage
-    method: Method
-    specs: dict[str, FactorSpec]
-    r: int
-    alpha: float
-    scaling: float
+    adapter: LayerAdapter
+
+    @property
+    def module(self) -> nn.Module:
+        module: nn.Module = self.site.module if isinstance(self.site, View) else self.site
+        return module
+
+    @property
+    def specs(self) -> dict[str, FactorSpec]:
+        return self.adapter.specs
+
+    @property
+    def r(self) -> int:
+        return self.adapter.r
+
+    @property
+    def alpha(self) -> float:
+        return self.adapter.alpha
+
+    @property
+    def scaling(self) -> float:
+        return self.adapter.scaling
 
     @property
     def parameters(self) -> int:
@@ -58,7 +82,16 @@ class Explanation:
     saved: dict[str, str] = field(default_factory=dict)
     """Name -> why it is trained and saved whole."""
     biases: list[str] = field(default_factory=list)
+    others: list[Planned] = field(default_factory=list)
+    """The parts of kinds from outside."""
     notes: list[str] = field(default_factory=list)
+
+    def declared(self) -> Iterator[tuple[str, Mapping[str, FactorSpec]]]:
+        """(path, declaration) of all that is new beside the base's tensors: not of copies of these."""
+        for target in self.layers:
+            yield target.path, target.specs
+        for planned in self.others:
+            yield planned.path, planned.specs
 
     def __str__(self) -> str:
         from .report import explanation_table
@@ -92,7 +125,7 @@ def resolve(
             patterns that match nothing there are no fault.
     """
     faults = Faults(call)
-    check_names(config.method, config.init_lora_weights, faults)
+    check_names(config, faults)
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
     plan, method = Explanation(), METHODS[config.method]
     modules = dict(original_modules(model))
@@ -100,30 +133,41 @@ def resolve(
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
-    for name, (module, shape, storage) in chosen.items():
-        r, alpha = ranks.get(name, config.r), alphas.get(name, config.alpha)
-        refused = shape.refuse_rank(module, r)
-        if refused is not None:
-            faults.add(f"{name}: {refused}")
-            continue
-        specs = method.factors(module, shape, r)
-        plan.layers.append(Target(name, module, shape, storage, method, specs, r, alpha, config.scaling(r, alpha)))
+    for path, (shape, sites) in chosen.items():
+        r, alpha = ranks.get(path, config.r), alphas.get(path, config.alpha)
+        scaling, dropout = config.scaling(r, alpha), 0.0 if shape.looks_up else config.lora_dropout
+        for site, storage in sites:
+            refused = shape.refuse_rank(site, r)
+            if refused is not None:
+                faults.add(f"{path}: {refused}")
+                continue
+            adapter = LayerAdapter(method, method.declare(site, shape, r), r, alpha, scaling, dropout)
+            name = f"{path}.{site.name}" if isinstance(site, View) else path
+            plan.layers.append(Target(name, path, site, shape, storage, adapter))
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
     plan.biases = _bias_modules(modules, config, chosen, plan, from_file)
+    for kind, wanted in config.parts.items():
+        found = list(PARTS[kind].plan(wanted, modules, faults))
+        for planned in found:
+            planned.kind = PARTS[kind]
+        plan.others += found
     faults.check(TargetError, NEXT_STEP)
     plan.notes = _notes(modules, plan)
     return plan
 
 
-def check_names(method: str, init: bool | str, faults: Faults) -> None:
-    """Add a fault for a method or an initialization that nobody has registered."""
-    if method not in METHODS:
-        faults.add(f"method={method!r}: {METHODS.why_unknown(method)}")
-    if (name := init_name(init)) not in INITS:
+def check_names(config: LoraConfig, faults: Faults) -> None:
+    """Add a fault for a method, an initialization or a kind of part that nobody has registered."""
+    if config.method not in METHODS:
+        faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
+    if (name := init_name(config.init_lora_weights)) not in INITS:
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
+    for kind in config.parts:
+        if kind not in PARTS:
+            faults.add(f"parts: {PARTS.why_unknown(kind)}")
 
 
 def scalings(config: LoraConfig) -> Callable[[str], float]:
@@ -201,7 +245,7 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
             users.setdefault(id(weight), []).append(name)
     notes = []
     for target in plan.layers:
-        shared = [n for n in users.get(id(target.module._parameters.get("weight")), ()) if n != target.name]
+        shared = [n for n in users.get(id(target.site._parameters.get("weight")), ()) if n != target.name]
         if shared:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(shared)}: it trains, saves and loads; merging it "

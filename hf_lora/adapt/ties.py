@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from ..layers.base import LoraLayer
 from ..layers.extend import plain
+from ..layers.parts import Fold
 from .walk import module_at, original_modules
 
 
-def weight_users(model: nn.Module) -> dict[int, list[str]]:
-    """id of a weight -> original names of the modules that hold it."""
+def tensor_users(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> original names of the modules that hold it."""
     users: dict[int, list[str]] = {}
     for name, module in original_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(name)
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
     return users
 
 
-def untie_adapted(model: Any, layers: dict[str, LoraLayer]) -> None:
-    """Give every adapted layer a weight of its own, in memory and in what the model will save."""
-    users = weight_users(model)
-    shared = [layer for layer in layers.values() if len(users[id(layer.weight)]) > 1]
+def untie_adapted(model: Any, folds: Iterable[Fold]) -> None:
+    """Give every tensor that is to be merged to its own module, in memory and in what the model will save."""
+    users = tensor_users(model)
+    shared = [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
     if not shared:
         return
-    for layer in shared:
-        if not layer._lora.storage.quantized:  # each of those gets a dense weight of its own in any case
-            _own(layer, "weight")
+    for fold in shared:
+        if not fold.storage.quantized:  # each of those gets a dense weight of its own in any case
+            path, _, name = fold.name.rpartition(".")
+            _own(module_at(model, path), name)
     untie_all(model)
 
 

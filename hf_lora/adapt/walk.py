@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.base import LoraLayer
+from ..layers.base import Host, Site
 from ..layers.parts import PARTS, Part
-from ..layers.replacement import BiasLayer, Replacement
+from ..layers.replacement import Replacement
+from ..layers.views import View, sites_of
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -35,7 +36,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, Replacement):
             stack.append((name, module.base_layer))
             continue
-        ours = isinstance(module, (LoraLayer, BiasLayer))
+        ours = isinstance(module, Host)
         for child_name, child in reversed(list(module._modules.items())):
             if child is not None and not (ours and child_name.startswith("lora_")):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
@@ -50,7 +51,7 @@ def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
     stack, seen = [model], {id(model)}
     while stack:
         module = stack.pop()
-        ours = isinstance(module, (LoraLayer, BiasLayer))
+        ours = isinstance(module, Host)
         for kind, child in module._modules.items():
             if child is None or not child._modules or id(child) in seen:
                 continue
@@ -72,27 +73,38 @@ def parts(model: nn.Module, name: str | None = None) -> Iterator[Part]:
 
     The walk is not finished when the first part comes out: take a list before removing any.
     """
-    kinds = tuple(PARTS.search())
+    kinds = tuple(PARTS.values())
     for path, module in _walk(model):
+        if not isinstance(module, (Host, Replacement)):
+            continue
         for kind in kinds:
-            for adapter in kind.adapters(module):
-                if name is None or adapter == name:
-                    yield kind(path, module, adapter)
+            for part in kind.at(path, module):
+                if name is None or part.adapter == name:
+                    yield part
 
 
-def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Original name -> layer, of every layer that holds factors of any adapter."""
-    return {name: m for name, m in original_modules(model) if isinstance(m, LoraLayer)}
+def adapter_layers(model: nn.Module) -> dict[str, Site]:
+    """Original name -> site, of everything that holds factors of any adapter.
+
+    A site that is no layer has the name of its weight.
+    """
+    return {
+        f"{path}.{site.name}" if isinstance(site, View) else path: site
+        for path, module in original_modules(model)
+        for site in sites_of(module)
+    }
+
+
+def adapted_modules(model: nn.Module, name: str) -> set[str]:
+    """Original names of the modules that hold factors of one adapter."""
+    return {
+        path for path, module in original_modules(model) if any(name in site._lora.names for site in sites_of(module))
+    }
 
 
 def replacements(model: nn.Module) -> dict[str, Replacement]:
     """Original name -> replacement, of every module that is kept whole for some adapter."""
     return {name: module for name, module in _walk(model) if isinstance(module, Replacement)}
-
-
-def bias_layers(model: nn.Module) -> dict[str, BiasLayer]:
-    """Original name -> layer, of every layer whose bias some adapter trains."""
-    return {name: m for name, m in original_modules(model) if isinstance(m, BiasLayer)}
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -102,6 +114,14 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
         module = _inside(module)._modules[part]
     found = _inside(module)
     assert isinstance(found, nn.Module)
+    return found
+
+
+def placed(model: nn.Module, path: str) -> nn.Module:
+    """What stands at an original name, a replacement included."""
+    parent, _, leaf = path.rpartition(".")
+    found = module_at(model, parent)._modules[leaf]
+    assert found is not None
     return found
 
 

@@ -18,7 +18,7 @@ from ..adapt.labels import new_head, task_type_of, twin
 from ..adapt.match import matches
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
-from ..adapt.walk import adapter_layers, module_at, original_modules, parts
+from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
@@ -88,7 +88,7 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
     record = state.adapters[name]
     config = record.config
     values = config.to_dict()
-    adapted = {p for p, layer in adapter_layers(model).items() if name in layer._lora.names}
+    adapted = adapted_modules(model, name)
     everything = [path for path, _ in original_modules(model) if path]
     values["modules_to_save"] = list(record.heads) or None
     if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(record.heads)):
@@ -171,12 +171,12 @@ def load_adapter(
         raise AdapterFileError(str(error)) from error
     task = _task_in(file, model)
     expected = {
-        key_of(target.name, spec.key): spec.shape_on_disk
-        for target in plan.layers
-        for spec in target.specs.values()
+        key_of(path, spec.key): spec.shape_on_disk
+        for path, specs in plan.declared()
+        for spec in specs.values()
         if spec.key is not None
     }
-    adapted = {t.name for t in plan.layers}
+    adapted = {t.path for t in plan.layers}
     expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
     plan.saved |= _whole_embeddings(model, file)
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}

@@ -27,7 +27,7 @@ from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.contract import FactorSpec, Method, Shape
 from ..layers.methods import METHODS
-from ..layers.parts import Part
+from ..layers.parts import PARTS, Part
 from ..layers.shapes import SHAPES
 from ..layers.storages import fits
 from .claims import check_config, check_extras
@@ -65,8 +65,13 @@ def key_of(path: str, key: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path)."""
+    """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path).
+
+    What a kind of part from outside declares is told as a copy: it has no update of its own to sum up.
+    """
     path = key.removeprefix(PREFIX)
+    if any(path.endswith(f".{suffix}") for kind in PARTS.values() for suffix in kind.keys):
+        return path, "copy"
     for suffix, factor in factor_keys():
         if path.endswith(f".{suffix}"):
             return path.removesuffix(f".{suffix}"), factor
@@ -231,7 +236,7 @@ def read_config(path: Path) -> LoraConfig:
     except ConfigError as error:
         raise AdapterFileError(str(error)) from error
     faults = Faults(str(file))
-    check_names(config.method, config.init_lora_weights, faults)
+    check_names(config, faults)
     faults.check(AdapterFileError, "Import the package that registers these, or load the adapter with what wrote it.")
     return config
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapt.merge import check_mergeable, folded
-from ..adapt.state import require_state
-from ..adapt.walk import adapter_layers, bias_layers, replacements
+from ..adapt.merge import by_tensor, check_mergeable, merged_rows
+from ..adapt.state import acting_together
+from ..adapt.walk import parts
 from ..errors import Faults, MergeError
-from ..layers.base import LoraLayer
+from ..layers.parts import Fold
 from ..layers.storages import fits
 from .naming import Run, misnamed
 from .ranges import Entry, header_of
@@ -73,10 +73,10 @@ class OutShard:
 
 
 @dataclass
-class Fold:
-    """A layer whose weight gets the adapter's update."""
+class Folded:
+    """A tensor that gets the adapter's update. `fold` reads from files and writes to the one under way."""
 
-    layer: LoraLayer
+    fold: Fold
     storage: FileStorage
 
 
@@ -101,12 +101,12 @@ class Plan:
 
     shell: Shell
     shards: list[OutShard] = field(default_factory=list)
-    folds: dict[str, Fold] = field(default_factory=dict)
+    folds: dict[str, Folded] = field(default_factory=dict)
     puts: dict[str, Put] = field(default_factory=dict)
     untied: bool = False
 
     @property
-    def parts(self) -> list[Fold | Put]:
+    def changes(self) -> list[Folded | Put]:
         """All that passes through memory."""
         return [*self.folds.values(), *self.puts.values()]
 
@@ -138,10 +138,14 @@ def make_plan(shell: Shell, sources: Sources, dtype: torch.dtype | None, untie: 
     """
     plan = Plan(shell)
     faults = Faults(call)
-    state = require_state(shell.model, call)
-    layers = adapter_layers(shell.model)
+    folds = [
+        fold
+        for group in acting_together(shell.model, (NAME,))
+        if not group[0].replaces
+        for fold in group[0].folds(group[1:])
+    ]
     owned = {name: name for name in (*shell.names.direct, *shell.names.converted)}
-    extra = _untied(plan, layers, untie)
+    extra = _untied(plan, folds, untie)
     tensors = shell.checkpoint.tensors
     replaced = _replacements(shell)
 
@@ -165,17 +169,20 @@ def make_plan(shell: Shell, sources: Sources, dtype: torch.dtype | None, untie: 
             tuple(values.shape), runs, like, sources, _as(dtype, held), shell.names.direct.get(name, name)
         )
 
-    for path, layer in layers.items():
-        weight: Any = layer.weight
-        name = f"{path}.weight"
+    for fold in folds:
+        name, weight = fold.name, fold.site.weight
         if name in shell.misshapen or (name not in shell.owners and name not in owned):
             continue  # which is said below
         found = storage(name, tuple(weight.shape))
         if found is not None:
-            layer._lora.storage = found
-            plan.folds[name] = Fold(layer, found)
+            fold.storage = found
+    plan.folds = {
+        name: Folded(fold, fold.storage)
+        for name, fold in by_tensor(folds).items()
+        if isinstance(fold.storage, FileStorage)
+    }
     try:
-        check_mergeable(shell.model, state, layers, (NAME,), untie=untie, keep=False, call=call)
+        check_mergeable(shell.model, folds, (NAME,), untie=untie, keep=False, call=call)
     except MergeError as error:
         lines = str(error).splitlines()
         faults.found += [line.removeprefix("  - ") for line in lines if line.startswith("  - ")]
@@ -211,29 +218,21 @@ def _as(wanted: torch.dtype | None, held: torch.dtype) -> torch.dtype:
 def _replacements(shell: Shell) -> dict[str, tuple[Tensor, torch.dtype]]:
     """Name in memory -> (values, dtype) of all that the adapter holds whole: heads, embeddings, biases."""
     found: dict[str, tuple[Tensor, torch.dtype]] = {}
-    for path, replacement in replacements(shell.model).items():
-        like = next((p.dtype for p in replacement.base_layer.parameters()), torch.float32)
-        for key in replacement.copies[NAME].state_dict():
-            values = shell.replaced(f"{path}.{key}")
-            if values is not None:
-                found[f"{path}.{key}"] = values, like if values.is_floating_point() else values.dtype
-    for path, biased in bias_layers(shell.model).items():
-        if NAME in biased._bias_names:
-            bias: Any = biased.bias
-            own: Any = biased.lora_bias[NAME].weight
-            found[f"{path}.bias"] = own.detach(), bias.dtype
+    for part in parts(shell.model, NAME):
+        for name, own, base in part.replaced():
+            found[name] = own.detach(), base.dtype
     return found
 
 
-def _untied(plan: Plan, layers: dict[str, LoraLayer], untie: bool) -> list[tuple[str, str]]:
+def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, str]]:
     """(name, the one whose bytes it starts from) of the tensors that the files get beside those that they hold.
 
     A config says of all ties at once whether they hold, so one that ends takes all others with it.
     """
     shell = plan.shell
-    whole = tuple(f"{path}." for path in replacements(shell.model))
+    whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
     tied = {name for pair in shell.ties.items() for name in pair if name in shell.owners}
-    adapted = untie and any(f"{path}.weight" in tied for path in layers)
+    adapted = untie and any(fold.name in tied for fold in folds)
     parted = any(key.startswith(p) != source.startswith(p) for p in whole for key, source in shell.ties.items())
     plan.untied = adapted or parted
     if not plan.untied:
@@ -267,7 +266,7 @@ def _lay_out(plan: Plan, dtype: torch.dtype | None, extra: Sequence[tuple[str, s
                 plan.shards[-1].outs.append(out)
             elif put.whole:
                 out.shape, out.dtype = shape, put.storage.dtype
-    for part in plan.parts:
+    for part in plan.changes:
         for name, rows in part.storage.targets.items():
             if name in outs_by_name:
                 out = outs_by_name[name]
@@ -295,8 +294,8 @@ def _lay_out(plan: Plan, dtype: torch.dtype | None, extra: Sequence[tuple[str, s
 @torch.no_grad()
 def _try(plan: Plan, faults: Faults) -> None:
     """Fold what becomes float16 and write nothing: only that overflows where base and update are of ordinary size."""
-    for name, fold in plan.folds.items():
-        if fold.storage.dtype == torch.float16:
-            if not all(fits(block, torch.float16) for _, block in folded(fold.layer, (NAME,), reuse=True)):
+    for name, change in plan.folds.items():
+        if change.storage.dtype == torch.float16:
+            if not all(fits(block, torch.float16) for _, block in merged_rows(change.fold, reuse=True)):
                 faults.add(f"{name}: a merged value is not finite, or too large for {torch.float16}")
-            fold.storage.forget()
+            change.storage.forget()

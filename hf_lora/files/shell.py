@@ -24,7 +24,7 @@ from ..adapt.walk import module_at
 from ..errors import AdapterFileError, BaseMismatchError, Faults
 from .adapters import load_adapter
 from .fingerprint import Identity, differs, identify
-from .format import PREFIX, AdapterFile
+from .format import AdapterFile
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint, Entry
 from .sink import CHUNK, Sources, same_bytes
@@ -56,10 +56,6 @@ class Shell:
     missing: set[str] = field(default_factory=set)
     owners: dict[str, str] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
-
-    def replaced(self, name: str) -> Tensor | None:
-        """The adapter's own tensor for a name in memory, where it holds one."""
-        return self.file.tensors.get(f"{PREFIX}{name}")
 
 
 def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other_base: bool) -> Shell:

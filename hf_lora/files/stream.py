@@ -22,14 +22,14 @@ from typing import Any
 
 import torch
 
-from ..adapt.merge import folded
+from ..adapt.merge import merged_rows
 from ..errors import AdapterFileError, ConfigError, Faults, LoraError, MergeError, nearest
 from .carry import carry_folders, writers_of
 from .format import CONFIG_NAME, AdapterFile, read_adapter
 from .journal import Journal, inputs_of, open_journal
-from .plan import Fold, Out, OutShard, Plan, Put, make_plan
+from .plan import Folded, Out, OutShard, Plan, Put, make_plan
 from .ranges import Checkpoint, Entry, bytes_of, open_checkpoint, read_into, reserve
-from .shell import IN_MEMORY, NAME, make_shell
+from .shell import IN_MEMORY, make_shell
 from .sink import CHUNK, Sink, Sources, word_of
 from .together import JOURNAL_NAME as MOVES_NAME
 from .together import finish_moves, is_full, no_space, replace_together
@@ -236,10 +236,10 @@ def _together(calls: Sequence[Callable[[], None]], threads: int) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _changes(plan: Plan, sink: Sink) -> list[Fold | Put]:
+def _changes(plan: Plan, sink: Sink) -> list[Folded | Put]:
     """What the adapter changes in a file, in the order of its tensors."""
-    changes: list[tuple[int, Fold | Put]] = []
-    for part in plan.parts:
+    changes: list[tuple[int, Folded | Put]] = []
+    for part in plan.changes:
         starts = [sink.places[key][0] for key in part.storage.targets if key in sink.places]
         if starts:
             changes.append((min(starts), part))
@@ -247,12 +247,12 @@ def _changes(plan: Plan, sink: Sink) -> list[Fold | Put]:
 
 
 @torch.no_grad()
-def _apply(part: Fold | Put, sink: Sink) -> None:
+def _apply(part: Folded | Put, sink: Sink) -> None:
     storage = part.storage
     storage.sink = sink
-    if isinstance(part, Fold):
-        for rows, block in folded(part.layer, (NAME,), reuse=True):
-            storage.write(part.layer, rows, block)
+    if isinstance(part, Folded):
+        for rows, block in merged_rows(part.fold, reuse=True):
+            storage.write(part.fold.site, rows, block)
     else:
         values = part.values.reshape(-1) if part.values.dim() == 0 else part.values
         step = max(1, CHUNK // max(1, values[:1].numel()))

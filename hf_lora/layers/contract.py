@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -68,6 +68,14 @@ class Shape(ABC):
     is_matrix = False
     """Whether the layer multiplies its input (…, I) by one matrix, as `ops.lora_products` does."""
 
+    mixin: Any = None
+    """Of a module with several weights, whose own forward multiplies by them: the class, derived from
+    `views.LoraViews`, whose forward does so with adapters. None where the layer is its own site."""
+
+    def sites(self, layer: nn.Module) -> Sequence[Any]:
+        """The weights that take factors: the layer itself, or a `views.View` of each."""
+        return [layer]
+
     @abstractmethod
     def claims(self, layer: nn.Module) -> bool:
         """Whether this shape knows what the layer's forward computes."""
@@ -87,6 +95,10 @@ class Shape(ABC):
     @abstractmethod
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B as PEFT stores them; from attributes, since the weight may be packed or sharded."""
+
+    def prefix(self, layer: Any) -> str:
+        """What stands before the names on disk of a site's factors: those of one module would clash without."""
+        return ""
 
     def specs(self, layer: nn.Module, r: int) -> dict[str, FactorSpec]:
         """The declaration of A and B."""
@@ -143,6 +155,17 @@ class Method(ABC):
     def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
         """The declaration of all factors of an adapter of rank `r` on `layer`, which need not be adapted yet."""
         return shape.specs(layer, r)
+
+    def declare(self, layer: Any, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        """`factors`, with the names on disk as they are below the module's path."""
+        specs, prefix = self.factors(layer, shape, r), shape.prefix(layer)
+        if not prefix:
+            return specs
+        return {n: s if s.key is None else replace(s, key=prefix + s.key) for n, s in specs.items()}
+
+    def refuse_folding(self, layer: Any) -> str | None:
+        """Why an adapter of this method cannot be folded into the layer's weight; None where it can."""
+        return None
 
     def start(self, layer: Any, name: str) -> dict[str, Tensor]:
         """Values of a new adapter's factors that come from the weight; its A and B are there already."""

@@ -18,13 +18,21 @@ _MADE: dict[tuple[type, type], type] = {}
 class Extension(nn.Module):
     """Base of the mixins. `extend` and `shrink` change the class of one object, in place."""
 
-    _mixin: ClassVar[type]
+    _mixin: ClassVar[type[Extension]]
     _extended: ClassVar[type]
+    order: ClassVar[int] = 0
+    """Of several on one module, that of the lowest order is the innermost: it is handed the module's own output."""
 
     @classmethod
     def extend(cls, module: nn.Module) -> nn.Module:
-        """Put this mixin in front of `module`'s class."""
-        module.__class__ = extended(cls, type(module))
+        """Put this mixin in front of `module`'s class, and behind extensions of a higher order."""
+        own, above = type(module), []
+        while "_mixin" in own.__dict__ and own._mixin.order > cls.order:  # type: ignore[attr-defined]
+            above.append(own._mixin)  # type: ignore[attr-defined]
+            own = own._extended  # type: ignore[attr-defined]
+        for mixin in (cls, *reversed(above)):
+            own = extended(mixin, own)
+        module.__class__ = own
         _rewire(module)
         return module
 
@@ -61,6 +69,11 @@ def extended(mixin: type, cls: type) -> type:
         }
         made = _MADE[mixin, cls] = type(cls)(cls.__name__, (mixin, cls), namespace)
     return made
+
+
+def mixins_of(module: nn.Module) -> list[type[Extension]]:
+    """The extensions on `module`, the outermost first."""
+    return [cls._mixin for cls in type(module).__mro__ if "_mixin" in cls.__dict__]  # type: ignore[attr-defined]
 
 
 def rebase(module: nn.Module, cls: type) -> None:

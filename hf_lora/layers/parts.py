@@ -1,24 +1,71 @@
 """What an adapter owns at one place of a model: factors, a bias, or a whole module. Each kind answers for itself.
 
-In: a module of an adapted model. Out: parts, which tell their tensors with the names that they have on disk, take
-themselves off, and say which of them cannot act together. Saving, loading, deleting, counting and scaling are loops
-over parts (`adapt.walk.parts`) and know no kinds. `PARTS` is the table of the kinds.
+In: a module of an adapted model. Out: parts, which tell their tensors with the names that they have on disk, attach
+and take off what is theirs, say which of them cannot act together, and what merging makes of the base's tensors.
+Saving, loading, deleting, merging, counting and scaling are loops over parts (`adapt.walk.parts`) and know no kinds.
+`PARTS` is the table of the kinds.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..errors import StateError
-from .base import LoraLayer, end_layer
-from .contract import FactorSpec
+from ..errors import Faults, StateError
+from .base import Activity, LayerAdapter, add_factor, remove_factor
+from .contract import FactorSpec, Storage
+from .fitting import fit_module, fitted
+from .inits import InitCall, Unset
+from .ops import exact
 from .registry import Registry
-from .replacement import BiasLayer, Replacement, end_bias, remove_bias
+from .replacement import BiasLayer, Replacement
 from .sharded import whole_shape
+from .storages import DenseStorage, execution_device
+from .views import View, end_site, sites_of, start_site
+
+
+@dataclass
+class Fold:
+    """What merging makes of one tensor of the base.
+
+    Args:
+        name: original name of the tensor, such as `"encoder.query.weight"`.
+        site: holds it as `site.weight`.
+        storage: reads and writes it.
+        update: (block, its rows) -> the block as merged; `block`, float64 where the device has it, may be overwritten.
+        holders: original names of the modules that may hold the tensor, since the update is meant for each; None
+            where it is meant for whichever does.
+        refused: why it cannot be merged, though it acts unmerged; None where it can.
+    """
+
+    name: str
+    site: Any
+    storage: Storage
+    update: Callable[[Tensor, slice], Tensor]
+    holders: Sequence[str] | None
+    refused: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it: a weight by the name of its layer."""
+        return self.name.removesuffix(".weight")
+
+
+@dataclass
+class Planned:
+    """A part to be made: what a configuration comes to at one module, before anything is changed."""
+
+    path: str
+    module: nn.Module
+    specs: Mapping[str, FactorSpec]
+    options: Any = None
+    """What `Part.plan` found and `Part.attach` needs to know besides."""
+    kind: type[Part] = field(init=False)
 
 
 class Part(ABC):
@@ -31,25 +78,62 @@ class Part(ABC):
     """
 
     replaces = False
-    """Whether its tensors stand in place of the base's, rather than being added to them."""
+    """Whether its tensors stand in place of the base's, each whole, rather than being added to them."""
     whole_module = False
     """Whether it is a module that is trained whole, such as a task head."""
+    keys: Sequence[str] = ()
+    """The names on disk of its tensors, below the module's path, where they are not a shape's or a method's."""
 
     def __init__(self, path: str, module: Any, adapter: str) -> None:
         self.path, self.module, self.adapter = path, module, adapter
 
-    @staticmethod
+    @classmethod
+    def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[Planned]:
+        """The parts that a configuration asks for with `parts={"<name of the kind>": wanted}`.
+
+        Args:
+            modules: original name -> module.
+            faults: takes everything that is wrong with `wanted`.
+        """
+        faults.add(f"parts of this kind are asked for by other fields of the configuration, not by {wanted!r}")
+        return ()
+
+    @classmethod
     @abstractmethod
-    def adapters(module: nn.Module) -> Sequence[str]:
-        """The adapters that have a part of this kind at `module`."""
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        """The parts of this kind at `module`, of whichever adapter."""
+
+    @abstractmethod
+    def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
+        """Put it on the module; what has to stand in the module's place then, where that is another one.
+
+        Args:
+            activity: of the model.
+            planned: what the kind's planning came to; of a kind from outside a `Planned`.
+        """
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
         """Its tensors, each with its declaration."""
 
     @abstractmethod
-    def remove(self) -> nn.Module | None:
-        """Take it off the module; what has to stand in the module's place then, where that is another one."""
+    def remove(self, keep: bool = False) -> nn.Module | None:
+        """Take it off the module; what has to stand in the module's place then, where that is another one.
+
+        Args:
+            keep: let what `replaces` a module stay in its place, as after a merge for good.
+        """
+
+    @abstractmethod
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        """What merging it, together with `others` of its kind and at its module, makes of the base's tensors.
+
+        None for what goes on acting, or stays in place, whether merged or not.
+        """
+
+    def fit(self) -> None:
+        """Give its tensors the sizes that the module has now: see fitting.py. Of most modules they never change."""
+        return None
 
     def conflict(self, others: Sequence[Part]) -> str | None:
         """Why it cannot act together with `others`, of its kind and at its module; None where it can."""
@@ -59,38 +143,85 @@ class Part(ABC):
         """Multiply its update.
 
         Raises:
-            StateError: it `replaces` the base's tensors.
+            StateError: it has none, as what stands in place of the base's tensors.
         """
         raise StateError(f"{self.path}: what stands in place of the base's tensors has no update to multiply.")
 
+    def place(self) -> tuple[Any, ...]:
+        """What it has in common with the parts that `conflict` and `folds` are to see together."""
+        return type(self), self.path
+
+    def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(original name of a tensor of the base, what stands in its place, the base's), where it `replaces`."""
+        return iter(())
+
 
 class Factors(Part):
-    """The factors of an adapted layer."""
+    """The factors at one site: of an adapted layer, or of one weight of a module with several."""
 
-    @staticmethod
-    def adapters(module: nn.Module) -> Sequence[str]:
-        return module._lora.names if isinstance(module, LoraLayer) else ()
+    def __init__(self, path: str, module: Any, adapter: str, site: Any = None) -> None:
+        super().__init__(path, module, adapter)
+        self.site: Any = module if site is None else site
 
-    def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        specs = self.module._lora.adapters[self.adapter].specs
-        for kind, factor in self.module.factors(self.adapter):
-            yield specs[kind], factor.weight
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        for site in sites_of(module):
+            for name in site._lora.names:
+                yield cls(path, module, name, site)
 
-    def remove(self) -> nn.Module | None:
-        self.module.remove_lora(self.adapter)
-        if not self.module._lora.names:
-            end_layer(self.module)
+    def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
+        target, init = planned
+        site: Any = start_site(self.site, target.shape, target.storage, activity)
+        call = InitCall(site, target.shape, target.specs, execution_device(site))
+        site.add_lora(self.adapter, replace(target.adapter), init(call))
+        if not isinstance(init, Unset):
+            for kind, value in target.adapter.method.start(site, self.adapter).items():
+                add_factor(site.host(), site.holder(kind), self.adapter, value, target.specs[kind].trainable)
         return None
 
+    def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
+        specs = self._own.specs
+        for kind, factor in self.site.factors(self.adapter):
+            yield specs[kind], factor.weight
+
+    def remove(self, keep: bool = False) -> nn.Module | None:
+        self.site.remove_lora(self.adapter)
+        if not self.site._lora.names:
+            end_site(self.site)
+        return None
+
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        names = tuple(part.adapter for part in (self, *others))
+        state = self.site._lora
+        weight = self.site.name if isinstance(self.site, View) else "weight"
+        name = f"{self.path}.{weight}"
+        refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
+        yield Fold(name, self.site, state.storage, self.site.folding(names), (name.rpartition(".")[0],), refused)
+
+    def fit(self) -> None:
+        own = self._own
+        own.specs = own.method.declare(self.site, self.site._lora.shape, own.r)
+        for kind, factor in self.site.factors(self.adapter):
+            like = torch.zeros(own.specs[kind].shape, device=factor.weight.device)
+            factor.weight = fitted(factor.weight, like)
+
     def conflict(self, others: Sequence[Part]) -> str | None:
-        methods = [self.module._lora.adapters[part.adapter].method for part in (self, *others)]
+        methods = [self.site._lora.adapters[part.adapter].method for part in (self, *others)]
         if all(method.additive for method in methods) and len({method.kind for method in methods}) == 1:
             return None
         listed = ", ".join(dict.fromkeys(method.kind for method in methods))
         return f"{self.path}: adapters of the methods {listed} cannot act on one layer together"
 
     def scale(self, weight: float) -> None:
-        self.module._lora.adapters[self.adapter].scaling *= weight
+        self._own.scaling *= weight
+
+    def place(self) -> tuple[Any, ...]:
+        return *super().place(), self.site.name if isinstance(self.site, View) else ""
+
+    @property
+    def _own(self) -> LayerAdapter:
+        own: LayerAdapter = self.site._lora.adapters[self.adapter]
+        return own
 
 
 class Bias(Part):
@@ -98,23 +229,44 @@ class Bias(Part):
 
     replaces = True
 
-    @staticmethod
-    def adapters(module: nn.Module) -> Sequence[str]:
-        return module._bias_names if isinstance(module, BiasLayer) else ()
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        if isinstance(module, BiasLayer):
+            for name in module._lora_biases.names:
+                yield cls(path, module, name)
+
+    def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
+        BiasLayer.hold(self.module, activity).add(self.adapter)
+        add_factor(self.module, "lora_bias", self.adapter, self.module.bias.detach().clone())
+        return None
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        weight = self.module.lora_bias[self.adapter].weight
-        key = bias_key(self.adapter in Factors.adapters(self.module))
-        yield FactorSpec(whole_shape(weight), key, "O"), weight
+        adapted = any(part.adapter == self.adapter for part in Factors.at(self.path, self.module))
+        yield FactorSpec(whole_shape(self._own), bias_key(adapted), "O"), self._own
 
-    def remove(self) -> nn.Module | None:
-        remove_bias(self.module, self.adapter)
-        if not self.module._bias_names:
-            end_bias(self.module)
+    def remove(self, keep: bool = False) -> nn.Module | None:
+        remove_factor(self.module, "lora_bias", self.adapter)
+        BiasLayer.let_go(self.module, self.adapter)
         return None
+
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        def own(block: Tensor, rows: slice) -> Tensor:
+            return exact(self._own.detach()[rows])
+
+        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), own, None)
+
+    def fit(self) -> None:
+        self.module.lora_bias[self.adapter].weight = fitted(self._own, self.module.bias.detach().float())
 
     def conflict(self, others: Sequence[Part]) -> str | None:
         return f"{self.path}.bias: {_each(self, others)}"
+
+    def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        yield f"{self.path}.bias", self._own, self.module.bias
+
+    @property
+    def _own(self) -> Any:
+        return self.module.lora_bias[self.adapter].weight
 
 
 class Copy(Part):
@@ -122,20 +274,46 @@ class Copy(Part):
 
     replaces = whole_module = True
 
-    @staticmethod
-    def adapters(module: nn.Module) -> Sequence[str]:
-        return module._names if isinstance(module, Replacement) else ()
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        if isinstance(module, Replacement):
+            for name in module._names:
+                yield cls(path, module, name)
+
+    def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
+        present = self.module
+        if not isinstance(present, Replacement):
+            self.module = Replacement(present, activity)
+        self.module.add_copy(self.adapter, planned).train(present.training)
+        return None if self.module is present else self.module
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        for key, tensor in self.module.copies[self.adapter].state_dict(keep_vars=True).items():
+        for key, tensor in self._own.state_dict(keep_vars=True).items():
             yield FactorSpec(whole_shape(tensor), key, trainable=isinstance(tensor, nn.Parameter)), tensor
 
-    def remove(self) -> nn.Module | None:
+    def remove(self, keep: bool = False) -> nn.Module | None:
+        if keep and self.module.running() is self._own:
+            self.module.settle(self.adapter)
         self.module.remove_copy(self.adapter)
         return None if self.module._names else self.module.base_layer
 
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        return iter(())
+
+    def fit(self) -> None:
+        fit_module(self._own, self.module.base_layer)
+
     def conflict(self, others: Sequence[Part]) -> str | None:
         return f"{self.path}: {_each(self, others)}"
+
+    def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        like = next(iter(self.module.base_layer.parameters()), torch.empty(0))
+        for key, tensor in self._own.state_dict().items():
+            yield f"{self.path}.{key}", tensor, like if tensor.is_floating_point() else tensor
+
+    @property
+    def _own(self) -> Any:
+        return self.module.copies[self.adapter]
 
 
 def bias_key(adapted: bool) -> str:
@@ -148,3 +326,4 @@ def _each(part: Part, others: Sequence[Part]) -> str:
 
 
 PARTS: Registry[type[Part]] = Registry("kind of part", {"factors": Factors, "bias": Bias, "copy": Copy})
+"""Kind -> class, in the order in which they are attached and folded; one from outside comes after these."""

@@ -42,9 +42,9 @@ def register(registry: Registry[T], name: str, entry: T) -> T:
     """Add an entry to one of the registries: see docs/extending.md.
 
     Args:
-        registry: `METHODS`, `INITS`, `SHAPES` or `STORAGES`.
+        registry: `METHODS`, `INITS`, `SHAPES`, `STORAGES` or `PARTS`.
         name: of the entry, in lower case, such as `"my_method"`. Configurations and files use it.
-        entry: an instance of the registry's base class.
+        entry: an instance of the registry's base class; of `PARTS` a class derived from it.
 
     Returns:
         `entry`.

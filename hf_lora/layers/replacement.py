@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from .base import Activity, Factor, as_masters
-from .extend import Extension
+from .base import Activity, Held, Host, as_masters, strip
 from .ops import device_only
 
 
@@ -49,9 +48,17 @@ class Replacement(nn.Module):
     def add_copy(self, name: str, module: nn.Module | None = None) -> nn.Module:
         """Keep `module` (or a copy of the original) for an adapter, as float32."""
         own = copy.deepcopy(self.base_layer) if module is None else module
+        strip(own)  # it is kept whole: no factors in it
         self.copies[name] = own.to(torch.float32)
+        for parameter in own.parameters():
+            parameter.requires_grad_(True)
         self._rename((*self._names, name))
         return own
+
+    def settle(self, name: str) -> None:
+        """Let an adapter's copy take the original's place, in its dtype."""
+        like = next(iter(self.base_layer.parameters()), None)
+        self.base_layer = self.copies[name] if like is None else self.copies[name].to(like.dtype)
 
     def remove_copy(self, name: str) -> None:
         del self.copies[name]
@@ -104,21 +111,21 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class BiasLayer(Extension):
+class BiasLayer(Host):
     """Mixed in before the class of a layer whose output is affine in its `bias`: each adapter has its own bias.
 
     The difference from the base's bias is added to the output, so the base's stays as it is and an adapter that has
-    not learned yet changes no bit. It composes with `LoraLayer`, in either order.
+    not learned yet changes no bit.
     """
 
+    attribute = "_lora_biases"
+    order = 10  # what multiplies a layer's output is not to reach it
     lora_bias: nn.ModuleDict
-    _bias_names: tuple[str, ...]
-    _bias_activity: Activity
-    _bias_original: Tensor | None
+    _lora_biases: Held
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(*args, **kwargs)
-        for name in self._bias_activity.acting[self._bias_names]:
+        for name in self._lora_biases.acting:
             bias: Any = self.bias
             shift = self.lora_bias[name].weight - bias.to(torch.float32)
             y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
@@ -133,33 +140,3 @@ def _dims_after_channel(layer: Any, y: Tensor) -> int:
 
 
 BIAS_CLASSES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
-
-
-def add_bias(layer: nn.Module, name: str, activity: Activity) -> None:
-    """Give an adapter its own copy of `layer.bias`, a float32 master."""
-    biased: Any = layer
-    if not isinstance(layer, BiasLayer):
-        BiasLayer.extend(layer)
-        biased.lora_bias = nn.ModuleDict()
-        biased._bias_names = ()
-        biased._bias_activity = activity
-        biased._bias_original = None
-    biased.lora_bias[name] = Factor(biased.bias.detach().clone())
-    _rename_bias(biased, (*biased._bias_names, name))
-
-
-def remove_bias(layer: BiasLayer, name: str) -> None:
-    del layer.lora_bias[name]
-    _rename_bias(layer, tuple(n for n in layer._bias_names if n != name))
-
-
-def _rename_bias(layer: BiasLayer, names: tuple[str, ...]) -> None:
-    layer._bias_names = names
-    layer._bias_activity.watch(names)
-
-
-def end_bias(layer: BiasLayer) -> None:
-    """Give the layer its own class back."""
-    for attribute in ("lora_bias", "_bias_names", "_bias_activity", "_bias_original"):
-        delattr(layer, attribute)
-    BiasLayer.shrink(layer)

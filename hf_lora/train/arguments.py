@@ -181,7 +181,7 @@ class LoraArguments:
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")
-        check_names("lora", values["init_lora_weights"], unknown)
+        check_names(LoraConfig(init_lora_weights=values["init_lora_weights"]), unknown)
         faults.found += [_as_flag(fault) for fault in unknown.found]
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")

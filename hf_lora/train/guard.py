@@ -121,7 +121,7 @@ class LayerGuard(TrainerCallback):
                 watched = _Watched(name, layer, adapters)
                 self.watched.append(watched)
                 if self._counts_calls:
-                    self._handles.append(watched.layer.register_forward_pre_hook(watched.count))
+                    self._handles.append(watched.layer.host().register_forward_pre_hook(watched.count))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         if not self.watched:

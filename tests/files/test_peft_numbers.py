@@ -272,7 +272,7 @@ def test_a_peft_config_object_is_a_config() -> None:
         for n, m in theirs.named_modules()
         if isinstance(m, peft.tuners.lora.LoraLayer)
     }
-    from hf_lora.adapt.inject import adapter_layers
+    from hf_lora.adapt.walk import adapter_layers
 
     found = {n: (a.r, a.scaling) for n, m in adapter_layers(model).items() for a in [m._lora.adapters["default"]]}
     assert found == expected

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_lora import LoraConfig, MergeError, StateError, apply_lora, explain_targets
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, merge, unmerge
-from hf_lora.adapt.walk import bias_layers
+from hf_lora.adapt.walk import parts
+from hf_lora.layers.parts import Bias
 
 
 class Every(nn.Module):
@@ -45,6 +46,10 @@ TRAINED = {
     "all": {"conv", "conv1", "linear", "norm", "norm2", "transposed", "last", "batchnorm", "group"},
     "lora_only": {"conv", "linear", "transposed"},
 }
+
+
+def biases(model: Any) -> set[str]:
+    return {part.path for part in parts(model) if isinstance(part, Bias)}
 
 
 def every(dtype: torch.dtype = torch.float32) -> Any:
@@ -80,7 +85,7 @@ def exact(model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
         a, b = leaves[f"{path}.lora_A.default.weight"], leaves[f"{path}.lora_B.default.weight"]
         delta = torch.einsum("or,ri...->oi...", b.flatten(1), a)
         values[f"{path}.weight"] = values[f"{path}.weight"] + 1.5 * (delta.t() if path == "transposed" else delta)
-    for path in bias_layers(model):
+    for path in biases(model):
         values[f"{path}.bias"] = leaves[f"{path}.lora_bias.default.weight"]
 
     class Bound(nn.Module):
@@ -93,7 +98,7 @@ def exact(model: Any) -> tuple[nn.Module, dict[str, Tensor]]:
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_which_biases_are_trained(bias: str) -> None:
     model = make(bias)
-    assert set(bias_layers(model)) == TRAINED[bias]
+    assert set(biases(model)) == TRAINED[bias]
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_bias" in n}
     assert trained == {f"{n}.lora_bias.default.weight" for n in TRAINED[bias]}
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lora_" not in n)
@@ -178,7 +183,7 @@ def test_biases_are_each_adapters_own() -> None:
     assert torch.equal(model(**batch).logits, first)
     model.delete_adapter("default")
     model.delete_adapter("second")
-    assert not bias_layers(model)
+    assert not biases(model)
 
 
 def test_merge_and_unload_leaves_plain_biases() -> None:
@@ -197,14 +202,16 @@ def test_a_bias_too_large_for_fp16_is_refused() -> None:
     with torch.no_grad():
         model.linear.lora_bias["default"].weight[0] = 1e6
     before = snapshot(model)
-    with pytest.raises(MergeError, match=r"linear\.bias: a merged value is too large for torch\.float16"):
+    with pytest.raises(
+        MergeError, match=r"linear\.bias: a merged value is not finite, or too large for torch\.float16"
+    ):
         merge(model)
     assert_same_tensors(snapshot(model), before)
 
 
 def test_a_model_without_biases_is_not_harmed() -> None:
     model = apply_lora(tiny_llama(), LoraConfig(r=4, bias="all"))
-    assert not bias_layers(model)
+    assert not biases(model)
     model(**batch_for(model)).loss.backward()
 
 

@@ -79,7 +79,7 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     else:
         (y,) = lora_products(inner, [operand], _dropout(layer, first), weights=True)
     for name in others:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
         if y.dtype == inner.dtype:
             added = Operand(y, None, a, b, layer._lora.adapters[name].scaling)
             (y,) = lora_products(inner, [added], _dropout(layer, name), weights=False)
@@ -116,8 +116,7 @@ def _operand(layer: Any, name: str, x: Tensor) -> Operand | None:
     weight = layer._lora.shape.weight(layer, x)
     if weight is None:
         return None
-    parts = layer._modules
-    a, b = parts["lora_A"]._modules[name].weight, parts["lora_B"]._modules[name].weight
+    a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
     return Operand(weight, layer.bias, a, b, layer._lora.adapters[name].scaling)
 
 

@@ -48,21 +48,21 @@ class ConvShape(Shape):
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
-        weight = weight_like(layer.lora_A[name].weight, x)
+        weight = weight_like(layer.factor("lora_A", name), x)
         return convolve(x, weight, None, layer.stride, padding, layer.dilation)
 
     def _output(self, layer: Any, name: str, h: Tensor) -> Tensor:
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
-        return convolve(h, weight_like(layer.lora_B[name].weight, h), groups=layer.groups)
+        return convolve(h, weight_like(layer.factor("lora_B", name), h), groups=layer.groups)
 
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-        return layer.lora_B[name].weight.flatten(1), layer.lora_A[name].weight.flatten(1)
+        return layer.factor("lora_B", name).flatten(1), layer.factor("lora_A", name).flatten(1)
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        return super().delta(layer, name, rows).unflatten(1, layer.lora_A[name].weight.shape[1:])
+        return super().delta(layer, name, rows).unflatten(1, layer.factor("lora_A", name).shape[1:])
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.flatten(1).norm(dim=1)

@@ -36,7 +36,7 @@ class EmbeddingShape(MatrixByInput):
         return layer.num_embeddings, layer.embedding_dim
 
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
-        a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
         h = F.embedding(x, a.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
         h = (h * scaling).to(layer.weight.dtype)
         u = F.linear(h, weight_like(b, h))

@@ -36,7 +36,7 @@ class LinearShape(Matrix):
         return layer.in_features, layer.out_features
 
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-        return layer.lora_B[name].weight, layer.lora_A[name].weight
+        return layer.factor("lora_B", name), layer.factor("lora_A", name)
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=1)

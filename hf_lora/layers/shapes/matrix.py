@@ -28,6 +28,8 @@ class Matrix(Shape):
 
     def _parameter(self, layer: Any, x: Tensor) -> Tensor | None:
         """The layer's weight, if it is an ordinary parameter beside `x` and nothing but `plain_forward` reads it."""
+        if not isinstance(layer, LoraLayer):
+            return None  # a view of a weight, whose product may be another one
         # nn.DataParallel's replicas hold plain tensors as attributes; any other class keeps its bits in its own way.
         weight: Any = layer._parameters.get("weight", layer.__dict__.get("weight"))
         own: Any = super(LoraLayer, layer)
@@ -38,9 +40,8 @@ class Matrix(Shape):
         return cast(Tensor, weight)
 
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
-        parts = layer._modules  # nn.Module finds its children by failing first: a third of a call at one token a step
-        h = F.linear(x, weight_like(parts["lora_A"]._modules[name].weight, x))
-        return F.linear(h if scaling == 1.0 else h * scaling, weight_like(parts["lora_B"]._modules[name].weight, x))
+        h = F.linear(x, weight_like(layer.factor("lora_A", name), x))
+        return F.linear(h if scaling == 1.0 else h * scaling, weight_like(layer.factor("lora_B", name), x))
 
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         i, o = self.features(layer)
@@ -54,7 +55,7 @@ class MatrixByInput(Matrix):
     """What shapes share whose weight has a row for each input: (I, O)."""
 
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-        return layer.lora_A[name].weight.t(), layer.lora_B[name].weight.t()
+        return layer.factor("lora_A", name).t(), layer.factor("lora_B", name).t()
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=0)

@@ -1,0 +1,129 @@
+"""Weights that are no layer's one `weight`: several in one module, or one that stands under another name.
+
+In: a module whose own forward multiplies by its weights, as an attention multiplies by its projections. A shape for
+such a module brings a mixin, derived from `LoraViews`, whose forward lets each site respond in its place; methods and
+storages see a `View` as they see any layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import StateError
+from .base import MERGED_TRAINING, Activity, Host, LayerState, LoraLayer, Site, start_layer
+from .contract import Shape, Storage
+
+
+class View(Site):
+    """A weight of `module`, seen as a layer.
+
+    Args:
+        module: holds the factors; its mixin asks the view for its output.
+        name: the weight's, such as `"in_proj_weight"`; with dots where a child holds it, such as `"out_proj.weight"`.
+        bias_name: the bias's, where the product has one.
+    """
+
+    def __init__(self, module: nn.Module, name: str, bias_name: str | None = None) -> None:
+        self.module, self.name, self.bias_name = module, name, bias_name
+
+    def host(self) -> nn.Module:
+        return self.module
+
+    def product(self, x: Tensor) -> Tensor:
+        """That of a matrix (O, I), which most weights are."""
+        return F.linear(x, self.weight, self.bias)
+
+    def holder(self, kind: str) -> str:
+        return f"{kind}_{self.name.replace('.', '_')}"
+
+    @property
+    def _lora(self) -> LayerState:  # type: ignore[override]
+        views: dict[str, LayerState] = self.module.__dict__[LoraViews.attribute]
+        return views[self.name]
+
+    @property
+    def weight(self) -> Any:
+        return _named(self.module, self.name)
+
+    @property
+    def bias(self) -> Any:
+        return None if self.bias_name is None else _named(self.module, self.bias_name)
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        return self.module.training
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        """The view's own tensors under the names that a layer has for them."""
+        return {"weight": self.weight, "bias": self.bias}
+
+    @property
+    def _buffers(self) -> dict[str, Any]:
+        return {}
+
+
+def _named(module: nn.Module, name: str) -> Tensor | None:
+    path, _, last = name.rpartition(".")
+    found: Tensor | None = getattr(module.get_submodule(path), last)
+    return found
+
+
+class LoraViews(Host):
+    """Mixed in before the class of a module with several adapted weights. The mixin of a shape derives from it, and
+    its forward calls `self.site(name).respond(x)` where the module's own multiplies by the weight of that name."""
+
+    attribute = "_lora_views"
+    _lora_views: dict[str, LayerState]
+
+    def site(self, name: str) -> View:
+        """The site of one weight; its product has the bias that the shape named."""
+        shape = self._lora_views[name].shape
+        return next(view for view in shape.sites(self) if view.name == name)
+
+    def train(self, mode: bool = True) -> Any:
+        if mode and any(state.activity.merged for state in self._lora_views.values()):
+            raise StateError(MERGED_TRAINING)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        listed = (f"{name}: lora({self.site(name).describe()})" for name in self._lora_views)
+        return ", ".join([super().extra_repr(), *listed])
+
+
+def sites_of(module: nn.Module) -> Iterator[Site]:
+    """The sites of `module` that hold factors of any adapter."""
+    if isinstance(module, LoraLayer):
+        yield module
+    elif isinstance(module, LoraViews):
+        yield from (module.site(name) for name in module._lora_views)
+
+
+def start_site(site: Any, shape: Shape, storage: Storage, activity: Activity) -> Site:
+    """Let `site` take adapters: it has none yet, and its module computes what it did."""
+    if not isinstance(site, View):
+        return site if isinstance(site, LoraLayer) else start_layer(site, shape, storage, activity)
+    module: Any = site.module
+    if not isinstance(module, LoraViews):
+        shape.mixin.extend(module)
+        module._lora_views = {}
+    if site.name not in module._lora_views:
+        module._lora_views[site.name] = LayerState(activity, shape, storage)
+        activity.watch(())
+    return site
+
+
+def end_site(site: Site) -> None:
+    """Give the module its own class back where no site of it has an adapter any more."""
+    module = site.host()
+    if isinstance(module, LoraLayer):
+        LoraLayer.leave(module)
+    elif isinstance(module, LoraViews):
+        assert isinstance(site, View)
+        del module._lora_views[site.name]
+        if not module._lora_views:
+            LoraViews.leave(module)
