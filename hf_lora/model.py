@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +43,8 @@ def apply_lora(
     num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
     allow_bypassed: bool = False,
+    batches: Iterable[Any] | None = None,
+    original: Callable[[str], Tensor] | None = None,
 ) -> M:
     """Put a LoRA adapter into `model`, in place, and freeze everything else.
 
@@ -57,6 +59,9 @@ def apply_lora(
         num_labels: labels of this adapter's own head, where they are not the model's.
         id2label: their names.
         allow_bypassed: adapt a named layer although its parent multiplies by its weight itself.
+        batches: what an initialization that looks at inputs or gradients runs the model on: mappings of the forward's
+            arguments.
+        original: name of a layer -> its weight as the checkpoint has it, for an initialization that asks for it.
 
     Returns:
         `model`, or the task's model around it.
@@ -72,7 +77,8 @@ def apply_lora(
             Task.from_labels(num_labels, id2label).apply(model)
             num_labels, id2label = None, None
         model = with_task_head(model, config.task_type)
-    _add(model, adapter_name, config, num_labels, id2label, allow_bypassed, "apply_lora(model, config)")
+    call = "apply_lora(model, config)"
+    _add(model, adapter_name, config, num_labels, id2label, allow_bypassed, call, batches=batches, original=original)
     return model
 
 
@@ -410,6 +416,7 @@ def _add(
     id2label: dict[int, str] | None,
     allow_bypassed: bool,
     call: str,
+    **known: Any,
 ) -> None:
     first = state_of(model) is None
     if first and isinstance(model, PreTrainedModel) and model.__dict__.get(_OUTER) is not None:
@@ -419,7 +426,7 @@ def _add(
     if num_labels is not None or id2label is not None:
         task = Task.from_labels(num_labels, id2label)
         heads, config = own_heads(model, config, task, call)
-    inject(model, config, name, allow_bypassed=allow_bypassed, heads=heads, task=task, call=call)
+    inject(model, config, name, allow_bypassed=allow_bypassed, heads=heads, task=task, call=call, **known)
     if first:
         require_state(model, call).identity = identity
         if isinstance(model, PreTrainedModel):

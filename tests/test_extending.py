@@ -93,6 +93,9 @@ def exact(base: Net, model: Net, ids: Tensor, name: str) -> Tensor:
         update = site._lora.adapters[name].scaling * (b @ a)
         gain = own.get(f"{holder}lora_gain{end}.{name}.weight")
         weights[path] = update if gain is None else gain[:, None] * update
+        if f"{holder}lora_A0{end}.{name}.weight" in own:
+            a, b = own[f"{holder}lora_A0{end}.{name}.weight"], own[f"{holder}lora_B0{end}.{name}.weight"]
+            weights[path] -= site._lora.adapters[name].scaling * (b @ a)
         weights[path] += held[path if module else f"{path}.weight"] * (-1 if path == "negated" else 1)
     x = held["embed.weight"].clone()
     x[ROWS["rows"]["embed"]] = own[f"embed.lora_rows.{name}.weight"]
@@ -102,28 +105,33 @@ def exact(base: Net, model: Net, ids: Tensor, name: str) -> Tensor:
     return F.linear(x, weights["plain"], held["plain.bias"])
 
 
+@pytest.mark.parametrize("init", ["constant", "top"])
 @pytest.mark.parametrize("method", ["lora", "gain"])
-def test_entries_of_every_kind_go_through_all_verbs(method: str, tmp_path: Path) -> None:
+def test_entries_of_every_kind_go_through_all_verbs(method: str, init: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     x = torch.arange(18).view(2, 9) % 9
     base, model = Net(), Net()
-    config = LoraConfig(
-        r=3, lora_alpha=5, target_modules=TARGETS, method=method, init_lora_weights="constant", parts=ROWS
-    )
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, method=method, init_lora_weights=init, parts=ROWS)
     counted = sum(t.parameters for t in explain_targets(model, config).layers) + 2 * 6
     inject(model, config)
-    assert torch.equal(model(x), base(x)), "a fresh adapter changes no bit"
+    if init == "constant":
+        assert torch.equal(model(x), base(x)), "a fresh adapter changes no bit"
+        assert (model.plain.lora_A["default"].weight == 0.1).all()
+    else:
+        assert torch.allclose(model(x), base(x), rtol=1e-5, atol=1e-5)
+        assert model.plain.lora_B["default"].weight.norm() > 0.1
     assert counted == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (model.plain.lora_A["default"].weight == 0.1).all()
     first, last = train(model, x)
     assert last < first
+    frozen = {n: p.clone() for n, p in model.named_parameters() if "lora_A0" in n or "lora_B0" in n}
     randomize(model, 5)
+    model.load_state_dict(frozen, strict=False)
     assert torch.allclose(model(x).double(), exact(base, model, x, "default"), rtol=1e-5, atol=1e-5)
 
     save_adapter(model, tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
     assert saved.get("method", "lora") == method
-    assert saved["init_lora_weights"] is True
+    assert saved["init_lora_weights"] == (True if init == "constant" else init)
     again = Net()
     load_adapter(again, tmp_path / "saved")
     assert torch.equal(again(x), model(x))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from hf_lora import INITS, METHODS, PARTS, SHAPES, STORAGES, register
 from hf_lora.errors import Faults
-from hf_lora.layers.base import Activity, Held, Host, add_factor, remove_factor
 from hf_lora.layers.contract import FactorSpec, Method, Shape
-from hf_lora.layers.inits import Init, InitCall
+from hf_lora.layers.hosts import Activity, Held, Host, add_factor, remove_factor
+from hf_lora.layers.inits import Collector, Init, InitCall, taken
 from hf_lora.layers.parts import Fold, Part, Planned
 from hf_lora.layers.shapes.linear import LinearShape
 from hf_lora.layers.storages import DenseStorage
@@ -63,6 +63,105 @@ class Constant(Init):
     def __call__(self, call: InitCall) -> dict[str, Tensor]:
         values = call.zeros()
         values["lora_A"].fill_(0.1)
+        return values
+
+
+class Top(Init):
+    """The largest singular directions of the weight are trained, and taken out of the base."""
+
+    in_files = None
+    takes_out = True
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        values = call.zeros()
+        u, s, v = torch.linalg.svd(call.read().double(), full_matrices=False)
+        r = len(values["lora_A"])
+        root = (s[:r] / call.scaling).sqrt()
+        values["lora_A"].copy_(root[:, None] * v[:r])
+        values["lora_B"].copy_(u[:, :r] * root)
+        return values | {taken(kind): values[kind].clone() for kind in ("lora_A", "lora_B")}
+
+
+class Seen:
+    """The inputs of one module."""
+
+    def __init__(self, layer: Any) -> None:
+        self.inputs: list[Tensor] = []
+        self.handle = layer.register_forward_pre_hook(self.see)
+
+    def see(self, module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.inputs.append(given[0].detach().reshape(-1, given[0].shape[-1]).double())
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(directions, variances) of the inputs."""
+        self.handle.remove()
+        x = torch.cat(self.inputs)
+        _, s, v = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        return v, s.square()
+
+
+class Directions(Init):
+    """A of the main directions of the inputs; `directions_50`: as many as explain 50 % of the variance."""
+
+    needs = "inputs"
+    takes_options = True
+
+    def collect(self, layer: Any) -> Collector:
+        return Seen(layer)
+
+    def ranks(self, statistics: Mapping[str, Any], wanted: Mapping[str, int], options: str) -> dict[str, int]:
+        share = float(options or 100) / 100
+        found = {name: variances.cumsum(0) / variances.sum() for name, (_, variances) in statistics.items()}
+        return {name: min(wanted[name], int((shares < share).sum()) + 1) for name, shares in found.items()}
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        values = call.zeros()
+        values["lora_A"].copy_(call.statistics[0][: len(values["lora_A"])])
+        return values
+
+
+class Gradient:
+    """The gradient of one layer's weight, summed over batches."""
+
+    def __init__(self, layer: Any) -> None:
+        self.sum: Any = 0.0
+        self.handle = layer.register_forward_hook(self.see)
+
+    def see(self, module: nn.Module, given: tuple[Tensor, ...], y: Tensor) -> None:
+        x = given[0].detach().flatten(0, -2)
+        y.register_hook(lambda g: setattr(self, "sum", self.sum + g.flatten(0, -2).t() @ x))
+
+    def result(self) -> Any:
+        self.handle.remove()
+        return self.sum
+
+
+class Downhill(Init):
+    """A of the main directions of the weight's gradient."""
+
+    needs = "gradients"
+
+    def collect(self, layer: Any) -> Collector:
+        return Gradient(layer)
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        values = call.zeros()
+        values["lora_A"].copy_(torch.linalg.svd(call.statistics).Vh[: len(values["lora_A"])])
+        return values
+
+
+class Lost(Init):
+    """B A is what was lost of the checkpoint's weight, as far as its rank goes."""
+
+    needs = "original"
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        assert call.original is not None
+        values = call.zeros()
+        u, s, v = torch.linalg.svd((call.original() - call.read()).double(), full_matrices=False)
+        r = len(values["lora_A"])
+        values["lora_A"].copy_(v[:r])
+        values["lora_B"].copy_(u[:, :r] * s[:r] / call.scaling)
         return values
 
 
@@ -243,6 +342,10 @@ class Rows(Part):
 TOYS: list[tuple[Any, str, Any]] = [
     (METHODS, "gain", Gain()),
     (INITS, "constant", Constant()),
+    (INITS, "top", Top()),
+    (INITS, "directions", Directions()),
+    (INITS, "downhill", Downhill()),
+    (INITS, "lost", Lost()),
     (SHAPES, "doubled", DoubledShape()),
     (SHAPES, "pair", PairShape()),
     (STORAGES, "negated", NegatedStorage()),

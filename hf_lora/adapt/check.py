@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
-from ..layers.base import Site
 from ..layers.ops import used_devices
+from ..layers.site import Site
 from .dequantize import quantized_layers
 from .merge import disabled, folded
 from .state import require_state

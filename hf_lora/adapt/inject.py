@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
-from ..layers.inits import INITS, Init, Unset, init_name
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.sharded import how_sharded
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
 from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
+from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
 from .walk import module_at, original_modules, parts, placed, put
@@ -36,6 +36,8 @@ def inject(
     plan: Explanation | None = None,
     heads: dict[str, nn.Module] | None = None,
     task: Task | None = None,
+    batches: Iterable[Any] | None = None,
+    original: Callable[[str], Tensor] | None = None,
     call: str = "apply_lora(model, config)",
 ) -> Explanation:
     """Add adapter `name` to `model` in place and make it the active one.
@@ -46,6 +48,8 @@ def inject(
         plan: what `config` comes to, where it is known; the caller then fills the factors, which hold no values yet.
         heads: original name -> module to keep for this adapter in place of a copy of the base's.
         task: labels of this adapter; the base's where not given.
+        batches: what an initialization that looks at inputs or gradients runs the model on.
+        original: name of a layer -> its weight as the checkpoint has it, for an initialization that asks for it.
 
     Raises:
         TargetError, StateError, ConfigError: see `apply_lora`.
@@ -53,13 +57,13 @@ def inject(
     _check_name(name)
     state = state_of(model)
     _check_model(model, state, name, call)
-    filled_by_file = plan is not None
-    plan = plan or resolve(model, config, call, allow_bypassed, from_file)
-    init = Unset() if filled_by_file else INITS[init_name(config.init_lora_weights)]
+    if plan is None:
+        plan = resolve(model, config, call, allow_bypassed, from_file)
+        config = informed(model, plan, config, batches, original, call)
     if state is None:
         state = _first(model)
     with _uncollected():
-        for part, planned in _planned(model, plan, name, init, heads or {}):
+        for part, planned in _planned(model, plan, name, heads or {}):
             instead = part.attach(state.activity, planned)
             if instead is not None:
                 put(model, part.path, instead)
@@ -127,12 +131,12 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
 
 
 def _planned(
-    model: nn.Module, plan: Explanation, name: str, init: Init, heads: dict[str, nn.Module]
+    model: nn.Module, plan: Explanation, name: str, heads: dict[str, nn.Module]
 ) -> Iterator[tuple[Part, Any]]:
     """Every part of a plan, unattached, with what its kind planned. A module is looked up when its part's turn comes:
     one before it may have taken its place."""
     for target in plan.layers:
-        yield Factors(target.path, target.module, name, target.site), (target, init)
+        yield Factors(target.path, target.module, name, target.site), target
     for path in plan.saved:
         yield Copy(path, placed(model, path), name), heads.get(path)
     for path in plan.biases:

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import StateError
-from ..layers.base import Host, LoraLayer
+from ..layers.base import LoraLayer
 from ..layers.extend import mixins_of
+from ..layers.hosts import Host
 from ..layers.replacement import Replacement
 from .embeddings import output_embedding, vocabulary_of
 from .state import require_state, state_of, update_requires_grad

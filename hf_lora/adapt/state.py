@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import StateError, nearest
-from ..layers.base import Activity
 from ..layers.contract import Storage
+from ..layers.hosts import Activity
 from ..layers.parts import Part
 from .walk import adapter_tensors, parts
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
-from ..layers.base import LayerAdapter
 from ..layers.contract import FactorSpec, Shape, Storage
-from ..layers.inits import INITS, init_name
+from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
 from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import runs_forward_of
+from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
 from .bypass import bypassed_modules
@@ -45,6 +45,12 @@ class Target:
     shape: Shape
     storage: Storage
     adapter: LayerAdapter
+    options: str = ""
+    """What follows the initialization's name."""
+    statistics: Any = None
+    original: Callable[[], Tensor] | None = None
+    from_file: bool = False
+    """Whether a file fills its factors."""
 
     @property
     def module(self) -> nn.Module:
@@ -128,6 +134,7 @@ def resolve(
     check_names(config, faults)
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
     plan, method = Explanation(), METHODS[config.method]
+    init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
     modules = dict(original_modules(model))
     plan.saved = _saved_modules(model, modules, config, faults, from_file)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
@@ -141,9 +148,10 @@ def resolve(
             if refused is not None:
                 faults.add(f"{path}: {refused}")
                 continue
-            adapter = LayerAdapter(method, method.declare(site, shape, r), r, alpha, scaling, dropout)
+            specs = init.declare(shape, method.declare(site, shape, r))
+            adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
             name = f"{path}.{site.name}" if isinstance(site, View) else path
-            plan.layers.append(Target(name, path, site, shape, storage, adapter))
+            plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
@@ -163,7 +171,8 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
     """Add a fault for a method, an initialization or a kind of part that nobody has registered."""
     if config.method not in METHODS:
         faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
-    if (name := init_name(config.init_lora_weights)) not in INITS:
+    if find_init(config.init_lora_weights) is None:
+        name = init_name(config.init_lora_weights)
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
     for kind in config.parts:
         if kind not in PARTS:

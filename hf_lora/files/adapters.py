@@ -22,7 +22,7 @@ from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_mo
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
-from ..layers.inits import INITS, init_name
+from ..layers.inits import find_init
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
 from ..layers.sharded import is_sharded, scatter, whole_shape
@@ -99,7 +99,9 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
             "layers_pattern": None,
         }
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
-    values["init_lora_weights"] = INITS[init_name(config.init_lora_weights)].in_files
+    init = find_init(config.init_lora_weights)
+    if init is not None and init[0].in_files is not None:
+        values["init_lora_weights"] = init[0].in_files
     values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
     values["task_type"] = config.task_type or task_type_of(model)
     if values["task_type"] is None:

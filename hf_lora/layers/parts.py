@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Faults, StateError
-from .base import Activity, LayerAdapter, add_factor, remove_factor
 from .contract import FactorSpec, Storage
 from .fitting import fit_module, fitted
+from .hosts import Activity, add_factor, remove_factor
 from .inits import InitCall, Unset
 from .ops import exact
 from .registry import Registry
 from .replacement import BiasLayer, Replacement
 from .sharded import whole_shape
+from .site import LayerAdapter
 from .storages import DenseStorage, execution_device
 from .views import View, end_site, sites_of, start_site
 
@@ -170,13 +171,17 @@ class Factors(Part):
                 yield cls(path, module, name, site)
 
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
-        target, init = planned
-        site: Any = start_site(self.site, target.shape, target.storage, activity)
-        call = InitCall(site, target.shape, target.specs, execution_device(site))
-        site.add_lora(self.adapter, replace(target.adapter), init(call))
-        if not isinstance(init, Unset):
-            for kind, value in target.adapter.method.start(site, self.adapter).items():
-                add_factor(site.host(), site.holder(kind), self.adapter, value, target.specs[kind].trainable)
+        site: Any = start_site(self.site, planned.shape, planned.storage, activity)
+        own = planned.adapter
+        init = Unset() if planned.from_file and not own.takes_out else own.init
+        call = InitCall(
+            site, planned.shape, planned.storage, own.specs, execution_device(site), own.scaling, planned.options,
+            planned.statistics, planned.original,
+        )  # fmt: skip
+        site.add_lora(self.adapter, replace(own), init(call))
+        if not planned.from_file:
+            for kind, value in own.method.start(site.seen_by((self.adapter,)), self.adapter).items():
+                add_factor(site.host(), site.holder(kind), self.adapter, value, own.specs[kind].trainable)
         return None
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
@@ -200,7 +205,7 @@ class Factors(Part):
 
     def fit(self) -> None:
         own = self._own
-        own.specs = own.method.declare(self.site, self.site._lora.shape, own.r)
+        own.specs = own.declare(self.site, self.site._lora.shape)
         for kind, factor in self.site.factors(self.adapter):
             like = torch.zeros(own.specs[kind].shape, device=factor.weight.device)
             factor.weight = fitted(factor.weight, like)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from .base import Activity, Held, Host, as_masters, strip
+from .hosts import Activity, Held, Host, as_masters, strip
 from .ops import device_only
 
 

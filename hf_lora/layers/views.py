@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import StateError
-from .base import MERGED_TRAINING, Activity, Host, LayerState, LoraLayer, Site, start_layer
+from .base import MERGED_TRAINING, LoraLayer, start_layer
 from .contract import Shape, Storage
+from .hosts import Activity, Host
+from .site import LayerState, Site
 
 
 class View(Site):

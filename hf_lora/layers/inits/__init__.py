@@ -7,16 +7,26 @@ one list of their names; `init_lora_weights` of a configuration names one, and T
 from __future__ import annotations
 
 from ..registry import Registry
-from .base import Init, InitCall, Unset
+from .base import Collector, Init, InitCall, Unset, taken
 from .gaussian import Gaussian
 from .kaiming import Kaiming
 from .random import Random
 
 INITS: Registry[Init] = Registry("initialization", {"kaiming": Kaiming(), "gaussian": Gaussian(), "random": Random()})
 
-__all__ = ["INITS", "Init", "InitCall", "Unset", "init_name"]
+__all__ = ["INITS", "Collector", "Init", "InitCall", "Unset", "find_init", "init_name", "taken"]
 
 
 def init_name(init: bool | str) -> str:
-    """The name in `INITS` of a value of `init_lora_weights`."""
+    """The name of an initialization, with its options, of a value of `init_lora_weights`."""
     return {True: "kaiming", False: "random"}[init] if isinstance(init, bool) else init
+
+
+def find_init(init: bool | str) -> tuple[Init, str] | None:
+    """The initialization that a value of `init_lora_weights` names, and its options; None where there is none."""
+    name = init_name(init)
+    if name in INITS:
+        return INITS[name], ""
+    stems = [stem for stem, entry in INITS.items() if entry.takes_options and name.startswith(f"{stem}_")]
+    stem = max(stems, key=len, default=None)
+    return None if stem is None else (INITS[stem], name[len(stem) + 1 :])

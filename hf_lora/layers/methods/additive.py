@@ -65,7 +65,7 @@ def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
 def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     """y with the updates of all adapters, for a backward that keeps little: see ops.py."""
     group = layer._lora.group
-    if group and not x.is_inference():
+    if group and not layer._lora.taken and not x.is_inference():
         y = take(layer, x, names)
         if y is None:
             y = _together(layer, group, x, names)
@@ -97,7 +97,7 @@ def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: 
     members, operands = [], []
     for member in group:
         state = member._lora
-        if state.activity.acting[state.names] != names or member.training != layer.training:
+        if state.taken or state.activity.acting[state.names] != names or member.training != layer.training:
             continue
         operand = _operand(member, name, inner)
         if operand is not None and state.adapters[name].dropout == layer._lora.adapters[name].dropout:
