@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
+from ..layers.hosts import remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.sharded import how_sharded
 from ..layers.storages import end_differentiable, keep_differentiable
@@ -60,22 +61,30 @@ def inject(
     if plan is None:
         plan = resolve(model, config, call, allow_bypassed, from_file)
         config = informed(model, plan, config, batches, original, call)
-    if state is None:
-        state = _first(model)
-    with _uncollected():
-        for part, planned in _planned(model, plan, name, heads or {}):
-            instead = part.attach(state.activity, planned)
-            if instead is not None:
-                put(model, part.path, instead)
+    first = state is None
+    state = state or _first(model)
+    active = state.activity.active
     named_by_user = config.target_modules not in PRESETS and not from_file
-    state.adapters[name] = AdapterRecord(
+    record = AdapterRecord(
         config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
     )
-    if trainable:
-        keep_differentiable(module for _, module in original_modules(model))
-    else:
-        update_requires_grad(model, state, [name])
-    set_active(model, state, (name,))
+    try:
+        with _uncollected():
+            for part, planned in _planned(model, plan, name, heads or {}):
+                instead = part.attach(state.activity, planned)
+                if instead is not None:
+                    put(model, part.path, instead)
+        state.adapters[name] = record
+        if trainable:
+            keep_differentiable(module for _, module in original_modules(model))
+        else:
+            update_requires_grad(model, state, [name])
+        set_active(model, state, (name,))
+    except BaseException:  # no memory, a value that cannot be made, an impatient user: all or nothing
+        _take_back(model, state, name, active)
+        if first:
+            eject(model)
+        raise
     return plan
 
 
@@ -143,6 +152,16 @@ def _planned(
         yield Bias(path, module_at(model, path), name), None
     for planned in plan.others:
         yield planned.kind(planned.path, module_at(model, planned.path), name), planned
+
+
+def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str, ...]) -> None:
+    """Undo an injection that was cut off, wherever that was; `active` were the adapters before it."""
+    _remove(model, parts(model, name))
+    for _, module in list(original_modules(model)):
+        remove_all(module, name)
+    state.adapters.pop(name, None)
+    state.activity.set(active=active)
+    update_requires_grad(model, state, state.adapters)
 
 
 def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:

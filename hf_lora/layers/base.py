@@ -26,8 +26,8 @@ class LoraLayer(Site, Host):
 
     @classmethod
     def leave(cls, module: nn.Module) -> None:
-        assert isinstance(module, LoraLayer)
-        ungroup(module)
+        if isinstance(module, LoraLayer) and cls.attribute in module.__dict__:
+            ungroup(module)
         super().leave(module)
 
     def host(self) -> nn.Module:

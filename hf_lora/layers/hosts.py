@@ -116,7 +116,7 @@ class Host(Extension):
     @classmethod
     def leave(cls, module: nn.Module) -> None:
         """Give `module` the class back that it had before, with nothing left of what was held here."""
-        del module.__dict__[cls.attribute]
+        module.__dict__.pop(cls.attribute, None)
         next(mixin for mixin in mixins_of(module) if issubclass(mixin, cls)).shrink(module)
 
     @classmethod
@@ -130,10 +130,11 @@ class Host(Extension):
 
     @classmethod
     def let_go(cls, module: nn.Module, name: str) -> None:
-        """Forget an adapter, and `leave` where it was the last one."""
-        held: Held = module.__dict__[cls.attribute]
-        held.remove(name)
-        if not held.names:
+        """Forget an adapter, if it was there, and `leave` where no other is."""
+        held: Held | None = module.__dict__.get(cls.attribute)  # absent where `hold` was cut off
+        if held is not None:
+            held.remove(name)
+        if held is None or not held.names:
             cls.leave(module)
 
 
@@ -147,9 +148,21 @@ def add_factor(module: nn.Module, kind: str, name: str, weight: Tensor, trainabl
 
 def remove_factor(module: nn.Module, kind: str, name: str) -> None:
     held = cast(nn.ModuleDict, module._modules[kind])
-    del held._modules[name]
+    held._modules.pop(name, None)
     if not held._modules:
         del module._modules[kind]
+
+
+def remove_all(module: nn.Module, name: str) -> None:
+    """Take off whatever there is of an adapter, such as the half of what was being attached."""
+    for host in [mixin for mixin in mixins_of(module) if issubclass(mixin, Host)]:
+        for kind in [k for k, held in module._modules.items() if k.startswith("lora_") and _holds(held, name)]:
+            remove_factor(module, kind, name)
+        host.let_go(module, name)
+
+
+def _holds(held: nn.Module | None, name: str) -> bool:
+    return held is not None and (name in held._modules or not held._modules)
 
 
 def strip(module: nn.Module) -> None:

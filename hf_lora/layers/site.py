@@ -62,6 +62,11 @@ class LayerState(Held):
     group: tuple[Site, ...] = ()
     """The layers, this one among them, that may be computed together: see sharing.py."""
 
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self.adapters.pop(name, None)
+        self.taken = tuple(n for n in self.taken if n != name)
+
 
 class Site:
     """One weight of a module: all that a shape, a method and a storage see of it."""
@@ -130,11 +135,9 @@ class Site:
         state.add(name)
 
     def remove_lora(self, name: str) -> None:
-        state = self._lora
-        for kind in state.adapters.pop(name).specs:
+        for kind in self._lora.adapters[name].specs:
             remove_factor(self.host(), self.holder(kind), name)
-        state.taken = tuple(n for n in state.taken if n != name)
-        state.remove(name)
+        self._lora.remove(name)
 
     def describe(self) -> str:
         return ", ".join(f"{n}: r={self._lora.adapters[n].r}" for n in self._lora.names)

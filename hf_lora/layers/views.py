@@ -87,6 +87,16 @@ class LoraViews(Host):
         shape = self._lora_views[name].shape
         return next(view for view in shape.sites(self) if view.name == name)
 
+    @classmethod
+    def let_go(cls, module: nn.Module, name: str) -> None:
+        views: dict[str, LayerState] = module.__dict__.get(cls.attribute, {})
+        for view, state in list(views.items()):
+            state.remove(name)
+            if not state.names:
+                del views[view]
+        if not views:
+            cls.leave(module)
+
     def train(self, mode: bool = True) -> Any:
         if mode and any(state.activity.merged for state in self._lora_views.values()):
             raise StateError(MERGED_TRAINING)
