@@ -203,7 +203,7 @@ def test_what_is_not_registered_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_name_is_taken_once() -> None:
-    with pytest.raises(ConfigError, match="there is a method 'lora' already"):
+    with pytest.raises(ConfigError, match="the method 'lora' is there already"):
         register(METHODS, "lora", Gain())
     with pytest.raises(ConfigError, match="is no name"):
         register(METHODS, "Not A Name", Gain())

@@ -206,3 +206,28 @@ def test_a_vocabulary_that_grows_leaves_what_was_taken_out() -> None:
         before = model.eval()(IDS).logits
         model.resize_token_embeddings(80, mean_resizing=False)
         assert torch.equal(model(IDS).logits[..., : before.shape[-1]], before)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_what_cannot_be_taken_out_again_is_in_the_file_as_further_ranks(rslora: bool, tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=5, use_rslora=rslora, target_modules=["q_proj", "down_proj"], init_lora_weights="once",
+        rank_pattern={"layers.1.mlp.down_proj": 2},
+    )  # fmt: skip
+    model = apply_lora(tiny_llama(), config).eval()
+    trained_values(model, 8)
+    model.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    ours = LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    with torch.no_grad():
+        found = model(IDS).logits
+        for loaded in (theirs, ours):
+            assert relative_error(loaded(IDS).logits, found) < 64 * torch.finfo(torch.float32).eps
+    other = apply_lora(tiny_llama(), config).eval()
+    with torch.no_grad():
+        assert not torch.equal(other(IDS).logits, found)
+        other.load_adapter_weights(tmp_path)
+        assert torch.equal(other(IDS).logits, found)
+    assert_same_tensors(snapshot(other), snapshot(model))
+    with pytest.raises(ConfigError, match="does not add up"):
+        apply_lora(tiny_llama(), LoraConfig(init_lora_weights="once", method="gain"))

@@ -82,6 +82,19 @@ class Top(Init):
         return values | {taken(kind): values[kind].clone() for kind in ("lora_A", "lora_B")}
 
 
+class Once(Top):
+    """The same of directions that change from call to call."""
+
+    in_files = True
+    repeatable = False
+    calls = 0
+
+    def __call__(self, call: InitCall) -> dict[str, Tensor]:
+        Once.calls += 1
+        values = super().__call__(call)
+        return {kind: value.roll(Once.calls, dims=int("B" in kind)) for kind, value in values.items()}
+
+
 class Seen:
     """The inputs of one module."""
 
@@ -343,6 +356,7 @@ TOYS: list[tuple[Any, str, Any]] = [
     (METHODS, "gain", Gain()),
     (INITS, "constant", Constant()),
     (INITS, "top", Top()),
+    (INITS, "once", Once()),
     (INITS, "directions", Directions()),
     (INITS, "downhill", Downhill()),
     (INITS, "lost", Lost()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
-from ..layers.contract import FactorSpec, Shape, Storage
+from ..layers.contract import FactorSpec, Method, Shape, Storage
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
@@ -135,6 +135,8 @@ def resolve(
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    _check_pair(config, init, method, faults)
+    faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
     plan.saved = _saved_modules(model, modules, config, faults, from_file)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
@@ -177,6 +179,14 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
     for kind in config.parts:
         if kind not in PARTS:
             faults.add(f"parts: {PARTS.why_unknown(kind)}")
+
+
+def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
+    if init.takes_out and not init.repeatable and not method.additive:
+        faults.add(
+            f"init_lora_weights={config.init_lora_weights!r} takes out of the base what only an update that adds up "
+            f"can put into a file, and method={config.method!r} does not add up"
+        )
 
 
 def scalings(config: LoraConfig) -> Callable[[str], float]:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,19 @@ from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_mo
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.extend import plain
-from ..layers.inits import find_init
+from ..layers.inits import Init, find_init
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
-from ..layers.sharded import is_sharded, scatter, whole_shape
+from ..layers.sharded import is_sharded, whole_shape
 from .fingerprint import differs, identify
 from .format import (
     FULL_MODEL_FILES,
     AdapterFile,
     compare,
     compare_kinds,
-    declared,
     key_of,
     read_adapter,
+    stored,
     write_adapter,
 )
 
@@ -42,7 +42,7 @@ from .format import (
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     """File key -> tensor of one adapter, not copied where its layout on disk is that in memory."""
     require_state(model, "get_adapter_state_dict").require(name)
-    return {key: spec.to_disk(tensor) for key, spec, tensor in declared(parts(model, name))}
+    return {key: each.value() for key, each in stored(parts(model, name)).items()}
 
 
 def save_adapter(
@@ -65,7 +65,7 @@ def save_adapter(
     state = require_state(model, "save_adapter")
     state.require(name)
     gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
-    tensors = {k: spec.to_disk(gathered.get(id(t), t)) for k, spec, t in declared(parts(model, name))}
+    tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. Call, on "
@@ -99,15 +99,28 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
             "layers_pattern": None,
         }
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
-    init = find_init(config.init_lora_weights)
-    if init is not None and init[0].in_files is not None:
-        values["init_lora_weights"] = init[0].in_files
+    init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    if init.takes_out and not init.repeatable:
+        values |= _twice_the_ranks(values, config.use_rslora)
+    if init.in_files is not None:
+        values["init_lora_weights"] = init.in_files
     values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
     values["task_type"] = config.task_type or task_type_of(model)
     if values["task_type"] is None:
         cls = plain(type(model))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
+    """A configuration under which factors with as many ranks again have the scaling that they had without."""
+    more = math.sqrt(2) if rslora else 2
+    return {
+        "r": 2 * values["r"],
+        "lora_alpha": more * values["lora_alpha"],
+        "rank_pattern": {pattern: 2 * r for pattern, r in values["rank_pattern"].items()},
+        "alpha_pattern": {pattern: more * alpha for pattern, alpha in values["alpha_pattern"].items()},
+    }
 
 
 def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
@@ -234,13 +247,13 @@ def load_adapter_weights(
                 "load_adapter(…, allow_other_base=True) takes an adapter onto another one."
             )
         _compare_scalings(state.adapters[name].config, file.config, adapter_layers(model), name, faults)
-    own = adapter_state_dict(model, name)
+    own = stored(parts(model, name))
     aliases = [_alias(key, own) for key in tensors]
     if len(set(aliases)) < len(aliases):
         faults.add("a bias is in the file under two names")
     tensors = dict(zip(aliases, tensors.values(), strict=True))
-    compare({key: whole_shape(t) for key, t in own.items()}, tensors, faults)
-    compare_kinds(own, tensors, faults)
+    compare({key: each.shape for key, each in own.items()}, tensors, faults)
+    compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
     assign(model, name, tensors)
 
@@ -253,7 +266,7 @@ def _compare_scalings(
     of_file, of_model = scalings(saved), scalings(own)
     for path in (path for path, layer in layers.items() if name in layer._lora.names):
         pair = of_file(path), of_model(path)
-        if pair[0] != pair[1]:
+        if not math.isclose(*pair, rel_tol=1e-9):
             found.setdefault(pair, []).append(path)
     for (then, now), paths in found.items():
         faults.add(
@@ -265,10 +278,9 @@ def _compare_scalings(
 @torch.no_grad()
 def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors by file key into an adapter; they were compared before."""
-    own = {key: (spec, tensor) for key, spec, tensor in declared(parts(model, name))}
+    own = stored(parts(model, name))
     for key, tensor in tensors.items():
-        spec, held = own[_alias(key, own)]
-        scatter(held, spec.from_disk(tensor))
+        own[_alias(key, own)].put(tensor)
 
 
 def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:

@@ -29,6 +29,7 @@ from ..layers.contract import FactorSpec, Method, Shape
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Part
 from ..layers.shapes import SHAPES
+from ..layers.sharded import scatter
 from ..layers.storages import fits
 from .claims import check_config, check_extras
 from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
@@ -100,22 +101,62 @@ def factors_of(config: LoraConfig) -> tuple[str, ...]:
     return (*matrices(), *METHODS[config.method].keys)
 
 
-def declared(parts: Iterable[Part]) -> Iterator[tuple[str, FactorSpec, Tensor]]:
-    """(file key, declaration, tensor) of all that goes into an adapter's file.
+@dataclass
+class Stored:
+    """One tensor of an adapter's file, and the tensors in memory that it is made of: one, or several that join."""
+
+    key: str
+    members: list[tuple[FactorSpec, Tensor]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.members[0][0].shape_on_disk)
+        if len(self.members) > 1:
+            shape[self._axis] = sum(self._sizes())
+        return tuple(shape)
+
+    def value(self, gathered: Mapping[int, Tensor] | None = None) -> Tensor:
+        """What the file holds; of one tensor that is written as it is, that very tensor.
+
+        Args:
+            gathered: id of a tensor -> the one to take in its place.
+        """
+        found = [spec.to_disk((gathered or {}).get(id(tensor), tensor)) for spec, tensor in self.members]
+        if len(found) == 1:
+            return found[0]
+        signs = (spec.joins or 1 for spec, _ in self.members)
+        return torch.cat([sign * tensor.detach() for sign, tensor in zip(signs, found, strict=True)], self._axis)
+
+    def put(self, value: Tensor) -> None:
+        """Write what a file holds into the tensors in memory. All processes call it."""
+        pieces = [value] if len(self.members) == 1 else value.split(self._sizes(), self._axis)
+        for (spec, held), piece in zip(self.members, pieces, strict=True):
+            scatter(held, spec.from_disk(piece * spec.joins if spec.joins else piece))
+
+    @property
+    def _axis(self) -> int:
+        return self.members[0][0].axes.index("R")
+
+    def _sizes(self) -> list[int]:
+        return [spec.shape_on_disk[self._axis] for spec, _ in self.members]
+
+
+def stored(parts: Iterable[Part]) -> dict[str, Stored]:
+    """File key -> what it is made of, of all that goes into an adapter's file.
 
     Raises:
         AdapterFileError: two tensors have one key.
     """
-    seen: set[str] = set()
+    found: dict[str, Stored] = {}
     for part in parts:
         for spec, tensor in part.tensors():
             if spec.key is None:
                 continue
             key = key_of(part.path, spec.key)
-            if key in seen:
+            if key in found and not spec.joins:
                 raise AdapterFileError(f"Two tensors of the adapter {part.adapter!r} would be called {key} in a file.")
-            seen.add(key)
-            yield key, spec, tensor
+            found.setdefault(key, Stored(key, [])).members.append((spec, tensor))
+    return found
 
 
 def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

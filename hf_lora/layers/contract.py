@@ -35,6 +35,8 @@ class FactorSpec:
         key: its name on disk, below the module's path; None for a tensor that is in no file.
         axes: what each axis runs along, a letter each: R rank, I inputs, O outputs; "" where that is not known.
         trainable: whether an active adapter trains it.
+        joins: 0 for a tensor of its own in a file; else it follows the one of the same key there, along the axis of
+            the ranks, multiplied by this number.
         to_disk, from_disk: the layout in a file and back, views where possible.
     """
 
@@ -42,6 +44,7 @@ class FactorSpec:
     key: str | None
     axes: str = ""
     trainable: bool = True
+    joins: int = 0
     to_disk: Callable[[Tensor], Tensor] = same
     from_disk: Callable[[Tensor], Tensor] = same
 

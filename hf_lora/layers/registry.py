@@ -55,6 +55,6 @@ def register(registry: Registry[T], name: str, entry: T) -> T:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"register: {name!r} is no name: it has lower-case letters, digits and underscores.")
     if registry.get(name, entry) is not entry:
-        raise ConfigError(f"register: there is a {registry.what} {name!r} already. Choose another name.")
+        raise ConfigError(f"register: the {registry.what} {name!r} is there already. Choose another name.")
     registry[name] = entry
     return entry

@@ -68,16 +68,18 @@ class Init(ABC):
 
     in_files: bool | str | None = True
     """What a saved configuration says instead of its name: a file's factors have their values, and PEFT knows only
-    its own words. None for the name itself, as of one that `takes_out`."""
+    its own words. None for the name itself, as of one that `takes_out` and is `repeatable`."""
     takes_options: bool = False
     """Whether more may follow its name, after an underscore."""
     takes_out: bool = False
     """Whether it takes something out of the base, which its adapter alone then does without.
 
     The base stays as it is: what is taken out is a product of two frozen factors, scaling · B0 A0, that is subtracted
-    where the adapter acts. So switching the adapter off, unloading it and other adapters are exact. These factors are
-    in no file: the initialization is asked again when one is loaded, and has to give the same, which PEFT's does too.
+    where the adapter acts. So switching the adapter off, unloading it and other adapters are exact.
     """
+    repeatable: bool = True
+    """Whether it would take out the same again, from the weight alone. Then a file does not hold what was taken out,
+    as PEFT's do not, and loading asks again. Else a file holds it as further ranks: an adapter of rank 2 R."""
     needs: ClassVar[Literal["nothing", "inputs", "gradients", "original"]] = "nothing"
     """What it has to be given besides the weight: statistics of batches without or with gradients, or the weight as
     the checkpoint had it, before it was quantised."""
@@ -86,7 +88,12 @@ class Init(ABC):
         """The declaration of the factors with those of what it takes out."""
         if not self.takes_out:
             return specs
-        return specs | {taken(n): replace(specs[n], key=None, trainable=False) for n in shape.keys}
+        found = dict(specs)
+        for kind, sign in zip(shape.keys, (1, -1), strict=True):
+            key = None if self.repeatable else specs[kind].key
+            joins = 0 if self.repeatable else sign
+            found[taken(kind)] = replace(specs[kind], key=key, trainable=False, joins=joins)
+        return found
 
     def collect(self, layer: Any) -> Collector:
         """Begin to look at one site."""
