@@ -109,9 +109,9 @@ def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> No
     """Take adapter `name` off some layers, and list them as left out."""
     state = require_state(model, "drop_layers")
     for part in list(parts(model, name)):
-        if part.path in paths and not part.replaces:
+        if part.name in paths and not part.replaces:
             part.remove()
-            state.adapters[name].skipped[part.path] = reason
+            state.adapters[name].skipped[part.name] = reason
 
 
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:

@@ -187,10 +187,10 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
     """The parts of the adapters `names`, in the order of these, grouped by what they act on."""
-    together: dict[tuple[Any, ...], list[Part]] = {}
+    together: dict[tuple[type[Part], str], list[Part]] = {}
     for part in parts(model):
         if part.adapter in names:
-            together.setdefault(part.place(), []).append(part)
+            together.setdefault((type(part), part.name), []).append(part)
     for group in together.values():
         group.sort(key=lambda part: names.index(part.adapter))
     return list(together.values())

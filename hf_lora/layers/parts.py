@@ -88,6 +88,11 @@ class Part(ABC):
     def __init__(self, path: str, module: Any, adapter: str) -> None:
         self.path, self.module, self.adapter = path, module, adapter
 
+    @property
+    def name(self) -> str:
+        """What tables call it: its module's name, or that of a weight where a module has several."""
+        return self.path
+
     @classmethod
     def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[Planned]:
         """The parts that a configuration asks for with `parts={"<name of the kind>": wanted}`.
@@ -148,10 +153,6 @@ class Part(ABC):
         """
         raise StateError(f"{self.path}: what stands in place of the base's tensors has no update to multiply.")
 
-    def place(self) -> tuple[Any, ...]:
-        """What it has in common with the parts that `conflict` and `folds` are to see together."""
-        return type(self), self.path
-
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(original name of a tensor of the base, what stands in its place, the base's), where it `replaces`."""
         return iter(())
@@ -163,6 +164,10 @@ class Factors(Part):
     def __init__(self, path: str, module: Any, adapter: str, site: Any = None) -> None:
         super().__init__(path, module, adapter)
         self.site: Any = module if site is None else site
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.site.name}" if isinstance(self.site, View) else self.path
 
     @classmethod
     def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
@@ -198,8 +203,7 @@ class Factors(Part):
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
-        weight = self.site.name if isinstance(self.site, View) else "weight"
-        name = f"{self.path}.{weight}"
+        name = self.name if isinstance(self.site, View) else f"{self.path}.weight"
         refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
         yield Fold(name, self.site, state.storage, self.site.folding(names), (name.rpartition(".")[0],), refused)
 
@@ -219,9 +223,6 @@ class Factors(Part):
 
     def scale(self, weight: float) -> None:
         self._own.scaling *= weight
-
-    def place(self) -> tuple[Any, ...]:
-        return *super().place(), self.site.name if isinstance(self.site, View) else ""
 
     @property
     def _own(self) -> LayerAdapter:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..layers.base import LoraLayer
+from ..layers.hosts import Host
 from ..layers.ops import used_devices, working
 
 IGNORED = -100
@@ -288,7 +288,7 @@ def _why_not(model: nn.Module, head: nn.Module, name: str) -> str | None:
         return "the model was given a loss_function of its own"
     if any(p.requires_grad for p in head.parameters()):
         return f"{name} is trained"
-    if isinstance(head, LoraLayer):
+    if isinstance(head, Host):
         return f"{name} has an adapter"
     if type(head) is not nn.Linear:
         return f"{name} is no plain linear layer, but {type(head).__name__}"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import assert_same_tensors
 from tiny import SPARE, adapter_values, sentences, texts_of_three, tiny_bert, tiny_tokens
+from toys import registered
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_lora.train.saving as saving
@@ -58,6 +59,21 @@ def test_resuming_changes_no_bit(arguments: Make, settings: dict[str, Any]) -> N
     assert_same_tensors(adapter_values(resumed.model), adapter_values(whole.model))
     moved = run(arguments(name="other", **common | {"seed": 7}))
     assert any(not torch.equal(v, adapter_values(whole.model)[n]) for n, v in adapter_values(moved.model).items())
+
+
+@pytest.mark.parametrize(("init", "method"), [("top", "gain"), ("once", "lora")])
+def test_resuming_with_entries_from_outside_changes_no_bit(arguments: Make, init: str, method: str) -> None:
+    rows = {"rows": {"bert.embeddings.word_embeddings": [3, 4, 5]}}
+    config = LoraConfig(r=4, lora_dropout=0.3, init_lora_weights=init, method=method, parts=rows)
+    common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "loraplus_lr_ratio": 4.0}
+    with registered():
+        whole = run(arguments(name="whole", **common), lora_config=config)
+        cut = Path(whole.args.output_dir) / "checkpoint-4"
+        torch.manual_seed(999)
+        resumed = run(arguments(name="resumed", **common), resume=str(cut), lora_config=config)
+        values = adapter_values(whole.model)
+        assert {n.rpartition(".lora_")[2].partition(".")[0] for n in values if ".lora_" in n} >= {"rows", "A", "B"}
+        assert_same_tensors(adapter_values(resumed.model), values)
 
 
 def test_a_checkpoint_holds_the_adapter_alone(arguments: Make) -> None:
