@@ -1,0 +1,484 @@
+"""Random walks over the verbs with two adapters, each step held to a slow reference in float64: walk_reference.py."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from helpers import assert_same_tensors, snapshot
+from torch import Tensor, nn
+from toys import Doubled, Negated, registered
+from transformers.pytorch_utils import Conv1D
+from walk_reference import LAYERS, Adapter, Key, Plan, Reference
+
+from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora
+from hf_lora.adapt.inject import delete, eject
+from hf_lora.adapt.merge import disabled, merge, set_enabled, unmerge
+from hf_lora.adapt.state import require_state, set_active, state_of
+from hf_lora.files.adapters import load_adapter, load_adapter_weights, save_adapter
+from hf_lora.layers.base import LoraLayer
+from hf_lora.layers.extend import plain
+from hf_lora.layers.replacement import BiasLayer, Replacement
+
+NAMES = ("one", "two")
+SETS: list[tuple[str, ...]] = [("one",), ("two",), ("one", "two"), ("two", "one")]
+T = TypeVar("T")
+RATE = 0.1
+OUTPUT_ROUNDINGS = 8
+"""In the norm, each of the eight layers' outputs is rounded once; sums of a few products in float32 add little."""
+GRADIENT_ROUNDINGS = 16
+"""Each token's share of a gradient went through the eight layers forth and back. The shares may cancel, so the error
+is measured by the sum of their norms."""
+
+PLANS = {
+    # Two methods that overlap on two layers, so only one acts at a time.
+    "overlapping": (
+        Plan(("embedding", "doubled", "transposed", "convolution", "linear"), bias="all", whole=("head",)),
+        Plan(("doubled", "negated", "linear"), "gain", r=2, alpha=3.0, ranks={"negated": 4}),
+    ),
+    # Both on every layer and adding up.
+    "together": (
+        Plan(LAYERS[:-1], bias="all", whole=("head",), ranks={"linear": 1}),
+        Plan(LAYERS[:-1], r=2, alpha=1.0),
+    ),
+    # Two methods side by side.
+    "apart": (
+        Plan(("embedding", "transposed", "convolution", "head"), bias="lora_only", r=4),
+        Plan(("doubled", "negated", "linear"), "gain", ranks={"doubled": 2}),
+    ),
+    # One trains whole what the other adapts.
+    "crossing": (
+        Plan(("embedding", "convolution", "linear"), whole=("head",), ranks={"embedding": 2}),
+        Plan(("doubled", "linear", "head"), bias="all", r=2),
+    ),
+    # Each with biases and a head of its own.
+    "rivals": (
+        Plan(("embedding", "doubled", "negated", "transposed"), bias="all", whole=("head",)),
+        Plan(("negated", "convolution", "linear"), bias="lora_only", whole=("head",), r=2),
+    ),
+}
+
+
+class Net(nn.Module):
+    """A layer of each shape, toys among them, in a row: ids (B, T) -> (B, T, 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 6)
+        self.doubled, self.norm, self.negated = Doubled(6, 8), nn.LayerNorm(8), Negated(8, 5)
+        self.transposed, self.convolution = Conv1D(7, 5), nn.Conv1d(7, 6, 3, padding=1)
+        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1 or name == "transposed.weight":  # zeros and small values would hide what is done
+                nn.init.normal_(parameter, float(name == "norm.weight"), 0.4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.doubled(self.embedding(ids)).tanh()
+        h = self.negated(self.norm(h)).tanh()
+        h = self.transposed(h).tanh()
+        # Left out: an x that is not contiguous, for which `lora_products` is rounded otherwise than F.linear.
+        h = self.convolution(h.transpose(1, 2)).transpose(1, 2).contiguous().tanh()
+        y: Tensor = self.head(self.linear(h).tanh())
+        return y
+
+
+class Walk:
+    """One net on its way, and the reference beside it."""
+
+    def __init__(self, plans: str, dtype: torch.dtype, seed: int, folder: Path) -> None:
+        self.random, self.folder = random.Random(f"{plans} {dtype} {seed}"), folder
+        torch.manual_seed(self.random.getrandbits(32))
+        self.plans, self.dtype = dict(zip(NAMES, PLANS[plans], strict=True)), dtype
+        self.model: Any = Net().to(dtype)
+        self.model.norm.weight.requires_grad_(False)
+        self.model.linear.bias.requires_grad_(False)
+        parameters = dict(self.model.named_parameters())
+        self.reference = Reference(parameters, {n: p.requires_grad for n, p in parameters.items()}, dtype)
+        self.base = copy.deepcopy(self.model)
+        self.ids = torch.randint(0, 11, (4, 5))
+        self.saved: list[tuple[Path, Adapter]] = []
+        self.left: list[tuple[nn.Module, Tensor]] = []
+        """What a copy was made of, with its output: it must not change with the copy."""
+        self.trace: list[str] = []
+
+    def go(self, steps: int) -> None:
+        try:
+            self.check()
+            for _ in range(steps):
+                (verb,) = self.random.choices(list(VERBS), list(VERBS.values()))
+                verb(self)
+                self.check()
+            self.unload()
+            self.check()
+        except BaseException as error:
+            error.add_note("The walk so far:\n" + "\n".join(f"  {i} {said}" for i, said in enumerate(self.trace)))
+            raise
+
+    def attempt(self, said: str, allowed: bool, call: Callable[[], Any]) -> bool:
+        """Call, and return True; where the reference allows nothing of the kind, the library must refuse."""
+        self.trace.append(said if allowed else f"{said}, to be refused")
+        if allowed:
+            call()
+            return True
+        before = snapshot(self.model)
+        with pytest.raises(StateError):
+            call()
+        assert_same_tensors(snapshot(self.model), before)
+        return False
+
+    def pick(self, options: Sequence[T], allowed: Callable[[T], bool]) -> T:
+        """One of `options`; mostly one that the library has to take."""
+        good = [option for option in options if allowed(option)]
+        return self.random.choice(good if good and self.random.random() < 0.8 else options)
+
+    # Verbs -----------------------------------------------------------------------------------------------------------
+
+    def inject(self) -> None:
+        reference = self.reference
+        name = self.pick(NAMES, reference.takes)
+        plan = self.plans[name]
+        config = LoraConfig(
+            r=plan.r, lora_alpha=plan.alpha, target_modules=list(plan.targets), method=plan.method, bias=plan.bias,
+            modules_to_save=list(plan.whole), rank_pattern=dict(plan.ranks),
+        )  # fmt: skip
+        if self.attempt(f"inject {name}", reference.takes(name), lambda: apply_lora(self.model, config, name)):
+            reference.add(name, Adapter(plan, True, {}))
+            # A copy of a head runs in float32, in whichever dtype the net is.
+            if not plan.whole or reference.dtype == torch.float32:
+                assert torch.equal(self.model(self.ids), self.plain()(self.ids)), "a fresh adapter changed the output"
+            self.randomize(name)
+
+    @torch.no_grad()
+    def randomize(self, name: str) -> None:
+        """Values with which every part of an adapter acts."""
+        for key in self.plans[name].owned():
+            own = self.parameter(name, key)
+            mean = torch.zeros_like(own) if key[1] in ("lora_A", "lora_B") else own
+            own.copy_(mean + 0.2 * torch.randn(own.shape))
+        self.pull(name)
+
+    def pull(self, name: str) -> None:
+        """Take the library's values of an adapter into the reference."""
+        adapter = self.reference.adapters[name]
+        adapter.tensors = {key: self.parameter(name, key).detach().double() for key in adapter.plan.owned()}
+
+    def parameter(self, name: str, key: Key) -> nn.Parameter:
+        """The library's tensor of an adapter."""
+        own: nn.Parameter = self.model.get_parameter(self.reference.name_of_own(name, key))
+        return own
+
+    def delete(self) -> None:
+        reference = self.reference
+        name = self.pick(NAMES, reference.gives)
+        if not reference.active and len(reference.adapters) == 2:
+            return  # left out: the library makes the other one active, though the one that goes was not
+        if self.attempt(f"delete {name}", reference.gives(name), lambda: delete(self.model, name)):
+            reference.remove(name)
+
+    def unload(self) -> None:
+        def call() -> None:
+            require_state(self.model, "unload")
+            if self.reference.merged:
+                unmerge(self.model)
+            eject(self.model)
+
+        if self.attempt("unload", self.reference.present, call):
+            self.reference.end()
+
+    def set_active(self) -> None:
+        names = self.pick([*SETS, (), ("one", "one")], self.reference.activates)
+        if self.reference.crosses(names):
+            return  # left out: the library lets both act, and what one has at a module that the other keeps is idle
+        allowed = self.reference.activates(names)
+        if self.attempt(
+            f"set_active {names}", allowed, lambda: set_active(self.model, require_state(self.model, "walk"), names)
+        ):
+            self.reference.active = names
+
+    def set_enabled(self) -> None:
+        enabled = self.random.random() < 0.6
+        if self.attempt(f"set_enabled {enabled}", self.reference.present, lambda: set_enabled(self.model, enabled)):
+            self.reference.enabled = enabled
+
+    def disabled(self) -> None:
+        reference, before = self.reference, self.reference.enabled
+
+        def call() -> None:
+            with disabled(self.model):
+                reference.enabled = False
+                self.check()
+                self.merge()
+                self.check()
+            reference.enabled = before
+
+        self.attempt("disabled", reference.present, call)
+
+    def merge(self) -> None:
+        """Or, where that is refused anyway, mostly the way back."""
+        reference = self.reference
+        if reference.merged and self.random.random() < 0.8:
+            return self.unmerge()
+        # Left out: (), which is refused and yet leaves no adapter active.
+        names = self.pick([None, *SETS], reference.merges)
+        if reference.crosses(names):
+            return
+        if self.attempt(f"merge {names}", reference.merges(names), lambda: merge(self.model, names)):
+            reference.active = reference.active if names is None else names
+            reference.merge()
+
+    def unmerge(self) -> None:
+        if self.attempt("unmerge", bool(self.reference.merged), lambda: unmerge(self.model)):
+            self.reference.merged = ()
+
+    def merge_for_good(self) -> None:
+        """On a copy: nothing leads back."""
+        reference, model = self.reference, copy.deepcopy(self.model)
+        if not reference.acting:
+            return
+        self.trace.append("merge a copy for good")
+        if not reference.merged:
+            merge(model, keep=False)
+        eject(model, keep_heads=True)
+        self.check_plain(model)
+        self.check_output(model)
+
+    def train_step(self) -> None:
+        reference, trained = self.reference, self.reference.trained
+        self.trace.append(f"train {reference.acting}{' while merged' if reference.merged else ''}")
+        if not reference.present:
+            return
+        parameters = {place: self.parameter(*place) for place in trained}
+        y = self.model(self.ids)
+        if reference.merged:  # copies stand beside the weights and act as ever; nothing else may learn
+            own = [parameter for (_, (_, kind)), parameter in parameters.items() if kind.startswith("lora_")]
+            found = torch.autograd.grad(y.sum(), own, allow_unused=True) if y.requires_grad and own else ()
+            assert all(gradient is None for gradient in found)
+            return
+        assert y.requires_grad == bool(trained)
+        if not trained:
+            return
+        wanted = torch.randn(y.shape, dtype=torch.float64)
+        (y.double() - wanted).square().mean().backward()
+        learned = {id(parameter) for parameter in self.model.parameters() if parameter.grad is not None}
+        assert learned == {id(parameter) for parameter in parameters.values()}
+        for place, (gradient, scale) in reference.gradients(self.ids, wanted).items():
+            self.descend(place, parameters[place], gradient, scale)
+        for name in {name for name, _ in trained}:
+            self.pull(name)
+
+    @torch.no_grad()
+    def descend(self, place: tuple[str, Key], own: nn.Parameter, gradient: Tensor, scale: float) -> None:
+        """One step of a parameter by its own gradient, against the step by the reference's."""
+        name, key = place
+        before = self.reference.adapters[name].tensors[key]
+        assert own.grad is not None
+        error = float((own.grad.double() - gradient).norm())
+        assert error <= GRADIENT_ROUNDINGS * self.eps() * scale, f"{place}: the gradient is off by {error:.2e}"
+        own.sub_(RATE * own.grad)
+        own.grad = None
+        error = float((own.double() - (before - RATE * gradient)).norm())
+        allowed = RATE * GRADIENT_ROUNDINGS * self.eps() * scale + torch.finfo(torch.float32).eps * float(own.norm())
+        assert error <= allowed, f"{place} is off by {error:.2e} after a step"
+
+    def save(self) -> None:
+        reference = self.reference
+        name, folder = self.pick(NAMES, lambda name: name in reference.adapters), self.folder / str(len(self.trace))
+        if self.attempt(f"save {name}", name in reference.adapters, lambda: save_adapter(self.model, folder, name)):
+            adapter = reference.adapters[name]
+            self.saved = [*self.saved[-3:], (folder, Adapter(adapter.plan, True, dict(adapter.tensors)))]
+
+    def load(self) -> None:
+        """Either adapter's file, under either name."""
+        if not self.saved:
+            return
+        reference, trainable = self.reference, self.random.random() < 0.5
+        name, (folder, saved) = self.pick(NAMES, reference.takes), self.random.choice(self.saved)
+        said = f"load {name} from {folder.name}, is_trainable={trainable}"
+        if self.attempt(
+            said, reference.takes(name), lambda: load_adapter(self.model, folder, name, is_trainable=trainable)
+        ):
+            reference.add(name, Adapter(saved.plan, trainable, dict(saved.tensors)))
+
+    def load_weights(self) -> None:
+        if not self.saved:
+            return
+        reference = self.reference
+        name, (folder, saved) = self.pick(NAMES, reference.gives), self.random.choice(self.saved)
+        said, allowed = f"load_adapter_weights {name} from {folder.name}", reference.gives(name)
+        fits = not allowed or reference.adapters[name].plan == saved.plan
+        with contextlib.nullcontext() if fits else pytest.raises(AdapterFileError):
+            self.attempt(said, allowed, lambda: load_adapter_weights(self.model, folder, name))
+        if fits and allowed:
+            reference.adapters[name].tensors = dict(saved.tensors)
+
+    def deepcopy(self) -> None:
+        self.trace.append("deepcopy")
+        self.leave(copy.deepcopy(self.model))
+
+    def pickle(self) -> None:
+        self.trace.append("pickle")
+        self.leave(pickle.loads(pickle.dumps(self.model)))
+
+    @torch.no_grad()
+    def leave(self, model: nn.Module) -> None:
+        """Go on with a copy."""
+        self.left = [(self.model, self.model(self.ids))]
+        self.model = model
+
+    def mode(self) -> None:
+        training = self.random.random() < 0.5
+        allowed = not (training and self.reference.merged)
+        if self.attempt(f"train({training})", allowed, lambda: self.model.train(training)):
+            self.reference.training = training
+        elif not self.reference.training:
+            self.model.eval()  # left out: the refused call has put the root and what comes first into training mode
+
+    def state_dict(self) -> None:
+        """Through a state dict, which may be of float64; what is there before it is loaded is spoilt."""
+        assign, wide = self.random.random() < 0.5, self.random.random() < 0.3
+        self.trace.append(f"load_state_dict of {'float64' if wide else 'the same'}, assign={assign}")
+        found = self.model.state_dict()
+        tensors = {name: t.to(torch.float64 if wide else t.dtype, copy=True) for name, t in found.items()}
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.fill_(7)
+        self.model.load_state_dict(tensors, assign=assign)
+        if assign and wide:
+            self.reference.cast(torch.float64)
+
+    def cast(self) -> None:
+        dtype = self.random.choice([torch.float64, self.dtype])
+        self.trace.append(f"to {dtype}")
+        self.model.to(dtype)
+        self.reference.cast(dtype)
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def eps(self) -> float:
+        """That of the dtype that is coarsest on the way to the output; factors are float32 in a net of float64."""
+        reference = self.reference
+        dtypes = {torch.float32, reference.dtype, *([reference.coarsest] if reference.merged else [])}
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def plain(self) -> Net:
+        """The net without adapters, in the present dtype; frozen where the adapted one's base is."""
+        net = copy.deepcopy(self.base).to(self.reference.dtype)
+        return net.requires_grad_(False) if self.reference.present else net
+
+    def check(self) -> None:
+        reference, state = self.reference, state_of(self.model)
+        assert (state is not None) == reference.present
+        if state is not None:
+            activity = state.activity
+            assert list(state.adapters) == list(reference.adapters)
+            assert (activity.active, activity.enabled) == (reference.active, reference.enabled)
+            assert activity.merged == reference.merged
+        self.check_modules()
+        self.check_parameters()
+        self.check_output(self.model)
+        if not reference.adapters:
+            self.check_plain(self.model)
+        for model, y in self.left:
+            with torch.no_grad():
+                assert torch.equal(model(self.ids), y), "the original changed with its copy"
+
+    def check_modules(self) -> None:
+        for path, base in self.base.named_children():
+            module = self.model.get_submodule(path)
+            factors, bias, whole = self.reference.holds(path)
+            assert isinstance(module, Replacement) == whole, path
+            if isinstance(module, Replacement):
+                assert all(type(own) is type(base) for own in module.copies.values())
+                module = module.base_layer
+            assert plain(type(module)) is type(base)
+            assert (isinstance(module, LoraLayer), isinstance(module, BiasLayer)) == (factors, bias), path
+        for name, module in self.model.named_modules():
+            if "lora_" not in name:
+                assert module.training == self.reference.training, name
+
+    def check_parameters(self) -> None:
+        found, expected = dict(self.model.named_parameters()), self.reference.parameters()
+        assert found.keys() == expected.keys()
+        assert self.model.state_dict().keys() == expected.keys()
+        for name, (value, dtype, required, exact) in expected.items():
+            own = found[name].detach()
+            assert (own.dtype, found[name].requires_grad) == (dtype, required), name
+            if exact:
+                assert torch.equal(own.double(), value), f"{name} is not what it was"
+                continue
+            error = float((own.double() - value).norm() / value.norm())
+            # A fold is rounded once, to half a unit at most; in float64 the sums before it are rounded as coarsely.
+            allowed = torch.finfo(self.reference.coarsest).eps + 16 * torch.finfo(torch.float64).eps
+            assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+    def check_output(self, model: nn.Module) -> None:
+        reference, expected = self.reference, self.reference.output(self.ids)
+        for grad in (True, False):  # each has a forward of its own
+            with torch.set_grad_enabled(grad):
+                y = model(self.ids).detach()
+            assert y.dtype == reference.dtype
+            if not reference.acting:
+                assert torch.equal(y, self.plain()(self.ids)), "the base's output is off"
+            error = float((y.double() - expected).norm() / expected.norm())
+            assert error <= OUTPUT_ROUNDINGS * self.eps(), f"the output is off by {error:.2e}"
+
+    def check_plain(self, model: nn.Module) -> None:
+        """No trace is left of any adapter."""
+        assert [type(module) for module in model.modules()] == [type(module) for module in self.base.modules()]
+        assert list(dict(model.named_parameters())) == list(self.reference.base)
+        if state_of(model) is None:
+            required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+            assert required == self.reference.required
+            for module, base in zip(model.modules(), self.base.modules(), strict=True):
+                assert vars(module).keys() == vars(base).keys()
+
+
+VERBS: dict[Callable[[Walk], None], int] = {
+    Walk.inject: 5,
+    Walk.delete: 3,
+    Walk.unload: 1,
+    Walk.set_active: 8,
+    Walk.set_enabled: 4,
+    Walk.disabled: 2,
+    Walk.merge: 7,
+    Walk.unmerge: 1,
+    Walk.merge_for_good: 1,
+    Walk.train_step: 5,
+    Walk.save: 4,
+    Walk.load: 5,
+    Walk.load_weights: 3,
+    Walk.deepcopy: 2,
+    Walk.pickle: 2,
+    Walk.mode: 2,
+    Walk.state_dict: 3,
+    Walk.cast: 2,
+}
+"""Verb -> how often it is taken."""
+
+
+@pytest.fixture(autouse=True)
+def toys() -> Iterator[None]:
+    with registered():
+        yield
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plans", PLANS)
+def test_short_walks(plans: str, dtype: torch.dtype, seed: int, tmp_path: Path) -> None:
+    Walk(plans, dtype, seed, tmp_path).go(50)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 110))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("plans", PLANS)
+def test_long_walks(plans: str, dtype: torch.dtype, seed: int, tmp_path: Path) -> None:
+    Walk(plans, dtype, seed, tmp_path).go(200)
