@@ -14,9 +14,9 @@ import pytest
 import torch
 from helpers import assert_same_tensors, snapshot
 from torch import Tensor, nn
-from toys import Doubled, Negated, registered
+from toys import Doubled, Negated, Pair, registered
 from transformers.pytorch_utils import Conv1D
-from walk_reference import LAYERS, Adapter, Key, Plan, Reference
+from walk_reference import LAYERS, Adapter, Key, Plan, Reference, is_frozen
 
 from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora
 from hf_lora.adapt.inject import delete, eject
@@ -26,15 +26,16 @@ from hf_lora.files.adapters import load_adapter, load_adapter_weights, save_adap
 from hf_lora.layers.base import LoraLayer
 from hf_lora.layers.extend import plain
 from hf_lora.layers.replacement import BiasLayer, Replacement
+from hf_lora.layers.views import LoraViews
 
 NAMES = ("one", "two")
 SETS: list[tuple[str, ...]] = [("one",), ("two",), ("one", "two"), ("two", "one")]
 T = TypeVar("T")
 RATE = 0.1
 OUTPUT_ROUNDINGS = 8
-"""In the norm, each of the eight layers' outputs is rounded once; sums of a few products in float32 add little."""
+"""In the norm, each of the layers' outputs is rounded once; sums of a few products in float32 add little."""
 GRADIENT_ROUNDINGS = 16
-"""Each token's share of a gradient went through the eight layers forth and back. The shares may cancel, so the error
+"""Each token's share of a gradient went through the layers forth and back. The shares may cancel, so the error
 is measured by the sum of their norms."""
 
 PLANS = {
@@ -58,6 +59,15 @@ PLANS = {
         Plan(("embedding", "convolution", "linear"), whole=("head",), ranks={"embedding": 2}),
         Plan(("doubled", "linear", "head"), bias="all", r=2),
     ),
+    # What takes something out of the base, rows of an embedding, and a module with two weights.
+    "taken": (
+        Plan(("doubled", "negated", "linear", "pair"), init="top", rows=(1, 4), r=2),
+        Plan(("embedding", "linear", "pair"), rows=(3, 9), ranks={"pair": 1}),
+    ),
+    "taken and scaled": (
+        Plan(("linear", "pair"), "gain", init="top", rows=(2, 5)),
+        Plan(("embedding", "doubled"), init="constant", rows=(5, 6), whole=("head",)),
+    ),
     # Each with biases and a head of its own.
     "rivals": (
         Plan(("embedding", "doubled", "negated", "transposed"), bias="all", whole=("head",)),
@@ -74,7 +84,7 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(11, 6)
         self.doubled, self.norm, self.negated = Doubled(6, 8), nn.LayerNorm(8), Negated(8, 5)
         self.transposed, self.convolution = Conv1D(7, 5), nn.Conv1d(7, 6, 3, padding=1)
-        self.linear, self.head = nn.Linear(6, 6), nn.Linear(6, 4)
+        self.linear, self.pair, self.head = nn.Linear(6, 6), Pair(6, 7, 6), nn.Linear(6, 4)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 or name == "transposed.weight":  # zeros and small values would hide what is done
                 nn.init.normal_(parameter, float(name == "norm.weight"), 0.4)
@@ -85,7 +95,7 @@ class Net(nn.Module):
         h = self.transposed(h).tanh()
         # Left out: an x that is not contiguous, for which `lora_products` is rounded otherwise than F.linear.
         h = self.convolution(h.transpose(1, 2)).transpose(1, 2).contiguous().tanh()
-        y: Tensor = self.head(self.linear(h).tanh())
+        y: Tensor = self.head(self.pair(self.linear(h).tanh()).tanh())
         return y
 
 
@@ -146,12 +156,13 @@ class Walk:
         plan = self.plans[name]
         config = LoraConfig(
             r=plan.r, lora_alpha=plan.alpha, target_modules=list(plan.targets), method=plan.method, bias=plan.bias,
-            modules_to_save=list(plan.whole), rank_pattern=dict(plan.ranks),
+            modules_to_save=list(plan.whole), rank_pattern=dict(plan.ranks), init_lora_weights=plan.init,
+            parts={"rows": {"embedding": list(plan.rows)}} if plan.rows else {},
         )  # fmt: skip
         if self.attempt(f"inject {name}", reference.takes(name), lambda: apply_lora(self.model, config, name)):
             reference.add(name, Adapter(plan, True, {}))
             # A copy of a head runs in float32, in whichever dtype the net is.
-            if not plan.whole or reference.dtype == torch.float32:
+            if plan.init != "top" and (not plan.whole or reference.dtype == torch.float32):
                 assert torch.equal(self.model(self.ids), self.plain()(self.ids)), "a fresh adapter changed the output"
             self.randomize(name)
 
@@ -159,8 +170,10 @@ class Walk:
     def randomize(self, name: str) -> None:
         """Values with which every part of an adapter acts."""
         for key in self.plans[name].owned():
+            if is_frozen(key[1]):
+                continue
             own = self.parameter(name, key)
-            mean = torch.zeros_like(own) if key[1] in ("lora_A", "lora_B") else own
+            mean = torch.zeros_like(own) if key[1].startswith(("lora_A", "lora_B")) else own
             own.copy_(mean + 0.2 * torch.randn(own.shape))
         self.pull(name)
 
@@ -398,7 +411,7 @@ class Walk:
                 assert all(type(own) is type(base) for own in module.copies.values())
                 module = module.base_layer
             assert plain(type(module)) is type(base)
-            assert (isinstance(module, LoraLayer), isinstance(module, BiasLayer)) == (factors, bias), path
+            assert (isinstance(module, (LoraLayer, LoraViews)), isinstance(module, BiasLayer)) == (factors, bias), path
         for name, module in self.model.named_modules():
             if "lora_" not in name:
                 assert module.training == self.reference.training, name

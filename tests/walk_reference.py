@@ -16,9 +16,11 @@ from torch import Tensor
 Key = tuple[str, str]
 """(path of a module, kind of tensor): a factor, `lora_bias`, or the name of a tensor of a module kept whole."""
 
-LAYERS = ("embedding", "doubled", "negated", "transposed", "convolution", "linear", "head")
+LAYERS = ("embedding", "doubled", "negated", "transposed", "convolution", "linear", "pair", "head")
 """What takes factors."""
-BIASED = ("norm", "transposed", "convolution", "linear", "head")
+WEIGHTS = {"pair": ("first", "second")}
+"""The weights of a module that has others than `weight`."""
+BIASED = ("norm", "transposed", "convolution", "linear", "pair", "head")
 BY_INPUT = ("embedding", "transposed")
 """Layers whose weight has a row for each input."""
 
@@ -32,6 +34,8 @@ class Plan:
     r: int = 3
     alpha: float = 5.0
     ranks: Mapping[str, int] = field(default_factory=dict)
+    init: Literal["constant", "top"] = "constant"
+    rows: tuple[int, ...] = ()
     bias: Literal["none", "all", "lora_only"] = "none"
     whole: tuple[str, ...] = ()
 
@@ -41,14 +45,31 @@ class Plan:
     @property
     def biases(self) -> tuple[str, ...]:
         """Paths of the modules that get a bias of the adapter's own."""
-        among = {"none": (), "all": BIASED, "lora_only": self.targets}[self.bias]
+        known = tuple(
+            path for path in BIASED if path != "pair"
+        )  # how a module adds its bias is known, or it is adapted
+        among = {"none": (), "all": (*known, *self.targets), "lora_only": self.targets}[self.bias]
         return tuple(path for path in BIASED if path in among and path not in self.whole)
 
     def owned(self) -> Iterator[Key]:
-        kinds = ("lora_A", "lora_B", "lora_gain") if self.method == "gain" else ("lora_A", "lora_B")
-        yield from ((path, kind) for path in self.targets for kind in kinds)
+        kinds = ["lora_A", "lora_B"]
+        kinds += ["lora_gain"] if self.method == "gain" else []
+        kinds += ["lora_A0", "lora_B0"] if self.init == "top" else []
+        ends = ((path, end) for path in self.targets for end in ends_of(path))
+        yield from ((path, kind + end) for path, end in ends for kind in kinds)
+        yield from [("embedding", "lora_rows")] if self.rows else []
         yield from ((path, "lora_bias") for path in self.biases)
         yield from ((path, kind) for path in self.whole for kind in ("weight", "bias"))
+
+
+def ends_of(path: str) -> list[str]:
+    """What the kinds of a module's factors end in."""
+    return [f"_{weight}" for weight in WEIGHTS[path]] if path in WEIGHTS else [""]
+
+
+def is_frozen(kind: str) -> bool:
+    """Whether it is what an initialization took out of the base."""
+    return kind.startswith(("lora_A0", "lora_B0"))
 
 
 @dataclass
@@ -128,9 +149,14 @@ class Reference:
         if not self.present or self.merged or len(set(names)) < len(names) or not set(names) <= set(self.adapters):
             return False
         plans = [self.adapters[name].plan for name in names]
-        replaced = [key for plan in plans for key in plan.owned() if key[1] not in ("lora_A", "lora_B")]
+        replaced = [
+            k for plan in plans for k in plan.owned() if not k[1].startswith(("lora_A", "lora_B", "lora_rows"))
+        ]
+        rows = [row for plan in plans for row in plan.rows]
         adapted = [path for plan in plans for path in plan.targets]
         gains = {path for plan in plans for path in plan.targets if plan.method == "gain"}
+        if len(set(rows)) < len(rows):
+            return False
         return len(set(replaced)) == len(replaced) and all(adapted.count(path) == 1 for path in gains)
 
     def merges(self, names: tuple[str, ...] | None) -> bool:
@@ -151,7 +177,7 @@ class Reference:
     def trained(self) -> list[tuple[str, Key]]:
         """(adapter, key) of what a training step changes."""
         names = [name for name in self.acting if self.adapters[name].trainable]
-        return [(name, key) for name in names for key in self.adapters[name].tensors]
+        return [(name, key) for name in names for key in self.adapters[name].tensors if not is_frozen(key[1])]
 
     # Numbers ---------------------------------------------------------------------------------------------------------
 
@@ -187,7 +213,9 @@ class Reference:
         for name, adapter in self.adapters.items():
             required = adapter.trainable and name in self.active
             for key, tensor in adapter.tensors.items():
-                found[self.name_of_own(name, key)] = Expected(tensor, torch.float32, required)
+                found[self.name_of_own(name, key)] = Expected(
+                    tensor, torch.float32, required and not is_frozen(key[1])
+                )
         return found
 
     def name_of(self, name: str) -> str:
@@ -223,10 +251,15 @@ class Reference:
         weights = dict(self.base)
         for name in names:
             plan, own = self.adapters[name].plan, tensors[name]
-            for path in plan.targets:
-                weights[f"{path}.weight"] = weights[f"{path}.weight"] + update(plan, path, own)
+            for path, end in ((path, end) for path in plan.targets for end in ends_of(path)):
+                weight = f"{path}.{end[1:] or 'weight'}"
+                weights[weight] = weights[weight] + update(plan, path, end, own)
             for path in plan.biases:
                 weights[f"{path}.bias"] = own[path, "lora_bias"]
+        for name in names:
+            if rows := self.adapters[name].plan.rows:
+                own_rows = tensors[name]["embedding", "lora_rows"]
+                weights["embedding.weight"] = weights["embedding.weight"].index_copy(0, torch.tensor(rows), own_rows)
         for name in names if whole else ():
             for path in self.adapters[name].plan.whole:
                 for kind in ("weight", "bias"):
@@ -234,12 +267,19 @@ class Reference:
         return weights
 
 
-def update(plan: Plan, path: str, own: Mapping[Key, Tensor]) -> Tensor:
+def update(plan: Plan, path: str, end: str, own: Mapping[Key, Tensor]) -> Tensor:
     """What an adapter adds to a stored weight."""
-    a, b = own[path, "lora_A"], own[path, "lora_B"]
-    delta = plan.scaling(path) * torch.einsum("or,ri->oi", b.flatten(1), a.flatten(1))
+
+    def product(a: str, b: str) -> Tensor:
+        factors = own[path, b + end].flatten(1), own[path, a + end].flatten(1)
+        return plan.scaling(path) * torch.einsum("or,ri->oi", *factors)
+
+    a, b = own[path, f"lora_A{end}"], own[path, f"lora_B{end}"]
+    delta = product("lora_A", "lora_B")
     if plan.method == "gain":
-        delta = own[path, "lora_gain"][:, None] * delta
+        delta = own[path, f"lora_gain{end}"][:, None] * delta
+    if plan.init == "top":
+        delta = delta - product("lora_A0", "lora_B0")
     if path in BY_INPUT:
         return delta.t()
     return -delta if path == "negated" else delta.view(len(b), *a.shape[1:])
@@ -258,4 +298,5 @@ def forward(w: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     convolved = [padded[:, k : k + h.shape[1]] @ tap.t() for k, tap in enumerate(taps)]
     h = (torch.stack(convolved).sum(0) + w["convolution.bias"]).tanh()
     h = (h @ w["linear.weight"].t() + w["linear.bias"]).tanh()
+    h = ((h @ w["pair.first"].t()).tanh() @ w["pair.second"].t() + w["pair.bias"]).tanh()
     return h @ w["head.weight"].t() + w["head.bias"]
