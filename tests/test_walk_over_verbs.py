@@ -49,10 +49,10 @@ PLANS = {
         Plan(LAYERS[:-1], bias="all", whole=("head",), ranks={"linear": 1}),
         Plan(LAYERS[:-1], r=2, alpha=1.0),
     ),
-    # Two methods side by side.
+    # Two methods side by side, and biases too.
     "apart": (
         Plan(("embedding", "transposed", "convolution", "head"), bias="lora_only", r=4),
-        Plan(("doubled", "negated", "linear"), "gain", ranks={"doubled": 2}),
+        Plan(("doubled", "negated", "linear"), "gain", bias="lora_only", ranks={"doubled": 2}),
     ),
     # One trains whole what the other adapts.
     "crossing": (
@@ -68,10 +68,15 @@ PLANS = {
         Plan(("linear", "pair"), "gain", init="top", rows=(2, 5)),
         Plan(("embedding", "doubled"), init="constant", rows=(5, 6), whole=("head",)),
     ),
-    # Each with biases and a head of its own.
-    "rivals": (
+    # Each with a head of its own.
+    "heads": (
         Plan(("embedding", "doubled", "negated", "transposed"), bias="all", whole=("head",)),
-        Plan(("negated", "convolution", "linear"), bias="lora_only", whole=("head",), r=2),
+        Plan(("negated", "convolution", "linear"), whole=("head",), r=2),
+    ),
+    # Each with a bias of its own at one layer.
+    "biases": (
+        Plan(("embedding", "negated", "transposed", "linear"), bias="all"),
+        Plan(("doubled", "linear", "head"), bias="lora_only", alpha=2.0),
     ),
 }
 
@@ -121,8 +126,8 @@ class Walk:
     def go(self, steps: int) -> None:
         try:
             self.check()
-            for _ in range(steps):
-                (verb,) = self.random.choices(list(VERBS), list(VERBS.values()))
+            verbs = self.random.choices(list(VERBS), list(VERBS.values()), k=steps)
+            for verb in [Walk.inject, Walk.inject, Walk.set_active, *verbs]:
                 verb(self)
                 self.check()
             self.unload()
@@ -144,7 +149,7 @@ class Walk:
         return False
 
     def pick(self, options: Sequence[T], allowed: Callable[[T], bool]) -> T:
-        """One of `options`; mostly one that the library has to take."""
+        """One of `options`; mostly one that is allowed, as far as the reference can tell."""
         good = [option for option in options if allowed(option)]
         return self.random.choice(good if good and self.random.random() < 0.8 else options)
 
@@ -206,7 +211,8 @@ class Walk:
             self.reference.end()
 
     def set_active(self) -> None:
-        names = self.pick([*SETS, (), ("one", "one")], self.reference.activates)
+        held = set(self.reference.adapters)
+        names = self.pick([*SETS, (), ("one", "one")], lambda names: set(names) <= held)
         if self.reference.crosses(names):
             return  # left out: the library lets both act, and what one has at a module that the other keeps is idle
         allowed = self.reference.activates(names)

@@ -45,9 +45,7 @@ class Plan:
     @property
     def biases(self) -> tuple[str, ...]:
         """Paths of the modules that get a bias of the adapter's own."""
-        known = tuple(
-            path for path in BIASED if path != "pair"
-        )  # how a module adds its bias is known, or it is adapted
+        known = tuple(path for path in BIASED if path != "pair")  # which has one only where it is adapted
         among = {"none": (), "all": (*known, *self.targets), "lora_only": self.targets}[self.bias]
         return tuple(path for path in BIASED if path in among and path not in self.whole)
 
@@ -251,7 +249,7 @@ class Reference:
         weights = dict(self.base)
         for name in names:
             plan, own = self.adapters[name].plan, tensors[name]
-            for path, end in ((path, end) for path in plan.targets for end in ends_of(path)):
+            for path, end in ((target, end) for target in plan.targets for end in ends_of(target)):
                 weight = f"{path}.{end[1:] or 'weight'}"
                 weights[weight] = weights[weight] + update(plan, path, end, own)
             for path in plan.biases:
