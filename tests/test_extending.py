@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_same_tensors, randomize, snapshot, tiny_llama
+from helpers import assert_near, assert_same_tensors, randomize, snapshot, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from toys import Doubled, Gain, Negated, Pair, registered
+from toys import Doubled, Gain, Negated, Pair, Stack, registered
 
 from hf_lora import (
     METHODS,
@@ -22,7 +22,9 @@ from hf_lora import (
     ConfigError,
     LoraConfig,
     LoraModel,
+    MergeError,
     apply_lora,
+    check_adapter,
     explain_targets,
     merge_files,
     register,
@@ -250,3 +252,68 @@ def test_a_factor_that_nobody_declared_is_told_as_one(tmp_path: Path) -> None:
         inspect_adapter(tmp_path)
     with pytest.raises(AdapterFileError, match=r"unexpected: .*lora_magnitude"):
         load_adapter(Net(), tmp_path)
+
+
+def test_a_method_may_add_to_the_bias_too(tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(5, 6)
+    base, model = nn.Sequential(nn.Linear(6, 8)), nn.Sequential(nn.Linear(6, 8))
+    model.load_state_dict(base.state_dict())
+    for name, r in (("one", 2), ("two", 3)):
+        inject(model, LoraConfig(r=r, target_modules=["0"], method="shift", bias="none" if r == 2 else "all"), name)
+        assert torch.equal(model(x), base(x))
+    randomize(model)
+    set_active(model, require_state(model, "test"), ("one", "two"))
+    weight, bias = base[0].weight.double(), model[0].lora_bias["two"].weight.double()
+    for name, own in model[0]._lora.adapters.items():
+        factors = {kind: factor.weight.double() for kind, factor in model[0].factors(name)}
+        weight = weight + own.scaling * factors["lora_B"] @ factors["lora_A"]
+        bias = bias + own.scaling * factors["lora_shift"]
+    expected = F.linear(x.double(), weight, bias)
+    assert_near(model(x), expected, torch.float32)
+    before = snapshot(model)
+    assert check_adapter(model, {"input": x}).ok
+    merge(model)
+    assert_near(model[0].weight, weight, torch.float32, 1)
+    assert_near(model[0].bias, bias, torch.float32, 1)
+    assert_near(model(x), expected, torch.float32)
+    unmerge(model)
+    assert_same_tensors(snapshot(model), before)
+    without = nn.Sequential(nn.Linear(6, 8, bias=False))
+    inject(without, LoraConfig(r=2, target_modules=["0"], method="shift"))
+    with pytest.raises(MergeError, match="it has no bias"):
+        merge(without)
+
+
+def test_pieces_of_one_stored_tensor_are_sites(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    x = torch.randn(4, 6)
+    base, model = nn.Sequential(Stack(6)), nn.Sequential(Stack(6))
+    model.load_state_dict(base.state_dict())
+    for name in ("one", "two"):
+        inject(model, LoraConfig(r=2, target_modules=["0"]), name)
+        assert torch.equal(model(x), base(x))
+    randomize(model)
+    set_active(model, require_state(model, "test"), ("one", "two"))
+    weights = []
+    for site in adapter_layers(model).values():
+        w = site.weight.detach().double()
+        for name, own in site._lora.adapters.items():
+            w = w + own.scaling * site.factor("lora_B", name).double() @ site.factor("lora_A", name).double()
+        weights.append(w)
+    expected = F.linear(F.linear(x.double(), weights[0]).tanh(), weights[1]).tanh()
+    assert_near(model(x), expected, torch.float32)
+    before = snapshot(model)
+    assert check_adapter(model, {"input": x}).ok
+    merge(model)
+    assert_near(model[0].stacked, torch.stack(weights), torch.float32, 1)
+    unmerge(model)
+    assert_same_tensors(snapshot(model), before)
+    save_adapter(model, tmp_path, "two")
+    again = nn.Sequential(Stack(6))
+    again.load_state_dict(base.state_dict())
+    load_adapter(again, tmp_path)
+    set_active(model, require_state(model, "test"), ("two",))
+    assert torch.equal(again(x), model(x))
+    eject(model)
+    assert_same_tensors(snapshot(model), snapshot(base))

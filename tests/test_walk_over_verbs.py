@@ -195,8 +195,6 @@ class Walk:
     def delete(self) -> None:
         reference = self.reference
         name = self.pick(NAMES, reference.gives)
-        if not reference.active and len(reference.adapters) == 2:
-            return  # left out: the library makes the other one active, though the one that goes was not
         if self.attempt(f"delete {name}", reference.gives(name), lambda: delete(self.model, name)):
             reference.remove(name)
 
@@ -213,8 +211,6 @@ class Walk:
     def set_active(self) -> None:
         held = set(self.reference.adapters)
         names = self.pick([*SETS, (), ("one", "one")], lambda names: set(names) <= held)
-        if self.reference.crosses(names):
-            return  # left out: the library lets both act, and what one has at a module that the other keeps is idle
         allowed = self.reference.activates(names)
         if self.attempt(
             f"set_active {names}", allowed, lambda: set_active(self.model, require_state(self.model, "walk"), names)
@@ -244,10 +240,7 @@ class Walk:
         reference = self.reference
         if reference.merged and self.random.random() < 0.8:
             return self.unmerge()
-        # Left out: (), which is refused and yet leaves no adapter active.
-        names = self.pick([None, *SETS], reference.merges)
-        if reference.crosses(names):
-            return
+        names = self.pick([None, (), *SETS], reference.merges)
         if self.attempt(f"merge {names}", reference.merges(names), lambda: merge(self.model, names)):
             reference.active = reference.active if names is None else names
             reference.merge()

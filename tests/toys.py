@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,14 @@ from hf_lora.errors import Faults
 from hf_lora.layers.contract import FactorSpec, Method, Shape
 from hf_lora.layers.hosts import Activity, Held, Host, add_factor, remove_factor
 from hf_lora.layers.inits import Collector, Init, InitCall, taken
+from hf_lora.layers.methods import Additive
+from hf_lora.layers.ops import exact
 from hf_lora.layers.parts import Fold, Part, Planned
 from hf_lora.layers.shapes.linear import LinearShape
 from hf_lora.layers.storages import DenseStorage
 from hf_lora.layers.views import LoraViews, View
+
+Update = Callable[[Tensor, slice], Tensor]
 
 
 class Gain(Method):
@@ -47,6 +51,30 @@ class Gain(Method):
         gain = layer.factor("lora_gain", name)[rows, None].to(block.dtype)
         delta = layer._lora.shape.delta(layer, name, rows).to(block.dtype)
         return block + layer._lora.adapters[name].scaling * gain * delta
+
+
+class Shift(Additive):
+    """y = W x + scaling · (B A x + b), with a bias b (O,) of the update."""
+
+    kind = "shift"
+    keys = {"lora_shift": "lora_shift"}
+
+    def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
+        shift = FactorSpec((shape.features(layer)[1],), "lora_shift", "O")
+        return {**shape.specs(layer, r), "lora_shift": shift}
+
+    def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+        y = super().forward(layer, x, names)
+        for name in names:
+            y = y + (layer._lora.adapters[name].scaling * layer.factor("lora_shift", name)).to(y.dtype)
+        return y
+
+    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+        shifts = [layer._lora.adapters[name].scaling * exact(layer.factor("lora_shift", name)) for name in names]
+        return lambda block, rows: block + sum(shift[rows] for shift in shifts)
+
+    def refuse_folding(self, layer: Any) -> str | None:
+        return "it has no bias" if layer.bias is None else None
 
 
 def as_column(gain: Tensor) -> Tensor:
@@ -261,6 +289,61 @@ class PairShape(LinearShape):
         return f"{layer.name}."
 
 
+class Stack(nn.Module):
+    """y = tanh(W₁ tanh(W₀ x)), of one stored tensor (2, O, O)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.stacked = nn.Parameter(torch.randn(2, size, size) / size**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.stacked:
+            x = F.linear(x, weight).tanh()
+        return x
+
+
+class Piece(View):
+    """`module.stacked[index]`, seen as a layer."""
+
+    def __init__(self, module: nn.Module, index: int) -> None:
+        super().__init__(module, f"stacked.{index}")
+        self.index = index
+
+    @property
+    def weight(self) -> Any:
+        return self.module.stacked[self.index]  # type: ignore[index]
+
+    @property
+    def _parameters(self) -> dict[str, Any]:
+        return {"weight": self.module.stacked, "bias": None}
+
+    def lifted(self, update: Update) -> tuple[View, Update]:
+        def lift(block: Tensor, rows: slice) -> Tensor:
+            if rows.start <= self.index < rows.stop:
+                piece = block[self.index - rows.start]
+                piece.copy_(update(piece, slice(0, len(piece))))
+            return block
+
+        return View(self.module, "stacked"), lift
+
+
+class StackLayer(LoraViews):
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("stacked.0", "stacked.1"):
+            x = self.site(name).respond(x).tanh()
+        return x
+
+
+class StackShape(PairShape):
+    mixin = StackLayer
+
+    def claims(self, layer: nn.Module) -> bool:
+        return isinstance(layer, Stack)
+
+    def sites(self, layer: nn.Module) -> list[View]:
+        return [Piece(layer, 0), Piece(layer, 1)]
+
+
 class RowsHeld(Held):
     """What a `RowsHost` knows: the ids of each adapter's rows."""
 
@@ -354,6 +437,7 @@ class Rows(Part):
 
 TOYS: list[tuple[Any, str, Any]] = [
     (METHODS, "gain", Gain()),
+    (METHODS, "shift", Shift()),
     (INITS, "constant", Constant()),
     (INITS, "top", Top()),
     (INITS, "once", Once()),
@@ -362,6 +446,7 @@ TOYS: list[tuple[Any, str, Any]] = [
     (INITS, "lost", Lost()),
     (SHAPES, "doubled", DoubledShape()),
     (SHAPES, "pair", PairShape()),
+    (SHAPES, "stack", StackShape()),
     (STORAGES, "negated", NegatedStorage()),
     (PARTS, "rows", Rows),
 ]

@@ -6,7 +6,7 @@ gradients, and every parameter that the adapted net must have.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -153,7 +153,7 @@ class Reference:
         rows = [row for plan in plans for row in plan.rows]
         adapted = [path for plan in plans for path in plan.targets]
         gains = {path for plan in plans for path in plan.targets if plan.method == "gain"}
-        if len(set(rows)) < len(rows):
+        if len(set(rows)) < len(rows) or self._crosses(plans):
             return False
         return len(set(replaced)) == len(replaced) and all(adapted.count(path) == 1 for path in gains)
 
@@ -162,10 +162,10 @@ class Reference:
         wanted = self.active if names is None else names
         return self.enabled and bool(wanted) and self.activates(wanted)
 
-    def crosses(self, names: tuple[str, ...] | None) -> bool:
-        """Whether one of these adapters keeps a module whole that another one adapts."""
-        plans = [self.adapters[name].plan for name in set(names or ()) & set(self.adapters)]
-        return any(set(plan.whole) & {*other.targets, *other.biases} for plan in plans for other in plans)
+    def _crosses(self, plans: Sequence[Plan]) -> bool:
+        """Whether one of these adapters keeps a module whole that another one adapts, which would not act."""
+        touched = [{*plan.targets, *plan.biases, *(["embedding"] if plan.rows else [])} for plan in plans]
+        return any(set(plan.whole) & paths for plan in plans for paths in touched)
 
     @property
     def acting(self) -> tuple[str, ...]:

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
+from ..layers.hosts import states_of
 from ..layers.ops import used_devices
-from ..layers.site import Site
+from ..layers.parts import Fold
 from .dequantize import quantized_layers
-from .merge import disabled, folded
-from .state import require_state
-from .walk import adapter_layers
+from .merge import by_tensor, disabled, merged_rows
+from .state import acting_together, require_state
 
 NOISE = 1e-3
 """A difference below this share of the adapter's own effect is rounding."""
@@ -75,7 +75,14 @@ def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
             "check_adapter: the base is quantised, and its weights cannot be exchanged for a moment. Load the adapter "
             "onto the dense base, and check it there: which layers are bypassed does not depend on quantisation."
         )
-    layers = {n: m for n, m in adapter_layers(model).items() if any(a in m._lora.names for a in state.activity.active)}
+    folds: dict[str, list[Fold]] = {}
+    modules = {}
+    for first, *others in acting_together(model, state.activity.active):
+        found = list(first.folds(others))
+        if found:
+            folds.setdefault(first.path, []).extend(found)
+            modules[first.path] = first.module
+    layers = {path: _Adapted(modules[path], list(by_tensor(found).values())) for path, found in folds.items()}
     was_training = [m for m in model.modules() if m.training]
     model.eval()
     try:
@@ -86,11 +93,17 @@ def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
             module.training = True
 
 
-def _compare(model: nn.Module, layers: dict[str, Site], batch: Mapping[str, Any]) -> AdapterCheck:
+class _Adapted(NamedTuple):
+    module: nn.Module
+    folds: list[Fold]
+
+
+def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, Any]) -> AdapterCheck:
     batch = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     called: set[str] = set()
-    hosts = {name: layer.host() for name, layer in layers.items()}
-    hooks = [host.register_forward_hook(lambda *_, name=name: called.add(name)) for name, host in hosts.items()]
+    hooks = [
+        layer.module.register_forward_hook(lambda *_, name=name: called.add(name)) for name, layer in layers.items()
+    ]
     unmerged = _output(model, batch)
     for hook in hooks:
         hook.remove()
@@ -128,25 +141,27 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextmanager
-def _all_folded(layers: dict[str, Site]) -> Iterator[None]:
-    """Plain layers with folded weights in place of adapted ones."""
-    kept: list[tuple[Any, Any, tuple[str, ...]]] = []
+def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
+    """Plain modules with folded tensors in place of adapted ones."""
+    kept: list[tuple[Any, Any]] = []
+    held = [(state, state.names) for adapted in found.values() for state in states_of(adapted.module)]
     try:
-        for layer in layers.values():
-            state = layer._lora
-            names = state.activity.acting[state.names]
-            weight: Any = layer.weight
-            new = weight.detach().clone()
-            for rows, block in folded(layer, names):
-                new[rows] = block
-            kept.append((layer, weight.data, state.names))
-            weight.data = new
+        for adapted in found.values():
+            for fold in adapted.folds:
+                tensor: Any = fold.site.weight
+                new = tensor.detach().clone()
+                for rows, block in merged_rows(fold):
+                    new[rows] = block
+                kept.append((fold.site, tensor.data))
+                tensor.data = new
+        for state, _ in held:
             state.names = ()
         yield
     finally:
-        for layer, data, names in reversed(kept):
-            layer.weight.data = data
-            layer._lora.names = names
+        for site, data in reversed(kept):
+            site.weight.data = data
+        for state, names in held:
+            state.names = names
 
 
 @contextmanager

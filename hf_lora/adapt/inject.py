@@ -100,7 +100,7 @@ def delete(model: nn.Module, name: str) -> None:
     _remove(model, parts(model, name))
     del state.adapters[name]
     remaining = tuple(n for n in state.activity.active if n != name)
-    if not remaining and state.adapters:
+    if not remaining and name in state.activity.active and state.adapters:
         remaining = (next(reversed(state.adapters)),)
     set_active(model, state, remaining)
 

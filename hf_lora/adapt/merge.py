@@ -58,11 +58,12 @@ def merge(
     if not state.activity.enabled:
         raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
     before = state.activity.active
-    if names is not None:
-        set_active(model, state, (names,) if isinstance(names, str) else tuple(names))
-    active = state.activity.active
-    if not active:
+    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if not wanted:
         raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
+    if names is not None:
+        set_active(model, state, wanted)
+    active = state.activity.active
     try:
         folds = folds_of(model, active)
         check_mergeable(model, folds, active, untie, keep, call)
@@ -255,6 +256,8 @@ def check_mergeable(
             )
         if fold.refused is not None:
             faults.add(f"{path}: {fold.refused}")
+        if weight is None:  # a bias that the layer does not have, which is the refusal
+            continue
         if weight.is_meta:
             faults.add(
                 f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"

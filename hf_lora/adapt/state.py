@@ -197,8 +197,20 @@ def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]
 
 
 def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    faults = [first.conflict(others) for first, *others in acting_together(model, names) if others]
+    together = acting_together(model, names)
+    faults = [first.conflict(others) for first, *others in together if others]
     found = [fault for fault in faults if fault is not None]
+    everything = [part for group in together for part in group]
+    for whole in (part for part in everything if part.whole_module):
+        for part in everything:
+            below = f"{part.path}.".startswith(f"{whole.path}.") and not (
+                part.path == whole.path and part.whole_module
+            )
+            if below and part.adapter != whole.adapter:
+                found.append(
+                    f"{whole.path}: {whole.adapter!r} has a module of its own there, so what {part.adapter!r} has at "
+                    f"{part.name} would not act"
+                )
     if found:
         listed = "\n".join(f"  - {f}" for f in found[:20])
         raise StateError(f"set_adapter({list(names)}): these adapters cannot be active together:\n{listed}")

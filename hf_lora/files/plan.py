@@ -171,6 +171,8 @@ def make_plan(shell: Shell, sources: Sources, dtype: torch.dtype | None, untie: 
 
     for fold in folds:
         name, weight = fold.name, fold.site.weight
+        if name in replaced:
+            faults.add(f"{name}: the adapter replaces it and adds to it, which is merged in memory only. {IN_MEMORY}")
         if name in shell.misshapen or (name not in shell.owners and name not in owned):
             continue  # which is said below
         found = storage(name, tuple(weight.shape))

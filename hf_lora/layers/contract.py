@@ -186,6 +186,13 @@ class Method(ABC):
         """`fold` of one layer as a function of (block, rows), for one block after another."""
         return lambda block, rows: self.fold(layer, block, names, rows)
 
+    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor] | None:
+        """The same of the bias, a vector (O,); None where the adapters leave it alone.
+
+        A layer without a bias is one that `refuse_folding` has to refuse.
+        """
+        return None
+
 
 class Storage(ABC):
     """How a backend keeps a layer's weight."""

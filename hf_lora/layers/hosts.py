@@ -120,6 +120,11 @@ class Host(Extension):
         next(mixin for mixin in mixins_of(module) if issubclass(mixin, cls)).shrink(module)
 
     @classmethod
+    def states(cls, module: nn.Module) -> list[Held]:
+        """What it knows of `module`, one for each site."""
+        return [module.__dict__[cls.attribute]]
+
+    @classmethod
     def hold(cls, module: nn.Module, activity: Activity) -> Held:
         """Extend `module`, unless it is already, and give what it says of its adapters."""
         if cls.attribute not in module.__dict__:
@@ -151,6 +156,11 @@ def remove_factor(module: nn.Module, kind: str, name: str) -> None:
     held._modules.pop(name, None)
     if not held._modules:
         del module._modules[kind]
+
+
+def states_of(module: nn.Module) -> list[Held]:
+    """What all extensions of `module` know of its adapters."""
+    return [held for mixin in mixins_of(module) if issubclass(mixin, Host) for held in mixin.states(module)]
 
 
 def remove_all(module: nn.Module, name: str) -> None:

@@ -203,9 +203,17 @@ class Factors(Part):
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
-        name = self.name if isinstance(self.site, View) else f"{self.path}.weight"
         refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
-        yield Fold(name, self.site, state.storage, self.site.folding(names), (name.rpartition(".")[0],), refused)
+        site, update = self.site.lifted(self.site.folding(names))
+        yield self._fold(site, "weight", state.storage, update, refused)
+        update = self._own.method.folding_bias(self.site, names)
+        if update is not None:
+            bias = View(self.module, getattr(self.site, "bias_name", "bias"))
+            yield self._fold(bias, "bias", DenseStorage(), update, refused)
+
+    def _fold(self, site: Any, name: str, storage: Storage, update: Any, refused: str | None) -> Fold:
+        path = f"{self.path}.{site.name if isinstance(site, View) else name}"
+        return Fold(path, site, storage, update, (path.rpartition(".")[0],), refused)
 
     def fit(self) -> None:
         own = self._own
@@ -257,7 +265,8 @@ class Bias(Part):
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         def own(block: Tensor, rows: slice) -> Tensor:
-            return exact(self._own.detach()[rows])
+            added = block - exact(self.module.bias.detach()[rows])  # by a method that folds into the bias too
+            return exact(self._own.detach()[rows]) + added
 
         yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), own, None)
 

@@ -124,6 +124,10 @@ class Site:
     def _folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
         return self._lora.adapters[names[0]].method.folding(self, names)
 
+    def lifted(self, update: Callable[[Tensor, slice], Tensor]) -> tuple[Site, Callable[[Tensor, slice], Tensor]]:
+        """What holds the whole stored tensor, and `update` as an update of that: of a site that is a piece of one."""
+        return self, update
+
     def add_lora(self, name: str, adapter: LayerAdapter, values: Mapping[str, Tensor]) -> None:
         """Give the site an adapter with the values of all its declared factors."""
         state = self._lora

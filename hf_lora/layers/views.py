@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import StateError
 from .base import MERGED_TRAINING, LoraLayer, start_layer
 from .contract import Shape, Storage
-from .hosts import Activity, Host
+from .hosts import Activity, Held, Host
 from .site import LayerState, Site
 
 
@@ -86,6 +86,10 @@ class LoraViews(Host):
         """The site of one weight; its product has the bias that the shape named."""
         shape = self._lora_views[name].shape
         return next(view for view in shape.sites(self) if view.name == name)
+
+    @classmethod
+    def states(cls, module: nn.Module) -> list[Held]:
+        return list(module.__dict__[cls.attribute].values())
 
     @classmethod
     def let_go(cls, module: nn.Module, name: str) -> None:
