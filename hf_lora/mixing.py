@@ -63,12 +63,12 @@ def weigh(model: nn.Module, name: str, weight: float, call: str) -> None:
     if weight == 1:
         return
     owned = list(parts(model, name))
-    whole = sorted({part.path for part in owned if part.replaces})
+    whole = sorted({part.name for part in owned if not part.scales})
     if whole:
         config = require_state(model, call).adapters[name].config
         raise ConfigError(
             f"{call}: the adapter {config.base_model_name_or_path or name!r} has "
-            f"tensors of its own in place of the base's ({', '.join(whole[:5])}), which no weight but 1 fits."
+            f"tensors that are not added to the base's ({', '.join(whole[:5])}), which no weight but 1 fits."
         )
     for part in owned:
         part.scale(weight)

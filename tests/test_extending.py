@@ -317,3 +317,28 @@ def test_pieces_of_one_stored_tensor_are_sites(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
     eject(model)
     assert_same_tensors(snapshot(model), snapshot(base))
+
+
+def test_a_further_factor_grows_with_the_vocabulary(tmp_path: Path) -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=3, target_modules=["lm_head"], method="gain"))
+    randomize(model).eval()
+    before = model(IDS).logits
+    base = tiny_llama().eval()
+    model.resize_token_embeddings(80, mean_resizing=False)
+    base.resize_token_embeddings(80, mean_resizing=False)
+    after = model(IDS).logits
+    assert torch.equal(after[..., : before.shape[-1]], before)
+    assert torch.equal(model.lm_head.lora_gain["default"].weight[64:], torch.ones(16))  # as a new adapter's
+    assert after[..., 64:].abs().max() > 0
+    model.save_pretrained(tmp_path)
+    base.load_state_dict({k: v for k, v in model.state_dict().items() if "lora_" not in k})
+    load_adapter(base, tmp_path)
+    assert torch.equal(base(IDS).logits, after)
+
+
+def test_no_weight_but_one_fits_what_does_not_add_up(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = apply_lora(type(tiny_llama()).from_pretrained(tmp_path / "base"), LoraConfig(r=2, method="gain"))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="no weight but 1"):
+        LoraModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"), merge=True, weights=[0.5])

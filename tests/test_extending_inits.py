@@ -11,12 +11,13 @@ import torch
 from helpers import assert_same_tensors, relative_error, snapshot, tiny_llama
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from toys import Top, registered
+from toys import Pair, Top, registered
 
-from hf_lora import INITS, ConfigError, LoraConfig, LoraModel, apply_lora, merge_files
+from hf_lora import INITS, ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled
 from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
 
@@ -198,14 +199,37 @@ def test_an_initialization_that_looks_at_batches_wants_some() -> None:
         apply_lora(tiny_llama(), LoraConfig(init_lora_weights="top_3"))
 
 
-def test_a_vocabulary_that_grows_leaves_what_was_taken_out() -> None:
-    config = LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights="top")
-    model = apply_lora(tiny_llama(), config)
-    trained_values(model, 7)
-    with torch.no_grad():
-        before = model.eval()(IDS).logits
-        model.resize_token_embeddings(80, mean_resizing=False)
-        assert torch.equal(model(IDS).logits[..., : before.shape[-1]], before)
+def test_a_vocabulary_does_not_grow_where_something_was_taken_out() -> None:
+    """The same initialization would take something else out of the larger weight when the file is loaded."""
+    model = apply_lora(tiny_llama(), LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights="top"))
+    before = snapshot(model)
+    with pytest.raises(StateError, match=r"(?s)lm_head: what 'default' took out.*Resize the vocabulary before"):
+        model.resize_token_embeddings(80)
+    assert_same_tensors(snapshot(model), before)
+
+
+def test_a_collector_that_fails_leaves_the_model_as_it_was() -> None:
+    class Skipping(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self[0](x)
+            return y
+
+    model = Skipping(*net())
+    with pytest.raises((RuntimeError, ValueError)):  # the second layer is never called, so there is nothing to sum up
+        inject(model, LoraConfig(target_modules=LAYERS, init_lora_weights="directions"), batches=batches())
+    assert all(m.training and not m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+def test_a_weight_without_a_call_of_its_own_has_no_inputs_to_look_at() -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(Pair(6, 7, 5), nn.Linear(5, 5))
+    with pytest.raises(TargetError, match=r"0\.first: no module is called with the inputs of this weight alone"):
+        inject(model, LoraConfig(target_modules=["0", "1"], init_lora_weights="directions"), batches=batches())
+    inject(model, LoraConfig(r=4, target_modules=["0", "1"], rank_pattern={"0.first": 3, "0": 2}))
+    layers = {name: site._lora.adapters["default"].r for name, site in adapter_layers(model).items()}
+    assert layers == {"0.first": 3, "0.second": 2, "1": 4}
 
 
 @pytest.mark.parametrize("rslora", [False, True])

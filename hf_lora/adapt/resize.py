@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import StateError
+from ..errors import Faults, StateError
 from ..layers.base import LoraLayer
 from ..layers.extend import mixins_of
 from ..layers.hosts import Host
@@ -24,6 +24,7 @@ def resizing(model: Any) -> Iterator[None]:
     state = require_state(model, "resize_token_embeddings")
     state.refuse_merged("resize_token_embeddings")
     _refuse_joined(model)
+    _refuse_parts(model)
     embeddings = {id(m): m for m in (model.get_input_embeddings(), output_embedding(model)) if m is not None}
     wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
     for path, replacement in wrapped.items():
@@ -62,6 +63,17 @@ def _refuse_joined(model: Any) -> None:
             f"resize_token_embeddings: {', '.join(held)} hold one weight, and resizing makes one module of them: the "
             f"adapters of {', '.join(adapted)} would be lost or reach all. Resize the vocabulary before apply_lora."
         )
+
+
+def _refuse_parts(model: Any) -> None:
+    """What an adapter has at an embedding may not fit one of another size."""
+    ends = (model.get_input_embeddings(), output_embedding(model))
+    weights = {id(end.weight) for end in ends if end is not None}
+    faults = Faults("resize_token_embeddings")
+    for part in parts(model):
+        if id(getattr(part.module, "weight", None)) in weights and (why := part.refuse_resizing()) is not None:
+            faults.add(f"{part.name}: {why}")
+    faults.check(StateError, "Nothing was changed. Resize the vocabulary before apply_lora.")
 
 
 def _matrices(model: Any) -> list[Any]:

@@ -7,6 +7,7 @@ nothing is trained, no gradient is kept, and the random state is restored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -55,7 +56,7 @@ def informed(
             continue
         own = target.adapter
         if ranks[target.name] != own.r:
-            changed[target.path] = r = ranks[target.name]
+            changed[target.name] = r = ranks[target.name]
             own = replace(own, r=r, scaling=config.scaling(r, own.alpha))
             own.specs = own.declare(target.site, target.shape)
         reader = None if original is None else partial(original, target.name)
@@ -89,24 +90,25 @@ def collect(
     weights = list({id(t.site.weight): t.site.weight for t in targets}.values())
     required = [weight.requires_grad for weight in weights]
     training = [module for module in model.modules() if module.training]
-    collectors = {}
-    try:
+    with ExitStack() as undo:  # all of it, whatever of it fails
         for module in training:
+            undo.callback(setattr, module, "training", True)
             module.training = False  # not eval(): nothing is to be told
-        for weight in weights:
+        for weight, flag in zip(weights, required, strict=True):
+            undo.callback(weight.requires_grad_, flag)
             weight.requires_grad_(init.needs == "gradients")
-        for target in targets:
-            collectors[target.name] = init.collect(target.site)
+        for hooks in (d for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)):
+            undo.callback(_put_back, hooks, hooks.copy())
+        collectors = {target.name: init.collect(target.site) for target in targets}
         with torch.random.fork_rng(devices=used_devices()):
             for batch in (first, *batches):
                 _run(model, batch, weights if init.needs == "gradients" else [])
-    finally:
-        found = {name: collector.result() for name, collector in collectors.items()}
-        for weight, flag in zip(weights, required, strict=True):
-            weight.requires_grad_(flag)
-        for module in training:
-            module.training = True
-    return found
+        return {name: collector.result() for name, collector in collectors.items()}
+
+
+def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    hooks.clear()
+    hooks.update(before)
 
 
 def _run(model: nn.Module, batch: Any, weights: list[Any]) -> None:

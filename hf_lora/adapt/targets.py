@@ -143,16 +143,18 @@ def resolve(
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
     for path, (shape, sites) in chosen.items():
-        r, alpha = ranks.get(path, config.r), alphas.get(path, config.alpha)
-        scaling, dropout = config.scaling(r, alpha), 0.0 if shape.looks_up else config.lora_dropout
+        dropout = 0.0 if shape.looks_up else config.lora_dropout
         for site, storage in sites:
-            refused = shape.refuse_rank(site, r)
+            name = f"{path}.{site.name}" if isinstance(site, View) else path
+            r = ranks.get(name, ranks.get(path, config.r))
+            alpha = alphas.get(name, alphas.get(path, config.alpha))
+            scaling = config.scaling(r, alpha)
+            refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
             if refused is not None:
-                faults.add(f"{path}: {refused}")
+                faults.add(f"{name}: {refused}")
                 continue
             specs = init.declare(shape, method.declare(site, shape, r))
             adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
-            name = f"{path}.{site.name}" if isinstance(site, View) else path
             plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
@@ -264,7 +266,8 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
             users.setdefault(id(weight), []).append(name)
     notes = []
     for target in plan.layers:
-        shared = [n for n in users.get(id(target.site._parameters.get("weight")), ()) if n != target.name]
+        holder = target.name.rpartition(".")[0] if isinstance(target.site, View) else target.name
+        shared = [n for n in users.get(id(target.site._parameters.get("weight")), ()) if n != holder]
         if shared:
             notes.append(
                 f"{target.name} shares its weight with {', '.join(shared)}: it trains, saves and loads; merging it "

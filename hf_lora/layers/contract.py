@@ -155,6 +155,17 @@ class Method(ABC):
     additive = False
     """Whether adapters of this method add up, also with those of other additive methods."""
 
+    def refuse(self, layer: Any, shape: Shape) -> str | None:
+        """Why this method cannot act on a layer; None where it can."""
+        return None
+
+    def refuse_resizing(self, layer: Any) -> str | None:
+        """Why the layer cannot get another number of rows while an adapter of this method is there; None where it can.
+
+        What `start` gives for the new size is taken for the new rows.
+        """
+        return None
+
     def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
         """The declaration of all factors of an adapter of rank `r` on `layer`, which need not be adapted yet."""
         return shape.specs(layer, r)

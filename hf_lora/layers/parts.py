@@ -145,13 +145,18 @@ class Part(ABC):
         """Why it cannot act together with `others`, of its kind and at its module; None where it can."""
         return None
 
-    def scale(self, weight: float) -> None:
-        """Multiply its update.
+    def refuse_resizing(self) -> str | None:
+        """Why the tensors of its module cannot get another number of rows; None where `fit` knows what to do then."""
+        return None
 
-        Raises:
-            StateError: it has none, as what stands in place of the base's tensors.
-        """
-        raise StateError(f"{self.path}: what stands in place of the base's tensors has no update to multiply.")
+    @property
+    def scales(self) -> bool:
+        """Whether it has an update that `scale` can multiply. What stands in place of the base's tensors has none."""
+        return False
+
+    def scale(self, weight: float) -> None:
+        """Multiply its update, where it `scales`."""
+        raise StateError(f"{self.name}: it has no update to multiply.")
 
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(original name of a tensor of the base, what stands in its place, the base's), where it `replaces`."""
@@ -215,12 +220,21 @@ class Factors(Part):
         path = f"{self.path}.{site.name if isinstance(site, View) else name}"
         return Fold(path, site, storage, update, (path.rpartition(".")[0],), refused)
 
+    def refuse_resizing(self) -> str | None:
+        if self._own.takes_out:
+            return f"what {self.adapter!r} took out of it would not be found again"
+        return self._own.method.refuse_resizing(self.site)
+
     def fit(self) -> None:
-        own = self._own
+        own, before = self._own, dict(self.site.factors(self.adapter))
+        old = {kind: factor.weight for kind, factor in before.items()}
         own.specs = own.declare(self.site, self.site._lora.shape)
-        for kind, factor in self.site.factors(self.adapter):
-            like = torch.zeros(own.specs[kind].shape, device=factor.weight.device)
-            factor.weight = fitted(factor.weight, like)
+        likes = {kind: torch.zeros(own.specs[kind].shape, device=w.device) for kind, w in old.items()}
+        for kind, factor in before.items():
+            factor.weight = fitted(old[kind], likes[kind])
+        started = own.method.start(self.site.seen_by((self.adapter,)), self.adapter)  # with A and B of the new size
+        for kind, value in started.items():
+            before[kind].weight = fitted(old[kind], value.to(old[kind].device, torch.float32))
 
     def conflict(self, others: Sequence[Part]) -> str | None:
         methods = [self.site._lora.adapters[part.adapter].method for part in (self, *others)]
@@ -228,6 +242,10 @@ class Factors(Part):
             return None
         listed = ", ".join(dict.fromkeys(method.kind for method in methods))
         return f"{self.path}: adapters of the methods {listed} cannot act on one layer together"
+
+    @property
+    def scales(self) -> bool:
+        return self._own.method.additive
 
     def scale(self, weight: float) -> None:
         self._own.scaling *= weight

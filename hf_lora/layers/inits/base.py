@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import StateError
 from ..contract import FactorSpec, Shape, Storage
@@ -50,8 +50,8 @@ class InitCall(NamedTuple):
         found = self.storage.read(self.layer, slice(*rows.indices(self.storage.shape(self.layer)[0])))
         if found.is_meta or not torch.isfinite(found).all():
             raise StateError(
-                "The initialization begins with the layer's weight, which is offloaded or holds NaN. Load the base "
-                "into memory, as from_pretrained does without a device_map."
+                "The initialization begins with the layer's weight, which is offloaded, holds NaN, or is put together "
+                "from several tensors of a file. Load the base into memory, as from_pretrained does without device_map."
             )
         return found
 
@@ -83,6 +83,12 @@ class Init(ABC):
     needs: ClassVar[Literal["nothing", "inputs", "gradients", "original"]] = "nothing"
     """What it has to be given besides the weight: statistics of batches without or with gradients, or the weight as
     the checkpoint had it, before it was quantised."""
+
+    def refuse(self, layer: Any, shape: Shape) -> str | None:
+        """Why a layer's factors cannot begin this way; None where they can."""
+        if self.needs in ("inputs", "gradients") and not isinstance(layer, nn.Module):
+            return f"no module is called with the {self.needs} of this weight alone"
+        return None
 
     def declare(self, shape: Shape, specs: dict[str, FactorSpec]) -> dict[str, FactorSpec]:
         """The declaration of the factors with those of what it takes out."""
