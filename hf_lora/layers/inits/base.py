@@ -51,7 +51,7 @@ class InitCall(NamedTuple):
         if found.is_meta or not torch.isfinite(found).all():
             raise StateError(
                 "The initialization begins with the layer's weight, which is offloaded, holds NaN, or is put together "
-                "from several tensors of a file. Load the base into memory, as from_pretrained does without device_map."
+                "from several tensors of a file. Load the base into memory, without a device_map."
             )
         return found
 
