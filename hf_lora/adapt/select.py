@@ -94,18 +94,17 @@ class Selection:
             self._judge(name, module, patterns)
 
     def _judge(self, name: str, module: nn.Module, patterns: list[str]) -> None:
-        reason = why_not(module)
+        reason, shape, sites = judge(module)
         if reason == "" and not self._preset:  # no layer: not what the pattern is about
             self._elsewhere = dict.fromkeys(patterns, ONLY_CONTAINERS) | self._elsewhere
             return
         self._hit.update(patterns)
-        shape = shape_of(module)
         if reason is None and name in self._bypassed and (self._preset or not self._allow_bypassed):
             reason = self._bypassed[name]
             if not self._preset:
                 reason += " (allow_bypassed=True adapts it all the same)"
         if reason is None and shape is not None:
-            self.chosen[name] = shape, [(site, storage_of(site)) for site in shape.sites(module)]  # type: ignore[misc]
+            self.chosen[name] = shape, sites
         elif self._preset:
             self.skipped[name] = reason or "has no weight of its own"
         else:
@@ -157,19 +156,26 @@ class Selection:
 
 def why_not(module: nn.Module) -> str | None:
     """Why `module` cannot be adapted; None where it can; an empty string where it is no layer at all."""
+    return judge(module)[0]
+
+
+def judge(module: nn.Module) -> tuple[str | None, Shape | None, list[tuple[Any, Storage]]]:
+    """What `why_not` says, and of a module that can be adapted its shape, and its sites with their storages."""
     computed = hasattr(module, "parametrizations")
-    if quantization_of(module) is not None:
-        return refuse_instance_forward(module)
     shape = shape_of(module)
     no_layer = not module._parameters or ("weight" not in module._parameters and module._modules)
     if shape is None and not computed:
-        return "" if no_layer else f"{type(module).__name__} is not a kind of layer whose forward is known"
+        reason = "" if no_layer else f"{type(module).__name__} is not a kind of layer whose forward is known"
+        return reason, None, []
     if shape is None:
-        return why_no_storage(module)
-    strange = next((site for site in shape.sites(module) if storage_of(site) is None), None)
-    if strange is not None:
-        return why_no_storage(strange)
-    return shape.refuse(module) or refuse_instance_forward(module)
+        return why_no_storage(module), None, []
+    sites: list[tuple[Any, Storage]] = []
+    for site in shape.sites(module):
+        storage = storage_of(site)
+        if storage is None:
+            return why_no_storage(site), shape, []
+        sites.append((site, storage))
+    return shape.refuse(module) or refuse_instance_forward(module), shape, sites
 
 
 def all_names(modules: Iterable[str]) -> list[str]:

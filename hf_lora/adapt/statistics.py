@@ -46,6 +46,8 @@ def informed(
             f"{call}: the initialization {config.init_lora_weights!r} compares with the weights of the checkpoint. "
             "Pass original=…, a function from a layer's name to its weight there."
         )
+    if init.needs == "nothing":
+        return config
     found = collect(model, plan.layers, init, batches, call)
     wanted = {target.name: target.r for target in plan.layers}
     ranks = init.ranks(found, wanted, plan.layers[0].options) if found else wanted

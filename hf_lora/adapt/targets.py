@@ -32,7 +32,7 @@ from .walk import original_modules
 NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted."
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Target:
     """One weight to adapt: its name, which is that of its layer, its shape and storage, and what the adapter is there.
 
@@ -142,12 +142,14 @@ def resolve(
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
+    tables = (ranks, config.r), (alphas, config.alpha)
     for path, (shape, sites) in chosen.items():
         dropout = 0.0 if shape.looks_up else config.lora_dropout
         for site, storage in sites:
             name = f"{path}.{site.name}" if isinstance(site, View) else path
-            r = ranks.get(name, ranks.get(path, config.r))
-            alpha = alphas.get(name, alphas.get(path, config.alpha))
+            r, alpha = (
+                table.get(name, wanted if name == path else table.get(path, wanted)) for table, wanted in tables
+            )
             scaling = config.scaling(r, alpha)
             refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
             if refused is not None:

@@ -172,8 +172,8 @@ class Method(ABC):
 
     def declare(self, layer: Any, shape: Shape, r: int) -> dict[str, FactorSpec]:
         """`factors`, with the names on disk as they are below the module's path."""
-        specs, prefix = self.factors(layer, shape, r), shape.prefix(layer)
-        if not prefix:
+        specs = self.factors(layer, shape, r)
+        if not (prefix := shape.prefix(layer)):
             return specs
         return {n: s if s.key is None else replace(s, key=prefix + s.key) for n, s in specs.items()}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import TypeVar
 
 from ..errors import ConfigError, nearest
@@ -24,11 +23,15 @@ class Registry(dict[str, T]):
         super().__init__(entries)
         self.what = what
         self._own = tuple(entries)
+        self._order: tuple[tuple[str, ...], tuple[T, ...]] = (), ()
 
-    def search(self) -> Iterator[T]:
+    def search(self) -> tuple[T, ...]:
         """The entries, those from outside before the library's own."""
-        yield from (entry for name, entry in reversed(self.items()) if name not in self._own)
-        yield from (self[name] for name in self._own)
+        names = tuple(self)
+        if self._order[0] != names:  # asked for each layer of a model, and changed hardly ever
+            others = [name for name in reversed(names) if name not in self._own]
+            self._order = names, tuple(self[name] for name in (*others, *self._own))
+        return self._order[1]
 
     def why_unknown(self, name: str) -> str:
         """What to say of a name that is not here."""

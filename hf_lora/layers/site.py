@@ -40,6 +40,9 @@ class LayerAdapter:
     dropout: float
     init: Init
 
+    def copy(self) -> LayerAdapter:
+        return LayerAdapter(self.method, self.specs, self.r, self.alpha, self.scaling, self.dropout, self.init)
+
     @property
     def takes_out(self) -> bool:
         """Whether it acts on the base without something: see reduced.py."""
@@ -114,6 +117,8 @@ class Site:
 
     def seen_by(self, names: tuple[str, ...]) -> Site:
         """The site as the adapters `names` have it: without what initializations of theirs took out of the base."""
+        if not self._lora.taken:
+            return self
         taken = tuple(name for name in names if name in self._lora.taken)
         return Reduced(self, taken) if taken else self
 

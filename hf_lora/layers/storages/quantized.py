@@ -10,6 +10,7 @@ a dense layer instead: see adapt/dequantize.py.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any, cast
 
@@ -127,12 +128,17 @@ def features(layer: Any) -> tuple[int, int]:
 
 def is_a(value: Any, library: str, name: str) -> bool:
     """Whether `value` is of the class `name` of a library that may not be there."""
-    return any(c.__name__ == name and c.__module__.partition(".")[0] == library for c in type(value).__mro__)
+    return comes_from(type(value), library, name)
 
 
-def comes_from(cls: type, library: str) -> bool:
-    """Whether `cls` is a class of `library`, or derived from one."""
-    return any(c.__module__.partition(".")[0] == library for c in cls.__mro__)
+def comes_from(cls: Any, library: str, name: str | None = None) -> bool:
+    """Whether `cls` is a class of `library`, or derived from one; the one called `name` where that is given."""
+    return _comes_from(cls, library, name)
+
+
+@functools.lru_cache(maxsize=1024)  # a model has thousands of layers, of a few classes
+def _comes_from(cls: Any, library: str, name: str | None) -> bool:
+    return any(c.__module__.partition(".")[0] == library and name in (None, c.__name__) for c in cls.__mro__)
 
 
 def _library(value: Any) -> str:

@@ -1,0 +1,111 @@
+"""The factors of a method at one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contract import FactorSpec, Storage
+from ..fitting import fitted
+from ..hosts import Activity, add_factor
+from ..inits import InitCall, Unset
+from ..site import LayerAdapter
+from ..storages import DenseStorage, execution_device
+from ..views import View, end_site, sites_of, start_site
+from .base import Fold, Part
+
+
+class Factors(Part):
+    """The factors at one site: of an adapted layer, or of one weight of a module with several."""
+
+    def __init__(self, path: str, module: Any, adapter: str, site: Any = None) -> None:
+        super().__init__(path, module, adapter)
+        self.site: Any = module if site is None else site
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.site.name}" if isinstance(self.site, View) else self.path
+
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        for site in sites_of(module):
+            for name in site._lora.names:
+                yield cls(path, module, name, site)
+
+    def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
+        site: Any = start_site(self.site, planned.shape, planned.storage, activity)
+        own = planned.adapter
+        init = Unset() if planned.from_file and not own.takes_out else own.init
+        call = InitCall(
+            site, planned.shape, planned.storage, own.specs, execution_device(site), own.scaling, planned.options,
+            planned.statistics, planned.original,
+        )  # fmt: skip
+        site.add_lora(self.adapter, own.copy(), init(call))
+        if not planned.from_file:
+            for kind, value in own.method.start(site.seen_by((self.adapter,)), self.adapter).items():
+                add_factor(site.host(), site.holder(kind), self.adapter, value, own.specs[kind].trainable)
+        return None
+
+    def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
+        specs = self._own.specs
+        for kind, factor in self.site.factors(self.adapter):
+            yield specs[kind], factor.weight
+
+    def remove(self, keep: bool = False) -> nn.Module | None:
+        self.site.remove_lora(self.adapter)
+        if not self.site._lora.names:
+            end_site(self.site)
+        return None
+
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        names = tuple(part.adapter for part in (self, *others))
+        state = self.site._lora
+        refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
+        site, update = self.site.lifted(self.site.folding(names))
+        yield self._fold(site, "weight", state.storage, update, refused)
+        update = self._own.method.folding_bias(self.site, names)
+        if update is not None:
+            bias = View(self.module, getattr(self.site, "bias_name", "bias"))
+            yield self._fold(bias, "bias", DenseStorage(), update, refused)
+
+    def _fold(self, site: Any, name: str, storage: Storage, update: Any, refused: str | None) -> Fold:
+        path = f"{self.path}.{site.name if isinstance(site, View) else name}"
+        return Fold(path, site, storage, update, (path.rpartition(".")[0],), refused)
+
+    def refuse_resizing(self) -> str | None:
+        if self._own.takes_out:
+            return f"what {self.adapter!r} took out of it would not be found again"
+        return self._own.method.refuse_resizing(self.site)
+
+    def fit(self) -> None:
+        own, before = self._own, dict(self.site.factors(self.adapter))
+        old = {kind: factor.weight for kind, factor in before.items()}
+        own.specs = own.declare(self.site, self.site._lora.shape)
+        likes = {kind: torch.zeros(own.specs[kind].shape, device=w.device) for kind, w in old.items()}
+        for kind, factor in before.items():
+            factor.weight = fitted(old[kind], likes[kind])
+        started = own.method.start(self.site.seen_by((self.adapter,)), self.adapter)  # with A and B of the new size
+        for kind, value in started.items():
+            before[kind].weight = fitted(old[kind], value.to(old[kind].device, torch.float32))
+
+    def conflict(self, others: Sequence[Part]) -> str | None:
+        methods = [self.site._lora.adapters[part.adapter].method for part in (self, *others)]
+        if all(method.additive for method in methods) and len({method.kind for method in methods}) == 1:
+            return None
+        listed = ", ".join(dict.fromkeys(method.kind for method in methods))
+        return f"{self.path}: adapters of the methods {listed} cannot act on one layer together"
+
+    @property
+    def scales(self) -> bool:
+        return self._own.method.additive
+
+    def scale(self, weight: float) -> None:
+        self._own.scaling *= weight
+
+    @property
+    def _own(self) -> LayerAdapter:
+        own: LayerAdapter = self.site._lora.adapters[self.adapter]
+        return own
