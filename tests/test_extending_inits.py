@@ -122,10 +122,13 @@ def batches() -> list[Tensor]:
     return [torch.randn(7, 6, generator=generator) for _ in range(3)]
 
 
-def test_inputs_are_looked_at_and_may_decide_the_ranks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [{}, {"0": 5}], ids=["one rank", "a rank of its own"])
+def test_inputs_are_looked_at_and_may_decide_the_ranks(ranks: dict[str, int], tmp_path: Path) -> None:
     model, base = net(), net()
     hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
-    config = LoraConfig(r=6, lora_alpha=6, target_modules=LAYERS, init_lora_weights="directions_60")
+    config = LoraConfig(
+        r=6, lora_alpha=6, target_modules=LAYERS, init_lora_weights="directions_60", rank_pattern=ranks
+    )
     inject(model, config, batches=batches())
     with torch.no_grad():
         x = torch.cat(batches()).double()

@@ -11,7 +11,7 @@ while is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -67,14 +67,14 @@ def merge(
     try:
         folds = folds_of(model, active)
         check_mergeable(model, folds, active, untie, keep, call)
+        stored = by_tensor(folds)
         if not keep:
-            _try(model, folds, call)
+            _try(model, stored.values(), call)
     except MergeError:
         set_active(model, state, before)
         raise
     if untie:
         untie_adapted(model, folds)
-    stored = by_tensor(folds)
     packed = {name.rpartition(".")[0]: fold.update for name, fold in stored.items() if fold.storage.quantized}
     dense = {name: fold for name, fold in stored.items() if not fold.storage.quantized}
     maps = unwritten_maps() if dense else []
@@ -137,9 +137,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
         set_enabled(model, before)
 
 
-def folds_of(model: nn.Module, names: tuple[str, ...]) -> list[Fold]:
-    """What merging the adapters `names` makes of the base's tensors, each with those that act on it together."""
-    return [fold for first, *others in acting_together(model, names) for fold in first.folds(others)]
+def folds_of(model: nn.Module, names: tuple[str, ...], added: bool = False) -> list[Fold]:
+    """What merging the adapters `names` makes of the base's tensors, each with those that act on it together.
+
+    Args:
+        added: without what stands in place of a tensor of the base.
+    """
+    together = acting_together(model, names)
+    return [fold for first, *others in together if not (added and first.replaces) for fold in first.folds(others)]
 
 
 def by_tensor(folds: Sequence[Fold]) -> dict[str, Fold]:
@@ -174,13 +179,13 @@ def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator
 
 
 @torch.no_grad()
-def _try(model: nn.Module, folds: Sequence[Fold], call: str) -> None:
+def _try(model: nn.Module, stored: Iterable[Fold], call: str) -> None:
     """Fold float16 layers and write nothing: only float16 overflows where base and update are of ordinary size.
 
     Without kept originals nothing could undo that half way. It costs the work twice, and no memory.
     """
     faults = Faults(call)
-    for fold in by_tensor(folds).values():
+    for fold in stored:
         dtype = dense_dtype(model) if fold.storage.quantized else fold.site.weight.dtype
         if dtype == torch.float16 and not all(fits(block, dtype) for _, block in merged_rows(fold, reuse=True)):
             faults.add(f"{fold.label}: a merged value is not finite, or too large for {dtype}")

@@ -24,8 +24,8 @@ def resizing(model: Any) -> Iterator[None]:
     state = require_state(model, "resize_token_embeddings")
     state.refuse_merged("resize_token_embeddings")
     _refuse_joined(model)
-    _refuse_parts(model)
     embeddings = {id(m): m for m in (model.get_input_embeddings(), output_embedding(model)) if m is not None}
+    _refuse_parts(model, {id(m.weight) for m in embeddings.values()})
     wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
     for path, replacement in wrapped.items():
         put(model, path, replacement.base_layer)
@@ -65,10 +65,8 @@ def _refuse_joined(model: Any) -> None:
         )
 
 
-def _refuse_parts(model: Any) -> None:
+def _refuse_parts(model: Any, weights: set[int]) -> None:
     """What an adapter has at an embedding may not fit one of another size."""
-    ends = (model.get_input_embeddings(), output_embedding(model))
-    weights = {id(end.weight) for end in ends if end is not None}
     faults = Faults("resize_token_embeddings")
     for part in parts(model):
         if id(getattr(part.module, "weight", None)) in weights and (why := part.refuse_resizing()) is not None:

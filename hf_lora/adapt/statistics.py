@@ -64,7 +64,8 @@ def informed(
         reader = None if original is None else partial(original, target.name)
         targets.append(replace(target, adapter=own, statistics=found.get(target.name), original=reader))
     plan.layers[:] = targets
-    return replace(config, rank_pattern={**changed, **config.rank_pattern}) if changed else config
+    # A layer's own name comes first, and has the last word where the configuration names it too.
+    return replace(config, rank_pattern=changed | config.rank_pattern | changed) if changed else config
 
 
 def collect(

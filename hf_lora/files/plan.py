@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapt.merge import by_tensor, check_mergeable, merged_rows
-from ..adapt.state import acting_together
+from ..adapt.merge import by_tensor, check_mergeable, folds_of, merged_rows
 from ..adapt.walk import parts
 from ..errors import Faults, MergeError
 from ..layers.parts import Fold
@@ -138,12 +137,7 @@ def make_plan(shell: Shell, sources: Sources, dtype: torch.dtype | None, untie: 
     """
     plan = Plan(shell)
     faults = Faults(call)
-    folds = [
-        fold
-        for group in acting_together(shell.model, (NAME,))
-        if not group[0].replaces
-        for fold in group[0].folds(group[1:])
-    ]
+    folds = folds_of(shell.model, (NAME,), added=True)
     owned = {name: name for name in (*shell.names.direct, *shell.names.converted)}
     extra = _untied(plan, folds, untie)
     tensors = shell.checkpoint.tensors
