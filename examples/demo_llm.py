@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_lora import LoraModel, LoraSFTConfig, LoraSFTTrainer, generate_texts, write_card
 from hf_lora.adapt.report import trainable_parameters
-from hf_lora.train.answers import ExactMatch, FieldF1
+from hf_lora.evaluation.answers import ExactMatch, FieldF1
 
 OUT = Path("out/demo-llm")
 SHOWN = [0, 3, 7]

@@ -17,10 +17,10 @@ _WHERE = {
     "LoraModel": "model",
     "apply_lora": "model",
     "get_peft_model": "model",
-    "pipeline": "load",
-    "write_card": "hub.card",
-    "generate_texts": "generate",
-    "Conversation": "conversation",
+    "pipeline": "pipelines",
+    "write_card": "hub.card.write",
+    "generate_texts": "generate.texts",
+    "Conversation": "generate.conversation",
     "explain_targets": "adapt.targets",
     "INITS": "layers.inits",
     "METHODS": "layers.methods",
@@ -31,7 +31,7 @@ _WHERE = {
     "check_adapter": "adapt.check",
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
-    "merge_files": "files.stream",
+    "merge_files": "file_merge.stream",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -39,8 +39,8 @@ _WHERE = {
     "LoraSFTConfig": "train.sft",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
-    "build_compute_metrics": "train.metrics",
-    "register_adapter_hooks": "train.state_hooks",
+    "build_compute_metrics": "evaluation.metrics",
+    "register_adapter_hooks": "train.checkpoint.state_hooks",
     "LoraError": "errors",
     "ConfigError": "errors",
     "TargetError": "errors",
@@ -101,7 +101,6 @@ if TYPE_CHECKING:
     from .adapt.sharing import share_inputs
     from .adapt.targets import explain_targets
     from .config import LoraConfig
-    from .conversation import Conversation
     from .errors import (
         AdapterFileError,
         BaseMismatchError,
@@ -114,21 +113,22 @@ if TYPE_CHECKING:
         TargetError,
         TrainingError,
     )
-    from .files.stream import merge_files
-    from .generate import generate_texts
-    from .hub.card import write_card
+    from .evaluation.metrics import build_compute_metrics
+    from .file_merge.stream import merge_files
+    from .generate.conversation import Conversation
+    from .generate.texts import generate_texts
+    from .hub.card.write import write_card
     from .layers.inits import INITS
     from .layers.methods import METHODS
     from .layers.parts import PARTS
     from .layers.registry import register
     from .layers.shapes import SHAPES
     from .layers.storages import STORAGES
-    from .load import pipeline
     from .model import LoraModel, apply_lora, get_peft_model
+    from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
-    from .train.metrics import build_compute_metrics
+    from .train.checkpoint.state_hooks import register_adapter_hooks
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
-    from .train.state_hooks import register_adapter_hooks
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 
 

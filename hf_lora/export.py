@@ -12,7 +12,8 @@ from .errors import AdapterFileError, ConfigError, MergeError, nearest
 from .files.format import CONFIG_NAME
 from .hub.pull import local_adapter
 from .layers.storages import fits
-from .load import PROCESSORS, find_processor, load_lora
+from .load import PROCESSORS, find_processor
+from .model import LoraModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,7 +59,7 @@ def merge_to_folder(
     common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
     source = local_adapter(adapter, **found, **common)
     loading = "float32" if dtype is not None else None
-    model = load_lora(source, base_model=base_model, merge=True, dtype=loading, **kwargs)
+    model = LoraModel.from_pretrained(source, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
     floats = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]

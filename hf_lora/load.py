@@ -1,9 +1,15 @@
-"""Load an adapter together with its base model, and make a pipeline of both."""
+"""Load an adapter together with its base model, merged if asked: several adapters with weights, into a base that is
+quantised afterwards.
+
+An adapter is folded into dense weights before they are quantised: the sum is rounded once, as if the merged model had
+been on disk all along.
+"""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,18 +21,17 @@ from transformers import PreTrainedModel
 
 from .adapt.embeddings import vocabulary_of
 from .adapt.labels import AUTO_CLASSES
+from .adapt.mixing import scale_adapter
 from .adapt.state import state_of
 from .adapt.undo import restored_if_refused
 from .compat import held_load_report, is_own_model
-from .errors import AdapterFileError, BaseMismatchError, HubError, LoraError
+from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
 from .files.adapters import load_adapter
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
 from .hub.base import commit_in_training
 from .hub.network import scrub
 from .hub.pull import local_adapter
 from .layers.ops import used_devices
-from .mixing import AFTERWARDS, check_mix, requantised, sources_of, weigh
-from .model import begin
 
 PROCESSORS = {
     "tokenizer": "AutoTokenizer",
@@ -36,8 +41,12 @@ PROCESSORS = {
 }
 """A pipeline's parts -> the auto class that loads them."""
 
+AFTERWARDS = ("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers")
+"""Arguments of `from_pretrained` that say how the weights are kept and where: with a quantisation they come last."""
+
 
 def load_lora(
+    model_class: Any,
     adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     base_model: Any = None,
@@ -60,6 +69,7 @@ def load_lora(
     """Load an adapter with its base: `LoraModel.from_pretrained`.
 
     Args:
+        model_class: `LoraModel`, which gives the model its verbs.
         adapter: a folder, or a repository on the Hub; with `merge=True` a sequence of them, whose updates add up.
         base_model: a model, or its folder or repository; None takes the one that the adapter's config names. The class
             is the one that the adapter was trained on, else that of its task.
@@ -109,39 +119,13 @@ def load_lora(
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
                 file = files.pop(0)  # its tensors go when the model has its own
                 _fit_vocabulary(model, file, allow_other_base)
-                _put(model, file, name, is_trainable, allow_other_base)
-                weigh(model, name, weight, call)
+                _put(model_class, model, file, name, is_trainable, allow_other_base)
+                scale_adapter(model, name, weight, call)
                 del file
             model.train(is_trainable)
             if merge:
                 model = model.merge_and_unload(names, untie=untie)
         return requantised(model, afterwards) if afterwards else model
-
-
-def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """transformers' `pipeline` on an adapter. The base is found from the adapter's config; the tokenizer or processor
-    comes from the adapter's folder where it holds one, else from the base.
-
-    Args:
-        task: a task of `transformers.pipeline`.
-        adapter: a folder, or a repository on the Hub.
-        kwargs: those of `LoraModel.from_pretrained` go there, others to transformers' pipeline.
-    """
-    found = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
-    common = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
-    folder = local_adapter(adapter, **found, **common)
-    own = {"base_model", "merge", "base_revision", "allow_other_base", "dtype", "device_map", *common}
-    model = load_lora(folder, **{k: v for k, v in kwargs.items() if k in own})
-    rest = {k: v for k, v in kwargs.items() if k not in own}
-    base = kwargs.get("base_model")
-    base = base if isinstance(base, (str, os.PathLike)) else model.config._name_or_path
-    for part, auto in PROCESSORS.items():
-        if part not in rest:
-            processor = find_processor(auto, folder, base)
-            if processor is not None:
-                rest[part] = processor
-    make: Any = transformers.pipeline
-    return make(task, model=model, **rest)
 
 
 def find_processor(auto: str, folder: Path, base: Any) -> Any:
@@ -159,7 +143,9 @@ def find_processor(auto: str, folder: Path, base: Any) -> Any:
     return None
 
 
-def _put(model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool) -> None:
+def _put(
+    model_class: Any, model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool
+) -> None:
     """Load onto a model that may hold adapters already."""
     if state_of(model) is not None:
         model.load_adapter(file, name, is_trainable=is_trainable, allow_other_base=allow_other_base)
@@ -168,7 +154,7 @@ def _put(model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_oth
         model, file, name, is_trainable=is_trainable, allow_other_base=allow_other_base,
         call="LoraModel.from_pretrained",
     )  # fmt: skip
-    begin(model)
+    model_class.begin(model)
 
 
 def _load_base(
@@ -240,3 +226,47 @@ def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> No
             f"embedding, the base has {now}, and the new rows are in no file. Resize the base as the training script "
             "did and pass it as base_model=, or pass allow_other_base=True to do without them."
         )
+
+
+def sources_of(adapter: Any) -> list[str | os.PathLike[str]]:
+    """The adapters that were asked for: one, or a sequence."""
+    return [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
+
+
+def check_mix(
+    call: str, count: int, weights: Sequence[float] | None, merge: bool, base_model: Any, quantised: bool, untie: bool
+) -> None:
+    """Refuse what cannot be merged at load.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    faults = Faults(call)
+    if not count:
+        faults.add("no adapter is named")
+    if count > 1 and not merge:
+        faults.add("several adapters are named, which is for merge=True; load others with model.load_adapter")
+    if weights is not None:
+        if not merge:
+            faults.add("weights= is for merge=True")
+        if len(weights) != count:
+            faults.add(f"{len(weights)} weights are given for {count} adapters")
+        for weight in weights:
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+                faults.add(f"{weight!r} is no weight")
+    if untie and not merge:
+        faults.add("untie= is for merge=True")
+    if merge and quantised and isinstance(base_model, nn.Module):
+        faults.add("quantization_config is given, but base_model is a model already; pass its folder or repository")
+    faults.check(ConfigError, "Nothing was loaded.")
+
+
+def requantised(model: Any, afterwards: Mapping[str, Any]) -> Any:
+    """A dense model as transformers loads it under `quantization_config`, from its tensors in memory."""
+    config, generation = model.config, getattr(model, "generation_config", None)
+    made = type(model).from_pretrained(
+        None, config=config, state_dict=model.state_dict(), dtype=model.dtype, **afterwards
+    )
+    if generation is not None:
+        made.generation_config = generation
+    return made.eval()

@@ -24,12 +24,13 @@ from .adapt.state import LoraState, Task, require_state, set_active, state_of
 from .config import LoraConfig
 from .errors import AdapterFileError, StateError
 from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weights, save_adapter
-from .files.fingerprint import identify
 from .files.format import PREFIX, AdapterFile
+from .files.identity import identify
 from .hub.pull import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
-from .layers.extend import Extension, plain
+from .layers.class_swap import Extension, plain
+from .load import load_lora
 
 M = TypeVar("M", bound=nn.Module)
 _OUTER = "_hf_lora_outer"
@@ -105,6 +106,20 @@ class LoraModel(Extension, PreTrainedModel):
             return object.__new__(cls)
         return base(*args, **kwargs)
 
+    @staticmethod
+    def begin(model: PreTrainedModel) -> None:
+        """Extend the class of a model that has adapters now, and of the transformers models in it."""
+        for module in list(model.modules()):
+            if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
+                LoraModel.extend(module)
+                if module is not model:
+                    module.__dict__[_OUTER] = type(model).__name__
+        assert isinstance(model, LoraModel)
+        if is_checkpointing(model):
+            model.enable_input_require_grads()
+        if model.training:
+            model.train()  # a frozen BatchNorm to eval
+
     # Loading ---------------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -112,9 +127,7 @@ class LoraModel(Extension, PreTrainedModel):
         """Load an adapter with its base model: see `hf_lora.load.load_lora`, which this calls."""
         if cls is not LoraModel:
             return plain(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
-        from .load import load_lora
-
-        return load_lora(*args, **kwargs)
+        return load_lora(cls, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
@@ -430,25 +443,11 @@ def _add(
     if first:
         require_state(model, call).identity = identity
         if isinstance(model, PreTrainedModel):
-            begin(model)
+            LoraModel.begin(model)
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
-
-
-def begin(model: PreTrainedModel) -> None:
-    """Extend the class of a model that has adapters now, and of the transformers models in it."""
-    for module in list(model.modules()):
-        if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
-            LoraModel.extend(module)
-            if module is not model:
-                module.__dict__[_OUTER] = type(model).__name__
-    assert isinstance(model, LoraModel)
-    if is_checkpointing(model):
-        model.enable_input_require_grads()
-    if model.training:
-        model.train()  # a frozen BatchNorm to eval
 
 
 def _end(model: PreTrainedModel) -> PreTrainedModel:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 from helpers import offline
 
@@ -20,3 +25,41 @@ def _seeded(_one_thread: None) -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> Callable[..., Any]:
+    """Makes training arguments that are quiet, on the CPU, and write below the test's folder."""
+
+    def make(cls: Any = None, **values: Any) -> Any:
+        from hf_lora import LoraTrainingArguments
+
+        values = {
+            "output_dir": str(tmp_path / values.pop("name", "run")),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 4,
+            "logging_strategy": "no",
+            "save_strategy": "no",
+            "learning_rate": 1e-2,
+        } | values
+        return (cls or LoraTrainingArguments)(**values)
+
+    return make
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What hf_lora warns of, as a list of texts."""
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage())
+
+    ear = Ear()
+    logger = logging.getLogger("hf_lora")
+    logger.addHandler(ear)
+    yield heard
+    logger.removeHandler(ear)

@@ -37,7 +37,7 @@ from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.inspect import inspect_adapter
 from hf_lora.layers.contract import FactorSpec, Shape
-from hf_lora.train.groups import learning_rates
+from hf_lora.train.optimizer import learning_rates
 
 IDS = torch.arange(14).view(2, 7) % 32
 

@@ -24,8 +24,8 @@ from hf_lora.adapt.merge import disabled, merge, set_enabled, unmerge
 from hf_lora.adapt.state import require_state, set_active, state_of
 from hf_lora.files.adapters import load_adapter, load_adapter_weights, save_adapter
 from hf_lora.layers.base import LoraLayer
-from hf_lora.layers.extend import plain
-from hf_lora.layers.replacement import BiasLayer, Replacement
+from hf_lora.layers.class_swap import plain
+from hf_lora.layers.copies import BiasLayer, Replacement
 from hf_lora.layers.views import LoraViews
 
 NAMES = ("one", "two")

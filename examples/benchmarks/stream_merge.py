@@ -69,7 +69,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
 
 
 def stream(folder: Path, out: Path) -> None:
-    from hf_lora.files.stream import merge_files
+    from hf_lora.file_merge.stream import merge_files
 
     merge_files(folder / "base", folder / "adapter", out, allow_other_base=True, progress=False)
 

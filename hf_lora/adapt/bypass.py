@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.extend import plain
+from ..layers.class_swap import plain
 from .walk import original_modules
 
 _HARMLESS_ATTRIBUTES = frozenset(

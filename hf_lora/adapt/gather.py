@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from ..layers.sharded import gather
+from ..layers.distributed import gather
 from .state import require_state
 from .walk import parts
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.sharded import whole_numel
+from ..layers.distributed import whole_numel
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .walk import module_at, original_modules
 

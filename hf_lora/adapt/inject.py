@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults, StateError
+from ..layers.distributed import how_sharded
 from ..layers.hosts import remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
-from ..layers.sharded import how_sharded
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random

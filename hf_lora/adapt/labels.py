@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..config import LoraConfig
 from ..errors import StateError, TargetError
-from ..layers.extend import plain
+from ..layers.class_swap import plain
 from .embeddings import output_embedding
 from .heads import find_heads, outside_backbone
 from .match import matches

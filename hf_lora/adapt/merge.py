@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Faults, MergeError, StateError
-from ..layers.mapped import let_go, lies_in, unwritten_maps
+from ..layers.distributed import is_partitioned, is_sharded
+from ..layers.file_maps import let_go, lies_in, unwritten_maps
 from ..layers.parts import Fold
-from ..layers.sharded import is_partitioned, is_sharded
 from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
 from .dequantize import Update, dense_dtype, dequantize_with, is_quantized, leftovers, read_rows

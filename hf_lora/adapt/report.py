@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.sharded import whole_numel
+from ..layers.distributed import whole_numel
 from ..layers.storages import numel
 from .state import require_state
 from .walk import adapter_layers, parts

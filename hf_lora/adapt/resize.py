@@ -10,9 +10,9 @@ from torch import nn
 
 from ..errors import Faults, StateError
 from ..layers.base import LoraLayer
-from ..layers.extend import mixins_of
+from ..layers.class_swap import mixins_of
+from ..layers.copies import Replacement
 from ..layers.hosts import Host
-from ..layers.replacement import Replacement
 from .embeddings import output_embedding, vocabulary_of
 from .state import require_state, state_of, update_requires_grad
 from .walk import adapter_layers, original_modules, parts, put, replacements

@@ -10,8 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig
 from ..errors import Faults, nearest
+from ..layers.class_swap import refuse_instance_forward
 from ..layers.contract import Shape, Storage
-from ..layers.extend import refuse_instance_forward
 from ..layers.shapes import shape_of
 from ..layers.storages import quantization_of, storage_of, why_no_storage
 from .bypass import bypassed_modules

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.contract import FactorSpec, Method, Shape, Storage
+from ..layers.copies import BIAS_CLASSES
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
-from ..layers.replacement import BIAS_CLASSES
 from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished

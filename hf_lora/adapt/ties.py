@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.extend import plain
+from ..layers.class_swap import plain
 from ..layers.parts import Fold
 from .walk import module_at, original_modules
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.copies import Replacement
 from ..layers.hosts import Host
 from ..layers.parts import PARTS, Part
-from ..layers.replacement import Replacement
 from ..layers.site import Site
 from ..layers.views import View, sites_of
 

@@ -58,12 +58,12 @@ def evaluate(
         raise ConfigError("hf-lora eval: --predictions and --system belong to --generate. Add it, or leave them out.")
     if batch_size < 1:
         raise ConfigError(f"hf-lora eval: --batch-size {batch_size} must be at least 1.")
-    from ..generate import load_for_generation, window_of
-    from ..train.chat import chat_rows
-    from ..train.evaluation import first_rows, score_answers, score_classes, score_rows
-    from ..train.forms import recognise
-    from ..train.prompts import check_output, write_answers
-    from ..train.tables import read_table
+    from ..data.chat import chat_rows
+    from ..data.formats import recognise
+    from ..data.prompts import check_output, write_answers
+    from ..data.tables import read_table
+    from ..evaluation.run import first_rows, score_answers, score_classes, score_rows
+    from ..generate.texts import load_for_generation, window_of
 
     table = first_rows(read_table(file), limit)
     if predictions is not None:

@@ -50,7 +50,7 @@ def merge(
     ADAPTER OUT works on safetensors files and needs little memory; cut off, the same command goes on.
     """
     if len(what) == 3 and out is None and base is None:
-        from ..files.stream import merge_files
+        from ..file_merge.stream import merge_files
         from ..hub.base import local_base
         from ..hub.pull import local_adapter
 

@@ -58,8 +58,8 @@ def chat(
 
     Answers appear word by word, and the conversation is kept. /base and /adapter switch who answers.
     """
-    from ..conversation import Conversation
-    from ..generate import load_for_generation
+    from ..generate.conversation import Conversation
+    from ..generate.texts import load_for_generation
 
     model, tokenizer = load_for_generation(
         source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
@@ -164,8 +164,8 @@ def generate(
         raise ConfigError("hf-lora generate: give the prompts either with --prompt or in a --file.")
     if file is None and (out is not None or column is not None):
         raise ConfigError("hf-lora generate: --out and --column belong to a --file. Leave them out.")
-    from ..generate import generate_texts, load_for_generation
-    from ..train.prompts import check_output, read_prompt_table, read_prompts, write_answers
+    from ..data.prompts import check_output, read_prompt_table, read_prompts, write_answers
+    from ..generate.texts import generate_texts, load_for_generation
 
     table = None if file is None else read_prompt_table(file)
     prompts = prompt if table is None else read_prompts(table, column)

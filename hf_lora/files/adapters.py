@@ -21,12 +21,11 @@ from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
-from ..layers.extend import plain
+from ..layers.class_swap import plain
+from ..layers.distributed import is_sharded, whole_shape
 from ..layers.inits import Init, find_init
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
-from ..layers.sharded import is_sharded, whole_shape
-from .fingerprint import differs, identify
 from .format import (
     FULL_MODEL_FILES,
     AdapterFile,
@@ -37,6 +36,7 @@ from .format import (
     stored,
     write_adapter,
 )
+from .identity import differs, identify
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:

@@ -26,14 +26,14 @@ from ..adapt.targets import check_names
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.contract import FactorSpec, Method, Shape
+from ..layers.distributed import scatter
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Part
 from ..layers.shapes import SHAPES
-from ..layers.sharded import scatter
 from ..layers.storages import fits
-from .claims import check_config, check_extras
-from .safety import FLOATS, REPAIR, Entry, own_file, read_header, read_json
-from .together import finish_moves, replace_together
+from ..safe_io.atomic import finish_moves, replace_together
+from ..safe_io.reading import FLOATS, REPAIR, Entry, own_file, read_header, read_json
+from .validate import check_config, check_extras
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -15,8 +15,8 @@ from ..adapt.match import PatternTable
 from ..config import LoraConfig
 from ..errors import AdapterFileError, Faults
 from ..layers.storages import fits
+from ..safe_io.reading import REPAIR
 from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
-from .safety import REPAIR
 
 
 @dataclass

@@ -11,8 +11,8 @@ from typing import Any
 from huggingface_hub import constants
 
 from ..config import LoraConfig
+from ..file_merge.ranges import INDEX_NAME, SINGLE_NAME
 from ..files.format import read_config, read_extras
-from ..files.ranges import INDEX_NAME, SINGLE_NAME
 from .names import check_repository, chosen, is_folder
 from .place import Listing, Place
 

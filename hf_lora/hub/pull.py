@@ -12,8 +12,8 @@ from huggingface_hub import constants
 
 from ..errors import AdapterFileError
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, FULL_MODEL_FILES, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
-from ..files.safety import MAX_JSON_BYTES, own_folder
-from ..files.together import replace_together
+from ..safe_io.atomic import replace_together
+from ..safe_io.reading import MAX_JSON_BYTES, own_folder
 from .names import (
     ADAPTER,
     CARD_NAME,

@@ -27,11 +27,11 @@ from ..files.format import (
     read_config,
     read_extras,
 )
-from ..files.safety import own_file, own_folder
+from ..safe_io.reading import own_file, own_folder
+from .card.readme import one_of_two
 from .names import ADAPTER, CARD_NAME, PICTURES, PROCESSING, check_repository, check_subfolder, chosen
 from .network import cause, explain, retried, was_lost
 from .place import Listing, Place
-from .readme import one_of_two
 
 logger = logging.get_logger(__name__)
 

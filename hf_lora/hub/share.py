@@ -13,7 +13,7 @@ from torch import nn
 from ..adapt.state import require_state
 from ..files.adapters import save_adapter
 from ..files.format import CONFIG_NAME
-from .card import write_card
+from .card.write import write_card
 from .push import push_folder
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from .extend import Extension, mixins_of
+from .class_swap import Extension, mixins_of
 from .ops import device_only
 from .sharing import Leftovers
 

@@ -17,9 +17,9 @@ from transformers.utils import logging
 from ..adapt.report import trainable_parameters
 from ..adapt.state import require_state
 from ..errors import AdapterFileError
-from ..hub.card import write_card
-from ..hub.escape import command_line
-from ..hub.facts import Run, Score, facts_of, is_repository, scores_of
+from ..hub.card.card_data import Run, Score, facts_of, is_repository, scores_of
+from ..hub.card.escape import command_line
+from ..hub.card.write import write_card
 from ..layers.storages import libraries_of
 from .part import TrainerPart
 

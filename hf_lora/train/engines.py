@@ -19,7 +19,7 @@ from transformers.utils import logging
 from ..adapt.state import require_state
 from ..compat import zero_partitions
 from ..errors import ConfigError, StateError, TrainingError
-from ..layers.sharded import (
+from ..layers.distributed import (
     gather,
     gather_state,
     how_sharded,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .loss import FrozenHead, find_frozen_head, shifted
-from .metrics import ComputeMetrics, Kept
+from ..evaluation.metrics import ComputeMetrics, Kept
+from ..loss.frozen_head import FrozenHead, find_frozen_head, shifted
 from .part import TrainerPart
 
 

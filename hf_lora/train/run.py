@@ -12,12 +12,20 @@ from transformers import set_seed
 
 from ..adapt.heads import find_heads, outside_backbone
 from ..adapt.report import adapter_table
+from ..data.chat import chat_rows, is_templated, show_batch
+from ..data.formats import describe, recognise
+from ..data.tables import Table, read_table
+from ..data.tasks import (
+    CAUSAL_LM,
+    CLASSIFICATION,
+    TASKS,
+    choose_columns,
+    choose_task,
+    classification_rows,
+    find_labels,
+)
 from ..errors import ConfigError, Faults, nearest
-from .chat import chat_rows, is_templated, show_batch
-from .data import CAUSAL_LM, CLASSIFICATION, TASKS, choose_columns, choose_task, classification_rows, find_labels
-from .forms import describe, recognise
 from .parsing import Parsed, RunArguments
-from .tables import Table, read_table
 
 LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
 """Where none is given. A classifier's model is usually small, and small models want more."""
@@ -115,7 +123,7 @@ def prepare(parsed: Parsed) -> Prepared:
 def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-    from .metrics import build_compute_metrics
+    from ..evaluation.metrics import build_compute_metrics
     from .trainer import LoraTrainer
 
     run, training = parsed.run, parsed.training
@@ -168,7 +176,7 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from .metrics import build_compute_metrics
+    from ..evaluation.metrics import build_compute_metrics
 
     run, training = parsed.run, parsed.training
     settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()

@@ -27,16 +27,16 @@ from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapt.state import require_state, state_of
+from ..data.chat import chat_rows
+from ..data.formats import recognise
+from ..data.tables import table_of
 from ..errors import ConfigError, TargetError
 from ..files.format import CONFIG_NAME
 from ..layers.base import LoraLayer
+from ..loss.frozen_head import FrozenHead, shifted
+from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
-from .chat import chat_rows
-from .forms import recognise
-from .loss import FrozenHead, shifted
-from .packing import attention_by_document
-from .tables import table_of
 from .trainer import LoraTrainerMixin
 
 

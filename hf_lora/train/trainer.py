@@ -24,20 +24,20 @@ from ..errors import AdapterFileError, ConfigError, StateError
 from ..model import LoraModel, apply_lora
 from .arguments import LoraArguments
 from .card import CardMixin
-from .checkpoint import (
+from .checkpoint.manifest import (
     last_checkpoint,
     require_complete,
 )
+from .checkpoint.saving import SavingMixin
+from .checkpoint.sigterm import save_between_steps
 from .engines import check_alike, check_engine, equalize
-from .finite import FiniteMixin, FiniteWatch
-from .groups import learning_rates, split_by_rate
-from .guard import LayerGuard
 from .head_loss import HeadLossMixin
 from .memory import keep_freed_memory
+from .optimizer import learning_rates, split_by_rate
 from .precision import precision_line, quantization
-from .saving import SavingMixin
-from .sigterm import save_between_steps
 from .start import announce, base_dtype, check_start, find_shared_inputs, hold_batchnorm
+from .watch.finite import FiniteMixin, FiniteWatch
+from .watch.guard import LayerGuard
 
 logger = logging.get_logger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from helpers import assert_same_tensors, randomize, snapshot, tiny_llama
 
 from hf_lora import LoraConfig, LoraModel, apply_lora
-from hf_lora.layers.mapped import let_go, lies_in, unwritten_maps
+from hf_lora.layers.file_maps import let_go, lies_in, unwritten_maps
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps are read from Linux' /proc")
 

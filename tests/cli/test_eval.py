@@ -13,13 +13,13 @@ import torch
 from helpers import run_command, tiny_bert, tiny_llama, tiny_t5, write_lines
 
 from hf_lora import DataError, LoraModel, StateError, generate_texts
-from hf_lora.generate import load_for_generation
-from hf_lora.train import evaluation
-from hf_lora.train import metrics as metrics_module
-from hf_lora.train.chat import chat_rows
-from hf_lora.train.evaluation import first_rows, score_answers, score_rows
-from hf_lora.train.forms import recognise
-from hf_lora.train.tables import read_table
+from hf_lora.data.chat import chat_rows
+from hf_lora.data.formats import recognise
+from hf_lora.data.tables import read_table
+from hf_lora.evaluation import metrics as metrics_module
+from hf_lora.evaluation import run as evaluation
+from hf_lora.evaluation.run import first_rows, score_answers, score_rows
+from hf_lora.generate.texts import load_for_generation
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from hf_lora import Conversation, DataError, generate_texts
 from hf_lora.cli.main import app
-from hf_lora.generate import load_for_generation
+from hf_lora.data.prompts import read_prompt_table, read_prompts
+from hf_lora.generate.texts import load_for_generation
 from hf_lora.testing import LocalHub
-from hf_lora.train.prompts import read_prompt_table, read_prompts
 
 
 @pytest.fixture(scope="module")

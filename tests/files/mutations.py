@@ -15,8 +15,8 @@ from spoilt_weights import EITHER, LOADS, MARK, REFUSED, Mutation, of_weights, t
 
 from hf_lora import LoraConfig, apply_lora
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
-from hf_lora.files.safety import MAX_JSON_BYTES
-from hf_lora.files.together import JOURNAL_NAME
+from hf_lora.safe_io.atomic import JOURNAL_NAME
+from hf_lora.safe_io.reading import MAX_JSON_BYTES
 
 JSON_FILES = (CONFIG_NAME, EXTRAS_NAME)
 

@@ -27,10 +27,11 @@ from safetensors.torch import load_file
 from spoilt_weights import EITHER, LOADS, MARK, REFUSED, sparse
 
 from hf_lora import AdapterFileError, LoraModel
-from hf_lora.files import claims, safety
+from hf_lora.files import validate as claims
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, read_adapter
 from hf_lora.files.inspect import inspect_adapter
-from hf_lora.files.safety import own_file
+from hf_lora.safe_io import reading as safety
+from hf_lora.safe_io.reading import own_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SECONDS = 10

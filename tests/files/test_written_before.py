@@ -1,6 +1,6 @@
 """What version 0.1.0 wrote still loads: adapters, a checkpoint of a run, and a file of arguments.
 
-tests/data/written_by_0 was made once by write_old_adapters.py and stays as it is. The base models are not in it: they
+tests/files/written_by_0 was made once by write_old_adapters.py and stays as it is. The base models are not in it: they
 are built from their configurations and filled without random numbers, which differ between versions of PyTorch.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from hf_lora import LoraConfig, LoraModel, LoraTrainer, LoraTrainingArguments
 from hf_lora.train.parsing import parse_arguments
 
-DATA = Path(__file__).parents[1] / "data" / "written_by_0"
+DATA = Path(__file__).parent / "written_by_0"
 NAMES = ["llama", "bert", "gpt2", "resnet", "embedding"]
 STEPS = 2
 """Optimizer steps before the checkpoint."""

@@ -1,4 +1,4 @@
-"""Wrote tests/data/written_by_0, once, at commit a2ec75f (version 0.1.0).
+"""Wrote tests/files/written_by_0, once, at commit a2ec75f (version 0.1.0).
 
 The files stand for those that users of that version have. They are not made again with later code, which would only
 show that it reads what it writes itself: see test_written_before.py. As it was run, from the repository's root:

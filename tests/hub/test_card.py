@@ -357,7 +357,7 @@ HISTORY = [
 
 
 def test_the_curve_has_the_points_of_the_log() -> None:
-    from hf_lora.hub.curve import draw_curve, losses_of
+    from hf_lora.hub.card.curve import draw_curve, losses_of
 
     assert losses_of(HISTORY) == {
         "train": [(10, 2.0), (20, 1.5), (40, 1.0)], "eval": [(20, 1.75), (40, 1.25)],
@@ -427,7 +427,7 @@ def render(text: str) -> Page:
 
 @pytest.mark.parametrize("name", [*HOSTILE, *BROKEN_UP])
 def test_a_hostile_name_shows_as_it_is_and_is_no_markup(tmp_path: Path, name: str) -> None:
-    from hf_lora.hub.escape import clean
+    from hf_lora.hub.card.escape import clean
 
     model = apply_lora(tiny_bert(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}))
     plain, folder = tmp_path / "plain", tmp_path / "hostile"

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_lora import AdapterFileError, LoraConfig, apply_lora, write_card
-from hf_lora.hub.escape import clean, command_line
-from hf_lora.hub.facts import Run, scores_of
-from hf_lora.hub.readme import join_readme, split_readme
+from hf_lora.hub.card.card_data import Run, scores_of
+from hf_lora.hub.card.escape import clean, command_line
+from hf_lora.hub.card.readme import join_readme, split_readme
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from tiny import texts, tiny_llama
 import hf_lora.files.format as file_format
 from hf_lora import LoraTrainer, LoraTrainingArguments
 from hf_lora.files.format import WEIGHTS_NAME
-from hf_lora.train.checkpoint import last_checkpoint, why_incomplete
+from hf_lora.train.checkpoint.manifest import last_checkpoint, why_incomplete
 
 EVERY = 4
 real_save = torch.save

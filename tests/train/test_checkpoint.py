@@ -18,10 +18,10 @@ from tiny import SPARE, adapter_values, sentences, texts_of_three, tiny_bert, ti
 from toys import registered
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-import hf_lora.train.saving as saving
+import hf_lora.train.checkpoint.saving as saving
 from hf_lora import LoraConfig, LoraTrainer, apply_lora, share_inputs
 from hf_lora.errors import AdapterFileError, BaseMismatchError
-from hf_lora.train.checkpoint import ASIDE, MANIFEST_NAME, last_checkpoint, why_incomplete
+from hf_lora.train.checkpoint.manifest import ASIDE, MANIFEST_NAME, last_checkpoint, why_incomplete
 
 Make = Callable[..., Any]
 FULL = {"config.json", "model.safetensors", "pytorch_model.bin"}

@@ -14,7 +14,7 @@ from torch import nn
 from hf_lora import LoraConfig, LoraTrainer, apply_lora
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.errors import TrainingError
-from hf_lora.train.guard import LayerGuard, check_finite
+from hf_lora.train.watch.guard import LayerGuard, check_finite
 
 Make = Callable[..., Any]
 

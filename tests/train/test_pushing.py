@@ -85,7 +85,7 @@ def test_a_full_disk_of_temporary_files_stops_no_training(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = trainer(arguments, "checkpoint", hub_token=hub.token)
-    monkeypatch.setattr("hf_lora.train.pushing._copied", full)
+    monkeypatch.setattr("hf_lora.train.checkpoint.pushing._copied", full)
     run.train()
     assert run.state.global_step == 4
     assert any("training goes on without this push" in text and "No space" in text for text in messages)

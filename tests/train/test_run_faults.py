@@ -17,11 +17,11 @@ from helpers import assert_same_tensors
 from tiny import adapter_values, sentences, tiny_bert
 from transformers.trainer_utils import rotate_checkpoints as theirs
 
-import hf_lora.train.finite as finite
-import hf_lora.train.saving as saving
+import hf_lora.train.checkpoint.saving as saving
+import hf_lora.train.watch.finite as finite
 from hf_lora import LoraConfig, LoraTrainer
 from hf_lora.errors import AdapterFileError, ConfigError, TrainingError
-from hf_lora.train.checkpoint import (
+from hf_lora.train.checkpoint.manifest import (
     ASIDE,
     MANIFEST_NAME,
     begin_checkpoint,

@@ -16,10 +16,10 @@ from test_chat import PLAIN, byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_lora import LoraConfig, LoraModel, apply_lora, build_compute_metrics
+from hf_lora.data.chat import chat_rows
+from hf_lora.data.formats import recognise
+from hf_lora.data.tables import table_of
 from hf_lora.errors import ConfigError, DataError, TargetError
-from hf_lora.train.chat import chat_rows
-from hf_lora.train.forms import recognise
-from hf_lora.train.tables import table_of
 
 trl = pytest.importorskip("trl", reason="the extra chat is not installed")
 datasets = pytest.importorskip("datasets")

@@ -12,7 +12,7 @@ from tiny import SPARE, adapter_values, texts, texts_of_three, tiny_llama, tiny_
 
 from hf_lora import LoraTrainer, LoraTrainingArguments, apply_lora
 from hf_lora.adapt.walk import adapter_layers
-from hf_lora.train.checkpoint import MANIFEST_NAME, read_manifest, why_incomplete
+from hf_lora.train.checkpoint.manifest import MANIFEST_NAME, read_manifest, why_incomplete
 
 
 def main(output_dir: str) -> None:

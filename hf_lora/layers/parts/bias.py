@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import FactorSpec
+from ..copies import BiasLayer
+from ..distributed import whole_shape
 from ..fitting import fitted
 from ..hosts import Activity, add_factor, remove_factor
 from ..ops import exact
-from ..replacement import BiasLayer
-from ..sharded import whole_shape
 from ..storages import DenseStorage
 from ..views import View
 from .base import Fold, Part, each_its_own

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..contract import FactorSpec
+from ..copies import Replacement
+from ..distributed import whole_shape
 from ..fitting import fit_module
 from ..hosts import Activity
-from ..replacement import Replacement
-from ..sharded import whole_shape
 from .base import Fold, Part, each_its_own
 
 

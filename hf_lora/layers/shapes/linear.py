@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..extend import plain
+from ..class_swap import plain
 from ..storages import quantization_of
 from .matrix import Matrix, runs_forward_of
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import LoraLayer
+from ..class_swap import plain
 from ..contract import Shape
-from ..extend import plain
 from ..ops import weight_like
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..extend import plain
+from ..class_swap import plain
 from .quantized import QuantizedStorage, comes_from, features
 
 TORCHAO = "torchao"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import MergeError
+from ..class_swap import plain, rebase
 from ..contract import Storage
-from ..extend import plain, rebase
-from ..sharded import is_sharded
+from ..distributed import is_sharded
 
 
 class QuantizedStorage(Storage):

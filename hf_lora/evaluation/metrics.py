@@ -1,0 +1,248 @@
+"""`build_compute_metrics`: what Trainer calls after an evaluation, made from the names of metrics.
+
+Metrics come from `evaluate`. Where the Hub cannot be reached, accuracy, F1 and exact match are computed here, with the
+same keys and values. Perplexity always is, from the model's own losses, and so is the F1 of JSON fields.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.utils import logging
+
+from ..data.spans import IGNORED
+from ..errors import ConfigError
+from ..loss.frozen_head import Scores
+
+PERPLEXITY = "perplexity"
+OURS = (PERPLEXITY, "field_f1")
+"""Always computed in this process: the Hub's perplexity runs another model, and it has no F1 of fields."""
+
+logger = logging.get_logger(__name__)
+
+
+def build_compute_metrics(
+    metric: Any,
+    *,
+    shift_labels: bool | None = None,
+    average: str | None = "auto",
+    **compute_kwargs: Any,
+) -> Any:
+    """A `compute_metrics` for Trainer.
+
+    The result has a method `preprocess_logits_for_metrics` that keeps class indices (and the loss of each row for
+    perplexity) in place of logits, so an evaluation's memory does not grow with the vocabulary. `LoraTrainer` uses it
+    by itself; hand it to another Trainer as its argument of that name.
+
+    Args:
+        metric: `"accuracy"`, `"f1"`, `"perplexity"`, another name or path that `evaluate.load` takes, an
+            `evaluate.EvaluationModule`, a list of these, or a function of an `EvalPrediction`, which is returned.
+        shift_labels: whether the logits at position t belong to the label at t + 1, as in a causal language model.
+            `None`: LoraTrainer finds out from its model; elsewhere True for perplexity alone.
+        average: how F1 is averaged over classes; `"auto"` is `"binary"` for two classes, else `"macro"`.
+        compute_kwargs: handed to every metric's `compute`.
+
+    Raises:
+        ConfigError: a metric cannot be loaded.
+    """
+    if callable(metric) and not hasattr(metric, "compute"):
+        return metric
+    metrics = list(metric) if isinstance(metric, (list, tuple)) else [metric]
+    modules = [load_metric(m) if isinstance(m, (str, os.PathLike)) else m for m in metrics]
+    return ComputeMetrics(modules, shift_labels, average, compute_kwargs)
+
+
+class Kept(NamedTuple):
+    """What the metrics need of a batch of a causal language model, where no logits were made.
+
+    Args:
+        predictions: (B, T) the likeliest next token of each position that has a label for it.
+        losses: (B, 2) of each row the sum of the negative log-likelihoods and the number of tokens.
+    """
+
+    predictions: Tensor
+    losses: Tensor
+
+    @classmethod
+    def of(cls, scores: Scores) -> Kept:
+        assert scores.predictions is not None
+        return cls(scores.predictions, torch.stack([-scores.log_probs.sum(-1), scores.mask.sum(-1)], dim=-1))
+
+
+class ComputeMetrics:
+    """Turns an `EvalPrediction` into a dict of numbers; made by `build_compute_metrics`.
+
+    Works with `batch_eval_metrics` too: each batch is added, and the last call returns the results.
+    """
+
+    def __init__(
+        self, metrics: Sequence[Any], shift_labels: bool | None, average: str | None, compute_kwargs: dict[str, Any]
+    ) -> None:
+        self.metrics = list(metrics)
+        self.shift_labels = shift_labels
+        self.average = average
+        self.compute_kwargs = compute_kwargs
+        self._classes = 0
+        self._labelled = [m for m in self.metrics if m.name != PERPLEXITY]
+        self._losses = [m for m in self.metrics if m.name == PERPLEXITY]
+
+    def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
+        """Keep what the metrics need of the logits (B, …, C): class indices (B, …) and, for perplexity, (B, 2).
+
+        Token ids from `generate` and the outputs of regression pass unchanged.
+        """
+        if isinstance(logits, Kept):
+            parts = [logits.predictions] * bool(self._labelled) + [logits.losses] * bool(self._losses)
+            return parts[0] if len(parts) == 1 else tuple(parts)
+        logits = logits[0] if isinstance(logits, (tuple, list)) else logits
+        if not logits.is_floating_point():
+            return logits
+        if labels is not None and labels.is_floating_point():
+            if self._losses or (logits.shape[-1] != 1 and logits.dim() == labels.dim()):
+                raise ConfigError(
+                    "These metrics take one class a label; here several labels may be true at once. Pass a function "
+                    "of an EvalPrediction as compute_metrics."
+                )
+            return logits.squeeze(-1)
+        self._classes = max(self._classes, logits.shape[-1])
+        kept = []
+        if self._labelled:
+            kept.append(logits.argmax(-1))
+        if self._losses:
+            shift = self.shift_labels is not False
+            rows = zip(logits, labels, strict=True)
+            kept.append(torch.stack([_row_loss(row, target, shift) for row, target in rows]))
+        return kept[0] if len(kept) == 1 else tuple(kept)
+
+    def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        predictions, labels = prediction.predictions, prediction.label_ids
+        labels = labels[0] if isinstance(labels, tuple) else labels
+        if not self._is_kept(predictions, labels):
+            raw = predictions[0] if isinstance(predictions, (tuple, list)) else predictions
+            kept = self.preprocess_logits_for_metrics(torch.as_tensor(raw), torch.as_tensor(labels))
+            predictions = tuple(_array(k) for k in kept) if isinstance(kept, tuple) else _array(kept)
+        parts = list(predictions) if isinstance(predictions, (tuple, list)) else [predictions]
+        if self._labelled:
+            chosen, wanted = self._aligned(_array(parts[0]), _array(labels))
+            if wanted.size and np.issubdtype(wanted.dtype, np.integer):
+                self._classes = max(self._classes, int(wanted.max()) + 1, int(chosen.max()) + 1)
+            for metric in self._labelled:
+                metric.add_batch(predictions=chosen, references=wanted)
+        for metric in self._losses:
+            metric.add_batch(predictions=_array(parts[-1]))
+        if not compute_result:
+            return {}
+        results: dict[str, float] = {}
+        for metric in self.metrics:
+            results |= metric.compute(**self._arguments(metric))
+        return {name: value.item() if isinstance(value, np.generic) else value for name, value in results.items()}
+
+    def _is_kept(self, predictions: Any, labels: Any) -> bool:
+        """Whether `predictions` went through `preprocess_logits_for_metrics`."""
+        if self._labelled and self._losses:
+            return isinstance(predictions, (tuple, list)) and np.ndim(predictions[0]) == np.ndim(labels)
+        if isinstance(predictions, (tuple, list)):
+            return False
+        if self._losses:
+            return np.ndim(predictions) == 2 and np.shape(predictions)[-1] == 2
+        return np.ndim(predictions) == np.ndim(labels)
+
+    def _aligned(self, predictions: Any, labels: Any) -> tuple[Any, Any]:
+        """Predictions and labels of what is not ignored, one-dimensional."""
+        if labels.ndim < 2:
+            return predictions, labels
+        if self.shift_labels:
+            predictions, labels = predictions[..., :-1], labels[..., 1:]
+        if predictions.shape != labels.shape:
+            raise ConfigError(
+                f"Predictions {predictions.shape} and labels {labels.shape} have different shapes, as generated text "
+                "has. Pass a function of an EvalPrediction that decodes and compares texts as compute_metrics."
+            )
+        keep = labels != IGNORED
+        return predictions[keep], labels[keep]
+
+    def _arguments(self, metric: Any) -> dict[str, Any]:
+        arguments = dict(self.compute_kwargs)
+        if metric.name == "f1":
+            automatic = "binary" if self._classes <= 2 else "macro"
+            arguments["average"] = automatic if self.average == "auto" else self.average
+        return arguments
+
+
+def load_metric(name: str | os.PathLike[str]) -> Any:
+    """The `evaluate` module of a name or path; those of `FALLBACKS` without network too.
+
+    Raises:
+        ConfigError: it cannot be loaded.
+    """
+    import evaluate
+
+    from .fallbacks import FALLBACKS, fallback
+
+    name = os.fspath(name)
+    known = name in FALLBACKS
+    if name in OURS or (known and not hub_is_reachable()):
+        return fallback(name)
+    try:
+        return evaluate.load(name)
+    except Exception as error:  # what the Hub, the proxy or the metric's own imports may raise is not one class
+        if known:
+            logger.info(f"evaluate.load({name!r}) failed ({error}); the metric is computed in this process.")
+            return fallback(name)
+        raise ConfigError(
+            f"The metric {name!r} cannot be loaded ({type(error).__name__}: {error}). Without network there are "
+            f"{', '.join(FALLBACKS)}; a path to a metric's script and a function of an EvalPrediction work too."
+        ) from error
+
+
+@functools.cache
+def hub_is_reachable(timeout: float = 2.0) -> bool:
+    """Whether the Hub answers, found out once and without the retries of an HTTP client.
+
+    Behind a proxy it is taken to be, since only the HTTP client knows the way.
+    """
+    import evaluate
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getattr(evaluate.config, "HF_EVALUATE_OFFLINE", False):
+        return False
+    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
+        return True
+    endpoint = urlsplit(constants.ENDPOINT)
+    answered: list[bool] = []
+
+    def knock() -> None:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        try:
+            socket.create_connection((endpoint.hostname or "", port), timeout).close()
+            answered.append(True)
+        except OSError:
+            pass
+
+    # Looking up the name knows no timeout, so it is done where it need not be waited for.
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answered)
+
+
+def _row_loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
+    """(sum of the negative log-likelihoods, number of tokens) of one row: logits (T, V), labels (T,)."""
+    if shift:
+        logits, labels = logits[:-1], labels[1:]
+    loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    return torch.stack([loss, (labels != IGNORED).sum().to(loss.dtype)])
+
+
+def _array(value: Any) -> Any:
+    return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)

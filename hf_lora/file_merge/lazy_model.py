@@ -1,0 +1,260 @@
+"""A model of the right classes around weights that stay in their files, for a merge from file to file to ask.
+
+The modules are made without memory, and their parameters are then views of the files' own bytes. So shapes, ties,
+base identity and everything that is checked at loading come from the code that a loaded model runs through, and no
+weight is read but for samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from ..adapt.labels import AUTO_CLASSES
+from ..adapt.walk import module_at
+from ..errors import AdapterFileError, BaseMismatchError, Faults
+from ..files.adapters import load_adapter
+from ..files.format import AdapterFile
+from ..files.identity import Identity, differs, identify
+from .naming import Names, names_on_disk
+from .ranges import Checkpoint, Entry
+from .writer import CHUNK, Sources, same_bytes
+
+NAME = "default"
+
+
+@dataclass
+class Shell:
+    """A model over files, with the adapter in it.
+
+    Args:
+        model: the modules; parameters are views of the files, or on meta where the files hold none.
+        foreign: whether the model is of another class than the checkpoint, such as a classifier around the backbone of
+            a language model: what it does not take is left out of the result.
+        known: the names of all its tensors, before the adapter.
+        misshapen: name -> what is wrong with its shape on disk.
+        missing: parameters that are in no file and tied to none that is.
+        owners: name in memory -> the name whose tensor on disk it is; another one where it is tied to that.
+    """
+
+    model: Any
+    checkpoint: Checkpoint
+    names: Names
+    file: AdapterFile
+    foreign: bool
+    known: tuple[str, ...]
+    misshapen: dict[str, str] = field(default_factory=dict)
+    missing: set[str] = field(default_factory=set)
+    owners: dict[str, str] = field(default_factory=dict)
+    ties: dict[str, str] = field(default_factory=dict)
+
+
+def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other_base: bool) -> Shell:
+    """The adapter's model around the base's files, everything about it checked as `load_adapter` does.
+
+    Raises:
+        AdapterFileError: no such model, or the files or the adapter do not fit it; lists every fault.
+        BaseMismatchError: the adapter was trained on another base.
+    """
+    config, cls = _class_of(checkpoint.folder, file, call)
+    _fit_vocabulary(config, file, call, allow_other_base)
+    try:
+        with torch.device("meta"):
+            model = cls(config)
+    except Exception as error:  # a class that looks at its values while it is made: whatever it meets there
+        raise AdapterFileError(
+            f"{call}: {cls.__name__} cannot be made without memory ({type(error).__name__}: {error}). {IN_MEMORY}"
+        ) from error
+    model = model.to(_main_dtype(config, checkpoint)).eval()
+    names = names_on_disk(model, checkpoint.tensors)
+    foreign = cls.__name__ not in (config.architectures or [cls.__name__])
+    shell = Shell(model, checkpoint, names, file, foreign, tuple(model.state_dict()))
+    _fill(shell)
+    _tie(shell)
+    identity = identify(model)
+    checkpoint.release()
+    _check_base(shell, identity, call, allow_other_base)
+    _hold_places(shell)
+    alone = AdapterFile(file.config, file.tensors, file.extras, file.path, file.raw)
+    load_adapter(model, alone, NAME, allow_other_base=True, call=call)
+    checkpoint.release()
+    return shell
+
+
+IN_MEMORY = "Load it into memory instead: hf-lora merge ADAPTER --base BASE --out OUT."
+
+
+def _class_of(folder: Path, file: AdapterFile, call: str) -> tuple[Any, Any]:
+    """The base's config, and the class that the adapter was trained on: by name, else by its task."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterFileError(
+            f"{call}: {folder} has no config that transformers knows ({str(error).splitlines()[0]}). A model with "
+            "code of its own merges in memory: LoraModel.from_pretrained(…, trust_remote_code=True, merge=True)."
+        ) from error
+    mapped = (file.raw.get("auto_mapping") or {}).get("base_model_class")
+    own = (config.architectures or [None])[0]
+    task = AUTO_CLASSES.get(file.config.task_type or "")
+    auto = getattr(transformers, task)._model_mapping.get(type(config), None) if task else None
+    auto = auto[0] if isinstance(auto, (list, tuple)) else auto
+    for name in (file.extras.get("architecture"), mapped, getattr(auto, "__name__", None), own):
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            return config, cls
+    raise AdapterFileError(
+        f"{call}: neither the adapter nor the base's config names a model class of transformers. {IN_MEMORY}"
+    )
+
+
+def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base: bool) -> None:
+    """Ask for as many rows as the adapter was trained with, where it holds the embedding whole."""
+    text = config.get_text_config()
+    now = getattr(text, "vocab_size", None)
+    saved = file.extras.get("vocabulary")
+    if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
+        return
+    whole = [t for key, t in file.tensors.items() if ".lora_" not in key and t.dim() == 2 and len(t) == saved]
+    if whole:
+        text.vocab_size = saved
+    elif saved > now and not allow_other_base:
+        raise BaseMismatchError(
+            f"{call}: the adapter was trained with {saved} rows of the token embedding, the base's config says {now}, "
+            "and the new rows are in no file. Resize the base as the training script did and save it, or pass "
+            "allow_other_base=True to do without them."
+        )
+
+
+def _main_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """What a head that the files do not hold is made in: the config's dtype, else that of most bytes."""
+    said = getattr(config, "dtype", None)
+    if isinstance(said, torch.dtype):
+        return said
+    sizes: dict[torch.dtype, int] = {}
+    for entry in checkpoint.tensors.values():
+        if entry.dtype.is_floating_point and entry.dtype.itemsize > 1:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _fill(shell: Shell) -> None:
+    for name, key in shell.names.direct.items():
+        entry = shell.checkpoint.tensors[key]
+        shape = tuple(_tensor_at(shell.model, name).shape)
+        if shape != entry.shape:
+            shell.misshapen[name] = f"{key} is {list(entry.shape)} in {entry.file.name}, {list(shape)} in the model"
+            continue
+        path, _, leaf = name.rpartition(".")
+        parameters = module_at(shell.model, path)._parameters
+        if leaf in parameters:
+            mapped: Any = nn.Parameter(shell.checkpoint.mapped(entry), requires_grad=False)
+            mapped.look = partial(shell.checkpoint.elements, entry)
+            parameters[leaf] = mapped
+
+
+def _tie(shell: Shell) -> None:
+    """Tie what a loaded model would tie: what its config says, unless the files hold two different tensors for it."""
+    model, names = shell.model, shell.names
+    held = names.direct.keys() | names.converted.keys()
+    shell.missing = {name for name, _ in model.named_parameters(remove_duplicate=False)} - held
+    absent = set(shell.missing)
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if target not in names.direct or source not in names.direct:
+            continue
+        if _same_values(shell, target, source):
+            absent.add(target)
+        else:
+            del model.all_tied_weights_keys[target]
+    model.tie_weights(missing_keys=absent, recompute_mapping=False)
+    shell.ties = dict(model.all_tied_weights_keys)
+    first: dict[int, str] = {}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    for name in held & everything.keys():
+        if name not in absent:
+            first[id(everything[name])] = name
+    for name, parameter in everything.items():
+        if id(parameter) in first:
+            shell.owners[name] = first[id(parameter)]
+    shell.missing -= shell.owners.keys()
+
+
+def _same_values(shell: Shell, one: str, other: str) -> bool:
+    a, b = (shell.checkpoint.tensors[shell.names.direct[name]] for name in (one, other))
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    files = Sources()
+    try:
+        return same_bytes(files[a.file], a.start, files[b.file], b.start, a.end - a.start)
+    finally:
+        files.close()
+
+
+def _hold_places(shell: Shell) -> None:
+    """Stand-ins, one number each, for what the files do not hold as it is: of the right shape and dtype.
+
+    What loading would make from several tensors, and what the adapter brings: neither is read from here.
+    """
+    model = shell.model
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            continue
+        dtype = parameter.dtype
+        if name in shell.names.converted:
+            dtype = shell.checkpoint.tensors[next(iter(shell.names.converted[name].collected.values()))[0]].dtype
+        number = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=torch.float32).to(dtype)
+        stand_in = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
+        for holder in model.modules():  # one that is tied has several
+            for own, held in holder._parameters.items():
+                if held is parameter:
+                    holder._parameters[own] = stand_in
+    for name in model.state_dict():
+        path, _, leaf = name.rpartition(".")
+        buffers = module_at(model, path)._buffers
+        buffer = buffers.get(leaf)
+        if buffer is not None and buffer.is_meta:
+            buffers[leaf] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+
+
+def _check_base(shell: Shell, identity: Identity, call: str, allow_other_base: bool) -> None:
+    if allow_other_base:
+        return
+    faults = Faults(call)
+    difference = differs(shell.file.extras.get("base") or {}, identity)
+    if difference:
+        faults.add(difference)
+    for path, copied in shell.file.base_copies.items():
+        name = shell.owners.get(f"{path}.weight", "")
+        entry = shell.checkpoint.tensors.get(shell.names.direct.get(name, ""))
+        if entry is None or not entry.dtype.is_floating_point:
+            continue
+        if entry.shape != tuple(copied.shape):
+            faults.add(f"{path}: the file's base has a weight {list(copied.shape)}, this one {list(entry.shape)}")
+        elif not all(torch.allclose(a, b, rtol=2**-7, atol=1e-6) for a, b in _blocks(shell, entry, copied)):
+            faults.add(f"{path}: the file holds other base weights for it than this model does")
+    faults.check(
+        BaseMismatchError, "Merge into the base that the adapter was trained on, or pass allow_other_base=True."
+    )
+
+
+def _blocks(shell: Shell, entry: Entry, copied: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    step = max(1, CHUNK // max(1, math.prod(entry.shape[1:])))
+    weight = shell.checkpoint.mapped(entry)
+    for start in range(0, len(copied), step):
+        yield weight[start : start + step].float(), copied[start : start + step].float()
+
+
+def _tensor_at(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    module = module_at(model, path)
+    found = module._parameters.get(leaf, module._buffers.get(leaf))
+    assert found is not None
+    return found

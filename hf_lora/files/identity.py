@@ -1,0 +1,144 @@
+"""Which base model an adapter belongs to: the identity of the checkpoint, not of the tensors in memory.
+
+Three marks are taken when LoRA is first applied, each where it can be had: repository and commit; a hash of a local
+folder's safetensors headers and of sampled bytes; sampled weights rounded to bfloat16, which stay the same, or nearly,
+when the checkpoint is loaded in another dtype. Two bases are the same where any mark agrees, and differ where marks
+can be compared and none agrees. Labels, heads, dropout and vocabulary are no part of a base's identity.
+
+Nor is quantisation: of a base that was quantised as it was loaded, the files and what stayed dense tell which it is.
+A base whose files hold quantised weights has files of its own, which are compared with those of its like alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..adapt.embeddings import output_embedding
+from ..adapt.heads import outside_backbone
+from ..adapt.walk import original_modules
+from ..layers.distributed import is_sharded
+from .commit import cached_commit
+
+SAMPLED_TENSORS = 16
+SAMPLED_ELEMENTS = 16
+SAMPLED_BYTES = 4096
+
+Identity = dict[str, Any]
+
+
+def identify(model: nn.Module) -> Identity:
+    """The marks of an unadapted model: `name`, `commit`, `files`, `weights`, `model_type`; those that can be had."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or ""
+    marks: Identity = {
+        "name": name or None,
+        "commit": getattr(config, "_commit_hash", None),
+        "files": hash_files(Path(name)) if name else None,
+        "weights": (weights := sample_weights(model)),
+        "model_type": getattr(config, "model_type", None),
+        "quantized": _quantized_files(model),
+    }
+    if name and marks["commit"] is None:
+        marks["commit"] = cached_commit(name, weights, _sample, _same_weights)
+    return {key: value for key, value in marks.items() if value is not None}
+
+
+def differs(saved: Identity, found: Identity) -> str | None:
+    """How the base at hand (`found`) differs from the one in a file; None where it is the same or cannot be told."""
+    if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
+        return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
+    alike = saved.get("quantized") == found.get("quantized")
+    marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
+    same = {mark: saved[mark] == found[mark] for mark in marks}
+    ours, theirs = saved.get("weights") or {}, found.get("weights") or {}
+    if ours.keys() & theirs.keys():
+        same["weights"] = _same_weights(ours, theirs)
+    if not same or any(same.values()):
+        return None
+    what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
+    listed = " and ".join(what[mark] for mark in same)
+    names = (
+        f"(trained on {saved.get('name', 'a base without a name')}, found {found.get('name', 'one without a name')})"
+    )
+    return f"the base model is another one: {listed} differ {names}"
+
+
+def _quantized_files(model: Any) -> str | None:
+    """How the weights in the checkpoint's files are quantised; None where they are dense."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if not getattr(quantizer, "pre_quantized", False):
+        return None
+    return str(getattr(quantizer.quantization_config, "quant_method", "unknown")).rpartition(".")[2].lower()
+
+
+def hash_files(folder: Path) -> str | None:
+    """A hash over the headers and sampled bytes of a local folder's safetensors files; None where there are none."""
+    if not folder.is_dir():
+        return None
+    paths = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    if not paths:
+        return None
+    digest = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(f"{path.name}:{size}:{header}".encode())
+            digest.update(file.read(min(header, size)))
+            for part in range(SAMPLED_TENSORS):
+                file.seek(8 + header + part * max(0, size - 8 - header) // SAMPLED_TENSORS)
+                digest.update(file.read(SAMPLED_BYTES))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def sample_weights(model: nn.Module) -> dict[str, str] | None:
+    """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None where they are not at hand.
+
+    Embeddings (they may be resized) and heads are left out, and names below the backbone are the backbone's own. Which
+    matrices are taken depends on each one's name alone, so that models of one checkpoint with different heads or
+    poolers have most of them in common.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    heads = tuple(f"{name}." for name in outside_backbone(model))
+    head = output_embedding(model)
+    matrices: dict[str, torch.Tensor] = {}
+    for name, module in original_modules(model):
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Embedding) or module is head or f"{name}.".startswith(heads):
+            continue
+        if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
+            continue
+        if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
+            return None  # packed or sharded: its elements are not the checkpoint's
+        matrices[name.removeprefix(f"{prefix}.")] = weight
+    chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED_TENSORS]
+    return {name: _sample(matrices[name]) for name in sorted(chosen)} or None
+
+
+def _sample(weight: torch.Tensor) -> str:
+    places = range(0, weight.numel(), max(1, weight.numel() // SAMPLED_ELEMENTS))[:SAMPLED_ELEMENTS]
+    look = getattr(weight, "look", None)  # a weight that lies in a file says how to read single elements: see shell.py
+    elements = weight.detach().reshape(-1)[:: places.step][: len(places)] if look is None else look(places)
+    return base64.b64encode(elements.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).decode()
+
+
+def _same_weights(saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
+    """Whether two samples are of one checkpoint: by way of float16 an element in 16 rounds to the next bfloat16."""
+    common = sorted(saved.keys() & found.keys())
+    a, b = (torch.cat([_decoded(sample[name]) for name in common]) for sample in (saved, found))
+    if a.shape != b.shape:
+        return False
+    near = (a - b).abs() <= torch.maximum(a.abs(), b.abs()) * 2**-7 + 2**-24
+    return bool(near.all()) and float((a != b).float().mean()) < 0.25
+
+
+def _decoded(sample: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(sample)), dtype=torch.bfloat16).float()

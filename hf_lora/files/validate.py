@@ -1,0 +1,153 @@
+"""What the JSON of an adapter may say: each value is of the kind that its reader takes, and none costs much to follow.
+
+Nothing in it is opened, imported or matched before it has passed here.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..adapt.patterns import table_pattern, why_unbounded
+from ..errors import AdapterFileError, Faults
+from ..safe_io.reading import REPAIR
+
+MAX_RANK = 2**20
+MAX_PATTERNS = 20_000
+"""Rows of `rank_pattern` and of `alpha_pattern`."""
+MAX_EXPRESSIONS = 500
+"""Those of them that are more than a name."""
+MAX_LABELS = 100_000
+MAX_TEXT = 4096
+"""Characters of a name or a path."""
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
+_NAME = re.compile(r"[\w.-]+")
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+_REVISION = re.compile(r"\w[\w./+-]*")
+
+
+def check_config(values: Mapping[str, Any], place: str) -> None:
+    """Refuse an adapter_config.json whose fields are of the wrong kind, or would take for ever to match.
+
+    Raises:
+        AdapterFileError: lists every such field.
+    """
+    faults = Faults(place)
+    for name in ("use_rslora", "fan_in_fan_out"):
+        if not isinstance(values.get(name, False), (bool, type(None))):
+            faults.add(f"{name}={values[name]!r} must be true or false")
+    _check_rank(faults, "r", values.get("r"))
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(values.get(name), str):
+            _check_pattern(faults, name, values[name], values[name])
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(values.get(name), Mapping):
+            _check_table(faults, name, values[name])
+    layers = values.get("layers_pattern")
+    for pattern in layers if isinstance(layers, list) else [layers]:
+        if layers and not (isinstance(pattern, str) and _NAME.fullmatch(pattern)):
+            faults.add(f"layers_pattern: {pattern!r} must be a name, such as 'layers'")
+    base, revision = values.get("base_model_name_or_path"), values.get("revision")
+    if base not in (None, "") and (not is_text(base) or base.startswith(("//", "\\\\")) or "://" in base):
+        faults.add(f"base_model_name_or_path={base!r} is no name")
+    if revision is not None and not is_revision(revision):
+        faults.add(f"revision={revision!r} is no branch, tag or commit")
+    faults.check(AdapterFileError, "Correct these fields, or load the adapter with the library that wrote it.")
+
+
+def check_extras(values: Mapping[str, Any], place: str) -> None:
+    """Refuse an hf_lora.json whose fields are of another kind than we write.
+
+    Raises:
+        AdapterFileError: lists every such field.
+    """
+    faults = Faults(place)
+    _check_base(faults, values.get("base"))
+    for name, good in (
+        ("architecture", is_text),
+        ("num_labels", _is_count),
+        ("vocabulary", _is_count),
+        ("problem_type", lambda value: value in PROBLEM_TYPES),
+    ):
+        value = values.get(name)
+        if value is not None and not good(value):
+            faults.add(f"{name}={value!r} cannot be")
+    _check_labels(faults, values.get("id2label"))
+    faults.check(AdapterFileError, REPAIR)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a name or a path that can be shown."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+
+
+def is_revision(value: Any) -> bool:
+    """Whether a value can be a branch, a tag or a commit, and no way through folders."""
+    return is_text(value) and _REVISION.fullmatch(value) is not None and ".." not in value
+
+
+def _check_rank(faults: Faults, name: str, value: Any) -> None:
+    if isinstance(value, int) and value > MAX_RANK:
+        faults.add(f"{name} is larger than {MAX_RANK:,}")
+
+
+def _check_pattern(faults: Faults, name: str, shown: str, pattern: str) -> None:
+    why = why_unbounded(pattern)
+    if why is not None:
+        faults.add(f"{name}: {shown[:100]!r} cannot be matched: {why}")
+
+
+def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
+    expressions = sum(_NAME.fullmatch(key) is None for key in table)
+    if len(table) > MAX_PATTERNS or expressions > MAX_EXPRESSIONS:
+        faults.add(
+            f"{name} has {len(table):,} rows, {expressions:,} of them more than a name (at most {MAX_PATTERNS:,} and "
+            f"{MAX_EXPRESSIONS:,})"
+        )
+        return
+    for key, value in table.items():
+        _check_pattern(faults, name, key, table_pattern(key))
+        _check_rank(faults, f"{name}[{key[:100]!r}]", value if name == "rank_pattern" else None)
+
+
+def _check_base(faults: Faults, base: Any) -> None:
+    if base is None:
+        return
+    if not isinstance(base, Mapping):
+        faults.add(f"base={base!r} must be an object")
+        return
+    for name in ("name", "commit", "files", "model_type"):
+        good = is_revision if name == "commit" else is_text
+        if base.get(name) is not None and not good(base[name]):
+            faults.add(f"base.{name}={base[name]!r} cannot be")
+    weights = base.get("weights")
+    if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
+        faults.add("base.weights must hold samples of weights")
+
+
+def _is_sample(value: Any) -> bool:
+    """Whether a value is some 16-bit numbers in base64."""
+    try:
+        data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except (binascii.Error, ValueError):
+        return False
+    return 0 < len(data) <= MAX_TEXT and len(data) % 2 == 0
+
+
+def _check_labels(faults: Faults, labels: Any) -> None:
+    if not labels and labels in (None, {}):
+        return
+    if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:
+        faults.add(f"id2label must be an object of at most {MAX_LABELS:,} labels")
+    elif not all(_NUMBER.fullmatch(key) for key in labels) or len(set(map(int, labels))) < len(labels):
+        faults.add("id2label must have the numbers of the labels as its names, each once")
+    elif any(isinstance(label, (list, dict)) for label in labels.values()):
+        faults.add("id2label must give each label a name")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40

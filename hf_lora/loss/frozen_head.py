@@ -1,0 +1,315 @@
+"""The loss of a causal language model over its frozen output head, without ever holding the logits.
+
+A frozen head needs no gradient, so all that the backward asks of it is the gradient of the hidden states, and that can
+be made while the logits of a few tokens are still at hand: for the token x with hidden state h, head W and p =
+softmax(W h), the gradient of log p_x by h is W_x - Wᵀp. So each chunk of tokens costs two products with W, its logits
+are thrown away, and tokens without a label never meet the head. What a training step keeps of the head is one
+row-gradient the size of the labelled hidden states; PyTorch's own road keeps the logits, their float32 copy and
+their gradient, and costs as much for a token without a label as for one with it.
+
+`FrozenHead` puts this into a model's own forward, found by structure and proved on the first batch: the head hands its
+input on, the loss function checks that just this tensor reaches it, and the value is compared with the model's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ..data.spans import IGNORED
+from ..layers.hosts import Host
+from ..layers.ops import used_devices, working
+
+CHUNK_ELEMENTS = 2**23
+"""Logits at hand at once: 32 MiB in float32. Larger chunks were not faster on a CPU, and the products stay large."""
+
+
+class Scores(NamedTuple):
+    """What the labels are worth, per position; zero where there is no label.
+
+    Args:
+        log_probs: (B, T) log-probability of the label, differentiable by the hidden states.
+        hits: (B, T) whether no token is likelier than the label; with `predictions`, whether it is the one predicted.
+        mask: (B, T) where there is a label.
+        predictions: (B, T) the likeliest token, where asked for.
+        entropy: (B, T) of the distribution, in nats, where asked for; not differentiable.
+    """
+
+    log_probs: Tensor
+    hits: Tensor
+    mask: Tensor
+    predictions: Tensor | None
+    entropy: Tensor | None
+
+
+def label_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    predictions: bool = False,
+    entropy: bool = False,
+) -> Scores:
+    """Score the labels of hidden states (B, T, H) under a frozen head (V, H), in chunks of tokens.
+
+    Products run in autocast's dtype where autocast is on, else in the hidden states'; sums and exponentials in
+    float32 (float64 for float64).
+
+    Args:
+        targets: (B, T) the label of each position itself (not of the next), -100 where there is none.
+        predictions, entropy: make these too; they cost one more pass over the logits each.
+    """
+    mask = targets != IGNORED
+    where = mask.reshape(-1).nonzero().squeeze(-1)
+    labels = targets.reshape(-1).index_select(0, where)
+    learn = torch.is_grad_enabled() and hidden.requires_grad
+    parts = _LabelLogProbs.apply(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, where, labels, learn, predictions, entropy
+    )
+
+    def spread(part: Tensor | None) -> Tensor | None:
+        if part is None:
+            return None
+        return part.new_zeros(mask.numel()).index_copy(0, where, part).view(mask.shape)
+
+    log_probs, hits, likeliest, nats = (spread(part) for part in parts)
+    assert log_probs is not None
+    assert hits is not None
+    return Scores(log_probs, hits, mask, likeliest, nats)
+
+
+class _LabelLogProbs(torch.autograd.Function):
+    """log p of N labels from the rows `where` of hidden (M, H); the gradient by those rows is made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        where: Tensor,
+        labels: Tensor,
+        learn: bool,
+        predictions: bool,
+        entropy: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        device = hidden.device.type
+        dtype = working(hidden[:0]).dtype
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        count = where.numel()
+        log_probs = torch.empty(count, dtype=exact, device=hidden.device)
+        hits = torch.empty(count, dtype=torch.bool, device=hidden.device)
+        likeliest = torch.empty_like(labels) if predictions else None
+        nats = torch.empty_like(log_probs) if entropy else None
+        grad = hidden.new_empty(count, hidden.shape[1]) if learn else None
+        step = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            shift = None if bias is None else bias.to(dtype)
+            for start in range(0, count, step):
+                part = slice(start, start + step)
+                label = labels[part, None]
+                z = F.linear(hidden.index_select(0, where[part]).to(dtype), head, shift).to(exact)
+                top = z.amax(-1, keepdim=True)
+                own = z.gather(-1, label)
+                if likeliest is None:
+                    hits[part] = (own == top).squeeze(-1)
+                else:
+                    likeliest[part] = z.argmax(-1)
+                    hits[part] = likeliest[part] == labels[part]
+                z -= top
+                e = z.exp() if nats is not None else z.exp_()
+                total = e.sum(-1, keepdim=True)
+                log_probs[part] = (own - top - total.log()).squeeze(-1)
+                if nats is not None:
+                    nats[part] = total.squeeze(-1).log() - torch.linalg.vecdot(e, z) / total.squeeze(-1)
+                if grad is not None:
+                    mean = (e.to(dtype) @ head).to(exact).div_(total)
+                    grad[part] = head.index_select(0, label.squeeze(-1)).to(exact).sub_(mean)
+        if grad is not None:
+            ctx.save_for_backward(grad, where)
+        ctx.rows = hidden.shape[0]
+        ctx.mark_non_differentiable(*(t for t in (hits, likeliest, nats) if t is not None))
+        return log_probs, hits, likeliest, nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_log_probs: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        grad, where = ctx.saved_tensors
+        # In float16 the factor holds the scale of the loss and the division by the number of tokens, so it is applied
+        # in float32: the stored rows are of the size of W, whatever the scale.
+        rows = (by_log_probs[:, None] * grad).to(grad.dtype)
+        whole = grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, where, rows)
+        return whole, None, None, None, None, None, None, None
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """The label that each position predicts: labels (B, T) moved by one, with -100 at the end."""
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+@dataclass
+class Caught:
+    """What one forward under `FrozenHead.catch` brought: the scores, or why there are none."""
+
+    scores: Scores | None = None
+    fault: str | None = None
+    handed_on: Tensor | None = field(default=None, repr=False)
+    version: int = 0
+    asked: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+class FrozenHead:
+    """The output head of a causal language model, where the loss can be computed over it without logits.
+
+    Args:
+        off: why it cannot be, in words for the user; None while it can.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.module: Any = model.get_output_embeddings()  # type: ignore[operator]
+        self.name = next((name for name, m in model.named_modules() if m is self.module), "")
+        self.off = _why_not(model, self.module, self.name)
+        self.proved = False
+
+    @contextlib.contextmanager
+    def catch(
+        self, model: Any, targets: Tensor, *, predictions: bool = False, entropy: bool = False
+    ) -> Iterator[Caught]:
+        """Within, the model's forward with labels returns its loss from the scores, and hidden states as its logits.
+
+        Args:
+            targets: (B, T) as for `label_scores`; the same labels that the model is called with, shifted.
+        """
+        caught = Caught()
+        head = self.module
+        plain_forward, plain_loss = head.forward, model.__dict__.get("_loss_function")
+
+        def hand_on(hidden: Tensor) -> Tensor:
+            if caught.scores is not None or hidden.shape[:-1] != targets.shape:
+                caught.fault = f"{self.name} is called with other tokens than the labels'"
+                return plain_forward(hidden)
+            # Made here and not in the loss: where the weights are sharded they are whole only within the head's call.
+            caught.scores = label_scores(
+                hidden, head.weight, head.bias, targets.to(hidden.device), predictions=predictions, entropy=entropy
+            )
+            caught.handed_on, caught.version = hidden, _version(hidden)
+            # Asked here: Accelerate's autocast is around the forward alone.
+            caught.dtype = working(hidden).dtype
+            return hidden
+
+        def loss(logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
+            caught.asked = True
+            scores = caught.scores
+            if scores is None or logits is not caught.handed_on or _version(logits) != caught.version:
+                caught.fault = caught.fault or f"the model changes what {self.name} returns before its loss"
+                return logits.sum()
+            tokens = kwargs.get("num_items_in_batch")
+            if tokens is None:
+                tokens = scores.mask.sum()
+            return -scores.log_probs.sum() / (tokens.to(logits.device) if isinstance(tokens, Tensor) else tokens)
+
+        head.forward, model._loss_function = hand_on, loss
+        try:
+            yield caught
+        finally:
+            del head.forward
+            if plain_loss is None:
+                del model._loss_function
+            else:
+                model._loss_function = plain_loss
+            if not caught.asked and caught.fault is None:
+                caught.fault = "the model does not take its loss from its loss_function"
+
+    def prove(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Compare with the model's own loss on the head of a batch, without gradients, once; sets `off` if it differs.
+
+        Args:
+            model: the bare model, without what Accelerate puts around it.
+            inputs: a batch with `labels` (B, T).
+        """
+        if self.proved or self.off is not None:
+            return
+        self.proved = True
+        probe = _head_of(inputs)
+        with torch.no_grad(), torch.random.fork_rng(used_devices()):
+            seed = torch.initial_seed()
+            try:
+                torch.manual_seed(seed)  # the same dropout in both
+                with self.catch(model, shifted(probe["labels"])) as caught:
+                    value = model(**probe)["loss"]
+            except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+                self.off = f"the model's forward does other things with its logits ({type(error).__name__})"
+                return
+            if caught.fault is None:
+                torch.manual_seed(seed)
+                own = model(**probe)["loss"]
+        if caught.fault is not None:
+            self.off = caught.fault
+            return
+        # Sums over a vocabulary in another order: some roundings of the logits, and many of float32.
+        slack = 16 * torch.finfo(caught.dtype).eps + 256 * torch.finfo(torch.float32).eps
+        if not torch.isclose(value.double(), own.double(), rtol=slack):
+            self.off = f"the model's own loss is {float(own):.6g}, over the frozen head it is {float(value):.6g}"
+
+
+def find_frozen_head(model: nn.Module) -> FrozenHead | None:
+    """The head of a causal language model; None for any other model."""
+    from transformers import PreTrainedModel
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return None
+    by_name = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    by_loss = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
+    if not (by_name or by_loss) or model.get_output_embeddings() is None:
+        return None
+    return FrozenHead(model)
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _why_not(model: nn.Module, head: nn.Module, name: str) -> str | None:
+    """What of the structure speaks against it."""
+    if "_loss_function" in model.__dict__:
+        return "the model was given a loss_function of its own"
+    if any(p.requires_grad for p in head.parameters()):
+        return f"{name} is trained"
+    if isinstance(head, Host):
+        return f"{name} has an adapter"
+    if type(head) is not nn.Linear:
+        return f"{name} is no plain linear layer, but {type(head).__name__}"
+    if "forward" in head.__dict__ or head._forward_hooks:
+        return f"{name} has a hook"
+    return None
+
+
+_OF_TOKENS = {"input_ids", "attention_mask", "position_ids", "labels", "token_type_ids"}
+_OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def _head_of(inputs: Mapping[str, Any], tokens: int = 64) -> dict[str, Any]:
+    """The first tokens of the first row of a batch of text, as one document; the whole of any other batch.
+
+    Its logits are all there at once, so it is kept small.
+    """
+    kept = {k: v for k, v in inputs.items() if k not in _OF_PACKING and k not in ("num_items_in_batch", "use_cache")}
+    if not set(kept) <= _OF_TOKENS or "input_ids" not in kept:
+        return {**kept, "use_cache": False}
+    probe = {k: v[:1, :tokens] for k, v in kept.items() if k != "position_ids"}
+    probe["labels"] = probe["input_ids"].clone()
+    probe["labels"][:, : probe["labels"].shape[1] // 3] = IGNORED
+    return {**probe, "use_cache": False}

@@ -1,0 +1,68 @@
+"""`accelerator.save_state` for adapters: hooks for training scripts that use Accelerate without a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...adapt.gather import gathered_state
+from ...adapt.state import require_state, state_of
+from ...errors import StateError
+from ...files.adapters import load_adapter_weights, save_adapter
+from ..engines import running_engine
+
+
+def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
+    """Let `accelerator.save_state(folder)` write adapters in place of whole models, and `load_state` read them.
+
+    Call it once, after `Accelerator()`. Optimizers, schedulers, samplers and random states are saved as ever; a
+    prepared model without adapters is, too. The adapter of the first model lies in the folder itself, so that
+    `LoraModel.from_pretrained(folder)` loads it; those of further models in `model_1`, `model_2` … in it.
+
+    Returns:
+        The two handles; `handle.remove()` takes a hook off.
+
+    Raises:
+        StateError: FSDP or DeepSpeed runs, under which Accelerate writes the model before any hook is asked.
+    """
+    engine = running_engine(accelerator)
+    if engine in ("FSDP", "DEEPSPEED"):
+        raise StateError(
+            f"register_adapter_hooks: under {engine} save_state writes the whole base before it calls a hook. Save "
+            "the adapter with gathered_state(model) and save_pretrained(folder, state_dict=…), or train with "
+            "LoraTrainer, whose checkpoints hold the adapter and the optimizer under every engine."
+        )
+
+    def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        each_node = accelerator.project_configuration.save_on_each_node
+        writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
+        for index in reversed(range(len(models))):
+            model = accelerator.unwrap_model(models[index], keep_torch_compile=False)
+            if state_of(model) is None:
+                continue
+            state = gathered_state(model)
+            for name in require_state(model, "save_state").adapters:
+                if writes:
+                    save_adapter(model, _folder(output_dir, index, model, name), name, state)
+            if index < len(weights):
+                del weights[index]
+
+    def load(models: list[nn.Module], input_dir: str) -> None:
+        for index in reversed(range(len(models))):
+            model = accelerator.unwrap_model(models[index], keep_torch_compile=False)
+            if state_of(model) is None:
+                continue
+            for name in require_state(model, "load_state").adapters:
+                load_adapter_weights(model, _folder(input_dir, index, model, name), name)
+            del models[index]
+
+    return accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
+
+
+def _folder(folder: str, index: int, model: nn.Module, name: str) -> Path:
+    """As `LoraModel.save_pretrained`, in a folder for each model after the first."""
+    path = Path(folder, f"model_{index}") if index else Path(folder)
+    several = len(require_state(model, "save_state").adapters) > 1
+    return path / name if several and name != "default" else path

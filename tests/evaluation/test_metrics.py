@@ -1,0 +1,160 @@
+"""Metrics without network against scikit-learn, and perplexity against float64."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score
+from tiny import tiny_gpt2
+from transformers import EvalPrediction
+
+from hf_lora.errors import ConfigError
+from hf_lora.evaluation import metrics as module
+from hf_lora.evaluation.fallbacks import fallback
+from hf_lora.evaluation.metrics import build_compute_metrics, load_metric
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
+
+
+@pytest.mark.parametrize("weights", [None, RNG.random(50)])
+@pytest.mark.parametrize("classes", [2, 5])
+def test_fallbacks_equal_sklearn(classes: int, weights: Any) -> None:
+    found, true = RNG.integers(0, classes, 50), RNG.integers(0, classes, 50)
+    result = fallback("accuracy").compute(predictions=found, references=true, sample_weight=weights)
+    assert list(result) == ["accuracy"]
+    assert result["accuracy"] == pytest.approx(accuracy_score(true, found, sample_weight=weights), abs=1e-12)
+    for average in ["micro", "macro", "weighted", None, *(["binary"] if classes == 2 else [])]:
+        result = fallback("f1").compute(predictions=found, references=true, average=average, sample_weight=weights)
+        assert list(result) == ["f1"]
+        expected = f1_score(true, found, average=average, sample_weight=weights)
+        np.testing.assert_allclose(result["f1"], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("found", "true"), [([0, 0], [0, 0]), ([1, 1], [0, 0]), ([0, 2], [0, 1]), ([2], [2]), ([0, 1, 2], [2, 1, 0])]
+)
+@pytest.mark.parametrize("average", ["micro", "macro", "weighted"])
+def test_f1_where_classes_are_missing(found: list[int], true: list[int], average: str) -> None:
+    result = fallback("f1").compute(predictions=found, references=true, average=average)
+    assert result["f1"] == pytest.approx(f1_score(true, found, average=average, zero_division=0))
+
+
+def test_binary_f1_of_many_classes_is_refused_as_by_sklearn() -> None:
+    with pytest.raises(ValueError, match="macro"):
+        fallback("f1").compute(predictions=[0, 1, 2], references=[0, 1, 2])
+
+
+def test_f1_labels_and_pos_label() -> None:
+    found, true = RNG.integers(0, 4, 60), RNG.integers(0, 4, 60)
+    result = fallback("f1").compute(predictions=found, references=true, labels=[1, 3], average="macro")
+    assert result["f1"] == pytest.approx(f1_score(true, found, labels=[1, 3], average="macro"))
+    found, true = found % 2, true % 2
+    result = fallback("f1").compute(predictions=found, references=true, pos_label=0)
+    assert result["f1"] == pytest.approx(f1_score(true, found, pos_label=0))
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+def test_classification(classes: int) -> None:
+    logits, labels = RNG.normal(size=(40, classes)).astype("float32"), RNG.integers(0, classes, 40)
+    metric = build_compute_metrics(["accuracy", "f1"])
+    kept = metric.preprocess_logits_for_metrics(torch.tensor(logits), torch.tensor(labels))
+    assert kept.shape == (40,)
+    expected = {
+        "accuracy": accuracy_score(labels, logits.argmax(-1)),
+        "f1": f1_score(labels, logits.argmax(-1), average="binary" if classes == 2 else "macro"),
+    }
+    for predictions in (kept.numpy(), logits, (logits, np.zeros((40, 3)))):
+        assert metric(EvalPrediction(predictions, labels)) == pytest.approx(expected)
+
+
+def test_batches_give_the_same_as_one_call() -> None:
+    logits, labels = RNG.normal(size=(30, 3)).astype("float32"), RNG.integers(0, 3, 30)
+    metric = build_compute_metrics(["accuracy", "f1"])
+    whole = metric(EvalPrediction(logits, labels))
+    assert metric(EvalPrediction(logits[:10], labels[:10]), compute_result=False) == {}
+    assert metric(EvalPrediction(logits[10:], labels[10:]), compute_result=True) == whole
+
+
+def test_ignored_labels_do_not_count() -> None:
+    logits, labels = RNG.normal(size=(4, 6, 3)).astype("float32"), RNG.integers(0, 3, (4, 6))
+    labels[:, :2] = -100
+    result = build_compute_metrics("accuracy")(EvalPrediction(logits, labels))
+    assert result["accuracy"] == pytest.approx(accuracy_score(labels[:, 2:].ravel(), logits.argmax(-1)[:, 2:].ravel()))
+    shifted = build_compute_metrics("accuracy", shift_labels=True)(EvalPrediction(logits, labels))
+    keep = labels[:, 1:] != -100
+    assert shifted["accuracy"] == pytest.approx(accuracy_score(labels[:, 1:][keep], logits.argmax(-1)[:, :-1][keep]))
+
+
+def test_perplexity_is_that_of_the_models_own_loss() -> None:
+    model = tiny_gpt2().eval()
+    ids = torch.randint(4, 60, (3, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, :4] = -100
+    with torch.no_grad():
+        logits, loss = model(ids, labels=labels).logits, model.double()(ids, labels=labels).loss
+    metric = build_compute_metrics("perplexity")
+    kept = metric.preprocess_logits_for_metrics(logits, labels)
+    assert kept.shape == (3, 2)
+    result = metric(EvalPrediction(kept.numpy(), labels.numpy()))
+    assert result["perplexity"] == pytest.approx(float(loss.exp()), rel=1e-5)
+    rows = [model(ids[i : i + 1], labels=labels[i : i + 1]).loss.exp().item() for i in range(3)]
+    assert result["mean_perplexity"] == pytest.approx(np.mean(rows), rel=1e-5)
+    assert metric(EvalPrediction(logits.numpy(), labels.numpy())) == pytest.approx(result)
+    both = build_compute_metrics(["perplexity", "accuracy"], shift_labels=True)
+    kept = both.preprocess_logits_for_metrics(logits, labels)
+    assert both(EvalPrediction(tuple(k.numpy() for k in kept), labels.numpy())).keys() == {*result, "accuracy"}
+
+
+def test_what_cannot_be_computed_is_said() -> None:
+    with pytest.raises(ConfigError, match="several labels"):
+        build_compute_metrics("accuracy").preprocess_logits_for_metrics(torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ConfigError, match="generated text"):
+        build_compute_metrics("accuracy")(EvalPrediction(np.zeros((2, 5), dtype=int), np.zeros((2, 7), dtype=int)))
+    with pytest.raises(ConfigError, match="accuracy, f1, perplexity"):
+        load_metric("no_such_metric_anywhere")
+
+
+def test_a_function_is_returned_and_a_script_is_loaded(tmp_path: Any) -> None:
+    def own(prediction: Any) -> dict[str, float]:
+        return {"own": 1.0}
+
+    assert build_compute_metrics(own) is own
+    (tmp_path / "zeros").mkdir()
+    (tmp_path / "zeros" / "zeros.py").write_text(
+        "import datasets\nimport evaluate\n"
+        "class Zeros(evaluate.Metric):\n"
+        "    def _info(self):\n"
+        "        whole = datasets.Value('int64')\n"
+        "        f = datasets.Features({'predictions': whole, 'references': whole})\n"
+        "        return evaluate.MetricInfo(description='', citation='', features=f)\n"
+        "    def _compute(self, predictions, references):\n"
+        "        return {'zeros': sum(p == 0 for p in predictions)}\n"
+    )
+    metric = build_compute_metrics(str(tmp_path / "zeros"))
+    assert metric(EvalPrediction(np.array([0, 1, 0]), np.array([0, 0, 0]))) == {"zeros": 2}
+
+
+def test_an_unreachable_hub_is_found_out_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.undo()
+    for name in ("HTTPS_PROXY", "https_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://192.0.2.1")  # an address that nobody has (RFC 5737)
+    module.hub_is_reachable.cache_clear()
+    start = time.monotonic()
+    assert load_metric("accuracy").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
+    assert time.monotonic() - start < 4
+    module.hub_is_reachable.cache_clear()

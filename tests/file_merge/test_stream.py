@@ -1,0 +1,429 @@
+"""Merging file to file against the merge in memory, bit by bit, on the shapes and layouts that checkpoints have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize, run_command, tiny_bert, tiny_gpt2, tiny_llama, token_ids
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    LoraConfig,
+    LoraError,
+    LoraModel,
+    MergeError,
+    apply_lora,
+    merge_files,
+)
+from hf_lora.errors import Faults
+from hf_lora.file_merge.ranges import open_checkpoint
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def layout(folder: Path) -> dict[str, list[str]]:
+    return {s.path.name: [e.name for e in s.entries] for s in open_checkpoint(folder, Faults("test")).shards}
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [n for n in one if one[n].dtype != other[n].dtype] == []
+    assert [n for n in one if not torch.equal(one[n], other[n])] == []
+
+
+def save_base(model: Any, folder: Path, shard: str = "10GB") -> Path:
+    model.save_pretrained(folder / "base", max_shard_size=shard)
+    return folder / "base"
+
+
+def save_adapter(base: Path, folder: Path, cls: Any = None, name: str = "adapter", **config: Any) -> Path:
+    """An adapter with random values, trained on what lies in `base`."""
+    import transformers
+
+    held = json.loads((base / "config.json").read_text())
+    cls = cls or getattr(transformers, held["architectures"][0])
+    model = cls.from_pretrained(base, **({"num_labels": config.pop("labels")} if "labels" in config else {}))
+    apply_lora(model, LoraConfig(**{"r": 4, "target_modules": "all-linear"} | config))
+    randomize(model)
+    model.save_pretrained(folder / name)
+    return folder / name
+
+
+def merged_in_memory(base: Path, adapter: Path, folder: Path, untie: bool = False) -> Any:
+    model = LoraModel.from_pretrained(adapter, base_model=str(base)).merge_and_unload(untie=untie)
+    model.save_pretrained(folder / "memory")
+    return model
+
+
+@torch.no_grad()
+def assert_merges_alike(base: Path, adapter: Path, folder: Path, **options: Any) -> Path:
+    """The same names, dtypes and bits as in memory, and a plain reload with the same logits."""
+    whole = merged_in_memory(base, adapter, folder, options.get("untie", False))
+    out = merge_files(base, adapter, folder / "out", **options)
+    assert_same_bits(tensors_of(out), tensors_of(folder / "memory"))
+    again, report = type(whole).from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert torch.equal(again.eval()(token_ids())[0], whole.eval()(token_ids())[0])
+    assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_shards_keep_their_layout(tmp_path: Path, dtype: str) -> None:
+    base = save_base(tiny_llama().to(getattr(torch, dtype)), tmp_path, "20KB")
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}, "use_rslora": True}
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", **patterns)
+    out = assert_merges_alike(base, adapter, tmp_path)
+    assert len(layout(base)) > 1
+    assert layout(out) == layout(base)
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    changed = {n for n, t in tensors_of(base).items() if not torch.equal(t, tensors_of(out)[n])}
+    assert changed == {n for n in tensors_of(base) if "_proj" in n}
+
+
+def test_transposed_layers(tmp_path: Path) -> None:
+    base = save_base(tiny_gpt2(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj", "wpe"])
+    assert_merges_alike(base, adapter, tmp_path)
+
+
+def test_a_head_with_other_labels_around_another_models_backbone(tmp_path: Path) -> None:
+    base = save_base(tiny_bert(cls="BertForPreTraining"), tmp_path)
+    from transformers import BertForSequenceClassification
+
+    adapter = save_adapter(base, tmp_path, BertForSequenceClassification, task_type="SEQ_CLS", labels=5, bias="all")
+    out = assert_merges_alike(base, adapter, tmp_path)
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert len(config["id2label"]) == 5
+    assert layout(out)["model.safetensors"][-2:] == ["classifier.weight", "classifier.bias"]
+
+
+def test_the_backbone_alone_under_its_own_names(tmp_path: Path) -> None:
+    """The files lack the prefix that the classifier's modules have; gamma and beta are older names."""
+    from transformers import BertForSequenceClassification
+
+    base = save_base(tiny_bert(cls="BertModel"), tmp_path)
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): t
+        for n, t in tensors_of(base).items()
+    }
+    save_file(old, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = save_adapter(base, tmp_path, BertForSequenceClassification, task_type="SEQ_CLS", bias="all")
+    whole = merged_in_memory(base, adapter, tmp_path)
+    out = merge_files(base, adapter, tmp_path / "out")
+    assert layout(out)["model.safetensors"][: len(old)] == layout(base)["model.safetensors"]
+    again, report = BertForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert_same_bits(again.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_tied_weights_are_refused_or_written_twice(tmp_path: Path, target: str) -> None:
+    base = save_base(tiny_llama(tied=True), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", target_modules=["q_proj", target])
+    with pytest.raises(MergeError, match="is tied to"):
+        merge_files(base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    out = assert_merges_alike(base, adapter, tmp_path, untie=True)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_an_embedding_that_is_kept_whole_ends_the_tie(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(tied=True), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", modules_to_save=["embed_tokens"])
+    assert_merges_alike(base, adapter, tmp_path)
+
+
+def grown(base: Path, folder: Path, *kept: str, rows: int = 5) -> Path:
+    """An adapter trained after the vocabulary had grown by some rows."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + rows)
+    apply_lora(
+        model, LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=list(kept) or None)
+    )
+    randomize(model)
+    model.save_pretrained(folder / "adapter")
+    model.merge_and_unload()
+    model.save_pretrained(folder / "memory")
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_that_has_grown(tmp_path: Path, tied: bool) -> None:
+    from transformers import LlamaForCausalLM
+
+    base = save_base(tiny_llama(tied=tied), tmp_path, "20KB")
+    out = merge_files(base, grown(base, tmp_path, "embed_tokens", "lm_head"), tmp_path / "out")
+    assert_same_bits(tensors_of(out), tensors_of(tmp_path / "memory"))
+    again, report = LlamaForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not report["mismatched_keys"]
+    assert again.config.vocab_size == len(again.lm_head.weight) == tiny_llama().config.vocab_size + 5
+    assert again.config.tie_word_embeddings is False
+
+
+def test_new_rows_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
+    for tied, kept, error, said in (
+        (False, ("embed_tokens",), MergeError, "shape: lm_head.weight is"),
+        (True, ("embed_tokens",), MergeError, "its own new rows are in no file"),
+        (False, (), BaseMismatchError, "the new rows are in no file"),
+    ):
+        folder = tmp_path / f"{tied} {len(kept)}"
+        base = save_base(tiny_llama(tied=tied), folder)
+        assert said in refused(error, base, grown(base, folder, *kept), folder / "out")
+
+
+def save_mixtral(folder: Path) -> Path:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    return save_base(MixtralForCausalLM(config), folder, "40KB")
+
+
+def test_a_router_that_is_kept_whole_and_experts_that_are(tmp_path: Path) -> None:
+    base = save_mixtral(tmp_path)
+    whole = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
+    adapter = save_adapter(base, tmp_path, name="router", modules_to_save=["gate"], **whole)
+    out = assert_merges_alike(base, adapter, tmp_path)
+    changed = {n for n, t in tensors_of(base).items() if not torch.equal(t, tensors_of(out)[n])}
+    assert {n.split(".")[-2] for n in changed} == {"gate", "q_proj"}
+    adapter = save_adapter(base, tmp_path, name="experts", modules_to_save=["experts"], **whole)
+    said = refused(MergeError, base, adapter, tmp_path / "experts out")
+    assert "model.layers.1.mlp.experts.down_proj: the checkpoint holds it as" in said
+
+
+def test_experts_are_copied_and_their_attention_is_merged(tmp_path: Path) -> None:
+    """Experts lie one by one on disk and stacked in memory; layers are called otherwise on disk."""
+    base = save_mixtral(tmp_path)
+    assert any("block_sparse_moe.experts.3.w1" in n for n in tensors_of(base))
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    out = assert_merges_alike(base, adapter, tmp_path)
+    assert layout(out) == layout(base)
+
+
+def test_one_tensor_on_disk_that_is_three_layers_in_memory(tmp_path: Path) -> None:
+    from transformers import NomicBertConfig, NomicBertModel
+
+    torch.manual_seed(0)
+    config = NomicBertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    base = save_base(NomicBertModel(config), tmp_path)
+    fused = [n for n in tensors_of(base) if "Wqkv" in n]
+    assert fused
+    adapter = save_adapter(base, tmp_path, target_modules=["q_proj", "v_proj", "down_proj"])
+    out = assert_merges_alike(base, adapter, tmp_path)
+    before, after = tensors_of(base)[fused[0]], tensors_of(out)[fused[0]]
+    rows = (before != after).any(1).view(3, -1).any(1)
+    assert rows.tolist() == [True, False, True]
+
+
+def test_files_that_peft_wrote(tmp_path: Path) -> None:
+    import peft
+
+    base = save_base(tiny_llama(), tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q_proj", "down_proj", "embed_tokens"], modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM", use_rslora=True,
+    )  # fmt: skip
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    torch.manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    out = assert_merges_alike(base, tmp_path / "adapter", tmp_path)
+    theirs = model.merge_and_unload()(token_ids()).logits
+    ours = AutoModelForCausalLM.from_pretrained(out)(token_ids()).logits
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-4 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "float16")]
+)
+def test_another_dtype_is_rounded_to_once(tmp_path: Path, held: str, wanted: str) -> None:
+    base = save_base(tiny_llama().to(getattr(torch, held)), tmp_path, "20KB")
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    whole = LoraModel.from_pretrained(adapter, base_model=str(base), dtype=torch.float32, merge=True)
+    out = merge_files(base, adapter, tmp_path / "out", dtype=wanted)
+    expected = {n: t.to(getattr(torch, wanted)) for n, t in whole.state_dict().items()}
+    assert_same_bits(tensors_of(out), expected)
+    assert layout(out) == layout(base)
+    assert json.loads((out / "config.json").read_text())["dtype"] == wanted
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in expected.values())
+
+
+def test_the_adapters_tokenizer_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    for folder, files in (
+        (base, ("tokenizer.json", "vocab.json", "tokenizer_config.json")),
+        (adapter, ("tokenizer_config.json",)),
+    ):
+        for name in files:
+            (folder / name).write_text(json.dumps({"of": folder.name}))
+    (base / "pytorch_model.bin").write_bytes(b"old weights")
+    out = merge_files(base, adapter, tmp_path / "out")
+    assert json.loads((out / "tokenizer_config.json").read_text())["of"] == "adapter"
+    assert not {"tokenizer.json", "vocab.json", "pytorch_model.bin", "adapter_config.json"} & {
+        p.name for p in out.iterdir()
+    }
+
+
+# What is refused -----------------------------------------------------------------------------------------------------
+
+
+def refused(error: type[LoraError], base: Path, adapter: Path, out: Path, **options: Any) -> str:
+    with pytest.raises(error) as caught:
+        merge_files(base, adapter, out, **options)
+    assert not [p for p in out.rglob("*") if p.suffix in (".safetensors", ".part")] or out in (base, adapter)
+    return str(caught.value)
+
+
+def test_every_fault_of_the_files_is_in_one_error(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path, "20KB")
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    first, second, third = sorted(base.glob("*.safetensors"))[:3]
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:-8])
+    third.write_bytes((1 << 40).to_bytes(8, "little") + third.read_bytes()[8:])
+    (adapter / "adapter_config.json").write_text("{")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    said = refused(AdapterFileError, base, adapter, tmp_path / "out")
+    for part in (f"{first} is missing", f"{second} is", f"{third} is cut off", "is not JSON", "is not empty"):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [
+        ('"shape":[32]', '"shape":[-4,-8]'),
+        ('"shape":[32]', '"shape":[32.0]'),
+        ('"dtype":"F32"', '"dtype":"F32","dtype":"F32"'),
+        ('"dtype":"F32"', '"dtype":"Q4"'),
+    ],
+)
+def test_a_header_that_is_not_what_the_format_says(tmp_path: Path, written: str, instead: str) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    file = base / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode()
+    assert written in header
+    changed = header.replace(written, instead, 1).encode()
+    file.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
+    assert f"{file} has no safetensors header" in refused(AdapterFileError, base, adapter, tmp_path / "out")
+
+
+def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    assert "the base's own folder" in refused(AdapterFileError, base, adapter, base)
+    assert "the adapter's own folder" in refused(AdapterFileError, base, adapter, adapter, overwrite=True)
+    assert "is a file" in refused(AdapterFileError, base, adapter, base / "config.json")
+    assert "neither model.safetensors" in refused(AdapterFileError, adapter, adapter, tmp_path / "out")
+    assert "'float32'" in refused(ConfigError, base, adapter, tmp_path / "out", dtype="float23")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    assert "is quantised" in refused(AdapterFileError, base, adapter, tmp_path / "out")
+
+
+def test_an_adapter_that_does_not_fit(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    weights = adapter / "adapter_model.safetensors"
+    whole = load_file(weights)
+    names = sorted(whole)
+    broken = {n: t for n, t in whole.items() if n != names[0]}
+    broken[names[1]] = whole[names[1]][:, :-1].contiguous()
+    broken[names[2]] = torch.full_like(whole[names[2]], torch.nan)
+    save_file(broken, weights)
+    said = refused(AdapterFileError, base, adapter, tmp_path / "out")
+    for part in (f"missing: {names[0]}", f"shape: {names[1]}", f"values: {names[2]}"):
+        assert part in said
+    save_file(whole, weights)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "dora" in refused(AdapterFileError, base, adapter, tmp_path / "out").lower()
+
+
+def test_another_base_is_refused_by_its_values(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    other = save_base(tiny_llama(seed=9), tmp_path / "other")
+    assert "is another one" in refused(BaseMismatchError, other, adapter, tmp_path / "out")
+    merge_files(other, adapter, tmp_path / "out", allow_other_base=True)
+    half = save_base(tiny_llama().to(torch.bfloat16), tmp_path / "half")  # the same values: no other base
+    merge_files(half, adapter, tmp_path / "half" / "out")
+
+
+def test_parameters_that_nobody_holds(tmp_path: Path) -> None:
+    base = save_base(tiny_bert(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="SEQ_CLS")
+    tensors = tensors_of(base)
+    del tensors["bert.pooler.dense.weight"]
+    tensors["bert.embeddings.LayerNorm.bias"] = torch.zeros(7)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    said = refused(MergeError, base, adapter, tmp_path / "out", allow_other_base=True)
+    assert "missing: bert.pooler.dense.weight" in said
+    assert "shape: bert.embeddings.LayerNorm.bias is [7]" in said
+
+
+def test_an_overflow_is_found_before_anything_is_written(tmp_path: Path) -> None:
+    base = save_base(tiny_llama().half(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    weights = adapter / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({n: t * 1e6 if "lora_B" in n else t for n, t in tensors.items()}, weights)
+    assert "too large for torch.float16" in refused(MergeError, base, adapter, tmp_path / "out")
+
+
+def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    base = save_base(tiny_llama(), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    total, used, _ = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: type("Usage", (), {"total": total, "used": used, "free": 9})()
+    )
+    assert "are free in" in refused(AdapterFileError, base, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_three_names(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(tied=True), tmp_path)
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    assert "is tied to" in run_command("merge", base, adapter, tmp_path / "out", code=2).stderr
+    assert "Merged" in run_command("merge", base, adapter, tmp_path / "out", "--untie", "--quiet").output
+    merged_in_memory(base, adapter, tmp_path, untie=True)
+    assert_same_bits(tensors_of(tmp_path / "out"), tensors_of(tmp_path / "memory"))
+    assert "hf-lora merge BASE ADAPTER OUT" in run_command("merge", base, adapter, code=2).stderr

@@ -1,0 +1,603 @@
+"""The loss over a frozen head: its values and gradients, where it is off, what it holds, and how it is proved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import helpers
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import VOCABULARY, adapter_gradients, assert_near, randomize, relative_error, token_ids
+from tiny import Rows, adapter_values, texts
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaForCausalLM
+
+from hf_lora import LoraConfig, LoraTrainer, apply_lora
+from hf_lora.data.spans import IGNORED
+from hf_lora.loss import frozen_head as loss_module
+from hf_lora.loss.frozen_head import FrozenHead, find_frozen_head, label_scores, shifted
+
+Make = Callable[..., Any]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+V, H = 50, 16
+KEPT: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda mask: mask | True,
+    "half": lambda mask: mask,
+    "one": lambda mask: mask & (mask.flatten().cumsum(0).view(mask.shape) == 1),
+    "none": lambda mask: mask & False,
+}
+
+
+def problem(kept: str = "half", bias: bool = False, tokens: int = 12, dtype: torch.dtype = torch.float64) -> Any:
+    """Hidden states (2, T, H), a head (V, H), its bias, and labels (2, T)."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, tokens, H), (V, H)))
+    shift = torch.randn(V, generator=generator).to(dtype) if bias else None
+    labels = torch.randint(V, (2, tokens), generator=generator)
+    mask = torch.rand(2, tokens, generator=generator) < 0.5
+    mask[0, 0] = True
+    hidden, weight = hidden.to(dtype).requires_grad_(), (weight * 0.5).to(dtype)
+    return hidden, weight, shift, labels.where(KEPT[kept](mask), IGNORED)
+
+
+def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """PyTorch's own road from all logits: log p (2, T), zero where ignored."""
+    logits = F.linear(hidden, weight, bias)
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return -F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view_as(
+        labels
+    )
+
+
+def value_and_gradient(
+    road: Callable[..., Any], hidden: Tensor, *rest: Any, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The log-probabilities, and the gradient of their sum under weights that differ from token to token."""
+    log_probs = road(hidden, *rest)
+    log_probs = getattr(log_probs, "log_probs", log_probs)
+    weights = torch.linspace(-1, 2, log_probs.numel(), dtype=log_probs.dtype).view_as(log_probs)
+    (gradient,) = torch.autograd.grad((log_probs * weights).sum() * scale, hidden)
+    return log_probs.detach(), gradient
+
+
+@pytest.fixture(params=[None, 3 * V], ids=["one chunk", "chunks of 3"])
+def chunked(request: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    if request.param:
+        monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", request.param)
+    return request.param
+
+
+# The scores of labels ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_value_and_gradient_are_those_of_the_cross_entropy(kept: str, bias: bool, chunked: Any) -> None:
+    case = problem(kept, bias)
+    own, theirs = value_and_gradient(label_scores, *case), value_and_gradient(plain, *case)
+    assert torch.equal(own[0] == 0, case[3] == IGNORED)
+    torch.testing.assert_close(own, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    case = problem("half")
+    expected = value_and_gradient(label_scores, *case)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradient(label_scores, *case)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
+def test_one_token_and_a_chunk_smaller_than_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", V // 2)
+    hidden, weight, bias, labels = problem("all", tokens=1)
+    own = value_and_gradient(label_scores, hidden, weight, bias, labels)
+    torch.testing.assert_close(own, value_and_gradient(plain, hidden, weight, bias, labels), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_it_loses_no_more_to_rounding_than_the_plain_road(dtype: torch.dtype, bias: bool) -> None:
+    hidden, weight, shift, labels = problem("half", bias, tokens=64, dtype=dtype)
+    exact = hidden.detach().double().requires_grad_()
+    wide = None if shift is None else shift.double()
+    expected = value_and_gradient(plain, exact, weight.double(), wide, labels)
+    found = value_and_gradient(label_scores, hidden, weight, shift, labels)
+    theirs = value_and_gradient(plain, hidden, weight, shift, labels)
+    assert found[0].dtype == torch.float32
+    assert found[1].dtype == dtype
+    for ours, other, right in zip(found, theirs, expected, strict=True):
+        assert relative_error(ours, right) <= 1.5 * relative_error(other, right) + EPS[dtype] / 4
+
+
+def test_autocast_sets_the_dtype_of_the_products() -> None:
+    hidden, weight, bias, labels = problem("half", True, tokens=64, dtype=torch.float32)
+    exact = value_and_gradient(plain, hidden, weight, bias, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = value_and_gradient(label_scores, hidden, weight, bias, labels)
+        theirs = value_and_gradient(plain, hidden, weight, bias, labels)
+    assert found[0].dtype == found[1].dtype == torch.float32
+    for ours, other, right in zip(found, theirs, exact, strict=True):
+        assert EPS[torch.bfloat16] / 8 < relative_error(ours, right) <= 1.5 * relative_error(other, right)
+
+
+def test_a_scaled_loss_in_float16_has_finite_and_right_gradients() -> None:
+    hidden, weight, _, labels = problem("half", tokens=64, dtype=torch.float16)
+    weight = weight / 64  # of the size that heads have
+    exact = hidden.detach().double().requires_grad_()
+    for scale in (65536.0, 65536.0 / 64):
+        _, gradient = value_and_gradient(label_scores, hidden, weight, None, labels, scale=scale)
+        _, expected = value_and_gradient(plain, exact, weight.double(), None, labels, scale=scale)
+        assert gradient.isfinite().all()
+        assert_near(gradient, expected, torch.float16)
+    # Of many tokens: each row's gradient is below float16's smallest number until the scale is on it.
+    _, gradient = value_and_gradient(label_scores, hidden, weight, None, labels, scale=65536 * 2.0**-24)
+    _, expected = value_and_gradient(plain, exact, weight.double(), None, labels, scale=65536 * 2.0**-24)
+    torch.testing.assert_close(gradient.double(), expected, rtol=4 * EPS[torch.float16], atol=2.0**-24)
+    assert gradient.count_nonzero() > gradient.numel() / 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_predictions_hits_and_entropy(dtype: torch.dtype, chunked: Any) -> None:
+    hidden, weight, bias, labels = problem("half", True, tokens=300, dtype=dtype)
+    with torch.no_grad():
+        logits = F.linear(hidden, weight, bias)
+        labels[0] = logits[0].argmax(-1).where(labels[0] != IGNORED, IGNORED)
+        last = V - 1 - logits[1].flip(-1).argmax(-1)  # of the likeliest: another than argmax's where there are ties
+        labels[1] = last.where(labels[1] != IGNORED, IGNORED)
+        assert torch.equal(last, logits[1].argmax(-1)) == (dtype == torch.float64)
+    scores = label_scores(hidden, weight, bias, labels, predictions=True, entropy=True)
+    assert scores.predictions is not None
+    assert scores.entropy is not None
+    mask = labels != IGNORED
+    assert torch.equal(scores.mask, mask)
+    # bfloat16 has ties: the first of the likeliest is the prediction, here as in argmax.
+    assert torch.equal(scores.predictions[mask], logits.argmax(-1)[mask])
+    assert torch.equal(scores.hits, (logits.argmax(-1) == labels) & mask)
+    assert scores.hits[0][mask[0]].all()
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.distributions.Categorical(logits=logits.to(exact)).entropy()
+    torch.testing.assert_close(scores.entropy, expected.where(mask, 0), rtol=16 * EPS[exact], atol=16 * EPS[exact])
+    assert scores.log_probs.requires_grad
+    assert not scores.entropy.requires_grad
+    without = label_scores(hidden, weight, bias, labels)
+    assert without.predictions is None
+    assert without.entropy is None
+    assert torch.equal(without.log_probs, scores.log_probs)
+    value, gradient = value_and_gradient(lambda h: label_scores(h, weight, bias, labels, entropy=True), hidden)
+    torch.testing.assert_close((value, gradient), value_and_gradient(label_scores, hidden, weight, bias, labels))
+
+
+# What is held --------------------------------------------------------------------------------------------------------
+
+
+class Watch(TorchDispatchMode):
+    """The size of what each operation makes, in elements, and how many products there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = self.products = 0
+        self.saved: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **kwargs or {})
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:  # else a view
+                self.largest = max(self.largest, made.numel())
+        self.products += str(func) in ("aten.mm.default", "aten.addmm.default", "aten.bmm.default")
+        return out
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        self.saved.append(tensor)
+        return tensor
+
+
+def watched(road: Callable[..., Any], vocabulary: int, tokens: int, labelled: int) -> tuple[Watch, Tensor]:
+    hidden = torch.randn(1, tokens, H, requires_grad=True)
+    weight = torch.randn(vocabulary, H)
+    labels = torch.full((1, tokens), IGNORED)
+    labels[0, :labelled] = torch.randint(vocabulary, (labelled,))
+    watch = Watch()
+    with watch, torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda t: t):
+        value_and_gradient(road, hidden, weight, None, labels)
+    watch.saved = [t for t in watch.saved if t.data_ptr() != weight.data_ptr()]
+    return watch, weight
+
+
+def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 8 * 1000)
+    for tokens in (100, 200):
+        assert watched(label_scores, 1000, tokens, tokens)[0].largest == 8 * 1000
+        assert watched(plain, 1000, tokens, tokens)[0].largest >= tokens * 1000
+    # A larger vocabulary makes the chunks shorter; a token without a label meets no head at all.
+    assert watched(label_scores, 2000, 200, 200)[0].largest == 8 * 1000
+    assert watched(label_scores, 1000, 200, 4)[0].largest == max(4 * 1000, 200 * H)
+    assert watched(label_scores, 1000, 200, 4)[0].products == 2
+    assert watched(label_scores, 1000, 200, 0)[0].products == 0
+
+
+def test_the_backward_keeps_labelled_tokens_times_hidden() -> None:
+    for vocabulary in (1000, 2000):
+        for labelled in (10, 40):
+            watch, _ = watched(label_scores, vocabulary, 100, labelled)
+            floats = [t.numel() for t in watch.saved if t.is_floating_point() and t.shape != (1, 100)]
+            assert floats[0] == labelled * H
+            assert sum(floats[1:]) <= labelled
+            rest = sum(t.nbytes for t in watch.saved if not t.is_floating_point())
+            assert rest <= 3 * 8 * labelled  # where the labels stand
+            theirs = sum(t.numel() for t in watched(plain, vocabulary, 100, labelled)[0].saved)
+            assert theirs >= 100 * vocabulary
+
+
+def test_without_gradients_none_is_made() -> None:
+    hidden, weight, bias, labels = problem("all")
+    with torch.no_grad(), Watch() as watch:
+        assert not label_scores(hidden, weight, bias, labels).log_probs.requires_grad
+    assert watch.products == 1
+    with Watch() as watch:
+        assert not label_scores(hidden.detach(), weight, bias, labels).log_probs.requires_grad
+    assert watch.products == 1
+    with torch.inference_mode():
+        found = label_scores(hidden, weight, bias, labels).log_probs
+    torch.testing.assert_close(found, plain(hidden, weight, bias, labels).detach())
+
+
+# Through models ------------------------------------------------------------------------------------------------------
+
+
+def small(name: str, **config: Any) -> Any:
+    """A causal language model of a family of transformers, with its small configuration."""
+    import transformers
+
+    torch.manual_seed(0)
+    values = dict(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    made = getattr(transformers, f"{name}Config")(**values | config)
+    return getattr(transformers, f"{name}ForCausalLM")(made).eval().requires_grad_(False)
+
+
+def mixtral() -> Any:
+    model = small("Mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5)
+    model.set_experts_implementation("eager")  # the grouped product knows no float64
+    return model
+
+
+ON = {
+    "llama": lambda: helpers.tiny_llama(layers=1),
+    "llama, tied": lambda: helpers.tiny_llama(layers=1, tied=True),
+    "gpt2": helpers.tiny_gpt2,
+    "phi, whose head has a bias": lambda: small("Phi"),
+    "mixtral with its router's loss": mixtral,
+}
+
+
+@pytest.fixture(scope="module", params=ON)
+def adapted(request: Any) -> Iterator[Any]:
+    model = ON[request.param]().double()
+    apply_lora(model, LoraConfig(r=4))
+    with torch.no_grad():
+        head = model.get_output_embeddings()
+        if head.bias is not None:
+            head.bias.normal_()
+    return randomize(model)
+
+
+def batch() -> dict[str, Tensor]:
+    ids = token_ids(3, 12)
+    labels = ids.clone()
+    labels[0, :7] = labels[1, 3:5] = labels[2] = IGNORED
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def caught_loss(model: Any, head: FrozenHead, inputs: dict[str, Any]) -> Tensor:
+    with head.catch(model, shifted(inputs["labels"])) as caught:
+        loss: Tensor = model(**inputs)["loss"]
+    assert caught.fault is None
+    return loss
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return adapter_gradients(model)
+
+
+@pytest.mark.parametrize("tokens", [None, 7, torch.tensor(7)], ids=["mean", "number", "tensor"])
+def test_loss_and_every_gradient_are_the_models_own(adapted: Any, tokens: Any) -> None:
+    head = find_frozen_head(adapted)
+    assert head is not None
+    assert head.off is None
+    inputs = batch() | ({} if tokens is None else {"num_items_in_batch": tokens})
+    loss = caught_loss(adapted, head, inputs)
+    found = gradients(adapted, loss)
+    outputs = adapted(**inputs)
+    # transformers takes the cross entropy of float64 logits in float32, so it is taken here by hand too.
+    mask = shifted(inputs["labels"]) != IGNORED
+    exact = F.cross_entropy(outputs.logits[mask], shifted(inputs["labels"])[mask], reduction="sum")
+    exact = exact / (mask.sum() if tokens is None else tokens)
+    if getattr(outputs, "aux_loss", None) is not None:
+        assert outputs.aux_loss > 0.1
+        exact = exact + 0.5 * outputs.aux_loss
+    assert float(loss) == pytest.approx(float(exact), rel=1e-10)
+    assert float(loss) == pytest.approx(float(outputs.loss), rel=8 * EPS[torch.float32])
+    for reference in (exact, adapted(**inputs).loss):
+        expected = gradients(adapted, reference)
+        assert len(expected) > 4
+        assert expected.keys() == found.keys()
+        for name, gradient in expected.items():
+            assert_near(found[name], gradient, torch.float32, 32)
+            assert gradient.count_nonzero()
+    head.prove(adapted, batch())
+    assert head.off is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_a_model_in_a_short_dtype_is_proved(dtype: torch.dtype, autocast: bool) -> None:
+    model = helpers.tiny_llama(layers=1).to(dtype)
+    apply_lora(model, LoraConfig(r=4))
+    head = find_frozen_head(model)
+    assert head is not None
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        head.prove(model, batch())
+    assert head.off is None
+
+
+def test_the_model_is_as_it_was_after_catch() -> None:
+    model = helpers.tiny_llama(layers=1)
+    head = FrozenHead(model)
+    before = dict(model.__dict__), dict(model.lm_head.__dict__)
+    inputs = batch()
+    expected = model(**inputs)
+    caught_loss(model, head, inputs)
+    with pytest.raises(IndexError), head.catch(model, shifted(inputs["labels"])):
+        model(**inputs | {"input_ids": inputs["input_ids"] + VOCABULARY})
+    assert (model.__dict__, model.lm_head.__dict__) == before
+    found = model(**inputs)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.loss, expected.loss)
+    with torch.inference_mode():
+        assert float(caught_loss(model, head, inputs)) == pytest.approx(float(expected.loss))
+
+
+def adapted_head() -> Any:
+    return apply_lora(helpers.tiny_llama(layers=1), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+
+
+def adapted_head_at_rest() -> Any:
+    return adapted_head().requires_grad_(False)
+
+
+def saved_head() -> Any:
+    return apply_lora(helpers.tiny_llama(layers=1), LoraConfig(r=2, modules_to_save=["lm_head"]))
+
+
+def saved_head_at_rest() -> Any:
+    return saved_head().requires_grad_(False)
+
+
+def trained_bias() -> Any:
+    return apply_lora(small("Phi"), LoraConfig(r=2, bias="all"))
+
+
+def trained_embedding() -> Any:
+    model = helpers.tiny_llama(layers=1, tied=True)
+    model.requires_grad_(False).model.embed_tokens.requires_grad_(True)
+    return model
+
+
+def hooked_head() -> Any:
+    model = helpers.tiny_llama(layers=1).requires_grad_(False)
+    model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    return model
+
+
+def own_loss() -> Any:
+    model = helpers.tiny_llama(layers=1)
+    model.loss_function = lambda logits, labels, **_: logits.mean()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (adapted_head, "lm_head is trained"),
+        (adapted_head_at_rest, "lm_head has an adapter"),
+        (saved_head, "lm_head is trained"),
+        (saved_head_at_rest, "lm_head is no plain linear layer, but Replacement"),
+        (trained_bias, "lm_head is trained"),
+        (trained_embedding, "lm_head is trained"),
+        (hooked_head, "lm_head has a hook"),
+        (own_loss, "loss_function of its own"),
+    ],
+)
+def test_a_head_that_is_not_frozen_or_not_plain_is_left_alone(make: Callable[[], Any], why: str) -> None:
+    head = find_frozen_head(make())
+    assert head is not None
+    assert why in str(head.off)
+
+
+@pytest.mark.parametrize(
+    "make", [helpers.tiny_t5, helpers.tiny_bert, lambda: helpers.tiny_bert(cls="BertForMaskedLM")]
+)
+def test_only_causal_language_models_have_one(make: Callable[[], Any]) -> None:
+    assert find_frozen_head(make()) is None
+    assert find_frozen_head(nn.Linear(2, 2)) is None
+
+
+# The proof -----------------------------------------------------------------------------------------------------------
+
+
+class _Changed(LlamaForCausalLM):
+    """A Llama whose forward treats the hidden states as its subclass says."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        logits, loss = self.finish(hidden, labels)
+        return {"loss": loss, "logits": logits}
+
+    def finish(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(hidden)
+        return logits, self.loss_function(logits, labels, self.vocab_size)
+
+
+class AsUsualForCausalLM(_Changed):
+    pass
+
+
+class InPlaceForCausalLM(_Changed):
+    def finish(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(hidden)
+        logits.mul_(0.5)
+        return logits, self.loss_function(logits, labels, self.vocab_size)
+
+
+class OwnEntropyForCausalLM(_Changed):
+    def finish(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(hidden)
+        return logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class TwiceForCausalLM(_Changed):
+    def finish(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits, others = self.lm_head(hidden), self.lm_head(hidden.flip(1))
+        return logits, self.loss_function(logits, labels, self.vocab_size) + others.mean()
+
+
+class UnshiftedForCausalLM(_Changed):
+    def finish(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.lm_head(hidden)
+        return logits, self.loss_function(logits, labels, self.vocab_size, shift_labels=labels)
+
+
+def changed(cls: type[Any], **config: Any) -> Any:
+    return cls(helpers.tiny_llama(layers=1, **config).config).eval().requires_grad_(False)
+
+
+def test_the_changed_models_differ_by_their_changes_alone() -> None:
+    head = find_frozen_head(model := changed(AsUsualForCausalLM))
+    assert head is not None
+    head.prove(model, batch())
+    assert head.off is None
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: small("Gemma2", final_logit_softcapping=2.0), "changes what lm_head returns before its loss"),
+        (lambda: small("Cohere", logit_scale=0.0625), "changes what lm_head returns before its loss"),
+        (lambda: changed(InPlaceForCausalLM), "changes what lm_head returns before its loss"),
+        (lambda: changed(OwnEntropyForCausalLM), "does other things with its logits"),
+        # As many hidden states as tokens: nothing fails, yet it is noticed.
+        (lambda: changed(OwnEntropyForCausalLM, vocab_size=32), "does not take its loss from its loss_function"),
+        (lambda: changed(TwiceForCausalLM), "lm_head is called with other tokens than the labels'"),
+        (lambda: changed(UnshiftedForCausalLM), "the model's own loss is"),
+    ],
+    ids=["softcap", "logit scale", "in place", "own loss", "own loss, fits", "twice", "unshifted"],
+)
+def test_a_model_that_does_more_with_its_logits_is_found(make: Callable[[], Any], why: str) -> None:
+    model = make()
+    head = find_frozen_head(model)
+    assert head is not None
+    assert head.off is None
+    inputs = {name: t % model.config.vocab_size if name != "attention_mask" else t for name, t in batch().items()}
+    head.prove(model, inputs)
+    assert why in str(head.off)
+    assert "forward" not in model.get_output_embeddings().__dict__
+    assert "_loss_function" not in model.__dict__
+
+
+def test_a_fault_inside_a_step_is_told_too() -> None:
+    model = changed(InPlaceForCausalLM)
+    with FrozenHead(model).catch(model, shifted(batch()["labels"])) as caught:
+        model(**batch())
+    assert "changes what lm_head returns" in str(caught.fault)
+
+
+def test_the_proof_leaves_the_random_state_and_agrees_under_dropout() -> None:
+    model = helpers.tiny_gpt2(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1).train().requires_grad_(False)
+    head = FrozenHead(model)
+    torch.rand(3)
+    state, seed = torch.get_rng_state(), torch.initial_seed()
+    head.prove(model, batch())
+    assert head.off is None
+    assert head.proved
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.initial_seed() == seed
+    assert all(p.grad is None for p in model.parameters())
+    assert float(model(**batch()).loss) != float(model(**batch()).loss)
+
+
+@pytest.mark.parametrize(("off_by", "proved"), [(1e-5, True), (1e-3, False)])
+def test_another_order_of_sums_is_no_other_loss(off_by: float, proved: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over 49,152 tokens float32 differed by 4e-6; what is really another loss differs by more than roundings do."""
+
+    def rounded(*args: Any, **kwargs: Any) -> Any:
+        scores = label_scores(*args, **kwargs)
+        return scores._replace(log_probs=scores.log_probs * (1 + off_by))
+
+    monkeypatch.setattr(loss_module, "label_scores", rounded)
+    model = helpers.tiny_llama(layers=1).requires_grad_(False)
+    head = FrozenHead(model)
+    head.prove(model, batch())
+    assert (head.off is None) is proved
+
+
+def test_a_model_that_is_sure_of_its_tokens_is_proved() -> None:
+    """Its loss is the small difference of large logits, so it holds fewer digits than they."""
+    model = helpers.tiny_llama(layers=1).requires_grad_(False)
+    model.lm_head.weight.mul_(32)
+    ids = token_ids(1, 2)
+    for _ in range(60):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    labels = ids.clone()
+    labels[:, :20] = IGNORED
+    assert 0 < float(model(ids, labels=labels).loss) < 0.1
+    head = FrozenHead(model)
+    head.prove(model, {"input_ids": ids, "labels": labels})
+    assert head.off is None
+
+
+# In training --------------------------------------------------------------------------------------------------------
+
+
+def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def pad(name: str, value: int) -> Tensor:
+        return nn.utils.rnn.pad_sequence([row[name] for row in rows], batch_first=True, padding_value=value)
+
+    ids = pad("input_ids", -1)
+    return {"input_ids": ids.clamp_min(0), "attention_mask": (ids >= 0).long(), "labels": pad("labels", IGNORED)}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_training_run_is_the_same_with_and_without_logits(
+    arguments: Make, capsys: pytest.CaptureFixture[str], dropout: float
+) -> None:
+    """Rows of different lengths, some labels ignored, two micro-batches a step: the mean is over all their tokens."""
+    rows = [{n: t[: 10 - i % 4] for n, t in row.items()} for i, row in enumerate(texts().rows)]
+    runs = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        model = randomize(apply_lora(helpers.tiny_llama(layers=1), LoraConfig(r=4, lora_dropout=dropout)))
+        args = arguments(
+            frozen_head_loss=ours, max_steps=4, gradient_accumulation_steps=2, per_device_train_batch_size=3,
+            max_grad_norm=0.0, optim="sgd", learning_rate=0.5, name=str(ours),
+        )  # fmt: skip
+        trainer = LoraTrainer(model, args, train_dataset=Rows(rows), eval_dataset=Rows(rows), data_collator=padded)
+        trainer.train()
+        evaluated = trainer.evaluate()["eval_loss"]
+        runs.append((adapter_values(model), trainer.state.log_history[-2]["train_loss"], evaluated))
+        said = "over the frozen lm_head in chunks" in capsys.readouterr().out
+        assert said == ours
+    (found, *losses), (expected, *own) = runs
+    assert losses == pytest.approx(own, rel=1e-5)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
