@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 _WHERE = {
     "LoraConfig": "config",
     "LoraModel": "model",
-    "apply_lora": "model",
-    "get_peft_model": "model",
+    "apply_lora": "apply",
+    "get_peft_model": "apply",
     "pipeline": "pipelines",
     "write_card": "hub.card.write",
     "generate_texts": "generate.texts",
@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     from .adapt.gather import gathered_state
     from .adapt.sharing import share_inputs
     from .adapt.targets import explain_targets
+    from .apply import apply_lora, get_peft_model
     from .config import LoraConfig
     from .errors import (
         AdapterFileError,
@@ -124,7 +125,7 @@ if TYPE_CHECKING:
     from .layers.registry import register
     from .layers.shapes import SHAPES
     from .layers.storages import STORAGES
-    from .model import LoraModel, apply_lora, get_peft_model
+    from .model import LoraModel
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks

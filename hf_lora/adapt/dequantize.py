@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import Faults, MergeError
 from ..layers.base import LoraLayer
 from ..layers.contract import Storage
-from ..layers.ops import exact
+from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
 from .state import state_of
@@ -155,7 +155,7 @@ def read_rows(storage: Storage, layer: Any, reuse: bool = False) -> Iterator[tup
     device = cast(Tensor, layer.weight).device
     elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 8)
     step = storage.block_rows(layer, max(1, elements // max(1, prod(rest))))
-    memory = exact(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
+    memory = to_float64(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         into = memory[: rows.stop - start]

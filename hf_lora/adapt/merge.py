@@ -25,7 +25,8 @@ from ..layers.file_maps import let_go, lies_in, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
-from .dequantize import Update, dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
+from .dequantize import Update, dense_dtype, dequantize, dequantize_with, is_quantized, leftovers, read_rows
+from .inject import eject
 from .state import LoraState, Original, acting_together, require_state, set_active
 from .ties import forward_asks_for_ties, tensor_users, untie_adapted
 from .walk import parts
@@ -98,6 +99,29 @@ def merge(
             raise MergeError(f"{call}: {name}: {error}. {undone}") from None
     state.activity.set(merged=active)
     return active
+
+
+def merge_for_good(
+    model: nn.Module, names: str | Sequence[str] | None = None, *, untie: bool = False, call: str = "merge_and_unload"
+) -> None:
+    """Fold the active adapters (or `names`) into the weights and take all adapters off.
+
+    A quantised base becomes a dense model, in the dtype of its other weights: see dequantize.py.
+
+    Raises:
+        StateError, MergeError: as `merge`; or others are merged than `names`.
+    """
+    state = require_state(model, call)
+    wanted = (names,) if isinstance(names, str) else names if names is None else tuple(names)
+    if not state.activity.merged:
+        merge(model, wanted, untie=untie, keep=False, call=call)
+    elif not state.activity.enabled:
+        raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
+    elif wanted not in (None, state.activity.merged):
+        state.refuse_merged(f"{call}({names!r})")
+    if is_quantized(model):  # its dense layers alone were merged before
+        dequantize(model, call)
+    eject(model, keep_heads=True)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -22,9 +22,9 @@ from transformers import AutoConfig
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
 from ..errors import AdapterFileError, BaseMismatchError, Faults
-from ..files.adapters import load_adapter
 from ..files.format import AdapterFile
 from ..files.identity import Identity, differs, identify
+from ..files.load import load_adapter
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint, Entry
 from .writer import CHUNK, Sources, same_bytes

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..adapt.state import require_state
-from ..layers.class_swap import plain
+from ..layers.class_swap import unwrap_class
 from .lazy_model import NAME
 from .plan import Plan
 from .ranges import INDEX_NAME
@@ -86,7 +86,7 @@ def _config(plan: Plan, values: dict[str, Any], dtype: torch.dtype | None) -> di
     state = require_state(model, "merge_files")
     task = state.adapters[NAME].task
     if plan.shell.foreign:
-        values["architectures"] = [plain(type(model)).__name__]
+        values["architectures"] = [unwrap_class(type(model)).__name__]
     if task != state.base_task and task.id2label:
         values.pop("num_labels", None)
         values["id2label"] = {str(k): v for k, v in task.id2label.items()}

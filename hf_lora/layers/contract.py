@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .ops import exact
+from .ops import to_float64
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class Shape(ABC):
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
         """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
         left, right = self.factors(layer, name)
-        return exact(left[rows]) @ exact(right)
+        return to_float64(left[rows]) @ to_float64(right)
 
     @abstractmethod
     def norm(self, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from .contract import FactorSpec, Method, Shape, Storage
 from .hosts import Factor, Held, add_factor, remove_factor
 from .inits import Init, taken
-from .ops import exact
+from .ops import to_float64
 
 
 @dataclass
@@ -199,7 +199,7 @@ class Reduced(Seen):
     def read(self, rows: slice = slice(None)) -> Tensor:
         rows = slice(*rows.indices(self._lora.storage.shape(cast(Any, self.site))[0]))
         block = self.site.read(rows)
-        return self.without(exact(block), rows).to(block.dtype)
+        return self.without(to_float64(block), rows).to(block.dtype)
 
     def without(self, block: Tensor, rows: slice) -> Tensor:
         """Rows of the weight, which may be overwritten, without what was taken out."""

@@ -18,10 +18,11 @@ from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from ..adapt.state import require_state, state_of
+from ..apply import apply_lora
 from ..compat import shifts_labels
 from ..config import LoraConfig
 from ..errors import AdapterFileError, ConfigError, StateError
-from ..model import LoraModel, apply_lora
+from ..model import LoraModel
 from .arguments import LoraArguments
 from .card import CardMixin
 from .checkpoint.manifest import (

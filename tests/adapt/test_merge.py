@@ -15,7 +15,8 @@ from hf_lora.adapt.dequantize import BLOCK_ELEMENTS
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.adapt.walk import adapter_tensors
-from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 from hf_lora.layers.storages import DenseStorage, fits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -17,8 +17,8 @@ from torch import nn
 
 from ...config import LoraConfig
 from ...errors import AdapterFileError, HubError
-from ...files.adapters import adapter_state_dict, config_on_disk, extras_of
 from ...files.format import CONFIG_NAME, WEIGHTS_NAME, read_config, read_extras, split_key
+from ...files.save import adapter_state_dict, config_on_disk, extras_of
 from ..names import check_repository
 from .escape import clean
 

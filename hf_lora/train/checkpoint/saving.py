@@ -17,8 +17,9 @@ from ...adapt.inject import drop_layers
 from ...adapt.state import require_state
 from ...compat import loads_to_plain_cpu, rotates_with, zero_partitions
 from ...errors import AdapterFileError
-from ...files.adapters import load_adapter_weights, save_adapter
 from ...files.format import CONFIG_NAME
+from ...files.load import load_adapter_weights
+from ...files.save import save_adapter
 from ...model import LoraModel
 from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from ..watch.guard import NEVER_CALLED, check_finite

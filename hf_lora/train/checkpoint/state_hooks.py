@@ -10,7 +10,8 @@ from torch import nn
 from ...adapt.gather import gathered_state
 from ...adapt.state import require_state, state_of
 from ...errors import StateError
-from ...files.adapters import load_adapter_weights, save_adapter
+from ...files.load import load_adapter_weights
+from ...files.save import save_adapter
 from ..engines import running_engine
 
 
