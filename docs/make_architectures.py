@@ -51,7 +51,7 @@ The two number columns count adapted layers (the models have two layers where th
 - *weight used by the parent*: the parent multiplies by the layer's weight itself, so the layer's forward, and with
   it the adapter, may never run. `"all-linear"` leaves such a layer out; naming it is an error that
   `allow_bypassed=True` lifts.
-- *parametrised weight*: the weight is computed from other tensors at each use, so a merged value would be lost.
+- *parametrized weight*: the weight is computed from other tensors at each use, so a merged value would be lost.
 - *forward of its own*: a subclass of an embedding or convolution that computes something else than its kind.
 - *no linear layer*: the model has none outside its head; name its convolutions.
 - *rank not divisible by groups*: PEFT's form of a grouped convolution's factors needs a rank that is;

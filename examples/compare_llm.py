@@ -49,7 +49,7 @@ def chats(name: str, count: int, seed: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def labelled(messages: list[dict[str, str]]) -> dict[str, list[int]]:
+def labeled(messages: list[dict[str, str]]) -> dict[str, list[int]]:
     """Written out, so that it is no method's own: the answer and the token that closes it are learned."""
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -74,8 +74,8 @@ def loss_a_token(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> fl
 base = options.base or base_folder()
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-train = [labelled(chat) for chat in chats("train", options.train, 0)]
-test = [labelled(chat) for chat in chats("test", options.test, 1)]
+train = [labeled(chat) for chat in chats("train", options.train, 0)]
+test = [labeled(chat) for chat in chats("test", options.test, 1)]
 alpha = options.alpha or options.rank
 common = dict(
     output_dir=options.out, learning_rate=options.rate, num_train_epochs=1, lr_scheduler_type="cosine",

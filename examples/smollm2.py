@@ -61,7 +61,7 @@ def write(weights: Path, folder: Path) -> None:
     with quiet():
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        # The weights are plain numbers now. With these two the folder would be taken for a quantised model's.
+        # The weights are plain numbers now. With these two the folder would be taken for a quantized model's.
         del model.config.quantization_config
         del model.hf_quantizer
         vars(model.config).pop("_model_name_or_path", None)  # a working title of the model's makers

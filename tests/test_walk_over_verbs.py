@@ -354,7 +354,7 @@ class Walk:
             self.model.eval()  # left out: the refused call has put the root and what comes first into training mode
 
     def state_dict(self) -> None:
-        """Through a state dict, which may be of float64; what is there before it is loaded is spoilt."""
+        """Through a state dict, which may be of float64; what is there before it is loaded is spoiled."""
         assign, wide = self.random.random() < 0.5, self.random.random() < 0.3
         self.trace.append(f"load_state_dict of {'float64' if wide else 'the same'}, assign={assign}")
         found = self.model.state_dict()
@@ -380,7 +380,7 @@ class Walk:
         dtypes = {torch.float32, reference.dtype, *([reference.coarsest] if reference.merged else [])}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def unwrap_class(self) -> Net:
+    def plain(self) -> Net:
         """The net without adapters, in the present dtype; frozen where the adapted one's base is."""
         net = copy.deepcopy(self.base).to(self.reference.dtype)
         return net.requires_grad_(False) if self.reference.present else net

@@ -3,7 +3,7 @@
     python examples/benchmarks/optimizer.py --preset cpu
 
 448 tensors are the adapters of Llama-3-8B: A and B of seven linear layers in each of 32 layers; --preset cpu has them
-a quarter as wide. The optimisers are those of Trainer (--optim), wrapped and clipped by Accelerate as Trainer does it.
+a quarter as wide. The optimizers are those of Trainer (--optim), wrapped and clipped by Accelerate as Trainer does it.
 """
 
 from __future__ import annotations

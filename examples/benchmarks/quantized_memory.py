@@ -2,8 +2,8 @@
 
     python examples/benchmarks/quantized_memory.py [--base FOLDER] [--rows 2 --tokens 512]
 
-The base is SmolLM2-135M-Instruct, quantised as it is loaded (double quantisation, bfloat16 for the rest). PEFT's road
-is `prepare_model_for_kbit_training`, which turns what was not quantised into float32, then `get_peft_model`, under
+The base is SmolLM2-135M-Instruct, quantized as it is loaded (double quantization, bfloat16 for the rest). PEFT's road
+is `prepare_model_for_kbit_training`, which turns what was not quantized into float32, then `get_peft_model`, under
 bfloat16 autocast as its documentation has it; ours is `apply_lora`. A third is PEFT without the preparation. All adapt
 the same layers with the same rank, and take two steps of AdamW. The bytes of the weights are exact; the peak is the
 operating system's count of resident memory over the two steps; beside it stands what of it the steps added.

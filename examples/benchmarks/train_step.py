@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
     ]
     batch, tokens = case.batch["input_ids"].shape
     dtype = f"bfloat16 autocast over {options.dtype}" if options.autocast else options.dtype
-    through = ", through the Trainer, half of the tokens labelled" if options.loss == "head" else ""
+    through = ", through the Trainer, half of the tokens labeled" if options.loss == "head" else ""
     return Table(
         "train_step",
         f"A training step of {options.model}, {dtype}, {batch}x{tokens} tokens, rank {options.rank}, "
