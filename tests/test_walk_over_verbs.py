@@ -380,7 +380,7 @@ class Walk:
         dtypes = {torch.float32, reference.dtype, *([reference.coarsest] if reference.merged else [])}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
 
-    def unwrap_class(self) -> Net:
+    def plain(self) -> Net:
         """The net without adapters, in the present dtype; frozen where the adapted one's base is."""
         net = copy.deepcopy(self.base).to(self.reference.dtype)
         return net.requires_grad_(False) if self.reference.present else net

@@ -49,7 +49,7 @@ class Bias(Part):
             added = block - to_float64(self.module.bias.detach()[rows])  # by a method that folds into the bias too
             return to_float64(self._own.detach()[rows]) + added
 
-        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), own, None)
+        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: own, None)
 
     def fit(self) -> None:
         self.module.lora_bias[self.adapter].weight = fitted(self._own, self.module.bias.detach().float())
