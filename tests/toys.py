@@ -317,12 +317,17 @@ class Piece(View):
     def _parameters(self) -> dict[str, Any]:
         return {"weight": self.module.stacked, "bias": None}
 
-    def lifted(self, update: Update) -> tuple[View, Update]:
-        def lift(block: Tensor, rows: slice) -> Tensor:
-            if rows.start <= self.index < rows.stop:
-                piece = block[self.index - rows.start]
-                piece.copy_(update(piece, slice(0, len(piece))))
-            return block
+    def lifted(self, start: Callable[[], Update]) -> tuple[View, Callable[[], Update]]:
+        def lift() -> Update:
+            update = start()
+
+            def lifted(block: Tensor, rows: slice) -> Tensor:
+                if rows.start <= self.index < rows.stop:
+                    piece = block[self.index - rows.start]
+                    piece.copy_(update(piece, slice(0, len(piece))))
+                return block
+
+            return lifted
 
         return View(self.module, "stacked"), lift
 
@@ -423,7 +428,7 @@ class Rows(Part):
                         block[i - rows.start] = own
             return block
 
-        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), put, (self.path,))
+        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, (self.path,))
 
     @property
     def ids(self) -> list[int]:

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import Faults, MergeError
 from ..layers.base import LoraLayer
-from ..layers.contract import Shape, Storage
+from ..layers.contract import Shape, Storage, Update
 from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
@@ -34,8 +34,6 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a row block on a CPU: 2 MiB of float64. Smaller blocks cost more calls and slower products of wide rows;
 larger ones do not fit into the cache. Other devices, where a launch costs more, use 8 times as many."""
 
-Update = Callable[[Tensor, slice], Tensor]
-"""(block, rows) -> the block plus the update; it may overwrite the block."""
 
 FORGOTTEN = (
     "hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit",
@@ -101,8 +99,8 @@ def dequantization_faults(model: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def dequantize_with(model: Any, folds: dict[str, Update]) -> None:
-    """`dequantize` without the check, adding the updates of the layers named in `folds`.
+def dequantize_with(model: Any, folds: dict[str, Callable[[], Update]]) -> None:
+    """`dequantize` without the check. `folds`: name of a layer -> returns its update when that layer is converted.
 
     Raises:
         MergeError: a sum is not finite in the model's dtype; the layers before it are dense already.
@@ -132,7 +130,10 @@ def dequantize_with(model: Any, folds: dict[str, Update]) -> None:
     forget_quantization(model, dtype)
 
 
-def _dense(layer: nn.Module, storage: QuantizedStorage, fold: Update | None, dtype: torch.dtype) -> Tensor:
+def _dense(
+    layer: nn.Module, storage: QuantizedStorage, start: Callable[[], Update] | None, dtype: torch.dtype
+) -> Tensor:
+    fold = None if start is None else start()
     outputs, inputs = storage.shape(layer)
     transposed = issubclass(storage.dense_class(layer), Conv1D)
     device = cast(Tensor, layer.weight).device

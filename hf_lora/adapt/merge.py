@@ -11,7 +11,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from ..config import as_tuple
 from ..errors import Faults, MergeError, StateError
+from ..layers.contract import Update
 from ..layers.distributed import is_partitioned, is_sharded
 from ..layers.file_maps import lies_in, release_pages, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
 from .dequantize import (
-    Update,
     dense_dtype,
     dequantization_faults,
     dequantize,
@@ -87,7 +87,7 @@ def merge(
         raise
     if untie:
         untie_adapted(model, folds)
-    packed = {name.rpartition(".")[0]: fold.update for name, fold in stored.items() if fold.storage.quantized}
+    packed = {name.rpartition(".")[0]: fold.start for name, fold in stored.items() if fold.storage.quantized}
     dense = {name: fold for name, fold in stored.items() if not fold.storage.quantized}
     maps = unwritten_maps() if dense else []
     kept = state.originals if keep else None
@@ -102,7 +102,9 @@ def merge(
             set_active(model, state, before)
             if not isinstance(error, MergeError):
                 raise
-            outcome = "The weights are unchanged." if keep else "Earlier layers are merged already, so reload the base."
+            outcome = (
+                "The weights are unchanged." if keep else "Earlier layers are merged already, so reload the base."
+            )
             raise MergeError(f"{call}: {name}: {error}. {outcome}") from None
     state.activity.set(merged=active)
     return active
@@ -183,13 +185,14 @@ def by_tensor(folds: Sequence[Fold]) -> dict[str, Fold]:
     found: dict[str, Fold] = {}
     for fold in folds:
         before = found.get(fold.name)
-        update = fold.update if before is None else partial(_one_after_another, before.update, fold.update)
-        found[fold.name] = replace(fold, update=update)
+        start = fold.start if before is None else partial(_one_after_another, before.start, fold.start)
+        found[fold.name] = replace(fold, start=start)
     return found
 
 
-def _one_after_another(first: Update, second: Update, block: Tensor, rows: slice) -> Tensor:
-    return second(first(block, rows), rows)
+def _one_after_another(first: Callable[[], Update], second: Callable[[], Update]) -> Update:
+    before, after = first(), second()
+    return lambda block, rows: after(before(block, rows), rows)
 
 
 def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -198,8 +201,9 @@ def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor
     Args:
         reuse: use the same memory for all blocks, so that each is valid only until the next one.
     """
+    update = fold.start()
     for rows, block in read_rows(fold.storage, fold.site, reuse):
-        yield rows, fold.update(block, rows)
+        yield rows, update(block, rows)
 
 
 def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:

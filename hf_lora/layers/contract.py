@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from .ops import to_float64
 
+Update = Callable[[Tensor, slice], Tensor]
+"""(block of rows of a stored tensor, rows) -> the merged block; it may overwrite the block."""
+
 
 def same(tensor: Tensor) -> Tensor:
     """The layout of a factor whose file holds it as memory does."""
@@ -193,11 +196,11 @@ class Method(ABC):
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         """Rows of the weight with the adapters folded in. May overwrite `block` (float64 if the device has it)."""
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
         """`fold` of one layer as a function of (block, rows), called for each block."""
         return lambda block, rows: self.fold(layer, block, names, rows)
 
-    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor] | None:
+    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Update | None:
         """The same for the bias (O,); None if the adapters do not change it.
 
         `refuse_folding` must refuse a layer without a bias.

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .contract import FactorSpec, Method, Shape, Storage
+from .contract import FactorSpec, Method, Shape, Storage, Update
 from .hosts import Factor, Held, add_factor, remove_factor
 from .inits import Init, taken
 from .ops import to_float64
@@ -122,16 +122,16 @@ class Site:
         taken = tuple(name for name in names if name in self._lora.taken)
         return Reduced(self, taken) if taken else self
 
-    def folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, names: tuple[str, ...]) -> Update:
         """(block, rows) -> the block of the weight with the adapters `names` folded in; it may overwrite `block`."""
         return self.seen_by(names)._folding(names)
 
-    def _folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def _folding(self, names: tuple[str, ...]) -> Update:
         return self._lora.adapters[names[0]].method.folding(self, names)
 
-    def lifted(self, update: Callable[[Tensor, slice], Tensor]) -> tuple[Site, Callable[[Tensor, slice], Tensor]]:
-        """The site of the whole stored tensor and `update` applied to it, for a site that is a piece of a tensor."""
-        return self, update
+    def lifted(self, start: Callable[[], Update]) -> tuple[Site, Callable[[], Update]]:
+        """The site of the whole stored tensor, and `start` for it, for a site that is a piece of a tensor."""
+        return self, start
 
     def add_lora(self, name: str, adapter: LayerAdapter, values: Mapping[str, Tensor]) -> None:
         """Add an adapter with values for all its declared factors."""
@@ -208,6 +208,6 @@ class Reduced(Seen):
             block -= state.adapters[name].scaling * state.shape.delta(frozen, name, rows).view_as(block)
         return block
 
-    def _folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def _folding(self, names: tuple[str, ...]) -> Update:
         fold = self._lora.adapters[names[0]].method.folding(self, names)
         return lambda block, rows: fold(self.without(block, rows), rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import LoraLayer
-from ..contract import Method
+from ..contract import Method, Update
 from ..ops import Operand, can_use_functions, lora_products, to_compute_dtype, to_float64
 from ..sharing import pop_output, store_outputs
 
@@ -35,7 +34,7 @@ class Additive(Method):
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         return self.folding(layer, names)(block, rows)
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
         state = layer._lora
         # Each block needs some rows of the left factor and all of the right one, which is cast to float64 once.
         factors = [(*state.shape.factors(layer, name), state.adapters[name].scaling) for name in names]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import Faults, StateError
-from ..contract import FactorSpec, Storage
+from ..contract import FactorSpec, Storage, Update
 from ..hosts import Activity
 
 
@@ -22,7 +22,8 @@ class Fold:
         name: original name of the tensor, such as `"encoder.query.weight"`.
         site: holds it as `site.weight`.
         storage: reads and writes it.
-        update: (block, rows) -> the merged block; it may overwrite `block` (float64 if the device supports it).
+        start: called before each pass over the tensor; returns (block, rows) -> the merged block, which may overwrite
+            `block` (float64 if the device supports it). What `start` computes is kept only for that pass.
         holders: original names of the modules that may share the tensor, because the update applies to each of them;
             None if it applies to every module that holds it.
         refused: why it cannot be merged, though it works unmerged; None if it can.
@@ -31,7 +32,7 @@ class Fold:
     name: str
     site: Any
     storage: Storage
-    update: Callable[[Tensor, slice], Tensor]
+    start: Callable[[], Update]
     holders: Sequence[str] | None
     refused: str | None = None
 

@@ -49,7 +49,7 @@ class Bias(Part):
             added = block - to_float64(self.module.bias.detach()[rows])  # by a method that also folds into the bias
             return to_float64(self._bias.detach()[rows]) + added
 
-        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), replace, None)
+        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: replace, None)
 
     def fit(self) -> None:
         self.module.lora_bias[self.adapter].weight = fitted(self._bias, self.module.bias.detach().float())

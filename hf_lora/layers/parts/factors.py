@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import FactorSpec, Storage
+from ..contract import FactorSpec, Storage, Update
 from ..fitting import fitted
 from ..hosts import Activity, add_factor
 from ..inits import InitCall, Unset
@@ -63,17 +64,18 @@ class Factors(Part):
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
-        refused = self._layer_adapter.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
-        site, update = self.site.lifted(self.site.folding(names))
-        yield self._fold(site, "weight", state.storage, update, refused)
-        update = self._layer_adapter.method.folding_bias(self.site, names)
-        if update is not None:
+        method = self._layer_adapter.method
+        refused = method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
+        site, start = self.site.lifted(partial(self.site.folding, names))
+        yield self._fold(site, "weight", state.storage, start, refused)
+        if method.folding_bias(self.site, names) is not None:
             bias = View(self.module, getattr(self.site, "bias_name", "bias"))
-            yield self._fold(bias, "bias", DenseStorage(), update, refused)
+            started: Any = partial(method.folding_bias, self.site, names)
+            yield self._fold(bias, "bias", DenseStorage(), started, refused)
 
-    def _fold(self, site: Any, name: str, storage: Storage, update: Any, refused: str | None) -> Fold:
+    def _fold(self, site: Any, name: str, storage: Storage, start: Callable[[], Update], refused: str | None) -> Fold:
         path = f"{self.path}.{site.name if isinstance(site, View) else name}"
-        return Fold(path, site, storage, update, (path.rpartition(".")[0],), refused)
+        return Fold(path, site, storage, start, (path.rpartition(".")[0],), refused)
 
     def refuse_resizing(self) -> str | None:
         if self._layer_adapter.takes_out:
