@@ -176,6 +176,6 @@ def test_the_memory_of_a_merge_at_load(tmp_path: Path) -> None:
     command = [sys.executable, "examples/benchmarks/merge_on_load.py", "--layers", "4", "--repeats", "1",
                "--folder", str(tmp_path), "--json", str(tmp_path / "table.json")]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
-    rows = {row["road"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert set(rows) == {"base alone", "hf_lora", "peft"}
     assert rows["hf_lora"]["memory"] <= 64  # MiB above loading the base alone

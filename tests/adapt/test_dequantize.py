@@ -294,7 +294,7 @@ def test_checking_an_adapter_wants_a_dense_base(base: Path) -> None:
     assert_same_tensors(bits(model), held)
 
 
-# The documented road -------------------------------------------------------------------------------------------------
+# The documented workflow ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ def problem(kept: str = "half", bias: bool = False, tokens: int = 12, dtype: tor
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """PyTorch's own road from all logits: log p (2, T), zero where ignored."""
+    """PyTorch's loss from all logits: log p (2, T), zero where ignored."""
     logits = F.linear(hidden, weight, bias)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view_as(
@@ -54,10 +54,10 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -
 
 
 def value_and_gradient(
-    road: Callable[..., Any], hidden: Tensor, *rest: Any, scale: float = 1.0
+    method: Callable[..., Any], hidden: Tensor, *rest: Any, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities, and the gradient of their sum under weights that differ from token to token."""
-    log_probs = road(hidden, *rest)
+    log_probs = method(hidden, *rest)
     log_probs = getattr(log_probs, "log_probs", log_probs)
     weights = torch.linspace(-1, 2, log_probs.numel(), dtype=log_probs.dtype).view_as(log_probs)
     (gradient,) = torch.autograd.grad((log_probs * weights).sum() * scale, hidden)
@@ -101,7 +101,7 @@ def test_one_token_and_a_chunk_smaller_than_the_vocabulary(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_it_loses_no_more_to_rounding_than_the_plain_road(dtype: torch.dtype, bias: bool) -> None:
+def test_it_loses_no_more_to_rounding_than_the_plain_loss(dtype: torch.dtype, bias: bool) -> None:
     hidden, weight, shift, labels = problem("half", bias, tokens=64, dtype=dtype)
     exact = hidden.detach().double().requires_grad_()
     wide = None if shift is None else shift.double()
@@ -197,14 +197,14 @@ class Watch(TorchDispatchMode):
         return tensor
 
 
-def watched(road: Callable[..., Any], vocabulary: int, tokens: int, labeled: int) -> tuple[Watch, Tensor]:
+def watched(method: Callable[..., Any], vocabulary: int, tokens: int, labeled: int) -> tuple[Watch, Tensor]:
     hidden = torch.randn(1, tokens, H, requires_grad=True)
     weight = torch.randn(vocabulary, H)
     labels = torch.full((1, tokens), IGNORED)
     labels[0, :labeled] = torch.randint(vocabulary, (labeled,))
     watch = Watch()
     with watch, torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda t: t):
-        value_and_gradient(road, hidden, weight, None, labels)
+        value_and_gradient(method, hidden, weight, None, labels)
     watch.saved = [t for t in watch.saved if t.data_ptr() != weight.data_ptr()]
     return watch, weight
 
