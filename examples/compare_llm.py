@@ -63,11 +63,11 @@ def loss_a_token(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> fl
     total, tokens = 0.0, 0
     for row in rows:
         labels = torch.tensor(row["labels"][1:])
-        learned = labels != -100
-        keep = int(learned.sum()) + 1  # the answer is the end of its row
+        trained = labels != -100
+        keep = int(trained.sum()) + 1  # the answer is the end of its row
         logits = model(torch.tensor([row["input_ids"]]), logits_to_keep=keep, use_cache=False).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits.double(), labels[learned], reduction="sum"))
-        tokens += int(learned.sum())
+        total += float(torch.nn.functional.cross_entropy(logits.double(), labels[trained], reduction="sum"))
+        tokens += int(trained.sum())
     return total / tokens
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     trainer.save_model(str(adapter))
 
     batch = dict(collate(test[:32]))
-    losses = {"4-bit base, adapter beside it": loss(trainer.model, batch)}
+    losses = {"4-bit base, unmerged adapter": loss(trainer.model, batch)}
     # Recommended: merge the adapter into the base that was never rounded to 4 bits.
     merged = LoraModel.from_pretrained(adapter, base_model=base, merge=True, dtype=torch.bfloat16)
     merged.save_pretrained(options.output / "merged")

@@ -2,8 +2,8 @@
 
     python examples/benchmarks/decode.py --preset cpu --tokens 128
 
-The adapters are random (B is not zero), the prompts are random tokens. All models take turns in one process. Where
-texts differ from ours unmerged it is by the rounding of a tie; the table says how many tokens agree.
+The adapters are random (B is not zero), the prompts are random tokens. All models alternate in one process. If
+texts differ from those of unmerged hf_lora, the cause is rounding of a tie; the table shows how many tokens agree.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python examples/benchmarks/load_merge.py --preset cpu
     python examples/benchmarks/load_merge.py --preset cpu --merge-layers 4 --targets 224 --json out/load_merge.json
 
-Every model is Llama-shaped with random weights, made from a config outside the clock; B is random wherever it is
-merged. Prints the ratio of hf_lora's median time to PEFT's, and the limit beside: for the injection and the loading
-the making of the factors alone, for the merge one copy of the adapted weights. The extra peak memory of
-merge_and_unload is measured in a process of its own for each library.
+Every model is Llama-shaped with random weights, created from a config before timing; B is random when it is merged.
+Prints the ratio of hf_lora's median time to PEFT's, and the limit: for injection and loading the creation of the
+factors, for merging one copy of the adapted weights. The extra peak memory of
+merge_and_unload is measured in a separate process for each library.
 """
 
 from __future__ import annotations

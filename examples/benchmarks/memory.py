@@ -3,8 +3,8 @@
     python examples/benchmarks/memory.py --dtype bfloat16 --dropout 0.05
 
 The model is the body of a Llama of two layers with the proportions of Llama-3-8B: MLP 3.5 H, keys and values H / 4.
-Bytes are those that grow with the tokens, a layer, in units of one activation (tokens x H in the base's dtype). What
-is kept whatever the batch, such as a factor in another dtype, is shown beside them. The operations of a layer are
+Bytes are those that grow with the tokens, per layer, in units of one activation (tokens x H in the base's dtype). What
+does not depend on the batch, such as a factor in another dtype, is listed separately. The operations of a layer are
 those that a second layer adds.
 """
 

@@ -4,8 +4,8 @@
     python examples/benchmarks/merge_on_load.py --layers 4 --repeats 1 --json out/merge_on_load.json
 
 The checkpoint is that of stream_merge.py: Llama-shaped, random, bfloat16. The files are cached, the methods alternate,
-and each peak of memory is that of a process of its own that has then read every weight once: transformers maps a file,
-and what nobody has read takes no memory yet.
+and each peak of memory is measured in a separate process after it has read every weight once: transformers maps files,
+and unread parts take no memory.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 The base is SmolLM2-135M-Instruct, quantized while loading (double quantization, bfloat16 for the rest). PEFT's method
 is `prepare_model_for_kbit_training`, which casts all other weights to float32, then `get_peft_model`, under bfloat16
 autocast, as documented. The method of hf_lora is `apply_lora`. The third one is PEFT without the preparation. All
-adapt the same layers with the same rank, and run two steps of AdamW. The bytes of the weights are exact. The peak is the
-operating system's count of resident memory over the two steps, also given without the memory before them.
+adapt the same layers with the same rank, and run two steps of AdamW. The bytes of the weights are exact. The peak is
+the operating system's count of resident memory over the two steps, also given without the memory before them.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python examples/benchmarks/stream_merge.py
     python examples/benchmarks/stream_merge.py --layers 4 --repeats 1 --json out/stream_merge.json
 
-A Llama-shaped checkpoint with random weights is written to a temporary folder, in shards, with an adapter beside it,
+A Llama-shaped checkpoint with random weights is written to a temporary folder, in shards, together with an adapter,
 and removed afterwards. The files are cached: they were read just before. The methods alternate. The load of the
-machine is noted: where others use it too, threads win nothing, and the seconds of CPU say more than the clock. Each
-peak of memory is that of a process of its own, less what an idle process takes that has imported torch. Every tensor
+machine is recorded: if it is shared, threads do not help, and CPU seconds are more meaningful than wall time. Each
+peak memory is measured in a separate process, minus that of an idle process that has imported torch. Every tensor
 is compared with the in-memory merge.
 """
 

@@ -2,13 +2,13 @@
 
     python examples/benchmarks/train_step.py --preset cpu --model llama --dtype bfloat16 --dropout 0.05
 
-The frozen base is the limit: no adapter can be trained without its forward and its backward. All variants take turns
-in one process, on the same batch, with the same random adapters on every linear layer but the head, and as in
-training: the base's own dropout, where it has any, is on in all of them. Before the clock starts, the adapters'
-gradients are compared with those of a plain model in float64.
+The frozen base is the limit: no adapter can be trained without its forward and its backward. All variants alternate
+in one process, on the same batch, with the same random adapters on every linear layer except the head, and in training
+mode: the base's own dropout, if any, is on in all of them. Before timing, the adapters' gradients are compared with
+those of a plain model in float64.
 
---loss head gives half of the tokens no label and takes the steps of the adapters through Trainer.training_step, ours
-through LoraTrainer's loss over the frozen head; the frozen base keeps its ordinary loss.
+--loss head removes the labels of half of the tokens and runs the steps with Trainer.training_step; hf_lora uses
+LoraTrainer's loss over the frozen head, and the frozen base its ordinary loss.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def case_of(options: argparse.Namespace, device: torch.device) -> Case:
-    """The model and the batch that the options ask for."""
+    """The model and the batch for the options."""
     dtype = DTYPES[options.dtype]
     large = options.preset == "h200"
     if options.model == "smollm2":

@@ -32,7 +32,7 @@ class Case:
     """A model and a batch for it.
 
     Args:
-        load: makes the plain model anew, always with the same weights.
+        load: creates a new plain model, always with the same weights.
         batch: what it is called with, labels among it.
         head: name of the output head, which gets no adapter.
         vocabulary: tokens that there are.
@@ -178,7 +178,7 @@ def factors_of(model: Any, path: str) -> tuple[nn.Parameter, nn.Parameter]:
 def stepper(variant: str, model: Any, batch: Batch, autocast: bool = False) -> Callable[[], Tensor]:
     """Forward and backward; the gradients are discarded.
 
-    In the frozen base the embedded tokens ask for a gradient, so that its backward runs to the first layer.
+    In the frozen base the embedded tokens require a gradient, so that its backward runs to the first layer.
     """
     device = batch["input_ids"].device.type
 

@@ -21,7 +21,7 @@ from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
 
 
-def twin(model: Any, num_labels: int, cls: type | None = None) -> Any:
+def model_on_meta(model: Any, num_labels: int, cls: type | None = None) -> Any:
     """A model on meta with the class (or `cls`) and config of `model`, except for the number of labels."""
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
@@ -29,13 +29,13 @@ def twin(model: Any, num_labels: int, cls: type | None = None) -> Any:
         return (cls or unwrap_class(type(model)))(config)
 
 
-def new_head(twin_model: Any, path: str, like: nn.Module) -> nn.Module:
-    """The head `path` of a `twin`, on the device of `like`, initialized by its class."""
-    head: nn.Module = twin_model.get_submodule(path)
+def new_head(meta_model: Any, path: str, like: nn.Module) -> nn.Module:
+    """The head `path` of a model on meta, moved to the device of `like` and initialized by its class."""
+    head: nn.Module = meta_model.get_submodule(path)
     device = next((p.device for p in like.parameters()), torch.device("cpu"))
     head.to_empty(device=device)
     for module in head.modules():
-        twin_model._init_weights(module)
+        meta_model._init_weights(module)
     return head
 
 
@@ -56,7 +56,7 @@ def with_task_head(backbone: Any, task_type: str) -> Any:
             "Load a model with the head that you want, or omit task_type."
         ) from None
     cls = as_tuple(cls)[0]
-    whole = twin(backbone, backbone.config.num_labels, cls)
+    whole = model_on_meta(backbone, backbone.config.num_labels, cls)
     whole._modules[whole.base_model_prefix] = backbone
     for name in outside_backbone(whole) or [n for n in whole._modules if n != whole.base_model_prefix]:
         new_head(whole, name, backbone)
@@ -111,7 +111,7 @@ def heads_for_task(model: Any, config: LoraConfig, task: Task, call: str) -> tup
     if paths and task.num_labels == base_task(model).num_labels:
         return heads, config
     if paths and task.num_labels is not None:
-        other = twin(model, task.num_labels)
+        other = model_on_meta(model, task.num_labels)
         for path in paths:  # only heads depend on the number of labels; the rest stays a copy of the base's
             if _shapes(other.get_submodule(path)) != _shapes(module_at(model, path)):
                 heads[path] = new_head(other, path, module_at(model, path))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
-from ..adapt.labels import new_head, twin
+from ..adapt.labels import model_on_meta, new_head
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, parts
@@ -72,7 +72,7 @@ def load_adapter(
     plan.saved |= _whole_embeddings(model, file)
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
     task = task or _task_by_shape(model, plan, file)
-    other = _twin_of(model, plan, task)
+    other = _model_on_meta(model, plan, task)
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
         head = module_at(model, path) if other is None else other.get_submodule(path)
@@ -219,17 +219,17 @@ def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
     return None
 
 
-def _twin_of(model: Any, plan: Explanation, task: Task | None) -> Any:
+def _model_on_meta(model: Any, plan: Explanation, task: Task | None) -> Any:
     """A model on meta for an adapter whose number of labels differs from the model's; None if it does not."""
     labels = task.num_labels if task is not None else None
     present = base_task(model).num_labels
     if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
         return None
-    return twin(model, labels)
+    return model_on_meta(model, labels)
 
 
 def _heads(model: Any, plan: Explanation, other: Any) -> dict[str, nn.Module]:
-    """New heads as in the twin, which the file's tensors will fill."""
+    """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}
     with torch.random.fork_rng(devices=used_devices()):
