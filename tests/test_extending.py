@@ -26,6 +26,7 @@ from hf_lora import (
     apply_lora,
     check_adapter,
     explain_targets,
+    inspect_adapter,
     merge_files,
     register,
 )
@@ -35,7 +36,6 @@ from hf_lora.adapt.state import require_state, set_active
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
-from hf_lora.files.inspect import inspect_adapter
 from hf_lora.layers.contract import FactorSpec, Shape
 from hf_lora.train.optimizer import learning_rates
 
