@@ -32,6 +32,7 @@ _WHERE = {
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
     "merge_files": "file_merge.stream",
+    "finetune": "train.run",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -84,6 +85,7 @@ __all__ = [
     "build_compute_metrics",
     "check_adapter",
     "explain_targets",
+    "finetune",
     "gathered_state",
     "generate_texts",
     "get_peft_model",
@@ -128,6 +130,7 @@ if TYPE_CHECKING:
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.run import finetune
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 
