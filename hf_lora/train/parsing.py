@@ -153,7 +153,7 @@ def _as_flag(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, Mapping):
         return [f"--{name}={json.dumps(value)}"]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 

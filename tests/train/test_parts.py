@@ -14,7 +14,7 @@ from tiny import adapter_values, texts, tiny_bert, tiny_llama
 from hf_lora import LoraConfig, TrainingError, apply_lora
 from hf_lora.errors import AdapterFileError
 from hf_lora.train.checkpoint.fields import FIELDS, Field
-from hf_lora.train.checkpoint.manifest import last_checkpoint, read_manifest
+from hf_lora.train.checkpoint.manifest import last_checkpoint, read_manifest, why_incomplete
 from hf_lora.train.checkpoint.store import CheckpointStore, save_adapters
 from hf_lora.train.head_loss import HeadLoss
 from hf_lora.train.watch.finite import FiniteWatch
@@ -50,18 +50,27 @@ def test_a_store_writes_finds_and_loads_checkpoints(tmp_path: Path) -> None:
 
 
 def test_one_more_field_of_a_checkpoint_is_one_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def same(folder: str, saved: int, run: Any) -> None:
+    """A value in the manifest, and a file that the manifest lists."""
+
+    def save(folder: Path, run: Any) -> int:
+        (folder / "size.txt").write_text("bytes")
+        return sum(p.numel() for p in run.model.parameters())
+
+    def same(folder: Path, saved: int, run: Any) -> None:
+        assert (folder / "size.txt").read_text() == "bytes"
         if saved != sum(p.numel() for p in run.model.parameters()):
             raise AdapterFileError("another size")
 
-    field = Field(lambda run: sum(p.numel() for p in run.model.parameters()), same, of_optimizer=False)
-    monkeypatch.setitem(FIELDS, "size", field)
+    monkeypatch.setitem(FIELDS, "size", Field(save, same, of_optimizer=False))
     store, model = CheckpointStore(), apply_lora(tiny_bert(), LoraConfig(r=2))
-    write(store, tmp_path / "checkpoint-1", model, 1)
-    store.load_adapters(str(tmp_path / "checkpoint-1"), model)
+    folder = tmp_path / "checkpoint-1"
+    write(store, folder, model, 1)
+    store.load_adapters(str(folder), model)
     model.add_adapter("more", LoraConfig(r=2))
     with pytest.raises(AdapterFileError, match="another size"):
-        store.load_adapters(str(tmp_path / "checkpoint-1"), model)
+        store.load_adapters(str(folder), model)
+    (folder / "size.txt").unlink()
+    assert why_incomplete(folder) == ["size.txt is missing"]
 
 
 def test_the_loss_over_the_head_is_the_models_own() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -41,17 +42,17 @@ class Field(NamedTuple):
     """One entry of the manifest.
 
     Args:
-        value: of a run, as JSON holds it.
-        resume: (folder, saved value, run): refuse to go on, or bring the run to where it was.
+        save: what the manifest holds of a run, as JSON; it may put a file into the checkpoint's folder, too.
+        resume: given the folder and the saved value, refuse to go on, or bring the run to where it was.
         of_optimizer: whether it is about the optimizer's state, so that it counts only where that is resumed.
     """
 
-    value: Callable[[Run], Any]
-    resume: Callable[[str, Any, Run], None]
+    save: Callable[[Path, Run], Any]
+    resume: Callable[[Path, Any, Run], None]
     of_optimizer: bool
 
 
-def resume_fields(folder: str, manifest: Mapping[str, Any], run: Run, of_optimizer: bool) -> None:
+def resume_fields(folder: Path, manifest: Mapping[str, Any], run: Run, of_optimizer: bool) -> None:
     """Let every field see what was saved; a checkpoint of an older release or of a plain Trainer lacks some.
 
     Raises:
@@ -70,7 +71,7 @@ def _parameters(run: Run) -> list[str] | None:
     return None if None in ordered else [n for n in ordered if n is not None]
 
 
-def _same_parameters(folder: str, saved: list[str], run: Run) -> None:
+def _same_parameters(folder: Path, saved: list[str], run: Run) -> None:
     names = _parameters(run)
     if names is None or saved == names:
         return
@@ -90,7 +91,7 @@ def _optimizer(run: Run) -> str | None:
     return f"{type(inner).__module__.partition('.')[0]}.{type(inner).__name__}"
 
 
-def _same_optimizer(folder: str, saved: str, run: Run) -> None:
+def _same_optimizer(folder: Path, saved: str, run: Run) -> None:
     found = _optimizer(run)
     if found is not None and saved != found:
         raise AdapterFileError(
@@ -98,7 +99,7 @@ def _same_optimizer(folder: str, saved: str, run: Run) -> None:
         )
 
 
-def _same_quantization(folder: str, saved: list[str], run: Run) -> None:
+def _same_quantization(folder: Path, saved: list[str], run: Run) -> None:
     if saved != run.quantization:
         was, now = (", ".join(forms) or "not quantized" for forms in (saved, run.quantization))
         raise AdapterFileError(
@@ -108,22 +109,22 @@ def _same_quantization(folder: str, saved: list[str], run: Run) -> None:
         )
 
 
-def _left_out(run: Run) -> dict[str, list[str]]:
+def _left_out(folder: Path, run: Run) -> dict[str, list[str]]:
     """Adapter -> layers that the guard took it off: a fresh model has to lose them before it can resume."""
     records = require_state(run.model, "save_model").adapters
     found = {n: [p for p, why in r.skipped.items() if why == NEVER_CALLED] for n, r in records.items()}
     return {name: paths for name, paths in found.items() if paths}
 
 
-def _leave_out(folder: str, saved: dict[str, list[str]], run: Run) -> None:
+def _leave_out(folder: Path, saved: dict[str, list[str]], run: Run) -> None:
     for name, paths in saved.items():
         drop_layers(run.model, name, set(paths), NEVER_CALLED)
 
 
 FIELDS: dict[str, Field] = {
-    "parameters": Field(_parameters, _same_parameters, of_optimizer=True),
-    "quantization": Field(lambda run: run.quantization, _same_quantization, of_optimizer=False),
+    "parameters": Field(lambda folder, run: _parameters(run), _same_parameters, of_optimizer=True),
+    "quantization": Field(lambda folder, run: run.quantization, _same_quantization, of_optimizer=False),
     "left_out": Field(_left_out, _leave_out, of_optimizer=False),
-    "optimizer": Field(_optimizer, _same_optimizer, of_optimizer=True),
+    "optimizer": Field(lambda folder, run: _optimizer(run), _same_optimizer, of_optimizer=True),
 }
 """Name in the manifest -> what it holds."""

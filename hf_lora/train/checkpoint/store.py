@@ -71,7 +71,7 @@ class CheckpointStore:
     def finish(self, folder: Path, step: int, model: nn.Module, optimizer: Any) -> None:
         """Write the manifest, the last file of a checkpoint, from which on it counts."""
         run = self._run(model, optimizer)
-        finish_checkpoint(folder, step, {name: field.value(run) for name, field in FIELDS.items()})
+        finish_checkpoint(folder, step, {name: field.save(folder, run) for name, field in FIELDS.items()})
 
     def save_optimizer(self, folder: str, optimizer: Any, schedule: Any, writes: bool) -> None:
         """Write the states of an optimizer under FSDP or DeepSpeed as one without them writes its own."""
@@ -90,7 +90,7 @@ class CheckpointStore:
                 "a whole model with transformers.Trainer, or load it with from_pretrained and adapt that."
             )
         require_complete(folder)
-        resume_fields(folder, read_manifest(folder) or {}, self._run(model, None), of_optimizer=False)
+        resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, None), of_optimizer=False)
         for name in require_state(model, "load_adapter_weights").adapters:
             load_adapter_weights(model, adapter_folder(model, folder, name), name)
 
@@ -114,7 +114,7 @@ class CheckpointStore:
                 "its schedule start from the beginning and the run will not end as an uninterrupted one."
             )
             return False
-        resume_fields(folder, read_manifest(folder) or {}, self._run(model, optimizer), of_optimizer=True)
+        resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, optimizer), of_optimizer=True)
         return True
 
     def load_optimizer(self, folder: str, optimizer: Any, schedule: Any) -> None:
