@@ -35,6 +35,7 @@ _WHERE = {
     "merge_to_folder": "export",
     "inspect_adapter": "export",
     "convert_adapter": "files.convert",
+    "finetune": "train.run",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -88,6 +89,7 @@ __all__ = [
     "check_adapter",
     "convert_adapter",
     "explain_targets",
+    "finetune",
     "gathered_state",
     "generate_texts",
     "get_peft_model",
@@ -137,6 +139,7 @@ if TYPE_CHECKING:
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.run import finetune
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 
