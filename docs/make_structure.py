@@ -62,7 +62,7 @@ def purpose(name: str) -> str:
 
 
 def rows(edges: dict[str, set[str]]) -> list[list[str]]:
-    """Names by level, highest first: each level is above all that it imports. Those with distant imports come last."""
+    """Names by level, the highest first: each is above what it imports. Those imported from afar are on the right."""
     level: dict[str, int] = {}
     for name in graphlib.TopologicalSorter(edges).static_order():
         level[name] = 1 + max((level[n] for n in edges[name]), default=-1)

@@ -32,6 +32,10 @@ _WHERE = {
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
     "merge_files": "file_merge.stream",
+    "merge_to_folder": "export",
+    "inspect_adapter": "export",
+    "convert_adapter": "files.convert",
+    "finetune": "train.run",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -83,11 +87,15 @@ __all__ = [
     "apply_lora",
     "build_compute_metrics",
     "check_adapter",
+    "convert_adapter",
     "explain_targets",
+    "finetune",
     "gathered_state",
     "generate_texts",
     "get_peft_model",
+    "inspect_adapter",
     "merge_files",
+    "merge_to_folder",
     "pipeline",
     "register",
     "register_adapter_hooks",
@@ -115,7 +123,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .evaluation.metrics import build_compute_metrics
+    from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
+    from .files.convert import convert_adapter
     from .generate.conversation import Conversation
     from .generate.texts import generate_texts
     from .hub.card.write import write_card
@@ -129,6 +139,7 @@ if TYPE_CHECKING:
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.run import finetune
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 

@@ -98,6 +98,15 @@ def test_type_checkers_see_the_names_that_are_there_at_run_time() -> None:
     assert seen == where
 
 
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Importing it would put it in the function's place."""
+    modules = {f.stem if f.stem != "__init__" else f.parent.name for f in ROOT.glob("*.py")} | {
+        f.parent.name for f in ROOT.glob("*/__init__.py")
+    }
+    assert not modules & set(hf_lora.__all__)
+    assert {"finetune", "generate_texts", "merge_files"} <= set(hf_lora.__all__)
+
+
 def test_public_errors_are_lora_errors() -> None:
     errors = [n for n in hf_lora.__all__ if n.endswith("Error")]
     assert len(errors) >= 8

@@ -113,6 +113,8 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
             continue
         if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
             continue
+        if not any(weight.stride()):
+            continue  # one number that stands in for a weight
         if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
             return None  # packed or sharded: its elements are not the checkpoint's
         matrices[name.removeprefix(f"{prefix}.")] = weight
