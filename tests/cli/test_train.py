@@ -179,7 +179,7 @@ def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
         (["--model", "m", "--train-file", "t.csv", "--task", "text-clasification"], "'text-classification'"),
         (["--model", "m", "--train-file", "/nowhere/t.csv"], "/nowhere/t.csv does not exist"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
-        (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be a whole number from 1 up"),
+        (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be an integer >= 1"),
         (["--config", "/nowhere/run.yaml"], "cannot be read"),
         (["--model", "m", "t.csv"], "t.csv is not an argument: names begin with --"),
         (["--load-best-model-at-end", "--eval-strategy", "steps", "--save-strategy", "epoch"], "strategy"),

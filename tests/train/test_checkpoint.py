@@ -286,7 +286,7 @@ def test_another_base_or_scaling_is_refused(arguments: Make) -> None:
     louder = apply_lora(tiny_bert(), LoraConfig(r=4, lora_alpha=32, alpha_pattern={"query": 8}))
     other = apply_lora(tiny_bert(seed=7), CONFIG)
     for model, error, said in (
-        (louder, AdapterFileError, r"over rank is 2 in the file and 8 in the model, for 11 layers"),
+        (louder, AdapterFileError, r"alpha / rank is 2 in the file but 8 in the model, for 11 layers"),
         (other, BaseMismatchError, "its weights differ"),
     ):
         before = adapter_values(model)
