@@ -22,50 +22,48 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 INTRODUCTION = """# Architectures
 
-<!-- Written by docs/make_architectures.py: change that, not this. -->
+<!-- Written by docs/make_architectures.py. Edit that file instead. -->
 
-This page is written by `.venv/bin/python docs/make_architectures.py`, which puts a tiny random model of each
-architecture through an adapter's whole life; `make test-all` runs the same steps as tests, `make test` a sample of
-eight.
+This page is written by `.venv/bin/python docs/make_architectures.py`, which runs all operations on adapters with a
+tiny random model of each architecture. `make test-all` runs the same steps as tests, `make test` runs eight of them.
 
-{count} architectures, each with three choices of layers: `"all-linear"`; the same and the input embedding (of a
-model without one, its first convolution); and every linear layer, `Conv1D`, embedding and convolution that the
-model holds. Each time these steps are checked against the plain model: a fresh adapter changes no bit; gradients
-reach A and B of every layer that runs, and no frozen weight; both kinds of activation checkpointing give the same
-gradients; `generate`; deepcopy and pickle; saving, and loading onto a fresh base, gives the same bits; merged
-equals unmerged to float32 rounding; unmerging and unloading restore every bit and class; the vocabulary is resized
-and tied.
+{count} architectures, each with three choices of layers: `"all-linear"`; the same plus the input embedding (or the
+first convolution of a model without one); and every linear layer, `Conv1D`, embedding and convolution of the model.
+For each choice these steps are compared with the plain model: a new adapter changes no bit; gradients reach A and B of
+every layer that runs, and no frozen weight; both kinds of activation checkpointing give the same gradients;
+`generate`; deepcopy and pickle; saving, and loading onto a new base, gives the same bits; the merged model equals the
+unmerged one up to float32 rounding; unmerging and unloading restore every bit and class; resizing and tying the
+vocabulary.
 
 Versions: torch {torch}, transformers {transformers}, on CPU.
 
 """
 
 HEADER = (
-    "| architecture | class | all-linear | left out, by reason | every kind | refused, by reason "
-    "| steps that the plain model cannot do |\n|---|---|---|---|---|---|---|\n"
+    "| architecture | class | all-linear | skipped, by reason | all kinds | refused, by reason "
+    "| steps not supported by the plain model |\n|---|---|---|---|---|---|---|\n"
 )
 
 REASONS = """
-The two number columns count adapted layers (the models have two layers where they can). The reasons:
+The two columns of numbers count adapted layers (the models have two blocks if possible). The reasons:
 
-- *weight used by the parent*: the parent multiplies by the layer's weight itself, so the layer's forward, and with
-  it the adapter, may never run. `"all-linear"` leaves such a layer out; naming it is an error that
-  `allow_bypassed=True` lifts.
-- *parametrised weight*: the weight is computed from other tensors at each use, so a merged value would be lost.
-- *forward of its own*: a subclass of an embedding or convolution that computes something else than its kind.
+- *weight used by the parent*: the parent multiplies by the layer's weight directly, so the layer's forward, and with
+  it the adapter, may never run. `"all-linear"` skips such a layer; naming it is an error unless
+  `allow_bypassed=True`.
+- *parametrized weight*: the weight is computed from other tensors at each use, so a merged weight would be lost.
+- *forward of its own*: a subclass of an embedding or convolution with another computation.
 - *no linear layer*: the model has none outside its head; name its convolutions.
-- *rank not divisible by groups*: PEFT's form of a grouped convolution's factors needs a rank that is;
-  `rank_pattern` gives one.
-- *grouped convolution*: trains, saves and loads; its update crosses the groups, which no grouped weight can hold,
-  so merging is refused.
-- *tied weight*: trains, saves and loads; merging is refused because the update would reach the other layer too.
-  `untie=True` gives the layer a weight of its own first.
-- *embeddings that resizing joins*: several embeddings hold one weight, and resizing the vocabulary makes one
-  module of them. Resize before `apply_lora`.
+- *rank not divisible by groups*: in PEFT's format, the rank of a grouped convolution must be divisible by its groups;
+  set it with `rank_pattern`.
+- *grouped convolution*: can be trained, saved and loaded; its update crosses the groups, which a grouped weight cannot
+  represent, so merging is refused.
+- *tied weight*: can be trained, saved and loaded; merging is refused because the update would change the other layer
+  too. `untie=True` first gives the layer its own weight.
+- *embeddings that resizing joins*: several embeddings share one weight, and resizing the vocabulary merges them into
+  one module. Resize before `apply_lora`.
 
-Layers that refuse to be adapted are refused by `apply_lora`, before anything is changed; the last three are
-refused by the call that would need them. `target_modules` in the refusals is the third choice, which names every
-layer there is.
+Layers that cannot be adapted are refused by `apply_lora`, before anything is changed; the last three are refused by
+the calls that they affect. `target_modules` in the refusals is the third choice, which names every layer.
 """
 
 

@@ -1,4 +1,4 @@
-"""A training loop of one's own with Accelerate and no Trainer: adapter-only checkpoints, and going on from one.
+"""A training loop with Accelerate instead of Trainer: adapter-only checkpoints, and resuming from one.
 
     accelerate launch --config_file examples/accelerate/cpu.yaml examples/accelerate_loop.py
     accelerate launch --config_file examples/accelerate/cpu.yaml examples/accelerate_loop.py --resume runs/loop/step-20
@@ -61,7 +61,7 @@ def main() -> None:
     while step < args.steps:
         for batch in loader:
             step += 1
-            if step <= done:  # the batches that the earlier run has seen
+            if step <= done:  # skip the batches of the earlier run
                 continue
             loss = model(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)

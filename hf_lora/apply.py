@@ -1,4 +1,4 @@
-"""`apply_lora`: put an adapter into a model."""
+"""`apply_lora`: add an adapter to a model."""
 
 from __future__ import annotations
 
@@ -28,30 +28,29 @@ def apply_lora(
     batches: Iterable[Any] | None = None,
     original: Callable[[str], Tensor] | None = None,
 ) -> M:
-    """Put a LoRA adapter into `model`, in place, and freeze everything else.
+    """Add a LoRA adapter to `model` in place, and freeze everything else.
 
-    A `PreTrainedModel` gains the verbs of `LoraModel` and stays what it was: `isinstance`, its forward, `generate` and
-    its tied weights. A name that the model does not hold yet adds another adapter, and makes it the active one. A
-    backbone without a head and a classification `task_type` gives the task's own class around the same weights.
+    A `PreTrainedModel` gets the methods of `LoraModel`; `isinstance`, its forward, `generate` and tied weights do not
+    change. If the model has adapters already, this adds another one and makes it the active one. For a backbone
+    without a head and a classification `task_type`, the result is the task's class around the same weights.
 
     Args:
-        model: any `nn.Module`; the verbs are there for transformers' models, the functions of `hf_lora.adapt` for all.
+        model: any `nn.Module`. Only transformers models get methods; the functions of `hf_lora.adapt` work for all.
         config: `LoraConfig`, a mapping of its fields, a `peft.LoraConfig`, or None for the defaults.
-        adapter_name: without a dot.
-        num_labels: labels of this adapter's own head, where they are not the model's.
-        id2label: their names.
-        allow_bypassed: adapt a named layer although its parent multiplies by its weight itself.
-        batches: what an initialization that looks at inputs or gradients runs the model on: mappings of the forward's
-            arguments.
-        original: name of a layer -> its weight as the checkpoint has it, for an initialization that asks for it.
+        adapter_name: a name without a dot.
+        num_labels: number of labels of this adapter's own head; default: the model's.
+        id2label: names of the labels.
+        allow_bypassed: adapt a named layer even if its parent multiplies by its weight directly.
+        batches: batches for an initialization that uses inputs or gradients: mappings of arguments of the forward.
+        original: name of a layer -> its weight in the checkpoint, for an initialization that needs it.
 
     Returns:
-        `model`, or the task's model around it.
+        `model`, or the model of the task around it.
 
     Raises:
-        ConfigError: a field of `config` or the adapter's name cannot be used.
+        ConfigError: a field of `config` or the adapter's name is invalid.
         TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
-        StateError: the name is taken, the model is merged, sharded, or holds PEFT layers.
+        StateError: the name exists already, or the model is merged, sharded, or has PEFT layers.
     """
     config = LoraConfig.from_any(config)
     if config.task_type in CLASSIFICATION and is_backbone(model):
@@ -75,4 +74,4 @@ def apply_lora(
 
 
 get_peft_model = apply_lora
-"""The name under which PEFT's users know `apply_lora`."""
+"""`apply_lora` under the name that PEFT uses."""

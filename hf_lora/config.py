@@ -1,4 +1,4 @@
-"""`LoraConfig`: what to adapt and how, in the field names and the file format that PEFT made standard."""
+"""`LoraConfig`: what to adapt and how, with the field names and the file format of PEFT."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ PRESETS = (ALL_LINEAR, ATTENTION)
 TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 MAX_NUMBER = 1e9
-"""Of alpha; beyond it float32 updates are noise, or infinite."""
+"""Upper bound of alpha; beyond it float32 updates are noise or infinite."""
 
-# Fields of PEFT's adapter_config.json that we read past as long as they hold the value at which they do nothing.
-# Another value changes what the adapter computes, so it is an error.
+# Fields of PEFT's adapter_config.json that are ignored if they have the value at which they do nothing. Another value
+# changes what the adapter computes, so it is an error.
 _DEFAULTS_OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-# Fields of PEFT that exist and are not supported: no misspelt ones of ours.
+# Fields of PEFT that are not supported, as opposed to misspelled ones.
 _OF_OTHERS = frozenset(
     [
         "use_dora",
@@ -49,7 +49,7 @@ _OF_OTHERS = frozenset(
         "qalora_group_size",
     ]
 )
-# These say nothing about the maths; any value will do.
+# Fields that do not affect the computation; any value is accepted.
 _DESCRIPTIVE = frozenset({"auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core"})
 
 
@@ -59,30 +59,30 @@ class LoraConfig:
 
     Args:
         r: rank R of every adapted layer.
-        lora_alpha: scaling = lora_alpha / r; `None` means 2 r.
+        lora_alpha: scaling = lora_alpha / r; default: 2 r.
         lora_dropout: probability in [0, 1) of dropping an element of the adapter's input, in training only.
         target_modules: names or suffixes of modules, one regular expression (matched against the whole name),
-            `"all-linear"` (every linear layer but the output head) or `"attention"` (those of attention blocks).
-        exclude_modules: names, suffixes or one regular expression of modules to leave out.
+            `"all-linear"` (every linear layer except the output head) or `"attention"` (linear layers of attention).
+        exclude_modules: names, suffixes or one regular expression of modules to skip.
         layers_to_transform: index or indices of the layers to adapt (with a list or a preset as `target_modules`).
-        layers_pattern: name(s) of the list that the indices count in, such as `"layers"` or `"h"`.
-        rank_pattern: name, suffix or regular expression of a module -> its own rank.
-        alpha_pattern: the same for its own alpha.
+        layers_pattern: name(s) of the module list that the indices refer to, such as `"layers"` or `"h"`.
+        rank_pattern: name, suffix or regular expression of a module -> its rank.
+        alpha_pattern: the same for alpha.
         use_rslora: scaling = lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv:2312.03732).
         bias: `"none"`, `"lora_only"` (biases of the adapted layers are trained) or `"all"`.
-        modules_to_save: modules trained whole and kept in the adapter. `None` finds a task head that the base
-            checkpoint did not hold; `[]` means none.
-        init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with deviation 1/r, B zero) or
-            `False` (B random too: the model changes at once; for tests). Or the name of an initialization that
-            another package registered. Names are looked up when the configuration is applied.
-        fan_in_fan_out: kept for the file format; whether a weight is stored transposed is read off the layer itself.
+        modules_to_save: modules to train whole and save with the adapter. `None` finds a task head that the base
+            checkpoint lacks; `[]` means none.
+        init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with standard deviation 1/r, B
+            zero), `False` (B random too, so that the model changes at once; for tests), or the name of a registered
+            initialization. Names are looked up when the configuration is applied.
+        fan_in_fan_out: only for the file format; the layer itself shows whether its weight is stored transposed.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
-        base_model_name_or_path: where the base model came from.
+        base_model_name_or_path: folder or Hub name of the base model.
         revision: the base model's revision.
-        method: what the factors do: `"lora"`, or a method that another package registered (docs/extending.md). It is
-            written to a file only where it is another one than `"lora"`.
-        parts: kind of part that another package registered -> what it is to make, in that kind's own JSON values.
-            Written to a file only where there are any.
+        method: `"lora"`, or a method that another package registered (docs/extending.md). Files contain it only if it
+            is not `"lora"`.
+        parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
+            is not empty.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -120,24 +120,24 @@ class LoraConfig:
         self.parts = {} if self.parts is None else self.parts
         faults = Faults("LoraConfig(…)")
         self._check(faults)
-        faults.check(ConfigError, "Correct these fields; LoraConfig's docstring says what each one takes.")
+        faults.check(ConfigError, "Correct these fields; the docstring of LoraConfig describes them.")
 
     @property
     def alpha(self) -> float:
-        """`lora_alpha`, or 2 r where it was not given."""
+        """`lora_alpha`, or 2 r if it is None."""
         return 2 * self.r if self.lora_alpha is None else self.lora_alpha
 
     def scaling(self, r: int, alpha: float) -> float:
-        """The factor in front of B A for one layer's rank and alpha."""
+        """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
     def _check(self, faults: Faults) -> None:
         if not _is_int(self.r) or self.r < 1:
-            faults.add(f"r={self.r!r} must be a whole number from 1 up")
+            faults.add(f"r={self.r!r} must be an integer >= 1")
         if self.lora_alpha is not None and (not _is_number(self.lora_alpha) or self.lora_alpha <= 0):
             faults.add(f"lora_alpha={self.lora_alpha!r} must be a positive number, or None for 2 r")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
-            faults.add(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+            faults.add(f"lora_dropout={self.lora_dropout!r} must be >= 0 and < 1")
         for name, optional in (("target_modules", False), ("exclude_modules", True)):
             value = getattr(self, name)
             if isinstance(value, str):
@@ -160,7 +160,7 @@ class LoraConfig:
         if not isinstance(self.method, str):
             faults.add(f"method={self.method!r} must be a name, such as 'lora'")
         if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
-            faults.add(f"parts={self.parts!r} must be a mapping from a kind of part to what it is to make")
+            faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
             faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
         indices = self.layers_to_transform
@@ -174,10 +174,10 @@ class LoraConfig:
             faults.add(f"task_type={self.task_type!r} is unknown{nearest(self.task_type, TASK_TYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of PEFT's adapter_config.json: plain JSON values, `lora_alpha` resolved."""
+        """The content of PEFT's adapter_config.json: plain JSON values, with `lora_alpha` resolved."""
         values = dataclasses.asdict(self)
         values["lora_alpha"] = self.alpha
-        if self.method == "lora":  # PEFT's files say nothing of it
+        if self.method == "lora":  # PEFT does not know this field
             del values["method"]
         if not self.parts:
             del values["parts"]
@@ -193,7 +193,7 @@ class LoraConfig:
         """Read an adapter_config.json.
 
         Raises:
-            ConfigError: a field holds a wrong value, or one that is not supported is not at its default.
+            ConfigError: a field has a wrong value, or an unsupported field is not at its default.
         """
         faults = Faults(call)
         own = {f.name for f in dataclasses.fields(cls)}
@@ -232,19 +232,19 @@ class LoraConfig:
         if isinstance(config, cls):
             return dataclasses.replace(config)
         if isinstance(config, Mapping):
-            # Without a type it is one of our own, where a missing lora_alpha means 2 r and not PEFT's default.
+            # Without peft_type it is in this library's form, where a missing lora_alpha means 2 r, not PEFT's default.
             own = {} if "peft_type" in config else {"lora_alpha": None}
             return cls.from_dict({**own, **config}, call="LoraConfig.from_any(…)")
         if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
             return cls.from_dict(config.to_dict(), call=f"{type(config).__module__}.{type(config).__name__}")
         raise ConfigError(
-            f"A LoRA config was expected, not {type(config).__name__}. Pass hf_lora.LoraConfig(…), a mapping with its "
+            f"Expected a LoRA config, not {type(config).__name__}. Pass hf_lora.LoraConfig(…), a mapping with its "
             "fields, or a peft.LoraConfig."
         )
 
 
 def _peft_type(method: Any, parts: Iterable[Any]) -> str:
-    """What a file says to PEFT, which refuses a type that it does not know: it would overlook what is not its own."""
+    """The `peft_type` in files. PEFT refuses unknown types, instead of ignoring a method or part that it lacks."""
     others = [name for name in (method, *sorted(map(str, parts))) if name not in (None, "lora")]
     return "_".join(["LORA", *map(str, others)]).upper()
 
@@ -262,7 +262,7 @@ def _is_list_of(value: Any, kind: type) -> bool:
 
 
 def _is_inert(name: str, value: Any) -> bool:
-    """Whether a field that we do not know holds the value at which it does nothing."""
+    """Whether an unknown field has a value at which it does nothing."""
     return value is None or value is False or value in ({}, [], "", ()) or value in _DEFAULTS_OF_OTHERS.get(name, ())
 
 
@@ -271,3 +271,8 @@ def _check_regex(faults: Faults, name: str, pattern: Any) -> None:
         re.compile(pattern)
     except (re.error, TypeError, OverflowError, RecursionError) as error:
         faults.add(f"{name}: {pattern!r} is not a regular expression ({error})")
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """One item or an iterable of items, as a tuple; a string is one item."""
+    return (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)

@@ -1,21 +1,21 @@
-"""Every error that hf_lora raises, and the collector that lets one error list all faults.
+"""Every error that hf_lora raises, and a collector that lists all faults in one error.
 
 LoraError
-├── ConfigError        a field of a LoraConfig, or of a file's adapter_config.json, cannot be used
-├── TargetError        a pattern matches nothing, or a module cannot take LoRA
-├── StateError         the right call at the wrong moment: a name that is taken, a merged model …
-├── MergeError         folding the adapter into the weights would give a wrong model
+├── ConfigError        a field of a LoraConfig, or of an adapter_config.json, has an invalid value
+├── TargetError        a pattern matches nothing, or a module cannot be adapted
+├── StateError         a call that is not possible in the current state: a duplicate name, a merged model …
+├── MergeError         merging the adapter into the weights would give a wrong model
 ├── AdapterFileError   a file is broken, or its tensors do not fit the model
-│   ├── BaseMismatchError   the file was trained on another base model
+│   ├── BaseMismatchError   the adapter was trained on another base model
 │   └── HubError            a repository on the Hub cannot be reached, read or written
-├── DataError          a file of training data is absent, broken, or does not fit the task
-└── TrainingError      training cannot start, or cannot have worked
+├── DataError          a file of training data is missing, broken, or does not fit the task
+└── TrainingError      training would have no effect, or failed
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class LoraError(Exception):
@@ -26,15 +26,15 @@ class LoraError(Exception):
 
 
 class ConfigError(LoraError, ValueError):
-    """A configuration holds values that are wrong, contradictory or not supported."""
+    """A configuration has values that are wrong, contradictory or not supported."""
 
 
 class TargetError(LoraError, ValueError):
-    """The modules that a configuration names are absent, or cannot take LoRA."""
+    """The modules that a configuration names do not exist or cannot be adapted."""
 
 
 class StateError(LoraError, RuntimeError):
-    """The call is not possible in the model's present state."""
+    """The call is not possible in the current state of the model."""
 
 
 class MergeError(LoraError, RuntimeError):
@@ -42,11 +42,11 @@ class MergeError(LoraError, RuntimeError):
 
 
 class AdapterFileError(LoraError, ValueError):
-    """An adapter file is absent, broken, or does not fit the model."""
+    """An adapter file is missing, broken, or does not fit the model."""
 
 
 class BaseMismatchError(AdapterFileError):
-    """An adapter was trained on another base model than the one at hand."""
+    """An adapter was trained on another base model."""
 
 
 class HubError(AdapterFileError):
@@ -54,23 +54,23 @@ class HubError(AdapterFileError):
 
 
 class DataError(LoraError, ValueError):
-    """Training data are absent, broken, or do not fit the task."""
+    """Training data are missing, broken, or do not fit the task."""
 
 
 class TrainingError(LoraError, RuntimeError):
-    """Training cannot start, or something that should learn does not."""
+    """Training cannot start, or parameters that should be trained are not."""
 
 
 class Faults:
-    """Collects what is wrong, then raises one error that lists it all.
+    """Collects faults, then raises one error that lists them all.
 
     Args:
-        call: the call as the user wrote it; it opens the message.
+        call: the user's call, with which the message begins.
     """
 
     LISTED = 20
     LENGTH = 2000
-    """Characters of one fault: it may quote what a file holds."""
+    """Maximum number of characters of one fault, which may quote a file."""
 
     def __init__(self, call: str) -> None:
         self.call = call
@@ -85,7 +85,7 @@ class Faults:
             self.add(fault)
 
     def check(self, error: type[LoraError], next_step: str) -> None:
-        """Raise `error` with every fault and the `next_step`; do nothing if no fault was found."""
+        """Raise `error` with all faults and the `next_step`, if there are any faults."""
         if not self.found:
             return
         lines = [f"  - {fault}" for fault in self.found[: self.LISTED]]
@@ -97,8 +97,14 @@ class Faults:
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """` (did you mean …?)` with the known names most like `name`, or an empty string."""
+    """` (did you mean …?)` with the known names closest to `name`, or an empty string."""
     if len(name) > 200:
         return ""
     close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=n, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def listed(names: Collection[str], n: int = 5) -> str:
+    """The first `n` names, and how many more there are."""
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(list(names)[:n]) + more

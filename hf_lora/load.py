@@ -1,8 +1,7 @@
-"""Load an adapter together with its base model, merged if asked: several adapters with weights, into a base that is
-quantised afterwards.
+"""Load an adapter with its base model. Optionally merge it, or several adapters with weights, and quantize the result.
 
-An adapter is folded into dense weights before they are quantised: the sum is rounded once, as if the merged model had
-been on disk all along.
+Adapters are folded into dense weights before quantization, so that the sum is rounded once, as if the merged model
+were loaded from disk.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ PROCESSORS = {
     "feature_extractor": "AutoFeatureExtractor",
     "processor": "AutoProcessor",
 }
-"""A pipeline's parts -> the auto class that loads them."""
+"""Part of a pipeline -> the auto class that loads it."""
 
 AFTERWARDS = ("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers")
-"""Arguments of `from_pretrained` that say how the weights are kept and where: with a quantisation they come last."""
+"""Arguments of `from_pretrained` for format and placement of the weights; they apply after merging."""
 
 
 def load_lora(
@@ -69,55 +68,56 @@ def load_lora(
     """Load an adapter with its base: `LoraModel.from_pretrained`.
 
     Args:
-        model_class: `LoraModel`, which gives the model its verbs.
-        adapter: a folder, or a repository on the Hub; with `merge=True` a sequence of them, whose updates add up.
-        base_model: a model, or its folder or repository; None takes the one that the adapter's config names. The class
-            is the one that the adapter was trained on, else that of its task.
-        merge: fold the adapter into the weights and return the plain base class. A `quantization_config` then counts
-            for the merged weights: the base is loaded dense, folded, and quantised as if it had been on disk so.
-        weights: with `merge=True`, a factor for each adapter's update; 1 each where not given.
-        untie: with `merge=True`, give an adapted layer that shares its weight with another its own copy of it first.
-        is_trainable: let the adapter require gradients.
-        adapter_name: the name that the adapter gets in the model.
+        model_class: `LoraModel`, which provides the methods of the model.
+        adapter: a folder or a repository on the Hub; with `merge=True` also a sequence of them, whose updates are
+            summed.
+        base_model: a model, or its folder or repository; default: the one that the adapter's config names. The class
+            is the one that the adapter was trained on, otherwise that of its task.
+        merge: merge the adapter into the weights and return the plain base class. A `quantization_config` then applies
+            to the merged weights: the base is loaded dense, merged, and quantized.
+        weights: with `merge=True`, a factor for the update of each adapter; default: 1.
+        untie: with `merge=True`, first give an adapted layer that shares its weight its own copy.
+        is_trainable: make the adapter require gradients.
+        adapter_name: name of the adapter in the model.
         revision: branch, tag or commit of the adapter's repository.
-        base_revision: the same of the base's; None takes the commit that the adapter was trained on.
+        base_revision: the same for the base; default: the commit that the adapter was trained on.
         allow_other_base: load it onto another base model than it was trained on.
-        token: for the Hub.
-        subfolder: of the adapter, in its folder or repository.
-        cache_dir: where files from the Hub lie, those of the base too.
-        local_files_only: take adapter and base from there and ask no network, as with HF_HUB_OFFLINE.
-        dtype: of the base's weights; the adapter stays float32.
-        device_map: for the base's own `from_pretrained`; where the merged model is quantised, for that one.
-        **base_kwargs: further arguments of the base's `from_pretrained`.
+        token: access token for the Hub.
+        subfolder: subfolder of the adapter in its folder or repository.
+        cache_dir: cache folder for files from the Hub, including those of the base.
+        local_files_only: use only cached files and no network, as with HF_HUB_OFFLINE.
+        dtype: dtype of the base's weights; the adapter stays float32.
+        device_map: for `from_pretrained` of the base, or of the merged model if it is quantized.
+        **base_kwargs: further arguments of `from_pretrained` of the base.
 
     Returns:
         A `LoraModel` in eval mode, or with `merge=True` the plain model.
 
     Raises:
         AdapterFileError: the adapter is broken or does not fit; lists every fault.
-        BaseMismatchError: the base is another one than the adapter was trained on.
-        ConfigError: the arguments do not go together; lists every fault.
-        MergeError: with `merge=True`, a layer cannot be folded.
-        HubError: the adapter, or the base at the commit that it was trained on, cannot be had from the Hub.
+        BaseMismatchError: the adapter was trained on another base.
+        ConfigError: the arguments contradict each other; lists every fault.
+        MergeError: with `merge=True`, a layer cannot be merged.
+        HubError: the adapter, or the base at the commit that it was trained on, could not be loaded from the Hub.
     """
     sources, call = sources_of(adapter), f"LoraModel.from_pretrained({adapter!r})"
     kwargs = {"dtype": dtype, "device_map": device_map, "token": token, "cache_dir": cache_dir, **base_kwargs}
     kwargs |= {"local_files_only": local_files_only or None}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    quantised = merge and "quantization_config" in kwargs
-    check_mix(call, len(sources), weights, merge, base_model, quantised, untie)
-    afterwards = {k: kwargs.pop(k) for k in AFTERWARDS if quantised and k in kwargs}
+    quantized = merge and "quantization_config" in kwargs
+    check_merge_arguments(call, len(sources), weights, merge, base_model, quantized, untie)
+    afterwards = {k: kwargs.pop(k) for k in AFTERWARDS if quantized and k in kwargs}
     where: Any = {"subfolder": subfolder, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [read_adapter(local_adapter(source, revision, token, **where)) for source in sources]
     names = [adapter_name] if len(files) == 1 else [f"{adapter_name}-{i}" for i in range(len(files))]
-    with torch.random.fork_rng(devices=used_devices()):  # a head that the base lacks would draw random numbers
+    with torch.random.fork_rng(devices=used_devices()):  # initializing a missing head draws random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
             model = _load_base(files, base_model, base_revision, kwargs)
-        # A caller's model is left as it was; of one that was loaded here nobody would see it.
+        # After an error, the caller's model is restored; a model that was loaded here is discarded.
         with rollback_on(model, LoraError) if model is base_model else nullcontext():
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
-                file = files.pop(0)  # its tensors go when the model has its own
+                file = files.pop(0)  # so that its tensors are freed once the model has copies
                 _fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
                 scale_adapter(model, name, weight, call)
@@ -125,18 +125,18 @@ def load_lora(
             model.train(is_trainable)
             if merge:
                 model = model.merge_and_unload(names, untie=untie)
-        return requantised(model, afterwards) if afterwards else model
+        return requantized(model, afterwards) if afterwards else model
 
 
 def find_processor(auto: str, folder: Path, base: Any) -> Any:
-    """What one of `PROCESSORS` finds in an adapter's folder, else with its base; None where there is none."""
+    """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none."""
     names = {"AutoTokenizer": ("tokenizer_config.json", "tokenizer.json")}
     wanted = names.get(auto, ("preprocessor_config.json", "processor_config.json"))
     for source in (folder, base):
         if source and Path(source).is_dir() and not any((Path(source) / n).is_file() for n in wanted):
             continue
         try:
-            # The adapter's folder may be a stranger's: code in it is never run.
+            # The adapter's folder is untrusted: code in it is never run.
             return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
         except (OSError, ValueError, KeyError, ImportError):
             continue
@@ -146,7 +146,7 @@ def find_processor(auto: str, folder: Path, base: Any) -> Any:
 def _put(
     model_class: Any, model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool
 ) -> None:
-    """Load onto a model that may hold adapters already."""
+    """Load onto a model that may have adapters already."""
     if state_of(model) is not None:
         model.load_adapter(file, name, is_trainable=is_trainable, allow_other_base=allow_other_base)
         return
@@ -165,38 +165,38 @@ def _load_base(
     if not name:
         raise AdapterFileError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
-            "Pass base_model=, a model or where it lies."
+            "Pass base_model=: a model, its folder or its repository."
         )
-    noted = revision is None and not os.path.isdir(str(name))  # of a name too long, Path.is_dir raises
-    trained_on = commit_in_training(file.config, file.extras, str(name)) if noted else None
+    use_recorded = revision is None and not os.path.isdir(str(name))  # Path.is_dir raises for a name that is too long
+    trained_on = commit_in_training(file.config, file.extras, str(name)) if use_recorded else None
     if revision is not None or trained_on is not None:
         kwargs["revision"] = revision or trained_on
-    kwargs.setdefault("trust_remote_code", False)  # only the caller can say so; transformers would ask on the console
+    kwargs.setdefault("trust_remote_code", False)  # only the caller may allow it; transformers would prompt
     with held_load_report() as release:
         try:
             model, found = _class_of(file).from_pretrained(name, output_loading_info=True, **kwargs)
         except OSError as error:
             if base is None and trained_on is None:
                 raise AdapterFileError(
-                    f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which "
-                    f"cannot be had ({scrub(str(error).strip().splitlines()[0])}). Pass base_model=, a model or where "
-                    "it lies."
+                    f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which could "
+                    f"not be loaded ({scrub(str(error).strip().splitlines()[0])}). Pass base_model=: a model, its "
+                    "folder or its repository."
                 ) from error
             if trained_on is None:
                 raise
             raise HubError(
                 f"LoraModel.from_pretrained({str(file.path)!r}): the base {name} at commit {trained_on}, on which the "
-                f"adapter was trained, cannot be had ({scrub(str(error).strip().splitlines()[0])}). Check network and "
-                "access; base_revision='main' takes the base as it is now, and compares its weights."
+                f"adapter was trained, could not be loaded ({scrub(str(error).strip().splitlines()[0])}). Check "
+                "network and access, or pass base_revision='main' to use the current base, whose weights are compared."
             ) from error
         missing = [key for key in found["missing_keys"] if not any(f"{PREFIX}{key}" in f.tensors for f in files)]
         if missing or found["unexpected_keys"] or found["mismatched_keys"]:
-            release()  # a head that the adapter brings is not missing; anything else is for the user to read
+            release()  # a head in the adapter is not missing; show the report for anything else
     return cast(PreTrainedModel, model)
 
 
 def _class_of(file: AdapterFile) -> Any:
-    """The class that the adapter was trained on: by name, else the auto class of its task."""
+    """The class that the adapter was trained on, if its name is known, otherwise the auto class of its task."""
     mapping = file.raw.get("auto_mapping")
     mapped = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in (file.extras.get("architecture"), mapped):
@@ -206,7 +206,7 @@ def _class_of(file: AdapterFile) -> Any:
 
 
 def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> None:
-    """Give the base the rows that it had in training, where the adapter holds the embedding whole."""
+    """Resize the base's vocabulary to its size in training, if the adapter contains the whole embedding."""
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
         return
@@ -217,26 +217,26 @@ def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> No
     if not isinstance(saved, int) or saved == now:
         return
     if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
-        return  # it does not fit, which is said with all else that does not
+        return  # it does not fit, which is reported with all other faults
     if whole is not None:
         model.resize_token_embeddings(saved, mean_resizing=False)
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "
-            f"embedding, the base has {now}, and the new rows are in no file. Resize the base as the training script "
-            "did and pass it as base_model=, or pass allow_other_base=True to do without them."
+            f"embedding, but the base has {now}, and no file contains the new rows. Resize the base as the training "
+            "script did and pass it as base_model=, or pass allow_other_base=True to load without them."
         )
 
 
 def sources_of(adapter: Any) -> list[str | os.PathLike[str]]:
-    """The adapters that were asked for: one, or a sequence."""
+    """One adapter, or a sequence of them, as a list."""
     return [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
 
 
-def check_mix(
-    call: str, count: int, weights: Sequence[float] | None, merge: bool, base_model: Any, quantised: bool, untie: bool
+def check_merge_arguments(
+    call: str, count: int, weights: Sequence[float] | None, merge: bool, base_model: Any, quantized: bool, untie: bool
 ) -> None:
-    """Refuse what cannot be merged at load.
+    """Check the arguments for merging at load.
 
     Raises:
         ConfigError: lists every fault.
@@ -245,24 +245,24 @@ def check_mix(
     if not count:
         faults.add("no adapter is named")
     if count > 1 and not merge:
-        faults.add("several adapters are named, which is for merge=True; load others with model.load_adapter")
+        faults.add("several adapters are named, which needs merge=True; load further ones with model.load_adapter")
     if weights is not None:
         if not merge:
-            faults.add("weights= is for merge=True")
+            faults.add("weights= needs merge=True")
         if len(weights) != count:
             faults.add(f"{len(weights)} weights are given for {count} adapters")
         for weight in weights:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                faults.add(f"{weight!r} is no weight")
+                faults.add(f"{weight!r} is not a finite number, so it cannot be a weight")
     if untie and not merge:
-        faults.add("untie= is for merge=True")
-    if merge and quantised and isinstance(base_model, nn.Module):
-        faults.add("quantization_config is given, but base_model is a model already; pass its folder or repository")
+        faults.add("untie= needs merge=True")
+    if merge and quantized and isinstance(base_model, nn.Module):
+        faults.add("quantization_config cannot apply to a base_model in memory; pass its folder or repository")
     faults.check(ConfigError, "Nothing was loaded.")
 
 
-def requantised(model: Any, afterwards: Mapping[str, Any]) -> Any:
-    """A dense model as transformers loads it under `quantization_config`, from its tensors in memory."""
+def requantized(model: Any, afterwards: Mapping[str, Any]) -> Any:
+    """The model that transformers would load from a dense model's tensors with a `quantization_config`."""
     config, generation = model.config, getattr(model, "generation_config", None)
     made = type(model).from_pretrained(
         None, config=config, state_dict=model.state_dict(), dtype=model.dtype, **afterwards

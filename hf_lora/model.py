@@ -1,4 +1,4 @@
-"""`LoraModel`: a transformers model with LoRA verbs. Each verb is a call to a function below."""
+"""`LoraModel`: a transformers model with methods for adapters. Each method calls a function of a lower package."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
 from .adapt.state import LoraState, require_state, set_active, state_of
-from .config import LoraConfig
-from .errors import AdapterFileError, StateError
+from .config import LoraConfig, as_tuple
+from .errors import AdapterFileError, StateError, listed
 from .files.format import PREFIX, AdapterFile
 from .files.load import load_adapter, load_adapter_weights
 from .files.save import adapter_state_dict, save_adapters
@@ -38,27 +38,27 @@ _OUTER = "_hf_lora_outer"
 
 
 class LoraModel(Extension, PreTrainedModel):
-    """A transformers model with adapters, made by `apply_lora` or `LoraModel.from_pretrained`; it has no constructor.
+    """A transformers model with adapters, created by `apply_lora` or `LoraModel.from_pretrained`, not a constructor.
 
-    Its class is a subclass of the base's own with the base's name, so it is an instance of both.
+    Its class is a subclass of `LoraModel` and of the base's class, and has the base's name.
     """
 
-    _hf_peft_config_loaded = True  # transformers then leaves adapters, and quantised training, to us
+    _hf_peft_config_loaded = True  # transformers then does not handle adapters, and allows training a quantized base
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Constructing the class of an adapted model gives the plain base."""
+        """Constructing the class of an adapted model returns the plain base."""
         if cls is LoraModel:
             raise StateError(
                 "LoraModel has no constructor. Call apply_lora(model, config), or LoraModel.from_pretrained(adapter)."
             )
         base = unwrap_class(cls)
-        if base is cls or not (args or kwargs):  # without arguments: nn.DataParallel's replica, filled afterwards
+        if base is cls or not (args or kwargs):  # without arguments: a replica of nn.DataParallel, filled later
             return object.__new__(cls)
         return base(*args, **kwargs)
 
     @staticmethod
     def begin(model: PreTrainedModel) -> None:
-        """Extend the class of a model that has adapters now, and of the transformers models in it."""
+        """Extend the class of a model that now has adapters, and of the transformers models inside it."""
         for module in list(model.modules()):
             if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
                 LoraModel.extend(module)
@@ -68,13 +68,13 @@ class LoraModel(Extension, PreTrainedModel):
         if is_checkpointing(model):
             model.enable_input_require_grads()
         if model.training:
-            model.train()  # a frozen BatchNorm to eval
+            model.train()  # sets a frozen BatchNorm to eval
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter with its base model: see `hf_lora.load.load_lora`, which this calls."""
+        """Load an adapter with its base model: see `hf_lora.load.load_lora`."""
         if cls is not LoraModel:
             return unwrap_class(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
         return load_lora(cls, *args, **kwargs)
@@ -84,10 +84,10 @@ class LoraModel(Extension, PreTrainedModel):
         return unwrap_class(cls)._from_config(config, **kwargs)  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """PyTorch's, which also takes the keys of an adapter's file.
+        """PyTorch's method, which also accepts the keys of an adapter's file.
 
         Raises:
-            AdapterFileError: no key belongs to this model, or an adapter's keys do not fit it.
+            AdapterFileError: no key belongs to this model, or the keys of an adapter do not fit it.
         """
         state = state_of(self)
         if state is not None:
@@ -96,10 +96,9 @@ class LoraModel(Extension, PreTrainedModel):
             load_adapter_weights(self, state_dict, _first_active(self, "load_state_dict"))
             return nn.modules.module._IncompatibleKeys([], [])
         if state_dict and not any(key in state_dict for key in self.state_dict()):
-            first = ", ".join(list(state_dict)[:3])
             raise AdapterFileError(
-                f"load_state_dict: none of the {len(state_dict)} keys belongs to this model (the first: {first}). "
-                "An adapter's file has keys that begin with 'base_model.model.'."
+                f"load_state_dict: none of the {len(state_dict)} keys belongs to this model "
+                f"({listed(state_dict, 3)}). The keys of an adapter's file begin with 'base_model.model.'."
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -115,17 +114,17 @@ class LoraModel(Extension, PreTrainedModel):
         allow_nonfinite: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Save adapters alone, in PEFT's format with `hf_lora.json` beside; one's files take their places together.
+        """Save only the adapters, in PEFT's format plus `hf_lora.json`. All files of an adapter are replaced together.
 
         Args:
-            adapter_name: the one to save. None saves all: a single one, and one named "default", to the folder itself,
-                others to folders of their names in it.
-            state_dict: gathered tensors by the names of `self.state_dict()`, written in place of the model's own.
-            allow_nonfinite: write NaN and infinity too, to look at them later; loading refuses such a file.
+            adapter_name: the adapter to save. None saves all: a single one, and one named "default", to the folder
+                itself, others to subfolders with their names.
+            state_dict: gathered tensors by their names in `self.state_dict()`, written instead of the model's.
+            allow_nonfinite: also write NaN and infinity, for inspection; loading refuses such a file.
 
         Raises:
-            StateError: called on an inner model, or while merged.
-            AdapterFileError: a tensor is empty or not finite, or no space is left; what was there is unchanged.
+            StateError: the model is an inner model, or is merged.
+            AdapterFileError: a tensor is empty or not finite, or the disk is full; existing files are unchanged.
         """
         state = _state(self, "save_pretrained")
         if state.activity.merged:
@@ -142,19 +141,19 @@ class LoraModel(Extension, PreTrainedModel):
         elif not state.resumable:
             state.resumable = True  # one warning is enough
             logger.warning(
-                f"{save_directory} holds the adapter alone. To resume from it, train with hf_lora.LoraTrainer in "
-                "place of transformers.Trainer, which looks for full weights."
+                f"{save_directory} contains only the adapter. To resume from it, train with hf_lora.LoraTrainer "
+                "instead of transformers.Trainer, which expects full weights."
             )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Push the adapters, with a card, as one commit: see `hub.share.push_model` for the arguments."""
+        """Push the adapters with a card as one commit: see `hub.share.push_model` for the arguments."""
         _state(self, "push_to_hub").refuse_merged("push_to_hub")
         return push_model(self, repo_id, **kwargs)
 
     def get_adapter_state_dict(self, adapter_name: str | None = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors of one adapter (the first active one), by the keys of its file; not copied."""
+        """The tensors of one adapter (default: the first active one) by the keys of its file, without copies."""
         return adapter_state_dict(self, adapter_name or _first_active(self, "get_adapter_state_dict"))
 
     # Adapters --------------------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ class LoraModel(Extension, PreTrainedModel):
         id2label: dict[int, str] | None = None,
         allow_bypassed: bool = False,
     ) -> None:
-        """Add another adapter, with its own labels if given, and make it the active one: see `apply_lora`."""
+        """Add another adapter, optionally with its own labels, and make it the active one: see `apply_lora`."""
         if not isinstance(name, str):  # transformers' order: add_adapter(config, name)
             name, config = config or "default", name
         _state(self, "add_adapter")
@@ -206,44 +205,44 @@ class LoraModel(Extension, PreTrainedModel):
         load_adapter(self, source, adapter_name, is_trainable=is_trainable, allow_other_base=allow_other_base)
 
     def load_adapter_weights(self, adapter: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Put the values of a saved adapter into one that is here: see `files.load.load_adapter_weights`."""
+        """Load the values of a saved adapter into an existing one: see `files.load.load_adapter_weights`."""
         load_adapter_weights(self, adapter, adapter_name or _first_active(self, "load_adapter_weights"))
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
-        """Remove adapters. Where an active one goes, the newest that remains becomes active."""
+        """Remove adapters. If no other adapter is active then, the newest remaining one becomes active."""
         _state(self, "delete_adapter")
-        for name in [adapter_names] if isinstance(adapter_names, str) else list(adapter_names):
+        for name in as_tuple(adapter_names):
             delete(self, name)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Make one adapter, or several together, the active ones; the first one's labels go to model and config.
+        """Activate one adapter, or several together. Model and config get the labels of the first.
 
         Raises:
-            StateError: a name is unknown, the model is merged, or the adapters have heads of their own.
+            StateError: a name is unknown, the model is merged, or the adapters conflict, such as with their own heads.
         """
-        set_active(self, _state(self, "set_adapter"), _names(adapter_name))
+        set_active(self, _state(self, "set_adapter"), as_tuple(adapter_name))
 
     def active_adapters(self) -> list[str]:
         """Names of the active adapters."""
         return list(_state(self, "active_adapters").activity.active)
 
     def enable_adapters(self) -> None:
-        """Let the active adapters act again."""
+        """Enable the active adapters again."""
         _state(self, "enable_adapters")
         set_enabled(self, True)
 
     def disable_adapters(self) -> None:
-        """Compute what the base model computes, also where adapters are merged."""
+        """Disable the active adapters, even merged ones: the model computes the same as the base."""
         _state(self, "disable_adapters")
         set_enabled(self, False)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The base model for the time of a `with` block; afterwards the state that was found.
+        """Disable the adapters within a `with` block, and restore the previous state afterwards.
 
         Raises:
-            StateError: a forward in training mode with activation checkpointing and gradients: its backward would
-                compute the forward again with the adapters.
+            StateError: a forward inside uses training mode with activation checkpointing and gradients; its backward
+                would run the forward again with the adapters.
         """
         _state(self, "disable_adapter")
         guard = self.register_forward_pre_hook(refuse_checkpointed)
@@ -254,55 +253,55 @@ class LoraModel(Extension, PreTrainedModel):
             guard.remove()
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
-        """Fold the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
+        """Merge the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
 
-        The originals of the folded weights are kept: as much memory as those weights. See `adapt.merge.merge`.
-        Refused over a quantised base.
+        The originals of the merged weights are kept, which takes as much memory again. Not possible for a quantized
+        base. See `adapt.merge.merge`.
         """
         _state(self, "merge_adapter")
         merge(self, adapter_names, untie=untie, call="merge_adapter")
 
     def unmerge_adapter(self) -> None:
-        """Restore every bit of the base weights; the adapters act beside them again."""
+        """Restore every bit of the base weights; the adapters are active unmerged again."""
         _state(self, "unmerge_adapter")
         unmerge(self)
 
     def merge_and_unload(
         self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False
     ) -> PreTrainedModel:
-        """Fold the active adapters into the weights and return the plain base model (the same object).
+        """Merge the active adapters into the weights and return the plain base model (the same object).
 
-        A quantised base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
+        A quantized base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
         """
         _state(self, "merge_and_unload")
         merge_for_good(self, adapter_names, untie=untie, call="merge_and_unload")
         return _end(self)
 
     def unload(self) -> PreTrainedModel:
-        """Remove every adapter and return the plain base model (the same object), bit for bit what it was."""
+        """Remove every adapter and return the plain base model (the same object), restored bit for bit."""
         state = _state(self, "unload")
         if state.activity.merged:
             unmerge(self)
-        own = state.base_task
+        task = state.base_task
         eject(self)
-        own.apply(self)
+        task.apply(self)
         return _end(self)
 
     # Reports ---------------------------------------------------------------------------------------------------------
 
     def print_trainable_parameters(self) -> None:
-        """Print the trainable and all parameters, and the share."""
+        """Print the numbers of trainable and all parameters, and the percentage."""
         print(trainable_line(self))
 
     def adapter_table(self, adapter_name: str | None = None) -> str:
-        """Every adapted layer with shape, rank, alpha and parameters, and what was left out and why."""
+        """A table of every adapted layer with shape, rank, alpha and parameters, and of skipped modules and why."""
         _state(self, "adapter_table")
         return adapter_table(self, adapter_name)
 
-    # What transformers does to a model -------------------------------------------------------------------------------
+    # Overridden methods of transformers ------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> Any:
-        """PyTorch's; a frozen BatchNorm stays in eval mode, since its running statistics are in no adapter's file."""
+        """PyTorch's method. A frozen BatchNorm stays in eval mode: adapters do not save its running statistics."""
         state = state_of(self)
         if state is not None and mode and state.activity.merged:
             raise StateError(MERGED_TRAINING)
@@ -312,9 +311,9 @@ class LoraModel(Extension, PreTrainedModel):
         return self
 
     def enable_input_require_grads(self) -> None:
-        """Let what goes into checkpointed layers require gradients; of a model that has none, the embeddings' outputs.
+        """Make inputs of checkpointed layers require gradients; in a model without such layers, embedding outputs.
 
-        Reentrant checkpointing gives no gradient to a layer none of whose inputs requires one.
+        With reentrant checkpointing, a layer gets no gradient if none of its inputs requires one.
         """
         self.disable_input_require_grads()
         self._require_grads_hooks = require_input_grads(self)
@@ -325,9 +324,9 @@ class LoraModel(Extension, PreTrainedModel):
         release_input_grads(self)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers'; factors and copies of the embeddings grow with it.
+        """The method of transformers, which also resizes the adapters' factors and copies of the embeddings.
 
-        The new rows are frozen unless the embedding is in `modules_to_save`; LoraTrainer then refuses to start.
+        New rows are frozen unless the embedding is in `modules_to_save`; LoraTrainer refuses to train frozen new rows.
         """
         _state(self, "resize_token_embeddings")
         with resizing(self):
@@ -335,22 +334,22 @@ class LoraModel(Extension, PreTrainedModel):
         return self.get_input_embeddings()
 
 
-# PreTrainedModel derives this from annotations; left in place it would hide the config class of every base.
+# PreTrainedModel derives this from annotations; it would hide the config class of every base.
 if "config_class" in LoraModel.__dict__:
     del LoraModel.config_class
 
 
 def refuse_inner(model: nn.Module, call: str) -> None:
-    """Refuse a part of a model with adapters, whose file would hold names that nothing loads.
+    """Refuse an inner model of a model with adapters: its file would have names that cannot be loaded.
 
     Raises:
-        StateError: it is one.
+        StateError: `model` is such an inner model.
     """
     outer = model.__dict__.get(_OUTER)
     if outer is not None and state_of(model) is None:
         raise StateError(
-            f"{call}: this {type(model).__name__} is part of a {outer} with adapters. Call it on the {outer}: its "
-            "file then holds names that can be loaded."
+            f"{call}: this {type(model).__name__} is part of a {outer} with adapters. Call it on the {outer}, so that "
+            "the names in the file can be loaded."
         )
 
 
@@ -362,16 +361,12 @@ def _state(model: nn.Module, call: str) -> LoraState:
 def _first_active(model: nn.Module, call: str) -> str:
     active = _state(model, call).activity.active
     if not active:
-        raise StateError(f"{call}: no adapter is active. Name one.")
+        raise StateError(f"{call}: no adapter is active. Pass the name of one.")
     return active[0]
 
 
-def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)
-
-
 def _end(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model whose adapters are gone its class back."""
+    """Restore the class of a model without adapters left."""
     if "_require_grads_hooks" in model.__dict__:
         model.disable_input_require_grads()
     for module in model.modules():

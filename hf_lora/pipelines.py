@@ -1,4 +1,4 @@
-"""transformers' `pipeline` over an adapter."""
+"""The transformers `pipeline` with an adapter."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .model import LoraModel
 
 
 def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """transformers' `pipeline` on an adapter. The base is found from the adapter's config; the tokenizer or processor
-    comes from the adapter's folder where it holds one, else from the base.
+    """The transformers `pipeline` with an adapter. The adapter's config names the base. The tokenizer or processor
+    comes from the adapter's folder if it has one, otherwise from the base.
 
     Args:
         task: a task of `transformers.pipeline`.
-        adapter: a folder, or a repository on the Hub.
-        kwargs: those of `LoraModel.from_pretrained` go there, others to transformers' pipeline.
+        adapter: a folder or a repository on the Hub.
+        kwargs: arguments of `LoraModel.from_pretrained` and of `transformers.pipeline`.
     """
     found = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
     common = {k: v for k, v in kwargs.items() if k in ("token", "cache_dir", "local_files_only")}
     folder = local_adapter(adapter, **found, **common)
-    own = {"base_model", "merge", "base_revision", "allow_other_base", "dtype", "device_map", *common}
-    model = LoraModel.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k in own})
-    rest = {k: v for k, v in kwargs.items() if k not in own}
+    for_model = {"base_model", "merge", "base_revision", "allow_other_base", "dtype", "device_map", *common}
+    model = LoraModel.from_pretrained(folder, **{k: v for k, v in kwargs.items() if k in for_model})
+    rest = {k: v for k, v in kwargs.items() if k not in for_model}
     base = kwargs.get("base_model")
     base = base if isinstance(base, (str, os.PathLike)) else model.config._name_or_path
     for part, auto in PROCESSORS.items():

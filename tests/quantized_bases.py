@@ -1,4 +1,4 @@
-"""One tiny language model, quantised in each way that runs on a CPU."""
+"""One tiny language model, quantized in each way that runs on a CPU."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_an_unknown_field_at_a_default_does_nothing(value: Any) -> None:
     assert LoraConfig.from_dict({"peft_type": "LORA", "target_modules": ["q"], "from_the_future": value}).alpha == 8
 
 
-def test_a_misspelt_field_is_named_with_the_right_one() -> None:
+def test_a_misspelled_field_is_named_with_the_right_one() -> None:
     with pytest.raises(ConfigError, match="did you mean 'target_modules'"):
         LoraConfig.from_dict({"peft_type": "LORA", "target_module": ["q"]})
     with pytest.raises(ConfigError, match="lora_alhpa"):

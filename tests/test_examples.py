@@ -158,8 +158,8 @@ def test_train_classifier(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lora_road(tmp_path: Path) -> None:
-    output = run("lora_road.py", tmp_path, "--epochs", "1", "--repeats", "3")
+def test_lora_workflow(tmp_path: Path) -> None:
+    output = run("lora_workflow.py", tmp_path, "--epochs", "1", "--repeats", "3")
     claims = [line for line in output.splitlines() if line.startswith("| ")]
     assert len(claims) == 6
     assert "bit-identical" in output

@@ -177,7 +177,7 @@ def test_the_checkpoints_weight_is_compared_with_the_one_in_memory() -> None:
     original, model = net(), net()
     with torch.no_grad():
         for layer in (model[0], model[2]):
-            layer.weight.copy_((layer.weight * 4).round() / 4)  # coarse, as a quantised one
+            layer.weight.copy_((layer.weight * 4).round() / 4)  # coarse, as a quantized one
     config = LoraConfig(r=5, target_modules=LAYERS, init_lora_weights="lost")
     x = torch.randn(4, 6)
     with pytest.raises(ConfigError, match="original="):
@@ -207,7 +207,7 @@ def test_a_vocabulary_does_not_grow_where_something_was_taken_out() -> None:
     """The same initialization would take something else out of the larger weight when the file is loaded."""
     model = apply_lora(tiny_llama(), LoraConfig(r=3, target_modules=["lm_head", "q_proj"], init_lora_weights="top"))
     before = snapshot(model)
-    with pytest.raises(StateError, match=r"(?s)lm_head: what 'default' took out.*Resize the vocabulary before"):
+    with pytest.raises(StateError, match=r"(?s)lm_head: the initialization of 'default'.*Resize the vocabulary"):
         model.resize_token_embeddings(80)
     assert_same_tensors(snapshot(model), before)
 
@@ -229,7 +229,7 @@ def test_a_collector_that_fails_leaves_the_model_as_it_was() -> None:
 def test_a_weight_without_a_call_of_its_own_has_no_inputs_to_look_at() -> None:
     torch.manual_seed(3)
     model = nn.Sequential(Pair(6, 7, 5), nn.Linear(5, 5))
-    with pytest.raises(TargetError, match=r"0\.first: no module is called with the inputs of this weight alone"):
+    with pytest.raises(TargetError, match=r"0\.first: this weight is not a module, so its inputs cannot be collected"):
         inject(model, LoraConfig(target_modules=["0", "1"], init_lora_weights="directions"), batches=batches())
     inject(model, LoraConfig(r=4, target_modules=["0", "1"], rank_pattern={"0.first": 3, "0": 2}))
     layers = {name: site._lora.adapters["default"].r for name, site in adapter_layers(model).items()}
@@ -257,5 +257,5 @@ def test_what_cannot_be_taken_out_again_is_in_the_file_as_further_ranks(rslora: 
         other.load_adapter_weights(tmp_path)
         assert torch.equal(other(IDS).logits, found)
     assert_same_tensors(snapshot(other), snapshot(model))
-    with pytest.raises(ConfigError, match="does not add up"):
+    with pytest.raises(ConfigError, match="is not additive"):
         apply_lora(tiny_llama(), LoraConfig(init_lora_weights="once", method="gain"))

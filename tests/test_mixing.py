@@ -1,4 +1,4 @@
-"""Merging at load: several adapters with weights, quantising the sum, and a result that is a plain model."""
+"""Merging at load: several adapters with weights, quantizing the sum, and a result that is a plain model."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_pefts_exact_sum_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "torchao-int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_quantising_after_the_merge_is_quantising_the_merged_model(tmp_path: Path, name: str, kind: str) -> None:
+def test_quantizing_after_the_merge_is_quantizing_the_merged_model(tmp_path: Path, name: str, kind: str) -> None:
     if name == "gpt2" and kind == "torchao-int8":
         pytest.skip("transformers leaves GPT-2's layers, which are no linears, to bitsandbytes")
     (folder,) = save(MODELS[name](), tmp_path)
@@ -139,17 +139,17 @@ def test_what_does_not_go_together_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         LoraModel.from_pretrained(folders, base_model=tmp_path / "base", weights=[1.0, float("nan"), True], untie=True)
     for fault in (
-        "for merge=True; load others",
-        "weights= is for",
+        "needs merge=True; load further ones",
+        "weights= needs merge=True",
         "3 weights are given for 2",
-        "nan is no",
+        "nan is not a finite number",
         "True is",
     ):
         assert fault in str(caught.value)
-    assert "untie= is for" in str(caught.value)
+    assert "untie= needs merge=True" in str(caught.value)
     with pytest.raises(ConfigError, match="no adapter is named"):
         LoraModel.from_pretrained([], base_model=tmp_path / "base", merge=True)
-    with pytest.raises(ConfigError, match="base_model is a model already"):
+    with pytest.raises(ConfigError, match="cannot apply to a base_model in memory"):
         LoraModel.from_pretrained(folders[0], base_model=tiny_llama(), merge=True, quantization_config=method("nf4"))
 
 
@@ -167,7 +167,7 @@ def test_what_cannot_be_merged_leaves_a_given_model_as_it_was(tmp_path: Path) ->
 
 def test_heads_are_replaced_and_take_no_weight(tmp_path: Path) -> None:
     folders = save(tiny_bert(), tmp_path, (1, 2), modules_to_save=["classifier"])
-    with pytest.raises(ConfigError, match=r"(?s)classifier.*no weight but 1"):
+    with pytest.raises(ConfigError, match=r"(?s)classifier.*its weight must be 1"):
         LoraModel.from_pretrained(folders[:1], base_model=tmp_path / "base", merge=True, weights=[0.5])
 
 
@@ -176,6 +176,6 @@ def test_the_memory_of_a_merge_at_load(tmp_path: Path) -> None:
     command = [sys.executable, "examples/benchmarks/merge_on_load.py", "--layers", "4", "--repeats", "1",
                "--folder", str(tmp_path), "--json", str(tmp_path / "table.json")]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[1])
-    rows = {row["road"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    rows = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
     assert set(rows) == {"base alone", "hf_lora", "peft"}
     assert rows["hf_lora"]["memory"] <= 64  # MiB above loading the base alone

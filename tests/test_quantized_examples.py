@@ -31,7 +31,7 @@ def test_the_memory_of_a_step(tmp_path: Path) -> None:
     assert len(rows) == 6
     # 64 x 64 of the embedding and of the head, and five norms of 64: two bytes more for each
     assert [row["bytes"]["upcast"] for row in rows] == 2 * [2 * (2 * 64 * 64 + 5 * 64), 0, 0]
-    assert all("bfloat16" in row["bytes"]["frozen"] for row in rows if row["road"] == "hf_lora")
+    assert all("bfloat16" in row["bytes"]["frozen"] for row in rows if row["method"] == "hf_lora")
 
 
 @pytest.mark.slow

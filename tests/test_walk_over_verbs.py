@@ -354,7 +354,7 @@ class Walk:
             self.model.eval()  # left out: the refused call has put the root and what comes first into training mode
 
     def state_dict(self) -> None:
-        """Through a state dict, which may be of float64; what is there before it is loaded is spoilt."""
+        """Through a state dict, which may be of float64; what is there before it is loaded is spoiled."""
         assign, wide = self.random.random() < 0.5, self.random.random() < 0.3
         self.trace.append(f"load_state_dict of {'float64' if wide else 'the same'}, assign={assign}")
         found = self.model.state_dict()

@@ -350,7 +350,7 @@ class StackShape(PairShape):
 
 
 class RowsHeld(Held):
-    """What a `RowsHost` knows: the ids of each adapter's rows."""
+    """The plain data of a `RowsHost`: the ids of each adapter's rows."""
 
     def __init__(self, activity: Activity) -> None:
         super().__init__(activity)
@@ -361,7 +361,7 @@ class RowsHost(Host):
     """An embedding of which adapters have some rows of their own."""
 
     attribute = "_toy_rows"
-    knows = RowsHeld
+    data_class = RowsHeld
     order = 20
     _toy_rows: RowsHeld
     lora_rows: nn.ModuleDict

@@ -1,4 +1,4 @@
-"""What the benchmarks share: turns in one process, exact counts, and one table that is printed and written as JSON.
+"""Shared code of the benchmarks: alternating calls in one process, exact counts, and tables, printed and as JSON.
 
 Every figure is a ratio to something measured in the same process in the same minutes. A second on one machine says
 little about another; the ratio of two things that took turns on it says much.
@@ -32,15 +32,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--preset", choices=("cpu", "h200"), default="cpu", help="sizes for a CPU, or for one large GPU"
+        "--preset", choices=("cpu", "h200"), default="cpu", help="sizes for a CPU or for one large GPU"
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch on the CPU")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads of PyTorch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table to this file")
     return parser
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """The device of the preset; sets the number of threads, and silence."""
+    """The device of the preset; sets the number of threads, and disables log output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -54,7 +54,7 @@ def device_of(options: argparse.Namespace) -> torch.device:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked for, as JSON holds it; the file it goes to is no part of it."""
+    """The options as JSON values, without the output file."""
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"}
 
 
@@ -72,7 +72,7 @@ def keep_memory() -> bool:
 
 @dataclass
 class Times:
-    """Seconds of one variant, in the order of the turns."""
+    """Seconds of one variant, in order."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -81,7 +81,7 @@ class Times:
         return statistics.median(self.seconds)
 
     def over(self, other: Times) -> Ratio:
-        """Ratio of the medians, and the quartiles of the ratios turn by turn, which tell how noisy it was."""
+        """Ratio of the medians, and the quartiles of the ratios per round, which show the noise."""
         each = [a / b for a, b in zip(self.seconds, other.seconds, strict=True)]
         low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else (each[0],) * 3
         return Ratio(self.median / other.median, low, high)
@@ -100,7 +100,7 @@ class Ratio:
 def take_turns(
     calls: Mapping[str, Callable[[], object]], rounds: int, repeats: int = 1, warmup: int = 2
 ) -> dict[str, Times]:
-    """Time `calls` in turns; in each round every one is called `repeats` times in a row.
+    """Time `calls` alternately; in each round every one is called `repeats` times in a row.
 
     Each second round goes backwards, so that no call always follows the same other one. The first `warmup` rounds
     do not count.
@@ -119,7 +119,7 @@ def take_turns(
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where one is in use."""
+    """Wait for the GPU, if one is used."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -128,9 +128,9 @@ def synchronize() -> None:
 
 
 def saved_bytes(call: Callable[[], Any], weights: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of what `call` returns; each memory once, that of `weights` never."""
+    """Bytes that autograd saves for the backward of `call`, without `weights`; shared memory counts once."""
     not_counted = {w.untyped_storage().data_ptr() for w in weights}
-    kept: dict[int, torch.UntypedStorage] = {}  # held until the end, so that no address comes twice
+    kept: dict[int, torch.UntypedStorage] = {}  # kept until the end, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         memory = tensor.untyped_storage()
@@ -146,7 +146,7 @@ def saved_bytes(call: Callable[[], Any], weights: Iterable[Tensor]) -> int:
 
 
 class Operations(TorchDispatchMode):
-    """Counts what reads or writes the elements of tensors; views and the getting of memory are free.
+    """Counts operations that read or write elements of tensors; views and allocations do not count.
 
     An operation that a library defined in Python counts for what it calls, not for one.
     """
@@ -244,7 +244,7 @@ class Table:
 
 
 def read_table(file: Path) -> Table | None:
-    """A table that `Table.show` wrote; None where the file holds something else."""
+    """A table that `Table.show` wrote; None for any other file."""
     values = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(values, dict) or "kind" not in values:
         return None
@@ -255,7 +255,7 @@ def read_table(file: Path) -> Table | None:
 
 
 def shown(value: Any) -> str:
-    """A figure as the tables show it."""
+    """A number as the tables show it."""
     if value is None:
         return "–"
     if not isinstance(value, float):
@@ -270,7 +270,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Everything that the numbers depend on except the code."""
     device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else processor()
     found: dict[str, Any] = {"device": device, "threads": torch.get_num_threads()}
     for package in ("torch", "transformers", "peft"):
@@ -289,7 +289,7 @@ def processor() -> str:
 
 
 def describe(found: Mapping[str, Any]) -> str:
-    """A machine in a line."""
+    """One line about a machine."""
     threads = f"{found['threads']} thread{'s' * (found['threads'] != 1)}"
     packages = ", ".join(f"{p} {found[p]}" for p in ("torch", "transformers", "peft") if found.get(p))
     return f"{found['device']}, {threads}; {packages}"

@@ -1,9 +1,9 @@
-"""Greedy decoding with an adapter, unmerged and merged, over the same of the base.
+"""Greedy decoding with an adapter, unmerged and merged, relative to the base.
 
     python examples/benchmarks/decode.py --preset cpu --tokens 128
 
-The adapters are random (B is not zero), the prompts are random tokens. All models take turns in one process. Where
-texts differ from ours unmerged it is by the rounding of a tie; the table says how many tokens agree.
+The adapters are random (B is not zero), the prompts are random tokens. All models alternate in one process. If
+texts differ from those of unmerged hf_lora, the cause is rounding of a tie; the table shows how many tokens agree.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ NAMES = {
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--model", choices=("llama", "smollm2"), help="not given: smollm2, with --preset h200 llama")
-    parser.add_argument("--base", help="folder of SmolLM2, where it is not to be written from its package")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="not given: float32 on a CPU, else bfloat16")
-    parser.add_argument("--tokens", type=int, default=64, help="decoded in each call")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument("--model", choices=("llama", "smollm2"), help="default: smollm2, with --preset h200 llama")
+    parser.add_argument("--base", help="folder of SmolLM2,; default: created from its package")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: float32 on a CPU, else bfloat16")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens decoded in each call")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens per prompt")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts per call")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args(words)
 
 
 def decoders(case: Case, lora: Lora) -> dict[str, Any]:
-    """The base, ours merged and unmerged, and PEFT, ready to generate."""
+    """The base, hf_lora merged and unmerged, and PEFT, ready to generate."""
     unmerged = build("ours", case, lora).eval()
     merged = copy.deepcopy(unmerged).merge_and_unload()
     found = {"base": case.load(), "merged": merged, "ours": unmerged, "peft": build("peft", case, lora)}
     for model in found.values():
-        model.eval().generation_config.eos_token_id = None  # every call decodes to its end
+        model.eval().generation_config.eos_token_id = None  # no call stops early
     return found
 
 

@@ -1,12 +1,12 @@
-"""Injection, loading, switching, disabling and merging: hf_lora beside PEFT, interleaved in one process.
+"""Injection, loading, switching, disabling and merging: hf_lora compared with PEFT, alternating in one process.
 
     python examples/benchmarks/load_merge.py --preset cpu
     python examples/benchmarks/load_merge.py --preset cpu --merge-layers 4 --targets 224 --json out/load_merge.json
 
-Every model is Llama-shaped with random weights, made from a config outside the clock; B is random wherever it is
-merged. Prints the ratio of hf_lora's median time to PEFT's, and the limit beside: for the injection and the loading
-the making of the factors alone, for the merge one copy of the adapted weights. The extra peak memory of
-merge_and_unload is measured in a process of its own for each library.
+Every model is Llama-shaped with random weights, created from a config before timing; B is random when it is merged.
+Prints the ratio of hf_lora's median time to PEFT's, and the limit: for injection and loading the creation of the
+factors, for merging one copy of the adapted weights. The extra peak memory of
+merge_and_unload is measured in a separate process for each library.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def randomize(model: Any) -> Any:
 
 
 def factors(model: Any, rank: int) -> list[nn.ModuleList]:
-    """What no injection can do without: two float32 parameters in a module each, A drawn and B zero."""
+    """The minimum of any injection: two modules with a float32 parameter each, A random and B zero."""
     made = []
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer is not model.lm_head:
@@ -186,17 +186,17 @@ def merging(options: argparse.Namespace) -> Times:
 
 
 def peak_of_merge(library: str, options: argparse.Namespace) -> int:
-    """Bytes by which merge_and_unload raises the peak of this process (of the device's memory on CUDA)."""
+    """Bytes by which merge_and_unload raises the peak memory of this process (on CUDA: of the device)."""
     adapted = randomize((ours if library == "ours" else theirs)(big(options), options.rank))
     small = randomize((ours if library == "ours" else theirs)(tiny(14, options.device), 4))
-    small.merge_and_unload()  # what a library sets up once is not the merge's
+    small.merge_and_unload()  # so that one-time initialization of a library does not count
     gc.collect()
     if options.device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         adapted.merge_and_unload()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = memory("VmRSS")
     adapted.merge_and_unload()
     return memory("VmHWM") - before
@@ -255,9 +255,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the merge")
-    parser.add_argument("--merge-layers", type=int, help="layers of the model to merge; 0 leaves the merge out")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="for merging")
+    parser.add_argument("--merge-layers", type=int, help="layers of the model to merge; 0 skips the merge")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--peak-of", choices=["ours", "PEFT"], help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     for name, value in PRESETS[options.preset].items():

@@ -1,10 +1,10 @@
-"""What adapters make autograd keep, and the operations they add: exact counts, the same on every machine.
+"""Memory that autograd saves for adapters, and the operations that they add: exact counts, independent of the machine.
 
     python examples/benchmarks/memory.py --dtype bfloat16 --dropout 0.05
 
 The model is the body of a Llama of two layers with the proportions of Llama-3-8B: MLP 3.5 H, keys and values H / 4.
-Bytes are those that grow with the tokens, a layer, in units of one activation (tokens x H in the base's dtype). What
-is kept whatever the batch, such as a factor in another dtype, is shown beside them. The operations of a layer are
+Bytes are those that grow with the tokens, per layer, in units of one activation (tokens x H in the base's dtype). What
+does not depend on the batch, such as a factor in another dtype, is listed separately. The operations of a layer are
 those that a second layer adds.
 """
 
@@ -25,16 +25,16 @@ COUNTED = ("frozen", "peft", "peft_same", "ours")
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="of the base")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16", help="dtype of the base")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--hidden", type=int, help="H; not given: 512, with --preset h200 4096")
-    parser.add_argument("--tokens", type=int, default=256, help="of the shorter of the two rows that are compared")
+    parser.add_argument("--hidden", type=int, help="H; default: 512, with --preset h200 4096")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of the shorter of the two compared rows")
     parser.add_argument("--rank", type=int, default=16)
     return parser.parse_args(words)
 
 
 def body(hidden: int, layers: int, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """A Llama of 8B's proportions without its head, and one row of tokens."""
+    """A Llama with the proportions of the 8B model, without its head, and one row of tokens."""
     case = variants.llama(
         dtype, device, rows=1, tokens=tokens, vocab_size=256, hidden_size=hidden, intermediate_size=7 * hidden // 2,
         num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2,
@@ -43,20 +43,20 @@ def body(hidden: int, layers: int, tokens: int, dtype: torch.dtype, device: torc
 
 
 def output_of(model: Any, batch: Batch) -> Callable[[], Tensor]:
-    """A forward that returns one number; its backward goes down to the embedded tokens, whoever else asks for one."""
+    """A forward that returns one number; its backward always runs down to the embedded tokens."""
     inputs = embedded(model, batch)
     return lambda: model(**inputs).last_hidden_state.sum()
 
 
 def kept_bytes(model: Any, batch: Batch) -> int:
-    """What the backward of a step finds saved, weights not counted."""
+    """Bytes saved for the backward of a step, without weights."""
     return saved_bytes(output_of(model, batch), (*model.parameters(), *model.buffers()))
 
 
 def layer_figures(
     variant: str, lora: Lora, hidden: int, tokens: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float, int, int]:
-    """Of one layer: kept activations, bytes kept whatever the batch, operations forward and backward."""
+    """For one layer: saved activations, bytes independent of the batch, operations forward and backward."""
     short, long = (body(hidden, 2, length, dtype, device) for length in (tokens, 2 * tokens))
     two = build(variant, short, lora)
     kept = [kept_bytes(two, case.batch) / 2 for case in (short, long)]
@@ -67,7 +67,7 @@ def layer_figures(
 
 
 class OneLinear(nn.Module):
-    """A linear layer that the ways of adapting a model can be applied to."""
+    """A linear layer as a model to adapt."""
 
     def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class OneLinear(nn.Module):
 def linear_operations(
     variant: str, lora: Lora, features: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[list[str], list[str]]:
-    """Operations of a single linear layer whose input (1, 8, I) asks for a gradient, forward and backward."""
+    """Operations of a single linear layer whose input (1, 8, I) requires a gradient, forward and backward."""
     x = torch.ones(1, 8, features, dtype=dtype, device=device, requires_grad=True)
     model = build(variant, Case(lambda: OneLinear(features, dtype, device), {"x": x}, head=""), lora)
     grad = torch.ones_like(x)

@@ -1,11 +1,11 @@
-"""Merge on load: `LoraModel.from_pretrained(…, merge=True)` beside loading the base alone and PEFT's load and merge.
+"""Merging at load: `LoraModel.from_pretrained(…, merge=True)` compared with loading the base, and with PEFT.
 
     python examples/benchmarks/merge_on_load.py
     python examples/benchmarks/merge_on_load.py --layers 4 --repeats 1 --json out/merge_on_load.json
 
-The checkpoint is that of stream_merge.py: Llama-shaped, random, bfloat16. The files are warm, the roads take turns,
-and each peak of memory is that of a process of its own that has then read every weight once: transformers maps a file,
-and what nobody has read takes no memory yet.
+The checkpoint is that of stream_merge.py: Llama-shaped, random, bfloat16. The files are cached, the methods alternate,
+and each peak of memory is measured in a separate process after it has read every weight once: transformers maps files,
+and unread parts take no memory.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from common import Table
 from stream_merge import checkpoint_arguments, make, peak_in, peak_now
 
 LIMITS = {"memory": 64.0, "peft": 0.25}
-"""MiB above loading the base alone; times PEFT's road."""
+"""MiB above loading only the base; relative to PEFT."""
 
 
 def parse() -> argparse.Namespace:
     parser = checkpoint_arguments(__doc__)
-    parser.add_argument("--peak-of", choices=tuple(ROADS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=tuple(METHODS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -52,7 +52,7 @@ def peft(folder: Path) -> Any:
     return PeftModel.from_pretrained(plain(folder), folder / "adapter").merge_and_unload()
 
 
-ROADS: dict[str, Callable[[Path], Any]] = {"base alone": plain, "hf_lora": merged, "peft": peft}
+METHODS: dict[str, Callable[[Path], Any]] = {"base alone": plain, "hf_lora": merged, "peft": peft}
 
 
 def measure(options: argparse.Namespace) -> Table:
@@ -61,30 +61,30 @@ def measure(options: argparse.Namespace) -> Table:
         folder = Path(name)
         make(folder, options)
         size = sum(p.stat().st_size for p in (folder / "base").glob("*.safetensors"))
-        times: dict[str, list[float]] = {road: [] for road in ROADS}
+        times: dict[str, list[float]] = {method: [] for method in METHODS}
         for turn in range(options.repeats + 1):
-            for road, run in ROADS.items():
+            for method, run in METHODS.items():
                 start = time.perf_counter()
                 model = run(folder)
                 if turn:  # the first one warms up
-                    times[road].append(time.perf_counter() - start)
+                    times[method].append(time.perf_counter() - start)
                 del model
-        peaks = {road: peak_in(__file__, road, folder, options) for road in ROADS}
-    medians = {road: statistics.median(seconds) for road, seconds in times.items()}
+        peaks = {method: peak_in(__file__, method, folder, options) for method in METHODS}
+    medians = {method: statistics.median(seconds) for method, seconds in times.items()}
     rows = [
         {
-            "road": road,
-            "seconds": medians[road],
-            "peft": medians[road] / medians["peft"],
-            "memory": peaks[road] - peaks["base alone"],
+            "method": method,
+            "seconds": medians[method],
+            "peft": medians[method] / medians["peft"],
+            "memory": peaks[method] - peaks["base alone"],
         }
-        for road in medians
+        for method in medians
     ]
     return Table(
         kind="merge_on_load",
         title=f"Merge on load of {size / 1e9:.2f} GB, bfloat16, r={options.rank}",
         columns={
-            "road": "road", "seconds": "seconds", "peft": "times PEFT", "memory": "MiB above the base alone",
+            "method": "method", "seconds": "seconds", "peft": "times PEFT", "memory": "MiB above the base alone",
         },
         rows=rows,
         settings=common.settings_of(options) | {"peak_of": None},
@@ -96,7 +96,7 @@ if __name__ == "__main__":
     asked = parse()
     if asked.peak_of:
         torch.set_num_threads(asked.threads)
-        for parameter in ROADS[asked.peak_of](asked.folder).parameters():
+        for parameter in METHODS[asked.peak_of](asked.folder).parameters():
             parameter.detach().view(torch.int16).max()  # without a copy
         print("peak", peak_now())
     else:

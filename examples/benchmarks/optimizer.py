@@ -1,9 +1,9 @@
-"""Clipping, AdamW and zero_grad over the many small tensors of a LoRA, over one pass of fused AdamW on as many bytes.
+"""Clipping, AdamW and zero_grad for the many small tensors of LoRA, relative to one pass of fused AdamW.
 
     python examples/benchmarks/optimizer.py --preset cpu
 
 448 tensors are the adapters of Llama-3-8B: A and B of seven linear layers in each of 32 layers; --preset cpu has them
-a quarter as wide. The optimisers are those of Trainer (--optim), wrapped and clipped by Accelerate as Trainer does it.
+a quarter as wide. The optimizers are those of Trainer (--optim), wrapped and clipped by Accelerate as Trainer does it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--hidden", type=int, help="H; MLP 3.5 H, keys and values H / 4; not given: 1024, h200: 4096")
+    parser.add_argument("--hidden", type=int, help="H; MLP 3.5 H, keys and values H / 4; default: 1024, h200: 4096")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=25)
@@ -48,7 +48,7 @@ def shapes(hidden: int, layers: int, rank: int) -> list[tuple[int, int]]:
 
 
 class Parameters(nn.Module):
-    """Parameters of given shapes and a gradient for each, kept so that every step finds the same."""
+    """Parameters of given shapes with gradients, kept so that every step has the same."""
 
     def __init__(self, sizes: list[tuple[int, ...]], device: torch.device) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Parameters(nn.Module):
 
 
 def trainer_step(model: Parameters, accelerator: Any, flags: dict[str, Any]) -> Callable[[], Tensor]:
-    """What Trainer does between the last backward of a step and the first forward of the next."""
+    """The work of Trainer between the last backward of a step and the first forward of the next."""
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=1e-4, **flags))
 
     def step() -> Tensor:
@@ -75,7 +75,7 @@ def trainer_step(model: Parameters, accelerator: Any, flags: dict[str, Any]) -> 
 
 
 def one_pass(model: Parameters) -> Callable[[], None]:
-    """Fused AdamW and nothing else: reads gradient, weight and two moments, and writes three of them."""
+    """Only fused AdamW: reads gradient, weight and two moments, and writes three of them."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:

@@ -1,12 +1,12 @@
-"""Memory of training a LoRA adapter over an NF4 base: PEFT's documented road against hf_lora's, a process for each.
+"""Memory of training a LoRA adapter over an NF4 base: PEFT's documented method and hf_lora, one process for each.
 
     python examples/benchmarks/quantized_memory.py [--base FOLDER] [--rows 2 --tokens 512]
 
-The base is SmolLM2-135M-Instruct, quantised as it is loaded (double quantisation, bfloat16 for the rest). PEFT's road
-is `prepare_model_for_kbit_training`, which turns what was not quantised into float32, then `get_peft_model`, under
-bfloat16 autocast as its documentation has it; ours is `apply_lora`. A third is PEFT without the preparation. All adapt
-the same layers with the same rank, and take two steps of AdamW. The bytes of the weights are exact; the peak is the
-operating system's count of resident memory over the two steps; beside it stands what of it the steps added.
+The base is SmolLM2-135M-Instruct, quantized while loading (double quantization, bfloat16 for the rest). PEFT's method
+is `prepare_model_for_kbit_training`, which casts all other weights to float32, then `get_peft_model`, under bfloat16
+autocast, as documented. The method of hf_lora is `apply_lora`. The third one is PEFT without the preparation. All
+adapt the same layers with the same rank, and run two steps of AdamW. The bytes of the weights are exact. The peak is
+the operating system's count of resident memory over the two steps, also given without the memory before them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import Any
 import torch
 from common import Table, arguments, device_of, settings_of
 
-ROADS = {"peft": "PEFT, prepared as documented", "peft_bare": "PEFT, not prepared", "ours": "hf_lora"}
+METHODS = {"peft": "PEFT, prepared as documented", "peft_bare": "PEFT, not prepared", "ours": "hf_lora"}
 MIB = 1 << 20
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments(__doc__)
-    parser.add_argument("--base", help="a folder of a causal language model; not given: SmolLM2-135M-Instruct")
+    parser.add_argument("--base", help="a folder of a causal language model; default: SmolLM2-135M-Instruct")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=512, help="of each row")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens per row")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--one", nargs=2, metavar=("ROAD", "CHECKPOINTING"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=2, metavar=("METHOD", "CHECKPOINTING"), help=argparse.SUPPRESS)
     return parser.parse_args(words)
 
 
@@ -47,8 +47,8 @@ def load(folder: str, device: torch.device) -> Any:
     )
 
 
-def prepare(road: str, model: Any, rank: int, checkpointing: bool) -> Any:
-    if road == "ours":
+def prepare(method: str, model: Any, rank: int, checkpointing: bool) -> Any:
+    if method == "ours":
         from hf_lora import LoraConfig, apply_lora
 
         apply_lora(model, LoraConfig(r=rank))
@@ -57,7 +57,7 @@ def prepare(road: str, model: Any, rank: int, checkpointing: bool) -> Any:
         return model.train()
     import peft
 
-    if road == "peft":
+    if method == "peft":
         model = peft.prepare_model_for_kbit_training(model, checkpointing, dict(use_reentrant=False))
     elif checkpointing:
         model.gradient_checkpointing_enable(dict(use_reentrant=False))
@@ -75,12 +75,12 @@ def frozen_bytes(model: Any) -> dict[str, int]:
     return found
 
 
-def measure_one(options: argparse.Namespace, road: str, checkpointing: bool) -> dict[str, Any]:
+def measure_one(options: argparse.Namespace, method: str, checkpointing: bool) -> dict[str, Any]:
     """Two steps in this process."""
     device = device_of(options)
     model = load(options.base, device)
     before = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model = prepare(road, model, options.rank, checkpointing)
+    model = prepare(method, model, options.rank, checkpointing)
     dtypes = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): p for n, p in model.named_parameters()}
     upcast = sum(
         p.numel() * (p.itemsize - before[n].itemsize) for n, p in dtypes.items() if before.get(n, p.dtype) != p.dtype
@@ -90,7 +90,7 @@ def measure_one(options: argparse.Namespace, road: str, checkpointing: bool) -> 
     ids = torch.randint(model.config.vocab_size, (options.rows, options.tokens), device=device)
     start = held(device)
     for _ in range(2):
-        with torch.autocast(device.type, torch.bfloat16, enabled=road == "peft"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=method == "peft"):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
@@ -99,7 +99,7 @@ def measure_one(options: argparse.Namespace, road: str, checkpointing: bool) -> 
 
 
 def held(device: torch.device) -> int:
-    """Bytes that are held now; the peak is counted from here."""
+    """Bytes in use now, from which the peak is counted."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -112,7 +112,7 @@ def peak(device: torch.device) -> int:
 
 
 def status(name: str) -> int:
-    """A line of the kernel's record of this process, in bytes."""
+    """A line of /proc/self/status, in bytes."""
     line = next(li for li in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if li.startswith(name))
     return int(line.split()[1]) * 1024
 
@@ -122,13 +122,13 @@ def measure(options: argparse.Namespace, words: list[str]) -> Table:
         raise SystemExit("The peak of resident memory is read from /proc, which this system lacks. Try --preset h200.")
     rows = []
     for checkpointing in (False, True):
-        for road, name in ROADS.items():
-            command = [sys.executable, __file__, *words, "--base", options.base, "--one", road, str(checkpointing)]
+        for method, name in METHODS.items():
+            command = [sys.executable, __file__, *words, "--base", options.base, "--one", method, str(checkpointing)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             found = json.loads(done.stdout.splitlines()[-1])
             rows.append(
                 {
-                    "road": name,
+                    "method": name,
                     "checkpointing": "on" if checkpointing else "off",
                     "frozen": f"{sum(found['frozen'].values()) / MIB:.1f}",
                     "upcast": f"{found['upcast'] / MIB:.1f}",
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, words: list[str]) -> Table:
         "quantized_memory",
         f"Two steps over an NF4 base, {options.rows} x {options.tokens} tokens, rank {options.rank}",
         {
-            "road": "road", "checkpointing": "checkpointing", "frozen": "frozen weights, MiB",
+            "method": "method", "checkpointing": "checkpointing", "frozen": "frozen weights, MiB",
             "upcast": "added by casts, MiB", "step": "a step adds, MiB", "peak": "peak of the process, MiB",
             "loss": "loss",
         },
@@ -158,8 +158,8 @@ def main() -> None:
 
         options.base = str(base_folder())
     if options.one:
-        road, checkpointing = options.one
-        print(json.dumps(measure_one(options, road, checkpointing == "True")))
+        method, checkpointing = options.one
+        print(json.dumps(measure_one(options, method, checkpointing == "True")))
         return
     measure(options, sys.argv[1:]).show(options.json)
 

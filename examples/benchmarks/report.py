@@ -1,11 +1,11 @@
-r"""Markdown tables and a picture from what the benchmarks wrote as JSON.
+r"""Markdown tables and a plot from the JSON files of the benchmarks.
 
     python examples/benchmarks/report.py out/benchmarks/*.json                            # prints the tables
     python examples/benchmarks/report.py out/benchmarks/*.json \
         --into docs/performance.md --plot docs/images/performance.png
 
---into puts the tables of a script under the command below its heading, such as `## train_step.py`, in the place of all
-that stands there. All runs of train_step.py make one table, a row for each run, and so do those of memory.py.
+--into replaces the text after the command below a script's heading, such as `## train_step.py`, by its tables. All
+runs of train_step.py make one table with a row for each run, and so do those of memory.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DRAWN = {"peft": "#b0413e", "full": "#9a9a9a", "ours": "#2f6690"}
 
 
 def run_name(table: Table) -> str:
-    """What tells one run of train_step.py from another."""
+    """The label of a run of train_step.py."""
     s = table.settings
     dtype = "bf16 autocast" if s["autocast"] else {"float32": "fp32", "bfloat16": "bf16"}[s["dtype"]]
     parts = [s["model"], dtype, *([f"dropout {s['dropout']:g}"] if s["dropout"] else [])]
@@ -41,7 +41,7 @@ def ratios(table: Table) -> dict[str, Ratio]:
 
 
 def summary(runs: list[Table]) -> str:
-    """One row for each run of train_step.py: every variant over the frozen base, and ours over PEFT's default."""
+    """One row per run of train_step.py: every variant relative to the frozen base, and hf_lora relative to PEFT."""
     present = [c for c in COLUMNS if any(c in ratios(run) for run in runs)]
     rows = []
     for run in runs:
@@ -54,7 +54,7 @@ def summary(runs: list[Table]) -> str:
 
 
 def stacked(runs: list[Table]) -> str:
-    """The runs of memory.py below each other, the base's dtype and the dropout before each row."""
+    """The rows of all runs of memory.py, beginning with the base's dtype and the dropout."""
     rows = [
         [f"{run.settings['dtype']}, {run.settings['dropout']:g}", *(str(row[key]) for key in run.columns)]
         for run in runs
@@ -81,7 +81,7 @@ def sections(tables: list[Table]) -> dict[str, str]:
 
 
 def put_into(page: str, made: dict[str, str]) -> str:
-    """The page with what stands between each script's heading's last command and the next heading replaced."""
+    """The page with the text between each script's command and the next heading replaced."""
     for kind, text in made.items():
         pattern = rf"(^## {kind}\.py\n.*?^```bash\n.*?^```\n)(.*?)(?=^## |\Z)"
         page, count = re.subn(pattern, lambda m: f"{m[1]}\n{text}\n\n", page, flags=re.M | re.S)  # noqa: B023
@@ -119,9 +119,9 @@ def draw(runs: list[Table], file: Path) -> None:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="what the benchmarks wrote with --json")
-    parser.add_argument("--into", type=Path, help="the page whose tables are replaced; not given: printed")
-    parser.add_argument("--plot", type=Path, help="the picture of the training steps")
+    parser.add_argument("files", nargs="+", type=Path, help="files that the benchmarks wrote with --json")
+    parser.add_argument("--into", type=Path, help="the page whose tables are replaced; default: print them")
+    parser.add_argument("--plot", type=Path, help="file for the plot of the training steps")
     options = parser.parse_args(words)
     tables = [table for file in options.files if (table := read_table(file)) is not None]
     made = sections(tables)

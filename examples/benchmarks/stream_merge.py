@@ -1,12 +1,12 @@
-"""Merge without loading: `merge_files` beside `cp` of the same files and PEFT's load, merge and save.
+"""Merging without loading: `merge_files` compared with `cp` of the same files and PEFT's load, merge and save.
 
     python examples/benchmarks/stream_merge.py
     python examples/benchmarks/stream_merge.py --layers 4 --repeats 1 --json out/stream_merge.json
 
-A Llama-shaped checkpoint with random weights is written to a temporary folder, in shards, with an adapter beside it,
-and removed afterwards. The files are warm: they were read just before. The roads are taken in turns. The load of the
-machine is noted: where others use it too, threads win nothing, and the seconds of CPU say more than the clock. Each
-peak of memory is that of a process of its own, less what an idle process takes that has imported torch. Every tensor
+A Llama-shaped checkpoint with random weights is written to a temporary folder, in shards, together with an adapter,
+and removed afterwards. The files are cached: they were read just before. The methods alternate. The load of the
+machine is recorded: if it is shared, threads do not help, and CPU seconds are more meaningful than wall time. Each
+peak memory is measured in a separate process, minus that of an idle process that has imported torch. Every tensor
 is compared with the in-memory merge.
 """
 
@@ -31,17 +31,17 @@ from common import Table
 from load_merge import llama, ours
 
 LIMITS = {"memory": 400.0, "copy": 3.0, "peft": 0.2}
-"""MiB above an idle process; times that of the copy; times that of PEFT's road."""
+"""MiB above an idle process; time relative to the copy; time relative to PEFT."""
 
 
 def parse() -> argparse.Namespace:
     parser = checkpoint_arguments(__doc__)
-    parser.add_argument("--peak-of", choices=("idle", *ROADS), help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=("idle", *METHODS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def checkpoint_arguments(description: str | None) -> argparse.ArgumentParser:
-    """What the checkpoint to merge is like, and where it is put."""
+    """Options for the size and the folder of the checkpoint."""
     parser = common.arguments(description)
     parser.add_argument("--layers", type=int, default=19, help="19 are 1.7 GB")
     parser.add_argument("--hidden", type=int, default=2048)
@@ -49,7 +49,7 @@ def checkpoint_arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=None, help="where to work; it needs five times the checkpoint")
+    parser.add_argument("--folder", type=Path, default=None, help="working folder; needs five checkpoints of space")
     return parser
 
 
@@ -65,7 +65,7 @@ def make(folder: Path, options: argparse.Namespace) -> None:
     model.save_pretrained(folder / "adapter")
 
 
-# The roads; each in a process of its own where its memory is measured ------------------------------------------------
+# The methods; memory is measured in a separate process for each ------------------------------------------------------
 
 
 def stream(folder: Path, out: Path) -> None:
@@ -95,14 +95,14 @@ def copy(folder: Path, out: Path) -> None:
     subprocess.run(["cp", "-r", str(folder / "base"), str(out)], check=True)
 
 
-ROADS: dict[str, Callable[[Path, Path], None]] = {"stream": stream, "memory": memory, "peft": peft, "copy": copy}
+METHODS: dict[str, Callable[[Path, Path], None]] = {"stream": stream, "memory": memory, "peft": peft, "copy": copy}
 
 
-def peak(road: str, options: argparse.Namespace) -> None:
-    """Print this process's peak of memory in MiB after one road."""
-    if road != "idle":
+def peak(method: str, options: argparse.Namespace) -> None:
+    """Print the peak memory of this process in MiB after one method."""
+    if method != "idle":
         out = Path(tempfile.mkdtemp(dir=options.folder)) / "out"
-        ROADS[road](options.folder, out)
+        METHODS[method](options.folder, out)
         shutil.rmtree(out.parent)
     print("peak", peak_now())
 
@@ -113,22 +113,22 @@ def peak_now() -> float:
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
-def peak_in(script: str, road: str, folder: Path, options: argparse.Namespace) -> float:
-    """What a benchmark prints as its peak where it is started for one road alone."""
-    command = [sys.executable, script, "--folder", str(folder), "--peak-of", road, "--threads", str(options.threads)]
+def peak_in(script: str, method: str, folder: Path, options: argparse.Namespace) -> float:
+    """The peak memory that a benchmark prints for one method, in a separate process."""
+    command = [sys.executable, script, "--folder", str(folder), "--peak-of", method, "--threads", str(options.threads)]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(next(line for line in text.splitlines() if line.startswith("peak")).split()[1])
 
 
-def peak_of(road: str, folder: Path, options: argparse.Namespace) -> float:
-    if road == "idle":  # as little as torch itself needs
+def peak_of(method: str, folder: Path, options: argparse.Namespace) -> float:
+    if method == "idle":  # the minimum with torch imported
         code = "import torch; print(open('/proc/self/status').read())"
         text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
         return int(next(line for line in text.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
-    return peak_in(__file__, road, folder, options)
+    return peak_in(__file__, method, folder, options)
 
 
-# What is compared ----------------------------------------------------------------------------------------------------
+# The comparison ------------------------------------------------------------------------------------------------------
 
 
 def layout(folder: Path) -> dict[str, list[str]]:
@@ -143,7 +143,7 @@ def layout(folder: Path) -> dict[str, list[str]]:
 
 
 def differing(one: Path, other: Path) -> list[str]:
-    """Names of the tensors that are not the same in two folders, bit by bit."""
+    """Names of the tensors that differ in any bit between two folders."""
     from safetensors import safe_open
 
     def where(folder: Path) -> dict[str, Path]:
@@ -169,37 +169,37 @@ def measure(options: argparse.Namespace) -> Table:
         memory(folder, folder / "memory")
         different = differing(folder / "stream", folder / "memory")
         alike = layout(folder / "stream") == layout(folder / "base")
-        for road in ("stream", "memory"):
-            shutil.rmtree(folder / road)
-        times: dict[str, list[float]] = {road: [] for road in ("copy", "stream", "peft")}
-        cpu: dict[str, list[float]] = {road: [] for road in times}
+        for method in ("stream", "memory"):
+            shutil.rmtree(folder / method)
+        times: dict[str, list[float]] = {method: [] for method in ("copy", "stream", "peft")}
+        cpu: dict[str, list[float]] = {method: [] for method in times}
         for _ in range(options.repeats):
-            for road in times:
+            for method in times:
                 start, worked = time.perf_counter(), sum(os.times()[:4])
-                ROADS[road](folder, folder / "out")
-                times[road].append(time.perf_counter() - start)
-                cpu[road].append(sum(os.times()[:4]) - worked)
+                METHODS[method](folder, folder / "out")
+                times[method].append(time.perf_counter() - start)
+                cpu[method].append(sum(os.times()[:4]) - worked)
                 shutil.rmtree(folder / "out")
         load = os.getloadavg()[0]
         idle = peak_of("idle", folder, options)
-        peaks = {road: peak_of(road, folder, options) - idle for road in ("stream", "peft")}
-    medians = {road: statistics.median(seconds) for road, seconds in times.items()}
+        peaks = {method: peak_of(method, folder, options) - idle for method in ("stream", "peft")}
+    medians = {method: statistics.median(seconds) for method, seconds in times.items()}
     rows: list[dict[str, Any]] = [
         {
-            "road": road,
-            "seconds": medians[road],
-            "copies": medians[road] / medians["copy"],
-            "peft": medians[road] / medians["peft"],
-            "cpu": statistics.median(cpu[road]),
-            "memory": peaks.get(road),
+            "method": method,
+            "seconds": medians[method],
+            "copies": medians[method] / medians["copy"],
+            "peft": medians[method] / medians["peft"],
+            "cpu": statistics.median(cpu[method]),
+            "memory": peaks.get(method),
         }
-        for road in medians
+        for method in medians
     ]
     return Table(
         kind="stream_merge",
         title=f"Merge of {size / 1e9:.2f} GB in {options.shards} shards, bfloat16, r={options.rank}",
         columns={
-            "road": "road", "seconds": "seconds", "copies": "times cp", "peft": "times PEFT", "cpu": "CPU seconds",
+            "method": "method", "seconds": "seconds", "copies": "times cp", "peft": "times PEFT", "cpu": "CPU seconds",
             "memory": "MiB above idle torch",
         },
         rows=rows,

@@ -1,14 +1,14 @@
-"""One training step (forward and backward) with adapters, over the same step of the frozen base.
+"""One training step (forward and backward) with adapters, relative to the same step of the frozen base.
 
     python examples/benchmarks/train_step.py --preset cpu --model llama --dtype bfloat16 --dropout 0.05
 
-The frozen base is the limit: no adapter can be trained without its forward and its backward. All variants take turns
-in one process, on the same batch, with the same random adapters on every linear layer but the head, and as in
-training: the base's own dropout, where it has any, is on in all of them. Before the clock starts, the adapters'
-gradients are compared with those of a plain model in float64.
+The frozen base is the limit: no adapter can be trained without its forward and its backward. All variants alternate
+in one process, on the same batch, with the same random adapters on every linear layer except the head, and in training
+mode: the base's own dropout, if any, is on in all of them. Before timing, the adapters' gradients are compared with
+those of a plain model in float64.
 
---loss head gives half of the tokens no label and takes the steps of the adapters through Trainer.training_step, ours
-through LoraTrainer's loss over the frozen head; the frozen base keeps its ordinary loss.
+--loss head removes the labels of half of the tokens and runs the steps with Trainer.training_step; hf_lora uses
+LoraTrainer's loss over the frozen head, and the frozen base its ordinary loss.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from common import DTYPES, Table, arguments, device_of, keep_memory, settings_of
 from variants import VARIANTS, Batch, Case, Lora, build, flop_limit, gradient_errors, reference_gradients, stepper
 
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
-"""Relative errors above which gradients are wrong, and not only rounded."""
+"""Relative errors above which gradients are wrong, beyond rounding."""
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
@@ -36,10 +36,8 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
         default="llama",
         help="llama: random weights (h200: the shapes of Llama-3-8B); the others: real ones",
     )
-    parser.add_argument("--base", help="folder of SmolLM2, where it is not to be written from its package")
-    parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), help="of the base; not given: float32 on a CPU, else bfloat16"
-    )
+    parser.add_argument("--base", help="folder of SmolLM2,; default: created from its package")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the base; default: float32 on a CPU, else bfloat16")
     parser.add_argument(
         "--autocast", action="store_true", help="run under bfloat16 autocast, as --bf16 of Trainer does"
     )
@@ -47,7 +45,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loss", choices=("model", "head"), default="model")
     parser.add_argument(
-        "--variants", nargs="+", choices=tuple(VARIANTS), help="not given: all but those that --compile adds"
+        "--variants", nargs="+", choices=tuple(VARIANTS), help="default: all except those that --compile adds"
     )
     parser.add_argument(
         "--compile", action="store_true", help="PEFT under torch.compile too (always with --preset h200)"
@@ -55,13 +53,13 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-memory", action="store_true", help="let the C library keep freed memory, for all variants"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="turns that every variant takes")
-    parser.add_argument("--repeats", type=int, default=1, help="steps a variant takes in a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds for every variant")
+    parser.add_argument("--repeats", type=int, default=1, help="steps of a variant per round")
     return parser.parse_args(words)
 
 
 def case_of(options: argparse.Namespace, device: torch.device) -> Case:
-    """The model and the batch that the options ask for."""
+    """The model and the batch for the options."""
     dtype = DTYPES[options.dtype]
     large = options.preset == "h200"
     if options.model == "smollm2":
@@ -72,7 +70,7 @@ def case_of(options: argparse.Namespace, device: torch.device) -> Case:
 
 
 def prove(built: dict[str, Any], case: Case, lora: Lora, autocast: bool, dtype: str) -> dict[str, float]:
-    """The relative error of each variant's gradients, without dropout. Ends the program where one is wrong."""
+    """The relative error of each variant's gradients, without dropout. Exits if one is wrong."""
     few = {k: v[:2, :32] if v.dim() > 1 else v[:2] for k, v in case.batch.items()}
     reference = reference_gradients(case, lora, few)
     limit = LIMITS["bfloat16" if autocast else dtype]
@@ -90,7 +88,7 @@ def prove(built: dict[str, Any], case: Case, lora: Lora, autocast: bool, dtype: 
 
 
 def trainer_stepper(variant: str, model: Any, batch: Batch, autocast: bool) -> Callable[[], object]:
-    """A step as Trainer takes it, ours with the loss over the frozen head."""
+    """A step of Trainer; for hf_lora with the loss over the frozen head."""
     from transformers import Trainer, TrainingArguments
 
     from hf_lora import LoraTrainer
@@ -111,7 +109,7 @@ def trainer_stepper(variant: str, model: Any, batch: Batch, autocast: bool) -> C
 
 
 def steppers(built: dict[str, Any], case: Case, options: argparse.Namespace) -> dict[str, Callable[[], object]]:
-    """One call for each variant that takes a step of it."""
+    """A function for each variant that runs one step."""
     if options.loss == "model":
         return {name: stepper(name, model, case.batch, options.autocast) for name, model in built.items()}
     batch = copy.copy(case.batch)
@@ -153,7 +151,7 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
     ]
     batch, tokens = case.batch["input_ids"].shape
     dtype = f"bfloat16 autocast over {options.dtype}" if options.autocast else options.dtype
-    through = ", through the Trainer, half of the tokens labelled" if options.loss == "head" else ""
+    through = ", through the Trainer, half of the tokens labeled" if options.loss == "head" else ""
     return Table(
         "train_step",
         f"A training step of {options.model}, {dtype}, {batch}x{tokens} tokens, rank {options.rank}, "

@@ -1,4 +1,4 @@
-"""The models that the benchmarks adapt, the ways of adapting them, and a proof that each has right gradients."""
+"""The models of the benchmarks, the variants of adapting them, and a check of their gradients."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).parents[1]))  # where smollm2.py lies
+sys.path.append(str(Path(__file__).parents[1]))  # for smollm2.py
 
 Batch = dict[str, Tensor]
 Factors = dict[str, tuple[Tensor, Tensor]]
@@ -32,7 +32,7 @@ class Case:
     """A model and a batch for it.
 
     Args:
-        load: makes the plain model anew, always with the same weights.
+        load: creates a new plain model, always with the same weights.
         batch: what it is called with, labels among it.
         head: name of the output head, which gets no adapter.
         vocabulary: tokens that there are.
@@ -44,12 +44,12 @@ class Case:
     vocabulary: int = 0
 
     def targets(self, model: nn.Module) -> list[str]:
-        """Every linear layer but the head."""
+        """Every linear layer except the head."""
         return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != self.head]
 
 
 def llama(dtype: torch.dtype, device: torch.device, rows: int = 2, tokens: int = 256, **sizes: int) -> Case:
-    """A Llama of given sizes with random weights; without any, one that a CPU steps through in a second."""
+    """A Llama of given sizes with random weights; by default, a step takes a CPU one second."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     values: dict[str, Any] = dict(
@@ -67,7 +67,7 @@ def llama(dtype: torch.dtype, device: torch.device, rows: int = 2, tokens: int =
 
 
 def llama_8b(dtype: torch.dtype, device: torch.device) -> Case:
-    """The shapes of Llama-3-8B in four layers: each layer costs the same, so few tell what many would."""
+    """The shapes of Llama-3-8B with four layers: all layers cost the same, so a few are representative."""
     return llama(
         dtype, device, rows=4, tokens=2048, vocab_size=128256, hidden_size=4096, intermediate_size=14336,
         num_attention_heads=32, num_key_value_heads=8,
@@ -111,7 +111,7 @@ def text_batch(vocabulary: int, rows: int, tokens: int, device: torch.device) ->
 
 @dataclass
 class Lora:
-    """What adapters are made with, whoever makes them."""
+    """The settings of the adapters, for all libraries."""
 
     rank: int = 16
     alpha: int = 32
@@ -129,7 +129,7 @@ class Lora:
 
 
 def build(variant: str, case: Case, lora: Lora) -> Any:
-    """A fresh model of a variant, training, with the same random adapters whatever the variant."""
+    """A new model of a variant in training mode, with the same random adapters for all variants."""
     model = case.load().train()
     targets = case.targets(model)
     if variant == "full":
@@ -166,7 +166,7 @@ def peft(model: Any, targets: list[str], lora: Lora, variant: str) -> Any:
 
 
 def factors_of(model: Any, path: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of one layer, in our model or in PEFT's."""
+    """A and B of one layer, in a model of hf_lora or PEFT."""
     model = getattr(model, "_orig_mod", model)
     layer = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_submodule(path)
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight
@@ -176,9 +176,9 @@ def factors_of(model: Any, path: str) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def stepper(variant: str, model: Any, batch: Batch, autocast: bool = False) -> Callable[[], Tensor]:
-    """Forward and backward, and the gradients thrown away.
+    """Forward and backward; the gradients are discarded.
 
-    In the frozen base the embedded tokens ask for a gradient, so that its backward runs to the first layer.
+    In the frozen base the embedded tokens require a gradient, so that its backward runs to the first layer.
     """
     device = batch["input_ids"].device.type
 
@@ -194,13 +194,13 @@ def stepper(variant: str, model: Any, batch: Batch, autocast: bool = False) -> C
 
 
 def embedded(model: Any, batch: Batch) -> Batch:
-    """The batch with the embedded tokens (B, T, H) in the place of their ids, asking for a gradient."""
+    """The batch with the embedded tokens (B, T, H), which require a gradient, instead of their ids."""
     rest = {k: v for k, v in batch.items() if k != "input_ids"}
     return rest | {"inputs_embeds": model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()}
 
 
 def flop_limit(model: nn.Module, targets: list[str], rank: int) -> float:
-    """What rank-R adapters on `targets` must cost over the frozen base: 1 + 1.5 · sum R (I + O) / sum I O.
+    """The minimum cost of rank-R adapters on `targets` relative to the frozen base: 1 + 1.5 · sum R (I + O) / sum I O.
 
     The lower sum is over all linear layers, the head's too: the frozen base runs them all, 4 I O operations a token,
     and an adapter adds 6 R (I + O). Attention's own products are left out, so the true limit is a little lower.
@@ -210,11 +210,11 @@ def flop_limit(model: nn.Module, targets: list[str], rank: int) -> float:
     return 1 + 1.5 * low / sum(m.in_features * m.out_features for m in linear.values())
 
 
-# The proof -----------------------------------------------------------------------------------------------------------
+# The check -----------------------------------------------------------------------------------------------------------
 
 
 def reference_gradients(case: Case, lora: Lora, batch: Batch) -> Factors:
-    """(dA, dB) of each target in float64, by a plain model: one whose weight is W' = W + s B A.
+    """(dA, dB) of each target in float64, from a plain model with the weight W' = W + s B A.
 
     From its gradient G by W' follow dB = s G Aᵀ and dA = s Bᵀ G. No adapter's code takes part.
     """
@@ -236,7 +236,7 @@ def reference_gradients(case: Case, lora: Lora, batch: Batch) -> Factors:
 
 
 def gradient_errors(model: Any, batch: Batch, reference: Factors, autocast: bool = False) -> tuple[float, float]:
-    """Relative error of the adapters' gradients, without dropout: of all together, and of the worst tensor."""
+    """Relative errors of the adapters' gradients, without dropout: over all tensors, and of the worst tensor."""
     with evaluating(model):
         with torch.autocast(batch["labels"].device.type, torch.bfloat16) if autocast else contextlib.nullcontext():
             loss = model(**batch).loss

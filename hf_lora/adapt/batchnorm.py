@@ -1,4 +1,4 @@
-"""Frozen BatchNorm: its running statistics are the base's, and in no adapter's file."""
+"""Frozen BatchNorm: its running statistics belong to the base and are not saved with adapters."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def hold_batchnorm(model: nn.Module) -> None:
-    """Put every BatchNorm of which nothing is trained in eval mode."""
+    """Set every BatchNorm without trained parameters to eval mode."""
     for module in model.modules():
-        own = (p for p in module._parameters.values() if p is not None)  # a bias of an adapter's is in a child
-        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in own):
+        parameters = (p for p in module._parameters.values() if p is not None)  # an adapter's bias is in a child
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in parameters):
             module.eval()

@@ -1,9 +1,8 @@
-"""Find layers whose parent multiplies by `child.weight` itself, so that the child's forward is never called.
+"""Find layers whose parent multiplies by `child.weight` itself, so that the child's forward may never run.
 
-LoRA on such a child does nothing, sometimes in one mode or on one device only. No trace can tell beforehand, so the
-parent's source is read: any use of `self.<child>.weight` in it that is not a mere question about dtype, device or
-shape. It can raise a false alarm, and miss a use through another name; `check_adapter` and the Trainer's guard look at
-what really ran.
+LoRA on such a child has no effect, sometimes only in one mode or on one device. A trace cannot show all cases, so this
+reads the parent's source for any use of `self.<child>.weight` other than its dtype, device or shape. It can report
+false positives and miss uses through another name; `check_adapter` and the Trainer's guard check what really ran.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
-    """Original name -> reason, of every module whose parent's source multiplies by its weight."""
+    """Original name -> reason, for every module whose parent's source multiplies by its weight."""
     found: dict[str, str] = {}
     for name, module in original_modules(model):
         cls = unwrap_class(type(module))
         for child in weights_used_by(cls):
             path = f"{name}.{child}" if name else child
-            found[path] = f"{cls.__name__} multiplies by its weight itself, so its forward may never run"
+            found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
     return found
 
 
 @functools.cache
 def weights_used_by(cls: type) -> frozenset[str]:
-    """Dotted paths of children, below `self`, whose weight the methods of `cls` use in arithmetic."""
+    """Dotted paths, relative to `self`, of children whose weight the methods of `cls` use in computations."""
     found: set[str] = set()
     for method, function in inspect.getmembers(cls, inspect.isfunction):
         function = inspect.unwrap(function)
@@ -65,7 +64,7 @@ def weights_used_by(cls: type) -> frozenset[str]:
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError):
-            continue  # no source at hand (an interactive session, a compiled module): nothing is known
+            continue  # no source (an interactive session, a compiled module)
         found.update(_used(tree))
     return frozenset(found)
 

@@ -1,7 +1,7 @@
-"""Compare a model with its merged self, and name the layers where they differ.
+"""Compare the merged and the unmerged model, and name the layers where they differ.
 
-A parent that multiplies by `child.weight` itself bypasses the adapter but not the merged weight. No inspection finds
-every such place; running both does.
+A parent that multiplies by `child.weight` itself bypasses the adapter but not the merged weight. Inspection does not
+find every such place; running both models does.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .merge import by_tensor, disabled, merged_rows
 from .state import acting_together, require_state
 
 NOISE = 1e-3
-"""A difference below this share of the adapter's own effect is rounding."""
+"""A difference below this fraction of the adapter's effect counts as rounding."""
 
 
 @dataclass
 class AdapterCheck:
-    """What `check_adapter` found. All norms are of the model's floating-point outputs together.
+    """The result of `check_adapter`. Norms are computed over all floating-point outputs of the model together.
 
-    error: norm of merged minus unmerged output, over the norm of the output.
-    effect: norm of unmerged minus base output, over the norm of the output.
-    faulty: layer -> its own share of the error, of layers whose merged weight acts otherwise than their adapter.
+    error: norm of merged minus unmerged output, divided by the norm of the output.
+    effect: norm of unmerged minus base output, divided by the norm of the output.
+    faulty: layer -> its share of the error, for layers whose merged weight does not act like their adapter.
     never_called: layers whose forward did not run for this batch.
     """
 
@@ -47,7 +47,7 @@ class AdapterCheck:
         return not self.faulty
 
     def __str__(self) -> str:
-        lines = [f"merged against unmerged: relative error {self.error:.1e}, effect of the adapter {self.effect:.1e}"]
+        lines = [f"merged vs. unmerged: relative error {self.error:.1e}, effect of the adapter {self.effect:.1e}"]
         lines += [f"  differs: {name} (relative error {error:.1e})" for name, error in self.faulty.items()]
         lines += [f"  never called: {name}" for name in self.never_called]
         return "\n".join(lines)
@@ -55,16 +55,16 @@ class AdapterCheck:
 
 @torch.no_grad()
 def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
-    """Run `batch` through the model with adapters beside the weights, and folded into them, and compare.
+    """Run `batch` through the model unmerged and merged, and compare the outputs.
 
-    The weights are held in float32 for the time of the call and restored to the bit. Where the outputs differ, each
-    layer is folded alone: one more forward a layer.
+    During the call the weights are float32; afterwards every bit is restored. If the outputs differ, each layer is
+    folded alone, which takes one more forward per layer.
 
     Args:
         batch: keyword arguments of the model's forward.
 
     Raises:
-        StateError: no adapter is active, the model is merged, or the base is quantised.
+        StateError: no adapter is active, the model is merged, or the base is quantized.
     """
     state = require_state(model, "check_adapter")
     state.refuse_merged("check_adapter")
@@ -72,8 +72,8 @@ def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
         raise StateError("check_adapter: no adapter is active. Call set_adapter(name) first.")
     if quantized_layers(model):
         raise StateError(
-            "check_adapter: the base is quantised, and its weights cannot be exchanged for a moment. Load the adapter "
-            "onto the dense base, and check it there: which layers are bypassed does not depend on quantisation."
+            "check_adapter: the base is quantized, so its weights cannot be replaced temporarily. Load the adapter "
+            "onto the dense base and check it there: which layers are bypassed does not depend on quantization."
         )
     folds: dict[str, list[Fold]] = {}
     modules = {}
@@ -127,7 +127,7 @@ def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, 
 
 def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     with torch.random.fork_rng(devices=used_devices()):
-        torch.manual_seed(0)  # some losses sample points: the same ones in every run
+        torch.manual_seed(0)  # some losses sample points, which must be the same in every run
         output = model(**batch)
     leaves = [leaf for leaf in tree_leaves(dict(_items(output))) if isinstance(leaf, Tensor)]
     return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
@@ -142,7 +142,7 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
-    """Plain modules with folded tensors in place of adapted ones."""
+    """Within, the modules act as plain ones whose tensors have the adapters folded in."""
     kept: list[tuple[Any, Any]] = []
     held = [(state, state.names) for adapted in found.values() for state in states_of(adapted.module)]
     try:
@@ -166,7 +166,7 @@ def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
 
 @contextmanager
 def _float32(model: nn.Module) -> Iterator[None]:
-    """Floating-point parameters and buffers as float32; going up and back down loses no bit of bf16 or fp16."""
+    """Within, bfloat16 and float16 parameters and buffers are float32; the originals are restored afterwards."""
     kept = [
         (t, t.data)
         for t in (*model.parameters(), *model.buffers())

@@ -1,4 +1,4 @@
-"""Activation checkpointing of frozen layers: a gradient must enter them, and both their forwards must be the same."""
+"""Activation checkpointing of frozen layers: an input must require a gradient, and both forwards must be the same."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from transformers import PreTrainedModel
 from ..errors import StateError
 from .embeddings import input_embedding
 
-_CHECKPOINT = "_gradient_checkpointing_func"  # where transformers keeps a layer's checkpoint function
+_CHECKPOINT = "_gradient_checkpointing_func"  # attribute of transformers for a layer's checkpoint function
 
 
 def is_checkpointing(model: nn.Module) -> bool:
-    # transformers renamed its property between the versions that are supported
+    # transformers renamed its property between the supported versions
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def require_input_grads(model: nn.Module) -> list[RemovableHandle]:
-    """Let an input of every checkpointed layer require a gradient; without such layers, the embeddings' outputs.
+    """Make an input of every checkpointed layer require a gradient; without such layers, the outputs of embeddings.
 
     Returns:
-        Hooks to remove, beside `keep_gradients_out`, when it is to end.
+        Hooks to remove to undo this, in addition to `release_input_grads`.
     """
     checkpointed = [m for m in model.modules() if _CHECKPOINT in m.__dict__]
     for module in checkpointed:
@@ -39,7 +39,7 @@ def require_input_grads(model: nn.Module) -> list[RemovableHandle]:
 
 
 def release_input_grads(model: nn.Module) -> None:
-    """Give every checkpointed layer back the function that `let_gradients_in` wrapped."""
+    """Restore the checkpoint functions that `require_input_grads` wrapped."""
     for module in model.modules():
         function = module.__dict__.get(_CHECKPOINT)
         if isinstance(function, partial) and function.func is _with_gradient:
@@ -53,7 +53,7 @@ def _require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
 
 
 def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call `checkpoint(function, *args)` with a first floating-point argument that requires a gradient."""
+    """Call `checkpoint(function, *args)` such that a floating-point argument requires a gradient."""
     floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
         first = args[floats[0]].detach().requires_grad_(True)
@@ -64,7 +64,7 @@ def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **
 def refuse_checkpointed(model: Any, _args: Any) -> None:
     if model.training and torch.is_grad_enabled() and is_checkpointing(model):
         raise StateError(
-            "disable_adapter: with activation checkpointing the backward computes the forward again, after the block, "
-            "with the adapters in it, and its gradients would be wrong. Run this forward under torch.no_grad() or in "
+            "disable_adapter: with activation checkpointing, the backward runs the forward again after the block, "
+            "with the adapters enabled, so the gradients would be wrong. Run this forward under torch.no_grad() or in "
             "eval mode, or turn activation checkpointing off."
         )

@@ -1,4 +1,4 @@
-"""The token embeddings of a model, and how many rows they have here and in the checkpoint."""
+"""The token embeddings of a model, and their number of rows in memory and in the checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _embedding(model: Any, getter: str) -> nn.Module | None:
 
 
 def output_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The output embeddings of the model and of the language models in it."""
+    """The output embeddings of the model and of language models inside it."""
     found = (output_embedding(m) for m in model.modules() if hasattr(m, "get_output_embeddings"))
     return [m for m in found if m is not None]
 
@@ -40,7 +40,7 @@ def vocabulary_of(model: Any) -> int | None:
 
 
 def checkpoint_vocabulary(model: Any) -> int | None:
-    """Rows of the input embedding in the checkpoint that the model came from, where its config is on this machine."""
+    """Rows of the input embedding in the model's checkpoint, if its config is on this machine."""
     from transformers.utils.hub import cached_file
 
     name = getattr(getattr(model, "config", None), "_name_or_path", "")

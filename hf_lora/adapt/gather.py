@@ -1,4 +1,4 @@
-"""The tensors of adapters, whole, from a model of which each process holds a part."""
+"""Whole adapter tensors of a model of which each process holds a part."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from ..config import as_tuple
 from ..layers.distributed import gather
 from .state import require_state
 from .walk import parts
 
 
 def gathered_state(model: nn.Module, adapter_names: str | Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Whole copies of the adapters' tensors on the CPU, whatever engine shards the model: FSDP2, ZeRO or none.
+    """Whole copies of the adapters' tensors on the CPU, for models sharded by FSDP2 or ZeRO, or not sharded.
 
-    Every process has to call it, since each adds its part; each then holds the result. The base is not gathered. Hand
-    it to `save_pretrained`:
+    Every process must call it, because each holds a part, and each gets the result. The base is not gathered. Pass the
+    result to `save_pretrained`:
 
         state = gathered_state(model)
         model.save_pretrained(folder, state_dict=state, is_main_process=accelerator.is_main_process)
 
     Args:
-        model: with the adapters, without what Accelerate put around it (`accelerator.unwrap_model(model)`).
-        adapter_names: which; all where not given.
+        model: the model with the adapters, unwrapped with `accelerator.unwrap_model(model)`.
+        adapter_names: the adapters to gather; default: all.
 
     Returns:
-        The tensors by their names in `model.state_dict()`. Trained ones are the float32 masters.
+        The tensors by their names in `model.state_dict()`. Trained tensors are the float32 masters.
 
     Raises:
-        StateError: the model has no adapters, or not these.
+        StateError: the model does not have these adapters.
     """
     state = require_state(model, "gathered_state")
-    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names or state.adapters)
+    names = as_tuple(adapter_names or state.adapters)
     for name in names:
         state.require(name)
     wanted = {id(t) for name in names for part in parts(model, name) for _, t in part.tensors()}

@@ -1,8 +1,8 @@
-"""Which modules are the task's head: what the base checkpoint did not hold, so it must be trained and saved whole.
+"""Which modules are the task head: those missing from the base checkpoint, which must be trained and saved whole.
 
-Loading marks each parameter that came from a checkpoint with transformers' `_is_hf_initialized`. Where any mark is
-there, what has none is new. A model made from a config, or a deep copy, has no marks; there, what lies outside the
-backbone (`base_model_prefix`) is the head, unless it is a language model's output embedding.
+transformers marks each parameter that it loads from a checkpoint with `_is_hf_initialized`. If any parameter is
+marked, unmarked ones are new. A model created from a config, or a deep copy, has no marks: its head is everything
+outside the backbone (`base_model_prefix`), except the output embedding of a language model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def has_marks(model: nn.Module) -> bool:
 
 
 def is_random(model: Any) -> bool:
-    """Whether a transformers model was made from a config, so that its base holds random weights."""
+    """Whether a transformers model was created from a config, so that the weights of its base are random."""
     config = getattr(model, "config", None)
     return config is not None and not getattr(config, "_name_or_path", "") and not has_marks(model)
 
 
 def outside_backbone(model: Any) -> list[str]:
-    """Names of the model's children, with parameters, outside its backbone; empty where it has no backbone of its own.
+    """Names of the model's children with parameters outside its backbone; empty if it has no separate backbone.
 
-    A backbone that holds less than half of the parameters is not taken for one.
+    A backbone with less than half of the parameters does not count as one.
     """
     prefix = getattr(model, "base_model_prefix", "")
     backbone = model._modules.get(prefix) if prefix else None
@@ -49,16 +49,16 @@ def outside_backbone(model: Any) -> list[str]:
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:
-    """Name -> reason, of the modules that the base checkpoint did not hold: the outermost of each."""
+    """Name -> reason, for the outermost modules that the base checkpoint lacks."""
     if has_marks(model):
         found = dict.fromkeys(_unmarked(model), "not in the base checkpoint")
-        if found and _is_resized(model):  # transformers has then made a new output embedding around the base's rows
+        if found and _is_resized(model):  # transformers then created a new output embedding with the base's rows
             head = output_embedding(model)
             found = {name: why for name, why in found.items() if module_at(model, name) is not head}
         return found
     if output_embedding(model) is not None:
         return {}
-    return dict.fromkeys(outside_backbone(model), "the task's head, outside the backbone")
+    return dict.fromkeys(outside_backbone(model), "the task head, outside the backbone")
 
 
 def _is_resized(model: nn.Module) -> bool:

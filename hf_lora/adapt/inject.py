@@ -1,4 +1,4 @@
-"""Put adapters into a model and take them out: free functions over any `nn.Module`."""
+"""Add adapters to a model and remove them: free functions over any `nn.Module`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ def inject(
 ) -> Explanation:
     """Add adapter `name` to `model` in place and make it the active one.
 
-    The base is frozen (what required gradients before is recorded). All is checked before anything is changed.
+    The base is frozen; which parameters required gradients before is recorded. Everything is checked before anything
+    is changed.
 
     Args:
-        plan: what `config` comes to, where it is known; the caller then fills the factors, which hold no values yet.
-        heads: original name -> module to keep for this adapter in place of a copy of the base's.
-        task: labels of this adapter; the base's where not given.
-        batches: what an initialization that looks at inputs or gradients runs the model on.
-        original: name of a layer -> its weight as the checkpoint has it, for an initialization that asks for it.
+        plan: the plan for `config`, if the caller has it; the caller then fills the uninitialized factors.
+        heads: original name -> module that this adapter trains whole; default: copies of the base's.
+        task: labels of this adapter; default: those of the base.
+        batches: batches for initializations that use inputs or gradients.
+        original: name of a layer -> its weight in the checkpoint, for initializations that need it.
 
     Raises:
         TargetError, StateError, ConfigError: see `apply_lora`.
@@ -80,7 +81,7 @@ def inject(
         else:
             update_requires_grad(model, state, [name])
         set_active(model, state, (name,))
-    except BaseException:  # no memory, a value that cannot be made, an impatient user: all or nothing
+    except BaseException:  # out of memory, a failed initialization, an interrupt: all or nothing
         _take_back(model, state, name, active)
         if first:
             eject(model)
@@ -89,10 +90,10 @@ def inject(
 
 
 def delete(model: nn.Module, name: str) -> None:
-    """Remove one adapter; the last one that remains takes over where it was active, else none.
+    """Remove one adapter. If no other adapter is active then, the last remaining one becomes active.
 
     Raises:
-        StateError: the adapter is not there, or the model is merged.
+        StateError: the adapter does not exist, or the model is merged.
     """
     state = require_state(model, "delete_adapter")
     state.require(name)
@@ -106,7 +107,7 @@ def delete(model: nn.Module, name: str) -> None:
 
 
 def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
-    """Take adapter `name` off some layers, and list them as left out."""
+    """Remove adapter `name` from some layers, and list them as skipped."""
     state = require_state(model, "drop_layers")
     for part in list(parts(model, name)):
         if part.name in paths and not part.replaces:
@@ -115,10 +116,10 @@ def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> No
 
 
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
-    """Remove every adapter, give each layer its class back, and restore the `requires_grad` found at the start.
+    """Remove every adapter, restore the class of each layer and the original `requires_grad`.
 
     Args:
-        keep_heads: leave the active adapter's heads in place of the base's (after a merge).
+        keep_heads: keep the active adapter's heads in place of the base's (after a merge).
     """
     state = require_state(model, "unload")
     owned = list(parts(model))
@@ -127,7 +128,7 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     _remove(model, owned, active)
     if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
-        untie_all(model)  # the copy is no longer what its original was tied to
+        untie_all(model)  # the copy is not tied as its original was
     state.activity.set(merged=())
     state.originals.clear()
     end_differentiable(module for _, module in original_modules(model))
@@ -142,8 +143,8 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
 def _planned(
     model: nn.Module, plan: Explanation, name: str, heads: dict[str, nn.Module]
 ) -> Iterator[tuple[Part, Any]]:
-    """Every part of a plan, unattached, with what its kind planned. A module is looked up when its part's turn comes:
-    one before it may have taken its place."""
+    """Every part of a plan, unattached, with its own plan. Each module is looked up only when its part is needed,
+    because an earlier part may have replaced it."""
     for target in plan.layers:
         yield Factors(target.path, target.module, name, target.site), target
     for path in plan.saved:
@@ -155,7 +156,7 @@ def _planned(
 
 
 def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str, ...]) -> None:
-    """Undo an injection that was cut off, wherever that was; `active` were the adapters before it."""
+    """Undo an interrupted injection; `active` are the adapters that were active before it."""
     _remove(model, parts(model, name))
     for _, module in list(original_modules(model)):
         remove_all(module, name)
@@ -165,7 +166,7 @@ def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str,
 
 
 def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:
-    """Take parts off; what `replaces` modules for the adapters `keep` stays in their place."""
+    """Remove parts; those of the adapters `keep` that replace modules stay in their place."""
     for part in list(owned):
         instead = part.remove(keep=part.adapter in keep)
         if instead is not None:
@@ -175,8 +176,8 @@ def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -
 def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
-            f"{name!r} cannot name an adapter: a name has no dot, slash or white space and is not a method of "
-            "torch.nn.ModuleDict. Choose another, such as 'default'."
+            f"{name!r} is not a valid adapter name: it must not contain a dot, slash or white space, or be the "
+            "name of a method of torch.nn.ModuleDict. Choose another, such as 'default'."
         )
 
 
@@ -186,7 +187,7 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
     engine = how_sharded(module for _, module in original_modules(model))
     if engine is not None:
         raise StateError(
-            f"{call}: {type(model).__name__} is sharded already ({engine}), so the factors' gradients would not be. "
+            f"{call}: {type(model).__name__} is already sharded ({engine}), but the new factors would not be. "
             f"{_BEFORE_SHARDING[engine]}"
         )
     if state is not None:
@@ -203,26 +204,26 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
         if any(c.__module__.startswith("peft.tuners") for c in kind.__mro__):
             faults.add(f"{path or type(model).__name__} is a PEFT layer ({kind.__module__}.{kind.__name__})")
             step = (
-                "Save that adapter with PEFT (peft_model.save_pretrained(folder)), take PEFT off "
+                "Save that adapter with PEFT (peft_model.save_pretrained(folder)), remove PEFT "
                 "(base = peft_model.unload()), and load it: LoraModel.from_pretrained(folder, base_model=base)."
             )
             break
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             faults.add(f"{path or type(model).__name__} is wrapped for data parallelism")
-            step = "Apply LoRA to the model inside (its .module) and wrap it again."
+            step = "Apply LoRA to the inner model (its .module) and wrap it again."
             break
         if path and state_of(module) is not None:
-            faults.add(f"{path} has adapters of its own")
+            faults.add(f"{path} already has adapters")
             step = f"Call unload() on {path}, then apply LoRA to the whole model."
             break
     faults.check(StateError, step)
 
 
 _BEFORE_SHARDING = {
-    "FSDP1": "Call apply_lora before FullyShardedDataParallel, or better: before fully_shard.",
+    "FSDP1": "Call apply_lora before FullyShardedDataParallel, or better, use fully_shard and call it before that.",
     "FSDP2": "Call apply_lora before fully_shard.",
     "ZeRO-3": "Call apply_lora before deepspeed.initialize or accelerator.prepare.",
-    "DTensor": "Load the model whole, without tp_plan and distributed_config; then apply_lora, then shard it with "
+    "DTensor": "Load the model whole, without tp_plan and distributed_config; then call apply_lora and shard it with "
     "FSDP2 or ZeRO-3. Tensor parallelism is not supported yet.",
 }
 
@@ -244,11 +245,11 @@ def _first(model: nn.Module) -> LoraState:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """No garbage collection: an injection makes objects by the ten thousand, all of which stay."""
-    was = gc.isenabled()
+    """Pause garbage collection: an injection creates tens of thousands of objects, all of which stay alive."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was:
+        if enabled:
             gc.enable()

@@ -1,4 +1,4 @@
-"""Heads for a number of labels, and the task's class around a backbone: always as transformers builds them."""
+"""Task heads for a number of labels, and the task's class around a backbone, both built by transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..config import LoraConfig
+from ..config import LoraConfig, as_tuple
 from ..errors import StateError, TargetError
 from ..layers.class_swap import unwrap_class
 from .embeddings import output_embedding
@@ -21,29 +21,29 @@ from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
 
 
-def twin(model: Any, num_labels: int, cls: type | None = None) -> Any:
-    """A model of `model`'s own class (or `cls`) and config but for the number of labels, without memory (on meta)."""
+def model_on_meta(model: Any, num_labels: int, cls: type | None = None) -> Any:
+    """A model on meta with the class (or `cls`) and config of `model`, except for the number of labels."""
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
     with torch.device("meta"):
         return (cls or unwrap_class(type(model)))(config)
 
 
-def new_head(twin_model: Any, path: str, like: nn.Module) -> nn.Module:
-    """The head `path` of a `twin`, given memory where `like` lives and initialised as its own class does it."""
-    head: nn.Module = twin_model.get_submodule(path)
+def new_head(meta_model: Any, path: str, like: nn.Module) -> nn.Module:
+    """The head `path` of a model on meta, moved to the device of `like` and initialized by its class."""
+    head: nn.Module = meta_model.get_submodule(path)
     device = next((p.device for p in like.parameters()), torch.device("cpu"))
     head.to_empty(device=device)
     for module in head.modules():
-        twin_model._init_weights(module)
+        meta_model._init_weights(module)
     return head
 
 
 def with_task_head(backbone: Any, task_type: str) -> Any:
-    """A model of the task's own class around the weights of a backbone; its head is new.
+    """A model of the task's class around the weights of a backbone, with a new head.
 
     Raises:
-        TargetError: transformers has no class of that task for this model.
+        TargetError: transformers has no class for that task and this model.
     """
     import transformers
 
@@ -53,10 +53,10 @@ def with_task_head(backbone: Any, task_type: str) -> Any:
     except KeyError:
         raise TargetError(
             f"task_type={task_type!r}: transformers has no {AUTO_CLASSES[task_type]} for {type(backbone).__name__}. "
-            "Load a model that has the head you want, or leave task_type out."
+            "Load a model with the head that you want, or omit task_type."
         ) from None
-    cls = cls[0] if isinstance(cls, (list, tuple)) else cls
-    whole = twin(backbone, backbone.config.num_labels, cls)
+    cls = as_tuple(cls)[0]
+    whole = model_on_meta(backbone, backbone.config.num_labels, cls)
     whole._modules[whole.base_model_prefix] = backbone
     for name in outside_backbone(whole) or [n for n in whole._modules if n != whole.base_model_prefix]:
         new_head(whole, name, backbone)
@@ -77,20 +77,16 @@ CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 def task_type_of(model: Any) -> str | None:
-    """PEFT's task type for a transformers class, read off the mappings of transformers' auto classes."""
+    """PEFT's task type for a transformers class, according to the auto classes of transformers."""
     import transformers
 
     cls = unwrap_class(type(model))
     for task, auto in AUTO_CLASSES.items():
         mapping = getattr(transformers, auto)._model_mapping
         config = type(getattr(model, "config", None))
-        if config in mapping and cls in _as_tuple(mapping[config]):
+        if config in mapping and cls in as_tuple(mapping[config]):
             return task
     return None
-
-
-def _as_tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def is_backbone(model: Any) -> bool:
@@ -100,12 +96,11 @@ def is_backbone(model: Any) -> bool:
 
     mapping = AutoModel._model_mapping
     config = type(model.config)
-    found = mapping.get(config, ())
-    return type(model) in (found if isinstance(found, (list, tuple)) else (found,))
+    return type(model) in as_tuple(mapping.get(config, ()))
 
 
-def own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
-    """New heads for an adapter with labels of its own, and its configuration with them named."""
+def heads_for_task(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
+    """New heads for an adapter with its own labels, and its configuration with the heads in `modules_to_save`."""
     if config.modules_to_save:
         wanted = set(config.modules_to_save)
         paths = [name for name, _ in original_modules(model) if matches(wanted, name)]
@@ -116,13 +111,13 @@ def own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[di
     if paths and task.num_labels == base_task(model).num_labels:
         return heads, config
     if paths and task.num_labels is not None:
-        other = twin(model, task.num_labels)
-        for path in paths:  # a head is what depends on the number of labels; the rest stays a copy of the base's
+        other = model_on_meta(model, task.num_labels)
+        for path in paths:  # only heads depend on the number of labels; the rest stays a copy of the base's
             if _shapes(other.get_submodule(path)) != _shapes(module_at(model, path)):
                 heads[path] = new_head(other, path, module_at(model, path))
     if not heads:
         raise StateError(
-            f"{call}: {type(model).__name__} has no task head that could take num_labels={task.num_labels}."
+            f"{call}: {type(model).__name__} has no task head that depends on num_labels={task.num_labels}."
         )
     return heads, config
 
@@ -135,14 +130,14 @@ def add_with_labels(
     id2label: dict[int, str] | None = None,
     *,
     call: str,
-    **known: Any,
+    **kwargs: Any,
 ) -> None:
-    """Add adapter `name`, with heads of its own where labels are given: see `inject`, which takes `known`."""
+    """Add adapter `name`, with its own heads if labels are given. `kwargs` go to `inject`."""
     task, heads = None, None
     if num_labels is not None or id2label is not None:
         task = Task.from_labels(num_labels, id2label)
-        heads, config = own_heads(model, config, task, call)
-    inject(model, config, name, heads=heads, task=task, call=call, **known)
+        heads, config = heads_for_task(model, config, task, call)
+    inject(model, config, name, heads=heads, task=task, call=call, **kwargs)
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:

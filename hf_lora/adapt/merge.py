@@ -1,12 +1,12 @@
-"""Fold adapters into the base weights, and take them out again.
+"""Fold adapters into the base weights, and undo it.
 
-Rows of a weight are read as float64, the updates are computed in float64 and added, and the sum is rounded once, to
-the weight's dtype. Blocks of rows bound the memory, and are small enough to stay in a core's cache: the weight is read
-and written once, and no temporary is as large as a weight. A weight that is a map of its file gets memory of its own
-instead, and gives its pages of the map back as it is read.
+Rows of a weight are read as float64, the updates are computed and added in float64, and the sum is rounded once, to
+the weight's dtype. This is done in blocks of rows, small enough for a core's cache: the weight is read and written
+once, and no temporary is as large as a weight. A memory-mapped weight gets new memory instead, and its pages are
+released as they are read.
 
-A quantised weight is never written. To merge for good makes the whole model dense (dequantize.py); to merge for a
-while is refused.
+A quantized weight is never written. A permanent merge makes the whole model dense (dequantize.py); a temporary one is
+refused.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..config import as_tuple
 from ..errors import Faults, MergeError, StateError
 from ..layers.contract import Update
 from ..layers.distributed import is_partitioned, is_sharded
-from ..layers.file_maps import let_go, lies_in, unwritten_maps
+from ..layers.file_maps import lies_in, release_pages, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
-from .dequantize import dense_dtype, dequantize, dequantize_with, is_quantized, leftovers, read_rows
+from .dequantize import (
+    dense_dtype,
+    dequantization_faults,
+    dequantize,
+    dequantize_with,
+    is_quantized,
+    read_rows,
+)
 from .inject import eject
 from .state import LoraState, Original, acting_together, require_state, set_active
-from .ties import forward_asks_for_ties, tensor_users, untie_adapted
+from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .walk import parts
+
+_UNMERGED = "Adapters also work unmerged."
 
 
 def merge(
@@ -44,23 +54,23 @@ def merge(
     """Fold the active adapters (or `names`, which become active) into the weights, in place.
 
     Args:
-        untie: give an adapted layer that shares its weight with another its own copy of it first.
-        keep: keep each folded weight's original, so that `unmerge` restores every bit: as much memory as the adapted
-            layers' weights. Not over a quantised base; without it such a base becomes a dense model.
+        untie: first give an adapted layer that shares its weight its own copy.
+        keep: keep the original of each merged weight, so that `unmerge` restores every bit. This takes as much memory
+            as the weights of the adapted layers. Not possible for a quantized base; with False it becomes dense.
 
     Returns:
-        The names that are merged now.
+        The names of the merged adapters.
 
     Raises:
-        StateError: already merged, nothing active, or the adapters are disabled.
-        MergeError: lists every layer that cannot be folded. The weights are as they were.
+        StateError: the model is already merged, no adapter is active, or the adapters are disabled.
+        MergeError: lists every layer that cannot be merged. The weights are unchanged.
     """
     state = require_state(model, call)
     state.refuse_merged(call)
     if not state.activity.enabled:
         raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
     before = state.activity.active
-    wanted = before if names is None else (names,) if isinstance(names, str) else tuple(names)
+    wanted = before if names is None else as_tuple(names)
     if not wanted:
         raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
     if names is not None:
@@ -71,7 +81,7 @@ def merge(
         check_mergeable(model, folds, active, untie, keep, call)
         stored = by_tensor(folds)
         if not keep:
-            _try(model, stored.values(), call)
+            _check_overflow(model, stored.values(), call)
     except MergeError:
         set_active(model, state, before)
         raise
@@ -83,21 +93,19 @@ def merge(
     kept = state.originals if keep else None
     steps = {fold.label: partial(_fold, fold, kept, maps) for fold in dense.values()}
     if not keep and is_quantized(model):
-        steps["the quantised layers"] = partial(dequantize_with, model, packed)
+        steps["the quantized layers"] = partial(dequantize_with, model, packed)
     for name, step in steps.items():
         try:
             step()
-        except BaseException as error:  # such as no memory: a layer that stayed folded would be added to twice
+        except BaseException as error:  # such as out of memory: a later merge would add to a merged layer again
             _restore(state)
             set_active(model, state, before)
             if not isinstance(error, MergeError):
                 raise
-            undone = (
-                "The weights are as they were."
-                if keep
-                else "Layers before this one hold their adapters already: load the base anew."
+            outcome = (
+                "The weights are unchanged." if keep else "Earlier layers are merged already, so reload the base."
             )
-            raise MergeError(f"{call}: {name}: {error}. {undone}") from None
+            raise MergeError(f"{call}: {name}: {error}. {outcome}") from None
     state.activity.set(merged=active)
     return active
 
@@ -105,28 +113,28 @@ def merge(
 def merge_for_good(
     model: nn.Module, names: str | Sequence[str] | None = None, *, untie: bool = False, call: str = "merge_and_unload"
 ) -> None:
-    """Fold the active adapters (or `names`) into the weights and take all adapters off.
+    """Fold the active adapters (or `names`) into the weights and remove all adapters.
 
-    A quantised base becomes a dense model, in the dtype of its other weights: see dequantize.py.
+    A quantized base becomes a dense model, in the dtype of its other weights: see dequantize.py.
 
     Raises:
-        StateError, MergeError: as `merge`; or others are merged than `names`.
+        StateError, MergeError: as `merge`; also if the model is merged with other adapters than `names`.
     """
     state = require_state(model, call)
-    wanted = (names,) if isinstance(names, str) else names if names is None else tuple(names)
+    wanted = None if names is None else as_tuple(names)
     if not state.activity.merged:
         merge(model, wanted, untie=untie, keep=False, call=call)
     elif not state.activity.enabled:
         raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
     elif wanted not in (None, state.activity.merged):
         state.refuse_merged(f"{call}({names!r})")
-    if is_quantized(model):  # its dense layers alone were merged before
+    if is_quantized(model):  # only its dense layers were merged
         dequantize(model, call)
     eject(model, keep_heads=True)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore every bit of the base weights; the adapters act beside them again.
+    """Restore every bit of the base weights; the adapters are active unmerged again.
 
     Raises:
         StateError: nothing is merged.
@@ -141,7 +149,7 @@ def unmerge(model: nn.Module) -> None:
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
-    """Let the active adapters act, or not; where they are merged, the kept originals are swapped with the weights."""
+    """Enable or disable the active adapters. If they are merged, the weights and the kept originals are swapped."""
     state = require_state(model, "enable_adapters" if enabled else "disable_adapters")
     if state.activity.enabled == enabled:
         return
@@ -152,7 +160,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model for the time of a `with` block; afterwards the state that was found."""
+    """Disable the adapters within a `with` block, and restore the previous state afterwards."""
     state = require_state(model, "disable_adapter")
     before = state.activity.enabled
     set_enabled(model, False)
@@ -163,17 +171,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def folds_of(model: nn.Module, names: tuple[str, ...], added: bool = False) -> list[Fold]:
-    """What merging the adapters `names` makes of the base's tensors, each with those that act on it together.
+    """How merging the adapters `names` changes the tensors of the base, jointly for those that act together.
 
     Args:
-        added: without what stands in place of a tensor of the base.
+        added: only updates that are added, without parts that replace tensors of the base.
     """
     together = acting_together(model, names)
     return [fold for first, *others in together if not (added and first.replaces) for fold in first.folds(others)]
 
 
 def by_tensor(folds: Sequence[Fold]) -> dict[str, Fold]:
-    """Name of a tensor -> all its folds as one: it is read once and rounded once."""
+    """Name of a tensor -> all its folds combined, so that it is read and rounded once."""
     found: dict[str, Fold] = {}
     for fold in folds:
         before = found.get(fold.name)
@@ -188,10 +196,10 @@ def _one_after_another(first: Callable[[], Update], second: Callable[[], Update]
 
 
 def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, block) of the tensor as merged, float64 where the device has it.
+    """(rows, block) of the merged tensor; float64 if the device supports it.
 
     Args:
-        reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
+        reuse: use the same memory for all blocks, so that each is valid only until the next one.
     """
     update = fold.start()
     for rows, block in read_rows(fold.storage, fold.site, reuse):
@@ -199,37 +207,37 @@ def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor
 
 
 def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """`merged_rows` of one site with the adapters `names` in it."""
+    """`merged_rows` of one site with the adapters `names`."""
     fold = layer.folding(names)
     for rows, block in read_rows(layer._lora.storage, layer, reuse):
         yield rows, fold(block, rows)
 
 
 @torch.no_grad()
-def _try(model: nn.Module, stored: Iterable[Fold], call: str) -> None:
-    """Fold float16 layers and write nothing: only float16 overflows where base and update are of ordinary size.
+def _check_overflow(model: nn.Module, stored: Iterable[Fold], call: str) -> None:
+    """Fold float16 layers without writing: only float16 overflows if base and update have ordinary magnitudes.
 
-    Without kept originals nothing could undo that half way. It costs the work twice, and no memory.
+    Without kept originals, an overflow halfway could not be undone. This doubles the work but takes no memory.
     """
     faults = Faults(call)
     for fold in stored:
         dtype = dense_dtype(model) if fold.storage.quantized else fold.site.weight.dtype
         if dtype == torch.float16 and not all(fits(block, dtype) for _, block in merged_rows(fold, reuse=True)):
             faults.add(f"{fold.label}: a merged value is not finite, or too large for {dtype}")
-    faults.check(MergeError, "The weights are as they were. Adapters work unmerged in any case.")
+    faults.check(MergeError, f"The weights are unchanged. {_UNMERGED}")
 
 
 @torch.no_grad()
 def _fold(fold: Fold, kept: list[Original] | None, maps: list[tuple[int, int]]) -> None:
-    """Write one tensor as merged; what it was goes into `kept`, where it is to be restored."""
+    """Write one merged tensor; append its original to `kept` unless None."""
     weight = fold.site.weight
-    if lies_in(weight, maps):  # read there, and written to memory of its own
-        before, own = weight.data, torch.empty_like(weight)
+    if lies_in(weight, maps):  # read from the map, and written to new memory
+        before, merged = weight.data, torch.empty_like(weight)
         for rows, block in merged_rows(fold, reuse=True):
-            put_rows(own, rows, block)
+            put_rows(merged, rows, block)
             if kept is None:
-                let_go(before[rows])
-        weight.data = own
+                release_pages(before[rows])
+        weight.data = merged
         if kept is not None:
             kept.append(Original(fold.site, fold.storage, before))
         return
@@ -249,22 +257,22 @@ def _restore(state: LoraState) -> None:
 def check_mergeable(
     model: nn.Module, folds: Sequence[Fold], active: tuple[str, ...], untie: bool, keep: bool, call: str
 ) -> None:
-    """See that the adapters `active` can be merged, which makes `folds` of the base; nothing is computed for it.
+    """Check that the adapters `active`, with these `folds`, can be merged. Weights are not folded for this.
 
     Raises:
-        MergeError: lists everything that stands in the way.
+        MergeError: lists everything that prevents it.
     """
     faults = Faults(call)
-    next_step = "Adapters work unmerged in any case."
+    next_step = _UNMERGED
     becomes_dense = not keep and is_quantized(model)
-    if any(fold.storage.quantized for fold in folds) and not becomes_dense:
+    if becomes_dense:
+        for fault in dequantization_faults(model):
+            faults.add(fault)
+    elif any(fold.storage.quantized for fold in folds):
         next_step = (
-            "Keep the adapter unmerged; or call merge_and_unload(), which makes a model dense whose form is known; "
+            "Keep the adapter unmerged; or call merge_and_unload(), which makes a model of known format dense; "
             "or, best, merge into the dense base: LoraModel.from_pretrained(adapter, base_model=…, merge=True)."
         )
-    if becomes_dense:
-        for fault in leftovers(model):
-            faults.add(fault)
     for name in active:
         for part in parts(model, name):
             for spec, tensor in part.tensors():
@@ -272,46 +280,57 @@ def check_mergeable(
                     continue  # the weights are refused below
                 if tensor.is_floating_point() and not fits(tensor.detach(), tensor.dtype):
                     faults.add(f"adapter {name!r}: {part.path}.{spec.key} holds NaN or infinity")
-    users = tensor_users(model)
-    together = {fold.name for fold in folds if fold.holders is None or len(fold.holders) > 1}
     for fold in folds:
-        path, storage = fold.label, fold.storage
-        if not storage.readable:
-            if not becomes_dense:  # else it is among the leftovers
-                faults.add(f"{path}: {why_unreadable(fold.site)}")
-            continue
-        weight = fold.site.weight
-        if storage.quantized and keep:
-            faults.add(
-                f"{path}: its weight is quantised ({storage.kind}), and rounding the sum to that form again would "
-                "take most of the update away"
-            )
-        if fold.refused is not None:
-            faults.add(f"{path}: {fold.refused}")
-        if weight is None:  # a bias that the layer does not have, which is the refusal
-            continue
-        if weight.is_meta:
-            faults.add(
-                f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"
-            )
-        elif is_partitioned(weight) or not storage.owns(fold.site):
-            kind = "a part of ZeRO-3's" if is_partitioned(weight) else type(weight).__name__
-            faults.add(f"{path}: its weight is {kind} now, which cannot be folded in place")
-        elif weight.dim() == 1 and not all(fits(block, weight.dtype) for _, block in merged_rows(fold)):
-            faults.add(f"{path}: a merged value is not finite, or too large for {weight.dtype}")
-        shared = [n for n in users[id(weight)] if fold.holders is not None and n not in fold.holders]
-        if shared and untie and fold.name in together:
-            faults.add(
-                f"{path}: its weight is tied to {', '.join(shared)}, and another update is meant for all of them"
-            )
-        elif shared and untie and forward_asks_for_ties(model):
-            faults.add(
-                f"{path}: its weight is tied to {', '.join(shared)}, and untying would change what the model "
-                "computes, as its forward asks whether embeddings are tied. Keep the adapter unmerged"
-            )
-        elif shared and not untie:
-            faults.add(
-                f"{path}: its weight is tied to {', '.join(shared)}, which the update must not reach. Either keep the "
-                "adapter unmerged, or pass untie=True to give the layer its own weight (the model then saves both)"
-            )
+        if fold.storage.readable:
+            _check_weight(fold, keep, faults)
+        elif not becomes_dense:  # otherwise it is reported already
+            faults.add(f"{fold.label}: {why_unreadable(fold.site)}")
+    _check_ties(model, folds, untie, faults)
     faults.check(MergeError, f"Nothing was changed. {next_step}")
+
+
+def _check_weight(fold: Fold, keep: bool, faults: Faults) -> None:
+    path, storage, weight = fold.label, fold.storage, fold.site.weight
+    if storage.quantized and keep:
+        faults.add(
+            f"{path}: its weight is quantized ({storage.kind}), and rounding the sum to that format again would lose "
+            "most of the update"
+        )
+    if fold.refused is not None:
+        faults.add(f"{path}: {fold.refused}")
+    if weight is None:  # a bias that the layer does not have, which `refused` reports
+        return
+    if weight.is_meta:
+        faults.add(
+            f"{path}: its weight is offloaded; load the base without offloading (no device_map, or one that fits)"
+        )
+    elif is_partitioned(weight) or not storage.owns(fold.site):
+        kind = "partitioned by ZeRO-3" if is_partitioned(weight) else f"a {type(weight).__name__}"
+        faults.add(f"{path}: its weight is now {kind}, which cannot be merged in place")
+    elif weight.dim() == 1 and not all(fits(block, weight.dtype) for _, block in merged_rows(fold)):
+        faults.add(f"{path}: a merged value is not finite, or too large for {weight.dtype}")
+
+
+def _check_ties(model: nn.Module, folds: Sequence[Fold], untie: bool, faults: Faults) -> None:
+    """Add a fault for each weight that is shared with modules which its update must not reach."""
+    users = tensor_users(model)
+    meant_for_several = {fold.name for fold in folds if fold.holders is None or len(fold.holders) > 1}
+    for fold in folds:
+        if not fold.storage.readable or fold.site.weight is None or fold.holders is None:
+            continue
+        shared = [name for name in users[id(fold.site.weight)] if name not in fold.holders]
+        if not shared:
+            continue
+        tied = f"{fold.label}: its weight is tied to {', '.join(shared)}"
+        if not untie:
+            faults.add(
+                f"{tied}, which the update must not change. Either keep the adapter unmerged, or pass untie=True to "
+                "give the layer its own weight (the saved model then contains both)"
+            )
+        elif fold.name in meant_for_several:
+            faults.add(f"{tied}, and another update applies to all of them")
+        elif forward_reads_tie_flag(model):
+            faults.add(
+                f"{tied}, and untying would change what the model computes, because its forward depends on whether "
+                "embeddings are tied. Keep the adapter unmerged"
+            )

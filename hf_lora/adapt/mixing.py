@@ -1,19 +1,19 @@
-"""Arithmetic on adapters: an update multiplied by a weight."""
+"""Scale the update of an adapter."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, listed
 from .state import require_state
 from .walk import parts
 
 
 def scale_adapter(model: nn.Module, name: str, weight: float, call: str) -> None:
-    """Multiply the updates of adapter `name`, which is to be merged, by `weight`.
+    """Multiply the updates of adapter `name`, which will be merged, by `weight`.
 
     Raises:
-        ConfigError: the adapter keeps tensors whole, which are replaced and not added.
+        ConfigError: the adapter has whole tensors, which replace those of the base and cannot be scaled.
     """
     if weight == 1:
         return
@@ -22,8 +22,8 @@ def scale_adapter(model: nn.Module, name: str, weight: float, call: str) -> None
     if whole:
         config = require_state(model, call).adapters[name].config
         raise ConfigError(
-            f"{call}: the adapter {config.base_model_name_or_path or name!r} has "
-            f"tensors that are not added to the base's ({', '.join(whole[:5])}), which no weight but 1 fits."
+            f"{call}: the adapter {config.base_model_name_or_path or name!r} replaces tensors of the base "
+            f"({listed(whole)}), so its weight must be 1."
         )
     for part in owned:
         part.scale(weight)

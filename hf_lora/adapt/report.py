@@ -1,4 +1,4 @@
-"""Tables and one-liners for people."""
+"""Tables and summary lines for users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .walk import adapter_layers, parts
 
 
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters; a packed weight counts as the elements that it stands for."""
+    """(trainable, all) parameters; a packed weight counts with the elements that it represents."""
     trainable = total = 0
     for parameter in model.parameters():
         packed = numel(parameter)
@@ -25,14 +25,14 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def trainable_line(model: nn.Module) -> str:
-    """The line that PEFT's users know: trainable and all parameters, and the share."""
+    """Trainable and all parameters, and the percentage, in the format of PEFT."""
     trainable, total = trainable_parameters(model)
     share = 100 * trainable / max(1, total)
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
 
 
 def adapter_table(model: nn.Module, name: str | None = None) -> str:
-    """Every adapted layer with shape, rank, alpha and parameters; what is trained whole; what was left out and why."""
+    """Every adapted layer with shape, rank, alpha and parameters; modules trained whole; skipped modules and why."""
     state = require_state(model, "adapter_table")
     names = [name] if name is not None else list(state.adapters)
     tables = []
@@ -51,7 +51,7 @@ def adapter_table(model: nn.Module, name: str | None = None) -> str:
 
 
 def explanation_table(plan: Any) -> str:
-    """The same table of what would be adapted: see `explain_targets`."""
+    """The same table for a plan: see `explain_targets`."""
     rows = [(t.name, "{} -> {}".format(*t.shape.features(t.site)), t.r, t.alpha, t.parameters) for t in plan.layers]
     whole = [(path, why, None) for path, why in plan.saved.items()]
     return _table(rows, whole, plan.skipped, plan.notes)

@@ -1,4 +1,4 @@
-"""Resizing the vocabulary of a model with adapters: factors and copies of the embeddings grow with it."""
+"""Resizing the vocabulary of a model with adapters: factors and copies of the embeddings are resized too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .walk import adapter_layers, original_modules, parts, put, replacements
 
 @contextmanager
 def resizing(model: Any) -> Iterator[None]:
-    """Let transformers see plain embeddings, to resize them in a `with` block; then fit ours to them."""
+    """Put plain embeddings in place, which transformers resizes in the `with` block; then fit the adapters to them."""
     state = require_state(model, "resize_token_embeddings")
     state.refuse_merged("resize_token_embeddings")
     _refuse_joined(model)
@@ -36,11 +36,11 @@ def resizing(model: Any) -> Iterator[None]:
     finally:
         head = output_embedding(model)
         if adapted_head is not None and head is not None and head is not adapted_head:
-            _graft(adapted_head, head)
+            _move_adapters(adapted_head, head)
         tied = [layer for layer in _matrices(model) if layer.weight.shape != sizes.get(id(layer))]
         affected = {id(m) for m in (model.get_input_embeddings(), head, *tied)}
         for layer in tied:
-            if isinstance(layer, nn.Linear):  # stale where a tie, and not transformers, brought the new weight
+            if isinstance(layer, nn.Linear):  # transformers does not update it if the new weight came from a tie
                 layer.out_features = layer.weight.shape[0]
         for path, replacement in wrapped.items():
             base = model.get_submodule(path)
@@ -54,19 +54,20 @@ def resizing(model: Any) -> Iterator[None]:
 
 
 def _refuse_joined(model: Any) -> None:
-    """Several embeddings that hold one weight become one module when transformers resizes them."""
+    """Refuse embeddings that share a weight: transformers merges them into one module when it resizes them."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     held = {n: m for n, m in original_modules(model) if isinstance(m, nn.Embedding) and m.weight is weight}
     adapted = [name for name, module in held.items() if isinstance(module, LoraLayer)]
     if len(held) > 1 and adapted:
         raise StateError(
-            f"resize_token_embeddings: {', '.join(held)} hold one weight, and resizing makes one module of them: the "
-            f"adapters of {', '.join(adapted)} would be lost or reach all. Resize the vocabulary before apply_lora."
+            f"resize_token_embeddings: {', '.join(held)} share one weight, and resizing merges them into one module: "
+            f"the adapters of {', '.join(adapted)} would be lost or apply to all. Resize the vocabulary before "
+            "apply_lora."
         )
 
 
 def _refuse_parts(model: Any, weights: set[int]) -> None:
-    """What an adapter has at an embedding may not fit one of another size."""
+    """Refuse to resize an embedding with a part that cannot be resized."""
     faults = Faults("resize_token_embeddings")
     for part in parts(model):
         if id(getattr(part.module, "weight", None)) in weights and (why := part.refuse_resizing()) is not None:
@@ -75,12 +76,12 @@ def _refuse_parts(model: Any, weights: set[int]) -> None:
 
 
 def _matrices(model: Any) -> list[Any]:
-    """The adapted layers whose weight a tie to the embeddings may resize."""
+    """The adapted layers whose weight may be resized through a tie to the embeddings."""
     return [m for m in adapter_layers(model).values() if isinstance(m, (nn.Linear, nn.Embedding))]
 
 
-def _graft(old: nn.Module, new: nn.Module) -> None:
-    """Move the adapters of a layer that transformers replaced, if it has any, to the one that stands there now."""
+def _move_adapters(old: nn.Module, new: nn.Module) -> None:
+    """Move the adapters, if any, of a layer that transformers replaced to the new layer."""
     for mixin in reversed(mixins_of(old)):
         if issubclass(mixin, Host):
             mixin.extend(new)
@@ -92,9 +93,9 @@ def _graft(old: nn.Module, new: nn.Module) -> None:
 
 
 def frozen_new_rows(model: Any) -> tuple[int, int] | None:
-    """(rows in the checkpoint, rows now) where the vocabulary has grown and no active adapter trains the embedding.
+    """(rows in the checkpoint, rows now) if the vocabulary has grown and no active adapter trains the embedding.
 
-    Such rows would be in no file: a reloaded model would have other ones.
+    No file would contain such rows, so a reloaded model would have other values.
     """
     state = state_of(model)
     now = vocabulary_of(model)

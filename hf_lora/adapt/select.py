@@ -1,4 +1,4 @@
-"""Which modules a configuration's patterns choose, and what is wrong with a pattern that chooses nothing."""
+"""Which modules the patterns of a configuration select, and what is wrong with patterns that select nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig
+from ..config import ALL_LINEAR, ATTENTION, PRESETS, LoraConfig, as_tuple
 from ..errors import Faults, nearest
 from ..layers.class_swap import refuse_instance_forward
 from ..layers.contract import Shape, Storage
@@ -19,23 +19,23 @@ from .embeddings import output_embeddings
 from .heads import outside_backbone
 from .match import layer_index, matches
 
-ONLY_WHOLE = "matches only modules that are trained whole; modules_to_save=[] adapts them instead"
+ONLY_WHOLE = "matches only modules that are trained whole; pass modules_to_save=[] to adapt them instead"
 ONLY_OUTSIDE = "matches only modules outside layers_to_transform"
-ONLY_CONTAINERS = "matches only containers of layers, none of which has a weight of its own"
+ONLY_CONTAINERS = "matches only containers of layers, which have no weight themselves"
 
 Matcher = Callable[[str, nn.Module], list[str]]
-"""(name, module) -> the patterns of `target_modules` that are about it."""
+"""(name, module) -> the patterns of `target_modules` that match it."""
 
 
 class Selection:
-    """One pass over a model's modules.
+    """The layers to adapt, selected in one pass over a model's modules.
 
     Args:
-        modules: original name -> module; the root under an empty name.
+        modules: original name -> module; the root has an empty name.
         saved: names of the modules that are trained whole.
-        faults: takes every named module that cannot be adapted, and every pattern that comes to nothing.
-        allow_bypassed: choose named layers although their parent multiplies by their weight itself.
-        from_file: a file's tensors decide, so only a target that matches nothing at all is a fault.
+        faults: collects named modules that cannot be adapted, and patterns without effect.
+        allow_bypassed: select named layers even if their parent multiplies by their weight directly.
+        from_file: the tensors of a file decide, so only a target that matches nothing at all is a fault.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Selection:
         from_file: bool,
     ) -> None:
         self.chosen: dict[str, tuple[Shape, list[tuple[Any, Storage]]]] = {}
-        """Name -> its shape, and each of its sites with its storage."""
+        """Name -> its shape, and its sites with their storages."""
         self.skipped: dict[str, str] = {}
-        """Name -> why it is left out."""
+        """Name -> why it is skipped."""
         self._modules = modules
         self._config = config
         self._saved = tuple(saved)
@@ -59,9 +59,9 @@ class Selection:
         self._allow_bypassed = allow_bypassed
         self._from_file = from_file
         self._preset = config.target_modules in PRESETS
-        self._layers = _as_list(config.layers_to_transform)
+        self._layers = None if config.layers_to_transform is None else as_tuple(config.layers_to_transform)
         self._bypassed = {} if from_file else bypassed_modules(modules[""])
-        # What has come to something so far, and what is wrong with the modules that a pattern did match.
+        # Patterns with an effect so far, and what is wrong with the modules that a pattern matched.
         self._hit: set[str] = set()
         self._excluded: set[str] = set()
         self._layers_hit: set[int] = set()
@@ -76,16 +76,16 @@ class Selection:
         if not from_file:
             self._unmatched_limits()
         if not self.chosen and not faults.found:
-            faults.add(f"target_modules={config.target_modules!r} leaves no layer to adapt")
+            faults.add(f"target_modules={config.target_modules!r} selects no layer to adapt")
 
     def _consider(self, name: str, module: nn.Module, patterns: list[str]) -> None:
-        """Leave a module out for what the configuration says of its name, else look at the module itself."""
+        """Skip a module because of its name, otherwise check the module itself."""
         whole = next((s for s in self._saved if name == s or name.startswith(s + ".")), None)
         if self._is_excluded(name):
             self.skipped[name] = "excluded by exclude_modules"
             self._hit.update(patterns)
         elif whole is not None:
-            self.skipped[name] = f"trained whole with {whole}"
+            self.skipped[name] = f"trained whole, as part of {whole}"
             self._elsewhere |= dict.fromkeys(patterns, ONLY_WHOLE)
         elif not self._is_in_layers(name):
             self.skipped[name] = "its layer is not in layers_to_transform"
@@ -95,18 +95,18 @@ class Selection:
 
     def _judge(self, name: str, module: nn.Module, patterns: list[str]) -> None:
         reason, shape, sites = judge(module)
-        if reason == "" and not self._preset:  # no layer: not what the pattern is about
+        if reason == "" and not self._preset:  # a container, which the pattern does not mean
             self._elsewhere = dict.fromkeys(patterns, ONLY_CONTAINERS) | self._elsewhere
             return
         self._hit.update(patterns)
         if reason is None and name in self._bypassed and (self._preset or not self._allow_bypassed):
             reason = self._bypassed[name]
             if not self._preset:
-                reason += " (allow_bypassed=True adapts it all the same)"
+                reason += " (pass allow_bypassed=True to adapt it anyway)"
         if reason is None and shape is not None:
             self.chosen[name] = shape, sites
         elif self._preset:
-            self.skipped[name] = reason or "has no weight of its own"
+            self.skipped[name] = reason or "has no weight itself"
         else:
             self._faults.add(f"{name}: {reason}")
 
@@ -126,13 +126,13 @@ class Selection:
 
     def _unmatched_targets(self) -> None:
         targets = self._config.target_modules
-        for pattern in _as_list(targets) or []:
+        for pattern in as_tuple(targets):
             if pattern in self._hit:
                 continue
             found = self._elsewhere.get(pattern)
             if found is not None:
-                said = found == ONLY_OUTSIDE and not self._layers_hit  # each of the layers is a fault already
-                if not self._from_file and not said:
+                reported = found == ONLY_OUTSIDE and not self._layers_hit  # each of the layers is a fault already
+                if not self._from_file and not reported:
                     self._faults.add(f"target_modules: {pattern!r} {found}")
             elif self._preset:
                 self._faults.add(
@@ -142,30 +142,30 @@ class Selection:
                 self._faults.add(f"target_modules: {pattern!r} matches nothing{nearest(pattern, self._names())}")
 
     def _unmatched_limits(self) -> None:
-        for pattern in _as_list(self._config.exclude_modules) or []:
+        for pattern in as_tuple(self._config.exclude_modules or ()):
             if pattern not in self._excluded:
                 near = nearest(pattern, self._names())
                 self._faults.add(f"exclude_modules: {pattern!r} excludes none of the targets{near}")
-        for index in self._layers or []:
+        for index in self._layers or ():
             if index not in self._layers_hit:
-                self._faults.add(f"layers_to_transform: no target lies in layer {index}")
+                self._faults.add(f"layers_to_transform: layer {index} contains no target")
 
     def _names(self) -> list[str]:
         return all_names(self._modules)
 
 
 def why_not(module: nn.Module) -> str | None:
-    """Why `module` cannot be adapted; None where it can; an empty string where it is no layer at all."""
+    """Why `module` cannot be adapted; None if it can; an empty string if it is not a layer."""
     return judge(module)[0]
 
 
 def judge(module: nn.Module) -> tuple[str | None, Shape | None, list[tuple[Any, Storage]]]:
-    """What `why_not` says, and of a module that can be adapted its shape, and its sites with their storages."""
+    """The result of `why_not`, and for a module that can be adapted its shape and its sites with their storages."""
     computed = hasattr(module, "parametrizations")
     shape = shape_of(module)
-    no_layer = not module._parameters or ("weight" not in module._parameters and module._modules)
+    is_container = not module._parameters or ("weight" not in module._parameters and module._modules)
     if shape is None and not computed:
-        reason = "" if no_layer else f"{type(module).__name__} is not a kind of layer whose forward is known"
+        reason = "" if is_container else f"{type(module).__name__} is not a supported kind of layer"
         return reason, None, []
     if shape is None:
         return why_no_storage(module), None, []
@@ -179,7 +179,7 @@ def judge(module: nn.Module) -> tuple[str | None, Shape | None, list[tuple[Any, 
 
 
 def all_names(modules: Iterable[str]) -> list[str]:
-    """Last components first, then whole names: what a mistyped pattern may have meant."""
+    """Last components of names, then whole names: candidates for a mistyped pattern."""
     names = list(modules)
     return [*last_names(names), *names]
 
@@ -196,7 +196,7 @@ def _matcher(model: nn.Module, config: LoraConfig) -> Matcher:
 
 
 def _preset(model: nn.Module, preset: str) -> Matcher:
-    """Which modules a preset is about; what it then leaves out of them is listed."""
+    """The modules that a preset means; those of them that are skipped are listed."""
     outputs = {id(m) for m in output_embeddings(model)}
     heads = tuple(f"{n}." for n in outside_backbone(model))
     blocks: set[str] = set()
@@ -217,7 +217,3 @@ def _preset(model: nn.Module, preset: str) -> Matcher:
 def _is_attention(name: str, module: nn.Module) -> bool:
     words = (type(module).__name__ + " " + name.rpartition(".")[2]).lower()
     return "attention" in words or "attn" in words
-
-
-def _as_list(value: Any) -> list[Any] | None:
-    return value if value is None or isinstance(value, list) else [value]

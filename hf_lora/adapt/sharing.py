@@ -1,4 +1,4 @@
-"""Find the layers that read one tensor, so that their low-rank products become one: see layers/sharing.py."""
+"""Find the layers that read the same tensor, to compute their low-rank products as one: see layers/sharing.py."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from torch import Tensor, nn
 
 from ..layers.base import LoraLayer, ungroup
 from ..layers.ops import used_devices
+from .embeddings import output_embedding
 from .state import require_state
 from .walk import adapter_layers
 
 
 def share_inputs(model: nn.Module, *args: Any, **batch: Any) -> list[tuple[str, ...]]:
-    """Let adapted layers that read the same tensor, such as query, key and value, compute their update together.
+    """Compute the updates of adapted layers that read the same tensor, such as query, key and value, together.
 
     One forward on a batch, without gradients and with the random state restored afterwards, shows which children of
-    one module are handed one tensor, the very same object, whenever they are called. From then on, in training, the
-    first of them that is called reads it once for all: one product with their A, one gradient of the input, one
-    dropout mask (where each layer alone would draw its own). The values are otherwise those of before, to rounding.
-    Whether the layers really get the same tensor is looked at in every call, so it is safe whatever later calls do.
+    a module always get the same tensor object. From then on, in training, the first of them that is called computes
+    all of their updates: one product with their A, one gradient of the input, and one dropout mask (each layer alone
+    would draw its own). Otherwise the values are the same up to rounding. Every call checks whether the layers really
+    get the same tensor, so the result is correct in any case.
 
-    Call it after the adapters are made and before training; `LoraTrainer` does by itself. Under `torch.compile` it
-    has no effect.
+    Call it after adding the adapters and before training; `LoraTrainer` does this itself. It has no effect under
+    `torch.compile`.
 
     Args:
         model: the model with adapters.
-        args, batch: what the model's forward takes.
+        args, batch: arguments of the model's forward.
 
     Returns:
-        The names of the layers of each group. Groups of an earlier call are forgotten.
+        The names of the layers of each group. They replace the groups of an earlier call.
 
     Raises:
         StateError: the model has no adapters.
@@ -53,29 +54,23 @@ def share_inputs(model: nn.Module, *args: Any, **batch: Any) -> list[tuple[str, 
     return [tuple(layers[layer] for layer in group) for group in found]
 
 
-class _Seen(Exception):
-    """Ends the recorded call before the output layer, whose scores may be larger than all that came before."""
+class _EndOfRecording(Exception):
+    """Ends the recorded call before the output layer, whose scores may be larger than all tensors before it."""
 
 
 def _stop(module: nn.Module, args: Any) -> None:
-    raise _Seen
-
-
-def _output_layer(model: nn.Module) -> nn.Module | None:
-    get: Any = getattr(model, "get_output_embeddings", None)
-    found = get() if callable(get) else None
-    return found if isinstance(found, nn.Module) else None
+    raise _EndOfRecording
 
 
 def _record(
     model: nn.Module, layers: Mapping[LoraLayer, str], args: tuple[Any, ...], batch: dict[str, Any]
 ) -> list[frozenset[LoraLayer]]:
-    """The sets of at least two children of one module that get one tensor whenever they are called."""
+    """The sets of at least two children of a module that always get the same tensor."""
     open_sets: dict[str, tuple[weakref.ref[Tensor], set[LoraLayer]]] = {}
     closed: dict[str, list[set[LoraLayer]]] = {}
 
-    def note(layer: Any, given: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        x = given[0] if given else next(iter(keywords.values()), None)
+    def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
         parent = layers[layer].rpartition(".")[0]
         last = open_sets.pop(parent, None)
         if not isinstance(x, Tensor):
@@ -87,17 +82,17 @@ def _record(
             open_sets[parent] = (weakref.ref(x), {layer})
             closed.setdefault(parent, []).append(open_sets[parent][1])
 
-    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
-    head = _output_layer(model)
+    handles = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    head = output_embedding(model)
     if head is not None and head not in layers:
         handles.append(head.register_forward_pre_hook(_stop))
     training = [module for module in model.modules() if module.training]
     try:
         for module in training:
-            module.training = False  # not eval(): nothing is to be told, and no dropout, cache or checkpoint to act
+            module.training = False  # without eval(), which models override; no dropout, cache or checkpointing
         with torch.random.fork_rng(devices=used_devices()), torch.no_grad():
             model(*args, **batch)
-    except _Seen:
+    except _EndOfRecording:
         pass
     finally:
         for module in training:

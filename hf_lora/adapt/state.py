@@ -1,4 +1,4 @@
-"""What is known of a model's adapters, and their tensors by the names of the unadapted model."""
+"""The state of a model's adapters that is not a tensor: which there are, their tasks, and which are active."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import StateError, nearest
+from ..errors import Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from ..layers.parts import Part
@@ -45,7 +45,7 @@ class Task:
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
 
     def apply(self, model: Any) -> None:
-        """Write the task to the model and its config, where the losses read it."""
+        """Write the task to the model and its config, which the losses read."""
         config = getattr(model, "config", None)
         if config is None or self.id2label is None:
             return
@@ -61,10 +61,10 @@ class AdapterRecord:
     """Everything about one adapter of a model that is not a tensor.
 
     Args:
-        heads: name -> why, of the modules that it keeps whole.
-        skipped: name -> why, of what its configuration left out.
-        notes: what its table says below.
-        named_by_user: whether its layers were named (a list or regular expression) rather than found by a preset.
+        heads: name -> reason, for the modules that it trains whole.
+        skipped: name -> reason, for the modules that its configuration skips.
+        notes: lines at the end of its table.
+        named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
     """
 
@@ -79,7 +79,7 @@ class AdapterRecord:
 
 @dataclass
 class Original:
-    """A tensor of the base as it was before a merge. `site` holds it as `site.weight`, whichever parameter that is."""
+    """A tensor of the base before a merge. `site.weight` is the current tensor."""
 
     site: Any
     storage: Storage
@@ -89,7 +89,7 @@ class Original:
         self.storage.put_back(self.site, self.kept)
 
     def swap(self) -> None:
-        """Exchange it with what is in its place."""
+        """Swap it with the current tensor."""
         now = self.storage.keep(self.site)
         self.put_back()
         self.kept = now
@@ -97,33 +97,33 @@ class Original:
 
 @dataclass
 class LoraState:
-    """Everything about a model's adapters that is not a tensor. It lives on the root module."""
+    """Everything about a model's adapters that is not a tensor. The root module holds it."""
 
     activity: Activity = field(default_factory=Activity)
     originals: list[Original] = field(default_factory=list)
-    """What merging kept of the base, so that unmerging restores every bit."""
+    """Tensors of the base before merging, so that unmerging restores every bit."""
     adapters: dict[str, AdapterRecord] = field(default_factory=dict)
-    """What is known of each adapter, in the order in which they came."""
+    """Name -> adapter, in the order in which they were added."""
     required_grad: dict[str, bool] = field(default_factory=dict)
     """Original parameter name -> requires_grad before the first adapter."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """Of the base model, taken before anything changed: see files/fingerprint.py."""
+    """Identity of the base model before anything changed: see files/identity.py."""
     base_task: Task = field(default_factory=Task)
-    """The model's own task, before the first adapter."""
+    """The task of the model before the first adapter."""
     random_base: bool = False
     vocabulary: int | None = None
-    """Rows of the input embedding in the base checkpoint, as far as is known: see resize.py."""
+    """Rows of the input embedding in the base checkpoint, if known: see resize.py."""
     has_batchnorm: bool = False
     resumable: bool = False
-    """A LoraTrainer is in charge, which can resume from the checkpoints that are saved."""
+    """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""
     borrowed: list[str] = field(default_factory=list)
-    """Attributes of the model itself that a Trainer set and that go when the adapters go."""
+    """Attributes that a Trainer set on the model and that are removed with the adapters."""
 
     def require(self, name: str) -> None:
         if name not in self.adapters:
             raise StateError(
                 f"There is no adapter {name!r}{nearest(name, self.adapters)}. "
-                f"The model holds {', '.join(map(repr, self.adapters)) or 'none'}."
+                f"The model has {', '.join(map(repr, self.adapters)) or 'none'}."
             )
 
     def refuse_merged(self, call: str) -> None:
@@ -135,12 +135,12 @@ class LoraState:
 
 
 def state_of(model: nn.Module) -> LoraState | None:
-    """The adapters' state of a model that LoRA was applied to, else None."""
+    """The state of a model with adapters; None for any other model."""
     return model.__dict__.get(ATTRIBUTE)
 
 
 def base_task(model: nn.Module) -> Task:
-    """The task of the base model's own head, whichever adapter is active."""
+    """The task of the base model's head, independent of the active adapter."""
     state = state_of(model)
     return Task.of(model) if state is None else state.base_task
 
@@ -153,7 +153,7 @@ def require_state(model: nn.Module, call: str) -> LoraState:
 
 
 def update_requires_grad(model: nn.Module, state: LoraState, names: Any) -> None:
-    """Let the tensors of `names` require gradients where the adapter is active and trainable."""
+    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable."""
     wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
     if not wanted:
         return
@@ -167,7 +167,7 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     """Make `names` the active adapters.
 
     Raises:
-        StateError: a name is unknown, the model is merged, or the adapters cannot act together.
+        StateError: a name is unknown, the model is merged, or the adapters conflict.
     """
     state.refuse_merged("set_adapter")
     for name in names:
@@ -186,7 +186,7 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
 
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
-    """The parts of the adapters `names`, in the order of these, grouped by what they act on."""
+    """The parts of the adapters `names`, in this order, grouped by the module or weight that they act on."""
     together: dict[tuple[type[Part], str], list[Part]] = {}
     for part in parts(model):
         if part.adapter in names:
@@ -197,9 +197,11 @@ def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]
 
 
 def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
+    faults = Faults(f"set_adapter({list(names)}): these adapters cannot be active together")
     together = acting_together(model, names)
-    faults = [first.conflict(others) for first, *others in together if others]
-    found = [fault for fault in faults if fault is not None]
+    for first, *others in together:
+        if others and (conflict := first.conflict(others)) is not None:
+            faults.add(conflict)
     everything = [part for group in together for part in group]
     for whole in (part for part in everything if part.whole_module):
         for part in everything:
@@ -207,10 +209,8 @@ def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
                 part.path == whole.path and part.whole_module
             )
             if below and part.adapter != whole.adapter:
-                found.append(
-                    f"{whole.path}: {whole.adapter!r} has a module of its own there, so what {part.adapter!r} has at "
-                    f"{part.name} would not act"
+                faults.add(
+                    f"{whole.path}: {whole.adapter!r} replaces this module, so what {part.adapter!r} has at "
+                    f"{part.name} would have no effect"
                 )
-    if found:
-        listed = "\n".join(f"  - {f}" for f in found[:20])
-        raise StateError(f"set_adapter({list(names)}): these adapters cannot be active together:\n{listed}")
+    faults.check(StateError, "Set one of them at a time.")

@@ -1,7 +1,7 @@
-"""What an initialization wants to know of batches: run the model on them while its collectors look on.
+"""Statistics of batches for initializations: run the model on them while collectors observe it.
 
-In: a model, the sites that will be adapted, batches. Out: the statistics of each site. The model is left as it was:
-nothing is trained, no gradient is kept, and the random state is restored.
+In: a model, the sites that will be adapted, batches. Out: the statistics of each site. The model does not change: no
+training, no gradients are kept, and the random state is restored.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ def informed(
     original: Callable[[str], Tensor] | None,
     call: str,
 ) -> LoraConfig:
-    """Give the targets of a plan what their initialization asks for, and the ranks that come from it.
+    """Add what the initialization needs to the targets of a plan, and set the ranks that it chooses.
 
     Returns:
-        The configuration, with ranks other than its own in `rank_pattern`.
+        The configuration, with the chosen ranks in `rank_pattern`.
 
     Raises:
-        ConfigError: something is needed that is not given.
+        ConfigError: an argument that the initialization needs is missing.
     """
     if not plan.layers:
         return config
     init = plan.layers[0].adapter.init
     if init.needs == "original" and original is None:
         raise ConfigError(
-            f"{call}: the initialization {config.init_lora_weights!r} compares with the weights of the checkpoint. "
-            "Pass original=…, a function from a layer's name to its weight there."
+            f"{call}: the initialization {config.init_lora_weights!r} needs the weights of the checkpoint. "
+            "Pass original=…, a function from a layer's name to its weight in the checkpoint."
         )
     if init.needs == "nothing":
         return config
@@ -54,31 +54,31 @@ def informed(
     targets, changed = [], {}
     for target in plan.layers:
         if ranks[target.name] < 1:
-            plan.skipped[target.name] = "the initialization gave it no rank"
+            plan.skipped[target.name] = "the initialization chose rank 0"
             continue
-        own = target.adapter
-        if ranks[target.name] != own.r:
+        adapter = target.adapter
+        if ranks[target.name] != adapter.r:
             changed[target.name] = r = ranks[target.name]
-            own = replace(own, r=r, scaling=config.scaling(r, own.alpha))
-            own.specs = own.declare(target.site, target.shape)
+            adapter = replace(adapter, r=r, scaling=config.scaling(r, adapter.alpha))
+            adapter.specs = adapter.declare(target.site, target.shape)
         reader = None if original is None else partial(original, target.name)
-        targets.append(replace(target, adapter=own, statistics=found.get(target.name), original=reader))
+        targets.append(replace(target, adapter=adapter, statistics=found.get(target.name), original=reader))
     plan.layers[:] = targets
-    # A layer's own name comes first, and has the last word where the configuration names it too.
+    # The name of a layer comes before patterns, and its value replaces one that the configuration has for that name.
     return replace(config, rank_pattern=changed | config.rank_pattern | changed) if changed else config
 
 
 def collect(
     model: nn.Module, targets: Iterable[Target], init: Init, batches: Iterable[Any] | None, call: str
 ) -> dict[str, Any]:
-    """Name of a target -> its statistics; empty where `init` needs none.
+    """Name of a target -> its statistics; empty if `init` needs none.
 
     Args:
-        batches: mappings of the forward's arguments, or single arguments. For gradients the output is the loss or has
-            it as `.loss`.
+        batches: mappings of arguments of the forward, or single arguments. For gradients, the output must be the loss
+            or have it as `.loss`.
 
     Raises:
-        ConfigError: batches are needed, and there are none.
+        ConfigError: batches are needed but there are none.
     """
     if init.needs not in ("inputs", "gradients"):
         return {}
@@ -86,17 +86,17 @@ def collect(
     first = next(batches, None)
     if first is None:
         raise ConfigError(
-            f"{call}: the initialization {type(init).__name__} looks at {init.needs}. Pass batches=[…], such as a few "
+            f"{call}: the initialization {type(init).__name__} needs {init.needs}. Pass batches=[…], such as a few "
             "batches of the training data."
         )
     targets = list(targets)
     weights = list({id(t.site.weight): t.site.weight for t in targets}.values())
     required = [weight.requires_grad for weight in weights]
     training = [module for module in model.modules() if module.training]
-    with ExitStack() as undo:  # all of it, whatever of it fails
+    with ExitStack() as undo:  # every step is undone, even after an error
         for module in training:
             undo.callback(setattr, module, "training", True)
-            module.training = False  # not eval(): nothing is to be told
+            module.training = False  # without eval(), which models override
         for weight, flag in zip(weights, required, strict=True):
             undo.callback(weight.requires_grad_, flag)
             weight.requires_grad_(init.needs == "gradients")
@@ -119,4 +119,4 @@ def _run(model: nn.Module, batch: Any, weights: list[Any]) -> None:
         output = model(**batch) if isinstance(batch, Mapping) else model(batch)
         if weights:
             loss = getattr(output, "loss", output)
-            torch.autograd.grad(loss, weights, allow_unused=True)  # for what the collectors hooked: none is kept
+            torch.autograd.grad(loss, weights, allow_unused=True)  # runs the collectors' hooks; results are dropped

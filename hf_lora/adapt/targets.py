@@ -1,6 +1,6 @@
-"""Decide which layers a configuration adapts, which modules it trains whole, and why the rest is left out.
+"""Decide which layers a configuration adapts, which modules it trains whole, and why others are skipped.
 
-Everything is decided, and every fault found, before the model is touched.
+All decisions are made and all faults found before the model is changed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-line
 
 @dataclass(eq=False)
 class Target:
-    """One weight to adapt: its name, which is that of its layer, its shape and storage, and what the adapter is there.
+    """One weight to adapt, with its shape, its storage and the properties of the adapter there.
 
-    Of a module with several weights, `name` is the weight's own, and `path` the module's.
+    `name` is the name of its layer; for a module with several weights, that of the weight. `path` is the module's.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Target:
     storage: Storage
     adapter: LayerAdapter
     options: str = ""
-    """What follows the initialization's name."""
+    """Options in the initialization's name."""
     statistics: Any = None
     original: Callable[[], Tensor] | None = None
     from_file: bool = False
@@ -80,20 +80,20 @@ class Target:
 
 @dataclass
 class Explanation:
-    """What a configuration does to a model. `str()` is a table for people."""
+    """What a configuration changes in a model. `str()` gives a table."""
 
     layers: list[Target] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    """Name -> why it is left out."""
+    """Name -> why it is skipped."""
     saved: dict[str, str] = field(default_factory=dict)
     """Name -> why it is trained and saved whole."""
     biases: list[str] = field(default_factory=list)
     others: list[Planned] = field(default_factory=list)
-    """The parts of kinds from outside."""
+    """The parts of kinds from other packages."""
     notes: list[str] = field(default_factory=list)
 
     def declared(self) -> Iterator[tuple[str, Mapping[str, FactorSpec]]]:
-        """(path, declaration) of all that is new beside the base's tensors: not of copies of these."""
+        """(path, declaration) of all tensors that are not copies of the base's."""
         for target in self.layers:
             yield target.path, target.specs
         for planned in self.others:
@@ -106,9 +106,9 @@ class Explanation:
 
 
 def explain_targets(model: nn.Module, config: Any = None) -> Explanation:
-    """Every layer that `config` would adapt, with shape, rank, alpha and parameters, and what it leaves out.
+    """Every layer that `config` would adapt, with shape, rank, alpha and parameters, and what it would skip.
 
-    Changes nothing.
+    The model does not change.
 
     Raises:
         TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
@@ -126,13 +126,13 @@ def resolve(
     """The plan of an injection.
 
     Args:
-        allow_bypassed: adapt named layers although their parent multiplies by their weight itself.
-        from_file: the configuration was read from an adapter's file, whose tensors decide: modules to save and
-            patterns that match nothing there are no fault.
+        allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
+        from_file: the configuration comes from an adapter's file, whose tensors decide: `modules_to_save` and
+            patterns that match nothing are not faults.
     """
     faults = Faults(call)
     check_names(config, faults)
-    faults.check(ConfigError, "Correct the configuration, or import the package that registers these.")
+    faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
     _check_pair(config, init, method, faults)
@@ -174,7 +174,7 @@ def resolve(
 
 
 def check_names(config: LoraConfig, faults: Faults) -> None:
-    """Add a fault for a method, an initialization or a kind of part that nobody has registered."""
+    """Add a fault for each method, initialization or kind of part that is not registered."""
     if config.method not in METHODS:
         faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
     if find_init(config.init_lora_weights) is None:
@@ -188,13 +188,13 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
     if init.takes_out and not init.repeatable and not method.additive:
         faults.add(
-            f"init_lora_weights={config.init_lora_weights!r} takes out of the base what only an update that adds up "
-            f"can put into a file, and method={config.method!r} does not add up"
+            f"init_lora_weights={config.init_lora_weights!r} subtracts a product from the base that a file can hold "
+            f"only for an additive method, and method={config.method!r} is not additive"
         )
 
 
 def scalings(config: LoraConfig) -> Callable[[str], float]:
-    """Original name of an adapted layer -> the factor in front of B A there."""
+    """Original name of an adapted layer -> the scaling of B A there."""
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
     return lambda name: config.scaling(ranks.get(name, config.r), alphas.get(name, config.alpha))
 
@@ -221,7 +221,7 @@ def _saved_modules(
 
 
 def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults: Faults) -> None:
-    """Refuse to train a quantised module whole, and quantised layers without weights, which cannot run."""
+    """Refuse to train a quantized module whole, and quantized layers with a dense weight, which cannot run."""
     unfinished = {n: m for n, m in modules.items() if is_unfinished(m)}
     heads = {n: why for n, why in saved.items() if any(is_packed(p) for p in modules[n].parameters())}
     heads |= {s: why for s, why in saved.items() if any(f"{n}.".startswith(f"{s}.") for n in unfinished)}
@@ -229,13 +229,13 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
     skip = f"llm_int8_skip_modules or modules_to_not_convert: {[*heads, *others]!r}"
     for name, why in heads.items():
         faults.add(
-            f"{name} would be trained whole ({why}), and is quantised. Load the base with all such modules left out, "
-            f"too ({skip})"
+            f"{name} would be trained whole ({why}) but is quantized. Load the base with all such modules excluded "
+            f"from quantization ({skip})"
         )
     for name in others:
         faults.add(
-            f"{name} has a quantised forward and a weight that never was, as where the base checkpoint lacks it. Load "
-            f"the base with all such modules left out, too ({skip})"
+            f"{name} has a quantized forward but its weight was never quantized, as happens if the base checkpoint "
+            f"lacks it. Load the base with all such modules excluded from quantization ({skip})"
         )
 
 
@@ -256,7 +256,7 @@ def _bias_modules(
         elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
             found.append(name)
         else:
-            plan.skipped[f"{name}.bias"] = f"how {type(module).__name__} adds its bias is not known"
+            plan.skipped[f"{name}.bias"] = f"{type(module).__name__} may use its bias in an unsupported way"
     return found
 
 
@@ -272,7 +272,7 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
         shared = [n for n in users.get(id(target.site._parameters.get("weight")), ()) if n != holder]
         if shared:
             notes.append(
-                f"{target.name} shares its weight with {', '.join(shared)}: it trains, saves and loads; merging it "
-                "needs untie=True"
+                f"{target.name} shares its weight with {', '.join(shared)}: it can be trained, saved and loaded, but "
+                "merging it needs untie=True"
             )
     return notes

@@ -1,4 +1,4 @@
-"""Weights that several modules hold, and how each gets its own."""
+"""Weights that several modules share, and untying them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .walk import module_at, original_modules
 
 
 def tensor_users(model: nn.Module) -> dict[int, list[str]]:
-    """id of a parameter -> original names of the modules that hold it."""
+    """id of a parameter -> original names of the modules that have it."""
     users: dict[int, list[str]] = {}
     for name, module in original_modules(model):
         for parameter in module._parameters.values():
@@ -24,29 +24,29 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
 
 
 def untie_adapted(model: Any, folds: Iterable[Fold]) -> None:
-    """Give every tensor that is to be merged to its own module, in memory and in what the model will save."""
+    """Untie every tensor that will be merged, in memory and in the config."""
     users = tensor_users(model)
     shared = [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
     if not shared:
         return
     for fold in shared:
-        if not fold.storage.quantized:  # each of those gets a dense weight of its own in any case
+        if not fold.storage.quantized:  # quantized layers get their own dense weight in any case
             path, _, name = fold.name.rpartition(".")
-            _own(module_at(model, path), name)
+            _copy_parameter(module_at(model, path), name)
     untie_all(model)
 
 
 def untie_all(model: Any) -> None:
-    """Make copies of what a transformers model ties, and say in its config that nothing is tied.
+    """Copy all tied weights of a transformers model, and set its config to untied.
 
-    A config says of all ties at once whether they hold, and a file without ties must hold every tensor.
+    The config has one flag for all ties, and a file of an untied model must contain every tensor.
     """
     ties = getattr(model, "all_tied_weights_keys", None)
     for key, source in (ties or {}).items():
         (path, _, name), (source_path, _, source_name) = key.rpartition("."), source.rpartition(".")
         holder: Any = module_at(model, path)
         if holder._parameters.get(name) is module_at(model, source_path)._parameters.get(source_name):
-            _own(holder, name)
+            _copy_parameter(holder, name)
     if ties is not None:
         model.all_tied_weights_keys = {}
     for config in _configs(model):
@@ -54,14 +54,14 @@ def untie_all(model: Any) -> None:
             config.tie_word_embeddings = False
 
 
-def _own(module: Any, name: str) -> None:
+def _copy_parameter(module: nn.Module, name: str) -> None:
     parameter = module._parameters[name]
     if parameter is not None:
         module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
-def forward_asks_for_ties(model: nn.Module) -> bool:
-    """Whether the model computes something else, such as a scale, where its config says that embeddings are tied."""
+def forward_reads_tie_flag(model: nn.Module) -> bool:
+    """Whether the model's forward depends on the config's tie flag, such as for a scale."""
     cls: Any = unwrap_class(type(model))
     forward = inspect.unwrap(cls.forward)
     return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())

@@ -1,4 +1,4 @@
-"""Take back what was done to a model where a later step is refused: the very modules and parameters, as they were."""
+"""Undo changes to a model if a later step fails: the same module and parameter objects are restored."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from .walk import configs_of
+
 
 @contextmanager
 def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
-    """Restore a model's modules, parameters and config where `error` is raised inside; values are not copied.
+    """Restore a model's modules, parameters and configs if `error` is raised inside.
 
-    What changes values in place is not undone.
+    Values are not copied, so in-place changes of values are not undone.
     """
     modules = [(module, type(module), _contents(module)) for module in model.modules()]
     parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    configs = [(config, dict(vars(config))) for config in _configs(model)]
+    configs = [(config, dict(vars(config))) for config in configs_of(model)]
     try:
         yield
     except error:
@@ -35,12 +37,5 @@ def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
 
 
 def _contents(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes; of its dicts (parameters, children, hooks) a copy."""
+    """A module's attributes, with copies of its dicts (parameters, children, hooks)."""
     return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
-
-
-def _configs(model: Any) -> list[Any]:
-    """The configs of a transformers model, each once."""
-    found = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
-    inner = {id(c): c for config in found.values() for c in vars(config).values() if hasattr(c, "to_dict")}
-    return list({**inner, **found}.values())

@@ -1,7 +1,7 @@
-"""Walk a model under the names that its modules had before anything was adapted.
+"""Walk over a model with the names that its modules had before LoRA was applied.
 
-A `Replacement` adds `base_layer` and `copies` to the tree, an adapted layer `lora_*`. Configurations, files and tables
-speak of the original names; these functions are the one place that knows the difference.
+A `Replacement` adds `base_layer` and `copies` to the module tree, an adapted layer `lora_*`. Configurations, files and
+tables use the original names; only these functions convert between the two.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..layers.views import View, sites_of
 
 
 def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(original name, module) of every module of the unadapted model, each once, parents first."""
+    """(original name, module) of every module of the original model, each once, parents first."""
     for name, module in _walk(model):
         if not isinstance(module, Replacement):
             yield name, module
@@ -37,27 +37,27 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, Replacement):
             stack.append((name, module.base_layer))
             continue
-        ours = isinstance(module, Host)
+        is_host = isinstance(module, Host)
         for child_name, child in reversed(list(module._modules.items())):
-            if child is not None and not (ours and child_name.startswith("lora_")):
+            if child is not None and not (is_host and child_name.startswith("lora_")):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
 
 
 def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """(adapter, parameter) of all that the adapters `names` train, in one pass without names of modules.
+    """(adapter, parameter) of all parameters that the adapters `names` train, in one pass without names of modules.
 
-    A switch between adapters is this pass: modules without children, which are most, are not even looked at.
+    Switching between adapters is this pass. It skips modules without children, which are most.
     """
     names = tuple(names)
     stack, seen = [model], {id(model)}
     while stack:
         module = stack.pop()
-        ours = isinstance(module, Host)
+        is_host = isinstance(module, Host)
         for kind, child in module._modules.items():
             if child is None or not child._modules or id(child) in seen:
                 continue
             seen.add(id(child))
-            if (ours and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
+            if (is_host and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
                 for name in names:
                     held = child._modules.get(name)
                     if held is None or "frozen" in held.__dict__:
@@ -70,9 +70,9 @@ def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
 
 
 def parts(model: nn.Module, name: str | None = None) -> Iterator[Part]:
-    """All that adapter `name` (or any) owns, in the order of the model's modules.
+    """All parts of adapter `name` (default: of every adapter), in the order of the model's modules.
 
-    The walk is not finished when the first part comes out: take a list before removing any.
+    The walk is lazy: make a list before removing parts.
     """
     kinds = tuple(PARTS.values())
     for path, module in _walk(model):
@@ -85,9 +85,9 @@ def parts(model: nn.Module, name: str | None = None) -> Iterator[Part]:
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Site]:
-    """Original name -> site, of everything that holds factors of any adapter.
+    """Original name -> site, for every site with factors of any adapter.
 
-    A site that is no layer has the name of its weight.
+    A site that is not a layer has the name of its weight.
     """
     return {
         f"{path}.{site.name}" if isinstance(site, View) else path: site
@@ -97,19 +97,19 @@ def adapter_layers(model: nn.Module) -> dict[str, Site]:
 
 
 def adapted_modules(model: nn.Module, name: str) -> set[str]:
-    """Original names of the modules that hold factors of one adapter."""
+    """Original names of the modules with factors of one adapter."""
     return {
         path for path, module in original_modules(model) if any(name in site._lora.names for site in sites_of(module))
     }
 
 
 def replacements(model: nn.Module) -> dict[str, Replacement]:
-    """Original name -> replacement, of every module that is kept whole for some adapter."""
+    """Original name -> replacement, for every module that some adapter trains whole."""
     return {name: module for name, module in _walk(model) if isinstance(module, Replacement)}
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """The module of an original name, looked up through replacements."""
+    """The module with an original name, looked up through replacements."""
     module: Any = model
     for part in path.split(".") if path else []:
         module = _inside(module)._modules[part]
@@ -119,7 +119,7 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 
 def placed(model: nn.Module, path: str) -> nn.Module:
-    """What stands at an original name, a replacement included."""
+    """The module at an original name, or its replacement."""
     parent, _, leaf = path.rpartition(".")
     found = module_at(model, parent)._modules[leaf]
     assert found is not None
@@ -127,10 +127,17 @@ def placed(model: nn.Module, path: str) -> nn.Module:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Set what stands at an original name, a replacement included."""
+    """Replace the module (or replacement) at an original name."""
     parent, _, leaf = path.rpartition(".")
     setattr(module_at(model, parent), leaf, module)
 
 
 def _inside(module: Any) -> Any:
     return module.base_layer if isinstance(module, Replacement) else module
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """The configs of a transformers model and of the models inside it, including nested ones, each once."""
+    outer = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+    inner = {id(c): c for config in outer.values() for c in vars(config).values() if hasattr(c, "to_dict")}
+    return list({**inner, **outer}.values())

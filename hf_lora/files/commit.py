@@ -1,7 +1,7 @@
-"""The commit of a base model from the Hub, found in the client's cache: a loaded model no longer tells it.
+"""The commit of a base model from the Hub, found in the local cache, because a loaded model does not have it.
 
-The cache keeps a folder for each commit that was downloaded. The one is taken whose files hold the model's weights;
-where several do, they differ in other files, and the one that `main` was last is taken.
+The cache has a folder for each downloaded commit. The result is the commit whose files contain the model's weights;
+if several do, they differ in other files, and the last known `main` is chosen.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 COMPARED = 2
-"""Matrices that are read from the files."""
+"""How many matrices are read from the files."""
 
 
 def cached_commit(name: str, samples: Mapping[str, Any] | None, sample: Any, same: Any) -> str | None:
-    """The commit; None where the cache does not tell it.
+    """The commit; None if the cache does not show it.
 
     Args:
-        name: of the repository.
-        samples: name -> sample of some of the model's weights; None where they cannot be sampled.
-        sample: makes a sample of a tensor.
+        name: name of the repository.
+        samples: name -> sample of some of the model's weights; None if they cannot be sampled.
+        sample: returns the sample of a tensor.
         same: whether two mappings of samples are of the same weights.
     """
     from huggingface_hub import constants
@@ -36,16 +36,16 @@ def cached_commit(name: str, samples: Mapping[str, Any] | None, sample: Any, sam
         files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
         if re.fullmatch(r"[0-9a-f]{40}", folder.name) and files:
             found[folder.name] = _holds(files, samples or {}, sample, same)
-    sure = [commit for commit, holds in found.items() if holds]
-    if not sure and len(found) == 1 and None in found.values():
-        sure = list(found)  # named otherwise than in memory: the only one there is
+    certain = [commit for commit, holds in found.items() if holds]
+    if not certain and len(found) == 1 and None in found.values():
+        certain = list(found)  # the only one, with other names than in memory
     ref = storage / "refs" / "main"
     main = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
-    return main if main in sure else (sure[0] if len(sure) == 1 else None)
+    return main if main in certain else (certain[0] if len(certain) == 1 else None)
 
 
 def _holds(files: list[Path], samples: Mapping[str, Any], sample: Any, same: Any) -> bool | None:
-    """Whether the files hold the sampled weights; None where none of the names is in them."""
+    """Whether the files contain the sampled weights; None if they contain none of the names."""
     from safetensors import SafetensorError, safe_open
 
     read: dict[str, Any] = {}

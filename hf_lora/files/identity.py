@@ -1,12 +1,12 @@
-"""Which base model an adapter belongs to: the identity of the checkpoint, not of the tensors in memory.
+"""The identity of the base model of an adapter: that of the checkpoint, not of the tensors in memory.
 
-Three marks are taken when LoRA is first applied, each where it can be had: repository and commit; a hash of a local
-folder's safetensors headers and of sampled bytes; sampled weights rounded to bfloat16, which stay the same, or nearly,
-when the checkpoint is loaded in another dtype. Two bases are the same where any mark agrees, and differ where marks
-can be compared and none agrees. Labels, heads, dropout and vocabulary are no part of a base's identity.
+Up to three marks are recorded when LoRA is first applied: repository and commit; a hash of a local folder's
+safetensors headers and of sampled bytes; and sampled weights rounded to bfloat16, which are nearly the same if the
+checkpoint is loaded in another dtype. Two bases are the same if any mark agrees, and differ if marks can be compared
+and none agrees. Labels, heads, dropout and vocabulary are not part of the identity.
 
-Nor is quantisation: of a base that was quantised as it was loaded, the files and what stayed dense tell which it is.
-A base whose files hold quantised weights has files of its own, which are compared with those of its like alone.
+Quantization is not part of it either: a base that is quantized at load is identified by its files and its dense
+weights. A checkpoint of quantized weights has different files, which are compared only with those of the same kind.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Identity = dict[str, Any]
 
 
 def identify(model: nn.Module) -> Identity:
-    """The marks of an unadapted model: `name`, `commit`, `files`, `weights`, `model_type`; those that can be had."""
+    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`."""
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
     marks: Identity = {
@@ -51,27 +51,25 @@ def identify(model: nn.Module) -> Identity:
 
 
 def differs(saved: Identity, found: Identity) -> str | None:
-    """How the base at hand (`found`) differs from the one in a file; None where it is the same or cannot be told."""
+    """How this base (`found`) differs from the one that a file names; None if it is the same or unknown."""
     if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
         return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
     alike = saved.get("quantized") == found.get("quantized")
     marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
     same = {mark: saved[mark] == found[mark] for mark in marks}
-    ours, theirs = saved.get("weights") or {}, found.get("weights") or {}
-    if ours.keys() & theirs.keys():
-        same["weights"] = _same_weights(ours, theirs)
+    then, now = saved.get("weights") or {}, found.get("weights") or {}
+    if then.keys() & now.keys():
+        same["weights"] = _same_weights(then, now)
     if not same or any(same.values()):
         return None
     what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
     listed = " and ".join(what[mark] for mark in same)
-    names = (
-        f"(trained on {saved.get('name', 'a base without a name')}, found {found.get('name', 'one without a name')})"
-    )
-    return f"the base model is another one: {listed} differ {names}"
+    names = f"(trained on {saved.get('name', 'an unnamed base')}, found {found.get('name', 'an unnamed base')})"
+    return f"this is another base model: {listed} differ {names}"
 
 
 def _quantized_files(model: Any) -> str | None:
-    """How the weights in the checkpoint's files are quantised; None where they are dense."""
+    """How the weights in the checkpoint's files are quantized; None if they are dense."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if not getattr(quantizer, "pre_quantized", False):
         return None
@@ -79,7 +77,7 @@ def _quantized_files(model: Any) -> str | None:
 
 
 def hash_files(folder: Path) -> str | None:
-    """A hash over the headers and sampled bytes of a local folder's safetensors files; None where there are none."""
+    """A hash of the headers and sampled bytes of a local folder's safetensors files; None if there are none."""
     if not folder.is_dir():
         return None
     paths = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
@@ -100,11 +98,10 @@ def hash_files(folder: Path) -> str | None:
 
 @torch.no_grad()
 def sample_weights(model: nn.Module) -> dict[str, str] | None:
-    """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None where they are not at hand.
+    """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None if they are not available.
 
-    Embeddings (they may be resized) and heads are left out, and names below the backbone are the backbone's own. Which
-    matrices are taken depends on each one's name alone, so that models of one checkpoint with different heads or
-    poolers have most of them in common.
+    Embeddings (they may be resized) and heads are skipped, and names are relative to the backbone. The matrices are
+    chosen by their names alone, so that models of one checkpoint with different heads or poolers share most of them.
     """
     prefix = getattr(model, "base_model_prefix", "")
     heads = tuple(f"{name}." for name in outside_backbone(model))
@@ -133,7 +130,7 @@ def _sample(weight: torch.Tensor) -> str:
 
 
 def _same_weights(saved: Mapping[str, str], found: Mapping[str, str]) -> bool:
-    """Whether two samples are of one checkpoint: by way of float16 an element in 16 rounds to the next bfloat16."""
+    """Whether two samples are of one checkpoint: via float16, one element in 16 rounds to the adjacent bfloat16."""
     common = sorted(saved.keys() & found.keys())
     a, b = (torch.cat([_decoded(sample[name]) for name in common]) for sample in (saved, found))
     if a.shape != b.shape:

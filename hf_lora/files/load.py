@@ -1,4 +1,4 @@
-"""Load an adapter into a model: everything checked before anything is changed."""
+"""Load an adapter into a model. Everything is checked before anything is changed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
-from ..adapt.labels import new_head, twin
+from ..adapt.labels import model_on_meta, new_head
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, parts
@@ -47,8 +47,8 @@ def load_adapter(
     """Add an adapter from a folder to a model, and make it the active one.
 
     Raises:
-        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes.
-        BaseMismatchError: the adapter belongs to another base (`allow_other_base=True` loads it all the same).
+        AdapterFileError: lists every tensor that is missing, unexpected, not finite or of the wrong shape.
+        BaseMismatchError: the adapter was trained on another base (`allow_other_base=True` loads it anyway).
     """
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
     call = f"{call}({str(file.path)!r}, {name!r})"
@@ -75,7 +75,7 @@ def load_adapter(
     plan.saved |= _whole_embeddings(model, file)
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
     task = task or _task_by_shape(model, plan, file)
-    other = _twin_of(model, plan, task)
+    other = _model_on_meta(model, plan, task)
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
         head = module_at(model, path) if other is None else other.get_submodule(path)
@@ -85,7 +85,7 @@ def load_adapter(
     faults = Faults(call)
     compare(expected, file.tensors, faults)
     compare_kinds(copies, file.tensors, faults)
-    faults.check(AdapterFileError, "Nothing was changed. Check that the adapter and the model belong together.")
+    faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
@@ -98,15 +98,15 @@ def load_adapter(
 def load_adapter_weights(
     model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str = "default"
 ) -> None:
-    """Put saved values into an adapter that the model holds already, exactly.
+    """Load saved values into an existing adapter of the model, exactly.
 
     Args:
         source: an adapter's folder, or tensors by file key.
 
     Raises:
-        AdapterFileError: lists every tensor that is missing, misshapen, not finite, or that nothing takes, and layers
-            in which the values would act with another factor than they were trained with.
-        BaseMismatchError: the folder's adapter belongs to another base.
+        AdapterFileError: lists every tensor that is missing, unexpected, not finite or of the wrong shape, and layers
+            whose scaling differs from the one that the values were trained with.
+        BaseMismatchError: the folder's adapter was trained on another base.
     """
     path = "tensors" if isinstance(source, Mapping) else str(source)
     state = require_state(model, "load_adapter_weights")
@@ -122,14 +122,14 @@ def load_adapter_weights(
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
             raise BaseMismatchError(
-                f"{call}: {difference}. Nothing was changed. Load the base that the adapter was trained on; "
-                "load_adapter(…, allow_other_base=True) takes an adapter onto another one."
+                f"{call}: {difference}. Nothing was changed. Load the base that the adapter was trained on, or use "
+                "load_adapter(…, allow_other_base=True) to load it onto another one."
             )
         _compare_scalings(state.adapters[name].config, file.config, adapter_layers(model), name, faults)
     own = stored(parts(model, name))
     aliases = [_alias(key, own) for key in tensors]
     if len(set(aliases)) < len(aliases):
-        faults.add("a bias is in the file under two names")
+        faults.add("the file contains a bias under two names")
     tensors = dict(zip(aliases, tensors.values(), strict=True))
     compare({key: each.shape for key, each in own.items()}, tensors, faults)
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
@@ -140,7 +140,7 @@ def load_adapter_weights(
 def _compare_scalings(
     own: LoraConfig, saved: LoraConfig, layers: Mapping[str, Any], name: str, faults: Faults
 ) -> None:
-    """Add a fault for the layers where the file's configuration has another factor in front of B A."""
+    """Add a fault for the layers whose scaling differs in the file's configuration."""
     found: dict[tuple[float, float], list[str]] = {}
     of_file, of_model = scalings(saved), scalings(own)
     for path in (path for path, layer in layers.items() if name in layer._lora.names):
@@ -149,21 +149,21 @@ def _compare_scalings(
             found.setdefault(pair, []).append(path)
     for (then, now), paths in found.items():
         faults.add(
-            f"scaling: alpha over rank is {then:g} in the file and {now:g} in the model, for {len(paths)} layers such "
-            f"as {paths[0]}"
+            f"scaling: alpha / rank is {then:g} in the file but {now:g} in the model, for {len(paths)} layers such as "
+            f"{paths[0]}"
         )
 
 
 @torch.no_grad()
 def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors by file key into an adapter; they were compared before."""
+    """Copy tensors by file key into an adapter, without checks."""
     own = stored(parts(model, name))
     for key, tensor in tensors.items():
         own[_alias(key, own)].put(tensor)
 
 
 def _whole_embeddings(model: Any, file: AdapterFile) -> dict[str, str]:
-    """Embeddings that a foreign file holds whole though its config names none: PEFT writes a resized vocabulary so."""
+    """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
     if file.extras:
         return {}
     ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
@@ -172,7 +172,7 @@ def _whole_embeddings(model: Any, file: AdapterFile) -> dict[str, str]:
 
 
 def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bool, call: str) -> None:
-    """A copy of a base weight in a foreign file says which base it is, up to the rounding of a 16-bit copy."""
+    """Compare copies of base weights in another library's file with the base, up to the rounding of a 16-bit copy."""
     faults = Faults(call)
     modules = dict(original_modules(model)) if file.base_copies else {}
     for path, copied in file.base_copies.items():
@@ -187,7 +187,7 @@ def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bo
             torch.allclose(own.cpu().float(), block.float(), rtol=2**-7, atol=1e-6)
             for own, block in zip(weight.detach().split(COMPARED_ROWS), copied.split(COMPARED_ROWS), strict=True)
         ):
-            faults.add(f"{path}: the file holds other base weights for it than this model does")
+            faults.add(f"{path}: its base weight in the file differs from that of this model")
     if not allow_other_base:
         faults.check(
             BaseMismatchError, "Load the base that the adapter was trained on, or pass allow_other_base=True."
@@ -195,7 +195,7 @@ def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bo
 
 
 def _alias(key: str, own: Mapping[str, Any]) -> str:
-    """A bias of an adapted layer may be written with or without `base_layer`."""
+    """The key in `own` for a file key: the bias of an adapted layer may be named with or without `base_layer`."""
     if key in own:
         return key
     other = (
@@ -225,17 +225,17 @@ def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
     return None
 
 
-def _twin_of(model: Any, plan: Explanation, task: Task | None) -> Any:
-    """A model without memory, for an adapter with another number of labels than the model's; None for any other."""
+def _model_on_meta(model: Any, plan: Explanation, task: Task | None) -> Any:
+    """A model on meta for an adapter whose number of labels differs from the model's; None if it does not."""
     labels = task.num_labels if task is not None else None
     present = base_task(model).num_labels
     if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
         return None
-    return twin(model, labels)
+    return model_on_meta(model, labels)
 
 
 def _heads(model: Any, plan: Explanation, other: Any) -> dict[str, nn.Module]:
-    """New heads as the twin has them; the tensors fill them."""
+    """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}
     with torch.random.fork_rng(devices=used_devices()):
@@ -243,13 +243,13 @@ def _heads(model: Any, plan: Explanation, other: Any) -> dict[str, nn.Module]:
 
 
 def _task_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> Task | None:
-    """The labels of a foreign file, without names, where they are not the model's."""
+    """The unnamed labels of another library's file; None if their number is the model's."""
     labels = _labels_by_shape(model, plan, file)
     return Task.from_labels(labels, None) if labels is not None else None
 
 
 def _labels_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> int | None:
-    """The label count of a foreign file, where it is not the model's: how many outputs its head has."""
+    """The number of outputs of the head in another library's file; None if it is the model's."""
     present = base_task(model).num_labels
     for path in plan.saved:
         for key, own in module_at(model, path).state_dict().items():

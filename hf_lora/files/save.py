@@ -1,4 +1,4 @@
-"""Save adapters of a model to a folder."""
+"""Save the adapters of a model to a folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .format import (
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> tensor of one adapter, not copied where its layout on disk is that in memory."""
+    """File key -> tensor of one adapter, without a copy if the layout in the file is that in memory."""
     require_state(model, "get_adapter_state_dict").require(name)
     return {key: each.value() for key, each in stored(parts(model, name)).items()}
 
@@ -42,15 +42,14 @@ def save_adapter(
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Write one adapter in PEFT's format, with `hf_lora.json` beside it.
+    """Write one adapter in PEFT's format, plus `hf_lora.json`.
 
     Args:
-        state_dict: gathered tensors, by the names of `model.state_dict()`, to write in place of the model's own.
-        allow_nonfinite: write NaN and infinity too, to look at them later.
+        state_dict: gathered tensors, by their names in `model.state_dict()`, to write instead of the model's.
+        allow_nonfinite: also write NaN and infinity, for inspection.
 
     Raises:
-        AdapterFileError: a tensor is sharded, empty or not finite, or no space is left. Files that were there are
-            unchanged.
+        AdapterFileError: a tensor is sharded, empty or not finite, or the disk is full. Existing files are unchanged.
     """
     state = require_state(model, "save_adapter")
     state.require(name)
@@ -58,15 +57,15 @@ def save_adapter(
     tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
-            f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. Call, on "
-            "every one, state = gathered_state(model); then model.save_pretrained(folder, state_dict=state, "
+            f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. On every process, "
+            "call state = gathered_state(model), then model.save_pretrained(folder, state_dict=state, "
             "is_main_process=…)."
         )
-    beside = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
-    if beside:
+    existing = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
+    if existing:
         warnings.warn(
-            f"{folder} holds {', '.join(beside)}, so other loaders will take it for a full model and overlook the "
-            "adapter. Save adapters to a folder of their own.",
+            f"{folder} contains {', '.join(existing)}, so other libraries will load it as a full model and ignore the "
+            "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
     return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name), allow_nonfinite)
@@ -79,8 +78,8 @@ def save_adapters(
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
 ) -> None:
-    """Write several adapters: a single one, and one named "default", to the folder itself, others to folders of their
-    names in it. Raises what `save_adapter` does.
+    """Write several adapters: a single one, and one named "default", to the folder itself; others to subfolders with
+    their names. Raises the errors of `save_adapter`.
     """
     for name in names:
         inner = len(names) > 1 and name != "default"
@@ -88,7 +87,7 @@ def save_adapters(
 
 
 def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
-    """adapter_config.json of one adapter, such that PEFT finds the same layers."""
+    """The content of adapter_config.json for one adapter, with which PEFT selects the same layers."""
     state = require_state(model, "save_adapter")
     record = state.adapters[name]
     config = record.config
@@ -118,7 +117,7 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
-    """A configuration under which factors with as many ranks again have the scaling that they had without."""
+    """The configuration for twice the ranks with the same scaling."""
     more = math.sqrt(2) if rslora else 2
     return {
         "r": 2 * values["r"],
@@ -129,15 +128,15 @@ def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
 
 
 def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
-    """Names that match `adapted` and nothing else: a last component where all modules of that name are adapted."""
+    """Names that match exactly `adapted`: a last component if all modules with it are adapted, else the whole path."""
     last = {path.rpartition(".")[2] for path in adapted}
     others = {path.rpartition(".")[2] for path in everything if path not in adapted}
-    clear = last - others
-    return sorted(clear) + sorted(path for path in adapted if path.rpartition(".")[2] not in clear)
+    unique = last - others
+    return sorted(unique) + sorted(path for path in adapted if path.rpartition(".")[2] not in unique)
 
 
 def extras_of(model: Any, name: str) -> dict[str, Any]:
-    """hf_lora.json of one adapter."""
+    """The content of hf_lora.json for one adapter."""
     import transformers
 
     from .. import __version__
@@ -156,13 +155,13 @@ def extras_of(model: Any, name: str) -> dict[str, Any]:
 
 
 def _label(value: Any) -> Any:
-    """A label as JSON can hold it: tables give NaN, where a row has none."""
-    is_whole = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
-    return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_whole else value
+    """A label as a JSON value; tables have NaN where a label is missing."""
+    is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_json else value
 
 
 def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
-    """Whether PEFT's matching of a named configuration gives exactly the adapted layers."""
+    """Whether PEFT's matching of these names selects exactly the adapted layers."""
     if config.exclude_modules or config.layers_to_transform is not None:
         return False
     inside = tuple(f"{head}." for head in heads)

@@ -1,10 +1,10 @@
-"""One layer with adapters: what it computes, and what its tensors are.
+"""One layer with adapters: what it computes and which tensors it holds.
 
-In: a module and the values of factors. Out: the same module, whose forward has the adapters in it.
+In: a module and the values of factors. Out: the same module, whose forward applies the adapters.
 
-- `contract`, `registry`: what a method, a shape, a storage and their factors declare, and where they are registered.
-- `methods/`, `inits/`, `shapes/`, `storages/`, `parts/`: the five registries, a file an entry.
-- `site`, `base`, `views`, `hosts`: one weight as methods see it; layers with one weight or several; what is held.
-- `copies`, `fitting`, `class_swap`: modules kept whole, tensors of another size, a class that is swapped in place.
-- `ops`, `dropout`, `sharing`, `distributed`, `file_maps`: products, and weights that are sharded or maps of files.
+- `contract`, `registry`: the interfaces of methods, shapes and storages, and the tables that they are registered in.
+- `methods/`, `inits/`, `shapes/`, `storages/`, `parts/`: the five registries, one file per entry.
+- `site`, `base`, `views`, `hosts`: one weight as methods see it; layers with one weight or several; adapter tensors.
+- `copies`, `fitting`, `class_swap`: whole modules per adapter, resized tensors, classes swapped in place.
+- `ops`, `dropout`, `sharing`, `distributed`, `file_maps`: products, and weights that are sharded or memory-mapped.
 """

@@ -12,13 +12,13 @@ from .hosts import Activity, Host
 from .site import LayerState, Site
 
 MERGED_TRAINING = (
-    "The adapters are merged into the weights, so training would teach them nothing. "
-    "Call unmerge_adapter() (or merge_and_unload() if the adapters are done with) first."
+    "The adapters are merged into the weights, so training would have no effect on them. "
+    "Call unmerge_adapter() first (or merge_and_unload() if you no longer need the adapters)."
 )
 
 
 class LoraLayer(Site, Host):
-    """Mixed in before the class of a layer that multiplies by its one weight: the layer is its own site."""
+    """Mixin for a layer with a single weight: the layer is its own site."""
 
     attribute = "_lora"
 
@@ -34,11 +34,12 @@ class LoraLayer(Site, Host):
         return self
 
     def product(self, x: Tensor) -> Tensor:
-        """The layer's own forward: dense, quantised or hooked."""
+        """The forward of the layer without adapters: dense, quantized or hooked."""
         return cast(Tensor, super().forward(x))
 
     def factor(self, kind: str, name: str) -> Tensor:
-        held: Any = self._modules[kind]  # nn.Module finds its children by failing first: too slow for a forward
+        # Not by attribute: nn.Module.__getattr__ runs only after a failed lookup, which is too slow for a forward.
+        held: Any = self._modules[kind]
         return cast(Tensor, held._modules[name].weight)
 
     def train(self, mode: bool = True) -> Any:
@@ -51,7 +52,7 @@ class LoraLayer(Site, Host):
 
 
 def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Activity) -> LoraLayer:
-    """Extend `layer`'s class, in place; it has no adapter yet and computes what it did."""
+    """Extend the class of `layer` in place. It has no adapter yet, so its output does not change."""
     LoraLayer.extend(layer)
     assert isinstance(layer, LoraLayer)
     layer._lora = LayerState(activity, shape, storage)
@@ -60,7 +61,7 @@ def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Acti
 
 
 def ungroup(layer: Site) -> None:
-    """Take `layer` and all that shared its input out of their group."""
+    """Dissolve the group of layers that share the input of `layer`."""
     for member in layer._lora.group:
         member._lora.group = ()
-    layer._lora.activity.leftovers = None
+    layer._lora.activity.shared_outputs = None

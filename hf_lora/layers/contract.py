@@ -1,8 +1,8 @@
-"""The contract: what a shape, a method and a storage answer, and the declaration of a factor. Nothing here has state.
+"""The interfaces of shapes, methods and storages, and the declaration of a factor. Nothing here has state.
 
-A *shape* knows how factors act on a kind of layer, a *method* belongs to an adapter and says what its factors do to
-the layer's output and weight, a *storage* knows how the weight's bits are kept. They meet in `base.LoraLayer`, and
-obey the law that stands there.
+A *shape* defines how factors act on a kind of layer. A *method* belongs to an adapter and defines how its factors
+change the output and the weight of the layer. A *storage* defines how a backend stores the weight. `site.Site` uses
+all three, and its docstring states the law that they obey.
 
 Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, V vocabulary.
 """
@@ -21,26 +21,26 @@ from torch import Tensor, nn
 from .ops import to_float64
 
 Update = Callable[[Tensor, slice], Tensor]
-"""(block of rows of a stored tensor, which rows) -> the block as merged; it may be overwritten."""
+"""(block of rows of a stored tensor, rows) -> the merged block; it may overwrite the block."""
 
 
 def same(tensor: Tensor) -> Tensor:
-    """The layout on disk of a factor that is written as it is."""
+    """The layout of a factor whose file holds it as memory does."""
     return tensor
 
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """The declaration of one tensor of an adapter at one module.
+    """The declaration of one tensor that an adapter has at one module.
 
     Args:
-        shape: of the whole tensor, in memory.
-        key: its name on disk, below the module's path; None for a tensor that is in no file.
-        axes: what each axis runs along, a letter each: R rank, I inputs, O outputs; "" where that is not known.
+        shape: shape of the whole tensor in memory.
+        key: name in the file, relative to the module's path; None for a tensor that is not saved.
+        axes: one letter per axis: R rank, I inputs, O outputs; "" if not known.
         trainable: whether an active adapter trains it.
-        joins: 0 for a tensor of its own in a file; else it follows the one of the same key there, along the axis of
-            the ranks, multiplied by this number.
-        to_disk, from_disk: the layout in a file and back, views where possible.
+        joins: 0 for a tensor with its own key in the file. Otherwise it is multiplied by this number and concatenated
+            along the rank axis to the tensor with the same key.
+        to_disk, from_disk: convert the layout to that of the file and back; views where possible.
     """
 
     shape: tuple[int, ...]
@@ -59,51 +59,51 @@ class FactorSpec:
 
 
 _spec = functools.lru_cache(maxsize=256)(FactorSpec)
-"""Layers of one size, of which a model has hundreds, share their declarations."""
+"""Layers of the same size (a model has hundreds) share their declarations."""
 
 
 class Shape(ABC):
-    """How two factors act on one kind of layer. Stateless: one instance a kind."""
+    """How two factors act on one kind of layer. Stateless: one instance per kind."""
 
     looks_up = False
-    """Whether the layer's input are indices, of which rows are taken: nothing is multiplied, and nothing dropped."""
+    """Whether the input holds indices of rows, as for an embedding: nothing is multiplied, and dropout is off."""
     fan_in_fan_out = False
-    """Whether the weight is stored (I, O), which PEFT asks its users for."""
+    """Whether the weight is stored as (I, O). In PEFT the user sets this."""
     keys: dict[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
-    """Factor -> its name on disk, below the layer's path."""
+    """Factor -> its name in the file, relative to the layer's path."""
     is_matrix = False
     """Whether the layer multiplies its input (…, I) by one matrix, as `ops.lora_products` does."""
 
     mixin: Any = None
-    """Of a module with several weights, whose own forward multiplies by them: the class, derived from
-    `views.LoraViews`, whose forward does so with adapters. None where the layer is its own site."""
+    """For a module whose forward multiplies by several weights: a subclass of `views.LoraViews` whose forward does the
+    same with adapters. None if the layer is its own site."""
 
     def sites(self, layer: nn.Module) -> Sequence[Any]:
-        """The weights that take factors: the layer itself, or a `views.View` of each."""
+        """The weights that can have factors: the layer itself, or a `views.View` of each."""
         return [layer]
 
     @abstractmethod
     def claims(self, layer: nn.Module) -> bool:
-        """Whether this shape knows what the layer's forward computes."""
+        """Whether the forward of the layer is the one that this shape supports."""
 
     def refuse(self, layer: nn.Module) -> str | None:
-        """Why this layer, though of the right class, cannot be adapted; None where it can."""
+        """Why a layer of the right class still cannot be adapted; None if it can."""
         return None
 
     def refuse_rank(self, layer: nn.Module, r: int) -> str | None:
-        """Why this layer cannot have factors of rank `r`; None where it can."""
+        """Why this layer cannot have factors of rank `r`; None if it can."""
         return None
 
     def refuse_folding(self, layer: nn.Module) -> str | None:
-        """Why no update can be folded into this layer's weight, though it acts beside it; None where one can."""
+        """Why no update can be folded into this layer's weight, though it works unmerged; None if it can."""
         return None
 
     @abstractmethod
     def shapes(self, layer: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of A and B as PEFT stores them; from attributes, since the weight may be packed or sharded."""
+        """The shapes of A and B as PEFT stores them; from attributes, because the weight may be packed or sharded."""
 
     def prefix(self, layer: Any) -> str:
-        """What stands before the names on disk of a site's factors: those of one module would clash without."""
+        """Prefix of the file names of a site's factors, so that the sites of one module do not clash."""
         return ""
 
     def specs(self, layer: nn.Module, r: int) -> dict[str, FactorSpec]:
@@ -113,31 +113,31 @@ class Shape(ABC):
 
     @abstractmethod
     def features(self, layer: nn.Module) -> tuple[int, int]:
-        """(I, O) as a person would name them."""
+        """(I, O) for reports."""
 
     @abstractmethod
     def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
-        """scaling · B A x, scaled where it is R wide, without base product and bias; in the dtype of its products."""
+        """scaling · B A x without base product and bias; scaled at width R, in the dtype of its products."""
 
     def weight(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The weight (O, I) with which the whole forward of the layer is `F.linear(x, weight, bias)`.
+        """The weight (O, I), if the whole forward of the layer is `F.linear(x, weight, bias)`.
 
-        None where it is something else, or not in memory as a plain tensor: then the layer's own forward has to run.
+        None if the forward differs or the weight is not a plain tensor in memory: then the layer's forward must run.
         """
         return None
 
     @abstractmethod
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is B A in the layout of the layer's weight, flattened behind its first axis."""
+        """Two matrices whose product is B A in the layout of the weight, flattened after its first axis."""
 
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
-        """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
+        """Rows of B A in the layout of the weight; float64 if the device supports it."""
         left, right = self.factors(layer, name)
         return to_float64(left[rows]) @ to_float64(right)
 
     @abstractmethod
     def norm(self, weight: Tensor) -> Tensor:
-        """The norm of the weights of each output: (O,)."""
+        """The norm of the weights of each output, (O,)."""
 
     @abstractmethod
     def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
@@ -149,84 +149,84 @@ class Shape(ABC):
 
 
 class Method(ABC):
-    """What an adapter's factors do. Stateless: one instance a method, chosen for each adapter."""
+    """How the factors of an adapter change a layer. Stateless: one instance per method; each adapter has a method."""
 
     kind = ""
     keys: dict[str, str] = {}
-    """Factor -> its name on disk, of those besides the shape's: `{"lora_magnitude_vector": "lora_magnitude_vector"}`.
-    A factor's name begins with `lora_`."""
+    """Factor -> its name in the file, for factors in addition to those of the shape, such as
+    `{"lora_magnitude_vector": "lora_magnitude_vector"}`. Names of factors begin with `lora_`."""
     additive = False
-    """Whether adapters of this method add up, also with those of other additive methods."""
+    """Whether updates of several adapters of this method can be summed."""
 
     def refuse(self, layer: Any, shape: Shape) -> str | None:
-        """Why this method cannot act on a layer; None where it can."""
+        """Why this method cannot act on a layer; None if it can."""
         return None
 
     def refuse_resizing(self, layer: Any) -> str | None:
-        """Why the layer cannot get another number of rows while an adapter of this method is there; None where it can.
+        """Why the layer cannot change its number of rows while it has an adapter of this method; None if it can.
 
-        What `start` gives for the new size is taken for the new rows.
+        New rows get the values that `start` returns for the new size.
         """
         return None
 
     def factors(self, layer: nn.Module, shape: Shape, r: int) -> dict[str, FactorSpec]:
-        """The declaration of all factors of an adapter of rank `r` on `layer`, which need not be adapted yet."""
+        """The declaration of all factors of an adapter of rank `r` on `layer`, adapted or not."""
         return shape.specs(layer, r)
 
     def declare(self, layer: Any, shape: Shape, r: int) -> dict[str, FactorSpec]:
-        """`factors`, with the names on disk as they are below the module's path."""
+        """`factors`, with file names relative to the module's path."""
         specs = self.factors(layer, shape, r)
         if not (prefix := shape.prefix(layer)):
             return specs
         return {n: s if s.key is None else replace(s, key=prefix + s.key) for n, s in specs.items()}
 
     def refuse_folding(self, layer: Any) -> str | None:
-        """Why an adapter of this method cannot be folded into the layer's weight; None where it can."""
+        """Why an adapter of this method cannot be folded into the layer's weight; None if it can."""
         return None
 
     def start(self, layer: Any, name: str) -> dict[str, Tensor]:
-        """Values of a new adapter's factors that come from the weight; its A and B are there already."""
+        """Initial values of factors that are computed from the weight; A and B of the new adapter exist already."""
         return {}
 
     @abstractmethod
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
-        """The layer's output with the adapters `names` in it; `layer.product(x)` is the output without."""
+        """The output of the layer with the adapters `names`; `layer.product(x)` is the output without them."""
 
     @abstractmethod
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
-        """Rows of the weight with the adapters in it; `block` (float64 where the device has it) may be overwritten."""
+        """Rows of the weight with the adapters folded in. May overwrite `block` (float64 if the device has it)."""
 
     def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
-        """`fold` of one layer as a function of (block, rows), for one block after another."""
+        """`fold` of one layer as a function of (block, rows), called for each block."""
         return lambda block, rows: self.fold(layer, block, names, rows)
 
     def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Update | None:
-        """The same of the bias, a vector (O,); None where the adapters leave it alone.
+        """The same for the bias (O,); None if the adapters do not change it.
 
-        A layer without a bias is one that `refuse_folding` has to refuse.
+        `refuse_folding` must refuse a layer without a bias.
         """
         return None
 
 
 class Storage(ABC):
-    """How a backend keeps a layer's weight."""
+    """How a backend stores the weight of a layer."""
 
     kind = ""
     quantized = False
-    """Whether the layer holds codes in place of numbers, so that only its own forward can multiply by them."""
+    """Whether the layer holds quantized codes, so that only its own forward can multiply by the weight."""
     readable = True
     library: str | None = None
-    """The optional library whose weights these are; None where there is none.
+    """The optional library that these weights belong to; None for PyTorch.
 
-    `before_training` and `after_training` are called only where it was imported.
+    `before_training` and `after_training` are called only if it is imported.
     """
 
     @abstractmethod
     def owns(self, layer: nn.Module) -> bool:
-        """Whether the layer's weight is kept this way."""
+        """Whether the layer's weight is stored this way."""
 
     def block_rows(self, layer: nn.Module, wanted: int) -> int:
-        """How many rows to read at a time where `wanted` would be right."""
+        """How many rows to read at a time; `wanted` unless the backend needs another number."""
         return wanted
 
     @abstractmethod
@@ -235,7 +235,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
-        """Rows of the weight, a copy: float32, or `into`, filled, in its own dtype."""
+        """A copy of rows of the weight: float32, or written to `into` in its dtype."""
 
     @abstractmethod
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
@@ -246,23 +246,23 @@ class Storage(ABC):
         """
 
     def keep(self, layer: nn.Module) -> Tensor:
-        """What `put_back` needs to restore every bit of the weight after `write`."""
+        """The data that `put_back` needs to restore every bit of the weight after `write`."""
         return cast(Tensor, layer.weight).detach().clone()
 
     def put_back(self, layer: nn.Module, kept: Tensor) -> None:
-        """Restore what `keep` returned, which stays as it is."""
+        """Restore the weight from the result of `keep`, which does not change."""
         cast(Tensor, layer.weight).data.copy_(kept)
 
     def refuse(self, layer: nn.Module) -> str | None:
-        """Why a weight of this backend cannot be adapted, though `owns` denies it; None where it is another's."""
+        """Why a weight of this backend that `owns` rejects cannot be adapted; None for weights of other backends."""
         return None
 
     def unfinished(self, layer: nn.Module) -> bool:
-        """Whether the layer is of this backend and its weight, of floating-point numbers, was never converted."""
+        """Whether the layer belongs to this backend but its floating-point weight was never converted."""
         return False
 
     def before_training(self, module: nn.Module) -> None:
-        """See that gradients go on passing through `module`, which may be of any kind, also after an evaluation."""
+        """Make sure that gradients still pass through `module` (of any class) after an evaluation."""
         return None
 
     def after_training(self, module: nn.Module) -> None:
@@ -270,9 +270,9 @@ class Storage(ABC):
         return None
 
     def numel(self, parameter: Tensor) -> int | None:
-        """How many elements a packed parameter of this backend stands for; None for any other parameter."""
+        """How many elements a packed parameter of this backend represents; None for any other parameter."""
         return None
 
     def unshardable(self, parameter: Tensor) -> bool:
-        """Whether the parameter is of this backend, and FSDP2 fails to split it though it is of a float dtype."""
+        """Whether FSDP2 fails to shard this parameter of the backend although its dtype is floating-point."""
         return False

@@ -1,4 +1,4 @@
-"""What is kept whole for each adapter: a module (a task head, an entry of `modules_to_save`) or a bias."""
+"""Per-adapter copies: of a whole module (a task head, an entry of `modules_to_save`) or of a bias."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .ops import device_only
 
 
 class _Copies(nn.ModuleDict):
-    """The adapters' copies: float32 masters, whatever the model around them is cast to."""
+    """The copies, one per adapter: float32 masters that no cast of the model changes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Copies:
         super()._apply(device_only(fn), recurse)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The copies below are loaded after this, from the same dict.
+        # The copies are loaded after this, from the same dict.
         state_dict.update(as_masters({k: v for k, v in state_dict.items() if k.startswith(prefix)}))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Replacement(nn.Module):
-    """Stands where a module stood and runs the acting adapter's copy of it, or the frozen original.
+    """Takes the place of a module and runs the active adapter's copy of it, or the frozen original.
 
-    A copy is float32: floating-point inputs are cast up to it and its output down to what the original would give.
-    Attributes are read from the module that runs. `weight` and `bias` are set on the original, so that tying goes on.
+    A copy is float32: floating-point inputs are cast to float32, and the output to the dtype of the original's output.
+    Attributes are read from the module that runs. `weight` and `bias` are set on the original, so that tying works.
     """
 
     def __init__(self, base_layer: nn.Module, activity: Activity) -> None:
@@ -46,17 +46,17 @@ class Replacement(nn.Module):
         self.train(base_layer.training)
 
     def add_copy(self, name: str, module: nn.Module | None = None) -> nn.Module:
-        """Keep `module` (or a copy of the original) for an adapter, as float32."""
-        own = copy.deepcopy(self.base_layer) if module is None else module
-        strip(own)  # it is kept whole: no factors in it
-        self.copies[name] = own.to(torch.float32)
-        for parameter in own.parameters():
+        """Store `module` (default: a copy of the original) for an adapter, as float32."""
+        added = copy.deepcopy(self.base_layer) if module is None else module
+        strip(added)  # the copy is trained whole, so it has no factors
+        self.copies[name] = added.to(torch.float32)
+        for parameter in added.parameters():
             parameter.requires_grad_(True)
         self._rename((*self._names, name))
-        return own
+        return added
 
     def settle(self, name: str) -> None:
-        """Let an adapter's copy take the original's place, in its dtype."""
+        """Replace the original by an adapter's copy, in the dtype of the original."""
         like = next(iter(self.base_layer.parameters()), None)
         self.base_layer = self.copies[name] if like is None else self.copies[name].to(like.dtype)
 
@@ -69,7 +69,7 @@ class Replacement(nn.Module):
         self._activity.watch(names)
 
     def running(self) -> nn.Module:
-        """The copy of the acting adapter, else the original. Merging does not touch copies: they go on acting."""
+        """The copy of the active adapter, otherwise the original. Merging does not affect copies."""
         activity = self._activity
         if activity.enabled:
             for name in activity.active:
@@ -85,7 +85,7 @@ class Replacement(nn.Module):
         device = next((a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), "cpu")
         if given is not None and torch.is_autocast_enabled(device):
             return module(*args, **kwargs)
-        if given is None:  # token ids: the original's dtype is the model's
+        if given is None:  # token ids: use the dtype of the original
             given = next((p.dtype for p in self.base_layer.parameters()), torch.float32)
         if given == torch.float32:
             return module(*args, **kwargs)
@@ -112,14 +112,14 @@ def _is_float(value: Any) -> bool:
 
 
 class BiasLayer(Host):
-    """Mixed in before the class of a layer whose output is affine in its `bias`: each adapter has its own bias.
+    """Mixin for a layer whose output is affine in its `bias`: each adapter has its own bias.
 
-    The difference from the base's bias is added to the output, so the base's stays as it is and an adapter that has
-    not learned yet changes no bit.
+    The difference from the bias of the base is added to the output, so the base does not change, and an untrained
+    adapter changes no bit of the output.
     """
 
     attribute = "_lora_biases"
-    order = 10  # what multiplies a layer's output is not to reach it
+    order = 10  # outside extensions that multiply the output
     lora_bias: nn.ModuleDict
     _lora_biases: Held
 
@@ -133,7 +133,7 @@ class BiasLayer(Host):
 
 
 def _dims_after_channel(layer: Any, y: Tensor) -> int:
-    """How many dimensions of the output y come after the one that the bias runs along."""
+    """How many dimensions of the output y follow the channel dimension."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return len(layer.kernel_size)
     return y.dim() - 2 if isinstance(layer, (_BatchNorm, nn.GroupNorm)) else 0

@@ -1,7 +1,7 @@
-"""Tensors of which a process holds a part only: FSDP2's and tensor parallelism's DTensors, and ZeRO-3's parameters.
+"""Tensors of which each process holds a part: DTensors (FSDP2, tensor parallelism) and ZeRO-3 parameters.
 
-Both are noticed by what they carry (`placements`, `ds_id`); neither library is imported for it. A function here that
-speaks to other processes says so: every process has to call it, with the same tensors in the same order.
+Both are recognized by their attributes (`placements`, `ds_id`), without importing a library. Functions that
+communicate say so: every process must call them, with the same tensors in the same order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def is_partitioned(tensor: Any) -> bool:
-    """Whether ZeRO-3 manages the parameter: outside of forwards it is empty."""
+    """Whether ZeRO-3 manages the parameter, which is then empty outside of forwards."""
     return hasattr(tensor, "ds_id")
 
 
@@ -29,7 +29,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def has_master(tensor: Any) -> bool:
-    """Whether DeepSpeed trains a float32 copy of the parameter, which is then the truth."""
+    """Whether DeepSpeed trains a float32 copy of the parameter, which is then authoritative."""
     return tensor.requires_grad and (hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"))
 
 
@@ -43,7 +43,7 @@ def whole_numel(tensor: Any) -> int:
 
 
 def local_part(tensor: Any) -> Any:
-    """The part that this process holds; a plain tensor as it is."""
+    """The part that this process holds; a plain tensor is returned unchanged."""
     if is_dtensor(tensor):
         return tensor.to_local()
     if is_partitioned(tensor) and not tensor.numel() and getattr(tensor, "ds_tensor", None) is not None:
@@ -66,15 +66,15 @@ def of_all_ranks(item: Any) -> list[Any]:
 
 
 def all_ranks_true(flags: Tensor) -> Tensor:
-    """True where every process says so. All processes call it, with as many flags."""
+    """True where every process has True. All processes call it, with the same number of flags."""
     return torch.tensor(of_all_ranks(flags.tolist()), dtype=torch.bool).all(0).to(flags.device)
 
 
 def how_sharded(modules: Iterable[nn.Module]) -> str | None:
-    """Which engine has a model's parameters in hand: FSDP1, FSDP2, ZeRO-3, or DTensor (tensor parallelism).
+    """Which engine manages a model's parameters: FSDP1, FSDP2, ZeRO-3, or DTensor (tensor parallelism).
 
-    None where each process holds them whole, and where ZeRO-3 has cut the base only, as it does when it loads one:
-    what is added then is taken over when the engine starts.
+    None if each process holds them whole, and if ZeRO-3 has partitioned only the base while loading it: the engine
+    takes over parameters that are added before it starts.
     """
     modules = list(modules)
     kinds = {kind: {c.__name__ for c in kind.__mro__} for kind in {type(m) for m in modules}}
@@ -88,7 +88,7 @@ def how_sharded(modules: Iterable[nn.Module]) -> str | None:
 
 @torch.no_grad()
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies on the CPU, at the precision that is trained. All processes call it, with the same names."""
+    """Whole copies on the CPU, in the trained precision. All processes call it, with the same names."""
     found = {}
     for name, tensor in tensors.items():
         whole: Any = tensor.detach()
@@ -106,7 +106,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scatter(tensor: Any, value: Tensor) -> None:
-    """Write a whole value, which every process has, into a tensor however it is kept. All processes call it."""
+    """Write a whole value, which every process has, to a tensor that may be sharded. All processes call it."""
     if is_dtensor(tensor):
         tensor.to_local().copy_(shard_like(value, tensor).to_local())
         return
@@ -121,7 +121,7 @@ def scatter(tensor: Any, value: Tensor) -> None:
 
 
 def shard_like(value: Tensor, like: Any) -> Any:
-    """A whole value as a DTensor placed as `like` is; every process cuts its part from its own copy."""
+    """A whole value as a DTensor with the placement of `like`; every process takes its part from its own copy."""
     from torch.distributed.tensor import distribute_tensor
 
     value = value.to(like.device_mesh.device_type)
@@ -129,13 +129,13 @@ def shard_like(value: Tensor, like: Any) -> Any:
 
 
 def gather_state(parameter: Any, key: str) -> Tensor:
-    """One float32 tensor that DeepSpeed's optimizer keeps for a parameter, whole. All processes call it."""
+    """One float32 optimizer-state tensor of DeepSpeed for a parameter, whole. All processes call it."""
     found = _deepspeed().utils.safe_get_full_optimizer_state(parameter, key)
     return cast(Tensor, found).to("cpu", copy=True).contiguous()
 
 
 def scatter_state(parameter: Any, key: str, value: Tensor) -> None:
-    """Put back what `gather_state` gave. All processes call it."""
+    """Restore the result of `gather_state`. All processes call it."""
     _write_master(parameter, value, key)
 
 
@@ -146,8 +146,8 @@ def _write_master(parameter: Any, value: Tensor, key: str | None) -> None:
         arguments = (parameter, value) if key is None else (parameter, value, key)
         (utils.safe_set_full_fp32_param if key is None else utils.safe_set_full_optimizer_state)(*arguments)
         return
-    # DeepSpeed's own way of writing a whole tensor fails where it does not divide by the processes: the parts are
-    # equal, and the last one reaches beyond the end.
+    # DeepSpeed's function for whole tensors fails if the size is not divisible by the number of processes: all parts
+    # have the same size, and the last one extends past the end.
     size = parameter.ds_tensor.ds_numel
     start = size * dist.get_rank(group=parameter.ds_process_group)
     part = value.new_zeros(size)

@@ -1,9 +1,9 @@
-"""Dropout whose mask costs what is dropped, in time and in what is kept for the backward.
+"""Dropout whose cost, in time and in memory for the backward, is proportional to the number of dropped elements.
 
-Among elements that are dropped with probability p each, the distance from one dropped element to the next is a
-geometric variable, and independent of all others. So a mask is drawn as such distances: at p = 0.05 one random number
-and one kept byte for every twenty elements, where PyTorch's dropout on a CPU draws a number and keeps a mask's entry
-for each. On other devices, whose generators are fast, a mask is a seed, and is drawn anew where it is needed.
+If each element is dropped with probability p, the distances between dropped elements are independent geometric
+variables. A mask is drawn as such distances: at p = 0.05, one random number and one saved byte for every twenty
+elements, where PyTorch's dropout on a CPU draws a number and saves a mask entry for each. On other devices, whose
+generators are fast, a mask is a seed and is drawn again when needed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor
 _SPARSE = 0.5
 """Above this probability a mask of all elements is cheaper than distances."""
 _CUT = 1e-5
-"""How many distances at most may be longer than their dtype holds; they are cut, which drops an element more."""
+"""Largest probability that a distance exceeds its dtype's range; it is clamped, which drops one more element."""
 
 
 def draw_mask(x: Tensor, p: float) -> Tensor:
-    """Which elements of `x` to drop, each with probability `p`: what `chosen` reads.
+    """Choose the elements of `x` to drop, each with probability `p`, in the form that `dropped_indices` reads.
 
-    It comes from PyTorch's CPU generator, so it is the same under the same `manual_seed`, and when activation
-    checkpointing restores the random state to run a forward again.
+    It uses PyTorch's CPU generator, so it is reproducible with `manual_seed`, and when activation checkpointing
+    restores the random state to run a forward again.
 
     Returns:
-        On a CPU the distances between dropped elements of the flat x (uint8, int16 or int32), else a seed (int64).
+        On a CPU, the distances between dropped elements of the flat x (uint8, int16 or int32); else a seed (int64).
     """
     if x.device.type != "cpu" or p > _SPARSE:
         return torch.empty((), dtype=torch.int64).random_(0, None)
     kinds = (torch.uint8, torch.int16, torch.int32)
     dtype = next(d for d in kinds if (1 - p) ** torch.iinfo(d).max < _CUT or d == torch.int32)
     mean = p * x.numel()
-    distances = torch.empty(int(mean + 7 * mean**0.5) + 8)  # one time in 10^12 they end before the tensor does
+    distances = torch.empty(int(mean + 7 * mean**0.5) + 8)  # once in 10^12 draws they end before the tensor does
     distances.uniform_(2**-25, 1).log_().mul_(1 / math.log1p(-p)).clamp_(max=torch.iinfo(dtype).max - 1).add_(1)
     return distances.to(dtype)
 
 
 def dropped_indices(mask: Tensor, x: Tensor, p: float) -> Tensor:
-    """What `draw_mask(x, p)` chose: sorted indices into the flat x (int64), or a mask like x (bool)."""
+    """The elements that `draw_mask(x, p)` chose: sorted indices into the flat x (int64), or a mask like x (bool)."""
     if mask.dtype == torch.int64:
         generator = torch.Generator(x.device).manual_seed(int(mask))
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(p, generator=generator)
@@ -48,7 +48,7 @@ def dropped_indices(mask: Tensor, x: Tensor, p: float) -> Tensor:
 
 
 def drop_(x: Tensor, places: Tensor) -> Tensor:
-    """Set what was `chosen` to zero, in the contiguous `x` itself; the others are not scaled up."""
+    """Set the elements at `places` to zero in the contiguous `x`, in place; the others are not scaled up."""
     if places.dtype == torch.bool:
         return x.masked_fill_(places, 0)
     x.view(-1).put_(places, x.new_zeros(1).expand(places.numel()))
@@ -56,5 +56,5 @@ def drop_(x: Tensor, places: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, places: Tensor) -> Tensor:
-    """A copy of `x` in which what was `chosen` is zero."""
+    """A copy of `x` with the elements at `places` set to zero."""
     return drop_(x.clone(memory_format=torch.contiguous_format), places)

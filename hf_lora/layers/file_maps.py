@@ -1,7 +1,7 @@
-"""Weights that are still a map of their file, as `from_pretrained` leaves them on a CPU under Linux.
+"""Weights that are still memory-mapped from their file, as `from_pretrained` leaves them on a CPU under Linux.
 
-To write into such a map is slow: each page that is changed for the first time is copied, and every core that runs a
-thread of the process is told so. Five times the time of the same work in memory of its own, with two threads.
+Writing to such a map is slow: the first write to each page copies it and interrupts every core that runs a thread of
+the process. With two threads it takes five times as long as the same work in ordinary memory.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-_DONTNEED = 4  # of Linux' madvise: a page that nobody wrote to is read from the file again where it is asked for
+_DONTNEED = 4  # for madvise on Linux: an unwritten page is read from the file again when needed
 
 
 def unwritten_maps() -> list[tuple[int, int]]:
-    """(begin, end) of the files that are mapped for this process alone, and into which it has written nothing yet."""
+    """(begin, end) of the private file maps of this process that it has not written to."""
     table = Path("/proc/self/smaps")
     if not sys.platform.startswith("linux") or not table.exists():
         return []
@@ -38,15 +38,15 @@ def unwritten_maps() -> list[tuple[int, int]]:
 
 
 def lies_in(tensor: Tensor, maps: list[tuple[int, int]]) -> bool:
-    """Whether all of a tensor's memory is part of one of `maps`."""
+    """Whether all of a tensor's memory lies in one of `maps`."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return False
     begin, end = _range(tensor)
     return any(low <= begin and end <= high for low, high in maps)
 
 
-def let_go(tensor: Tensor) -> None:
-    """Take the pages of a tensor that lies in an unwritten map out of this process's memory; their values stay."""
+def release_pages(tensor: Tensor) -> None:
+    """Release the memory pages of a tensor in an unwritten map; its values stay readable from the file."""
     begin, end = _range(tensor)
     first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (end - first) // mmap.PAGESIZE * mmap.PAGESIZE

@@ -1,7 +1,7 @@
-"""What holds an adapter's tensors in a model: modules whose class is extended, with the tensors as child modules.
+"""Modules that hold the tensors of adapters: their class is extended, and the tensors are child modules.
 
-In: a module and tensors. Out: the module, of an extended class, with a `Factor` for each tensor, and which adapters
-have something there. `Activity`, one a model, says which of them act.
+In: a module and tensors. Out: the module, with an extended class, a `Factor` for each tensor, and the names of the
+adapters that have tensors there. `Activity`, one per model, says which adapters are active.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from .sharing import SharedOutputs
 
 
 class Activity:
-    """Which adapters act: one object shared by all adapted layers of a model, so that a switch touches no layer.
+    """Which adapters are active. All adapted layers of a model share this object, so switching changes no layer.
 
-    `acting` maps a layer's adapter names to those of them that act now. A forward reads it once.
+    `acting` maps the adapter names of a layer to those that act now. A forward reads it once.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class Activity:
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.acting: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self.leftovers: SharedOutputs | None = None
+        self.shared_outputs: SharedOutputs | None = None
         """Outputs that one layer of a group computed for the others: see sharing.py."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"leftovers": None}  # of a call under way, and never part of a copy
+        return self.__dict__ | {"shared_outputs": None}  # they belong to a running call, never to a copy
 
     def set(
         self,
@@ -48,7 +48,7 @@ class Activity:
             self.acting[names] = self._acting(names)
 
     def watch(self, names: tuple[str, ...]) -> None:
-        """Make `acting[names]` available: called by a layer whose adapters change."""
+        """Make `acting[names]` available. A layer calls this when its adapters change."""
         self.acting[names] = self._acting(names)
 
     def _acting(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -59,13 +59,12 @@ _EMPTY = nn.Module().__dict__
 
 
 def _begin(module: nn.Module) -> None:
-    """Do what `nn.Module.__init__` does, in half its time: an injection makes modules by the thousand, and it is most
-    of what that takes."""
+    """`nn.Module.__init__` in half the time: an injection creates thousands of modules and spends most time here."""
     module.__dict__.update({k: v.copy() if hasattr(v, "copy") else v for k, v in _EMPTY.items()})
 
 
 class Factor(nn.Module):
-    """One tensor of one adapter: a float32 master, whatever the model around it is cast to."""
+    """One tensor of one adapter: a float32 master that no cast of the model changes."""
 
     def __init__(self, weight: Tensor, trainable: bool = True) -> None:
         _begin(self)
@@ -78,7 +77,7 @@ class Factor(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        # With assign=True the file's tensor becomes the parameter: it must be float32 by then.
+        # With assign=True the tensor of the file becomes the parameter, so it must be float32.
         super()._load_from_state_dict(as_masters(state_dict), prefix, *args)
 
 
@@ -92,10 +91,9 @@ def as_masters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass
 class Held:
-    """Which adapters have something at one place, in the order in which they came.
+    """Which adapters have tensors at one place, in the order in which they were added.
 
-    Plain data, as all that a host keeps beside tensors. It never holds a Parameter: sharding and loading replace
-    parameters.
+    Plain data, without any Parameter: sharding and loading replace parameters.
     """
 
     activity: Activity
@@ -115,37 +113,37 @@ class Held:
 
 
 class Host(Extension):
-    """An extension that holds tensors of adapters. It owns its one attribute and children called `lora_*`."""
+    """An extension that holds tensors of adapters, in one attribute and in children named `lora_*`."""
 
     attribute: ClassVar[str]
-    """Where it keeps what it knows beside tensors."""
-    knows: ClassVar[type[Held]] = Held
-    """What that is, for `hold`."""
+    """Name of the attribute that holds its plain data."""
+    data_class: ClassVar[type[Held]] = Held
+    """Class of its plain data."""
 
     @classmethod
     def leave(cls, module: nn.Module) -> None:
-        """Give `module` the class back that it had before, with nothing left of what was held here."""
+        """Restore the class that `module` had before, and remove the plain data."""
         module.__dict__.pop(cls.attribute, None)
         next(mixin for mixin in mixins_of(module) if issubclass(mixin, cls)).shrink(module)
 
     @classmethod
     def states(cls, module: nn.Module) -> list[Held]:
-        """What it knows of `module`, one for each site."""
+        """The plain data at `module`, one for each site."""
         return [module.__dict__[cls.attribute]]
 
     @classmethod
     def hold(cls, module: nn.Module, activity: Activity) -> Held:
-        """Extend `module`, unless it is already, and give what it says of its adapters."""
+        """Extend `module` if it is not extended yet, and return its plain data."""
         if cls.attribute not in module.__dict__:
             cls.extend(module)
-            module.__dict__[cls.attribute] = cls.knows(activity)
+            module.__dict__[cls.attribute] = cls.data_class(activity)
         held: Held = module.__dict__[cls.attribute]
         return held
 
     @classmethod
     def let_go(cls, module: nn.Module, name: str) -> None:
-        """Forget an adapter, if it was there, and `leave` where no other is."""
-        held: Held | None = module.__dict__.get(cls.attribute)  # absent where `hold` was cut off
+        """Remove an adapter if it is here, and `leave` if it was the last one."""
+        held: Held | None = module.__dict__.get(cls.attribute)  # absent if `hold` was interrupted
         if held is not None:
             held.remove(name)
         if held is None or not held.names:
@@ -153,8 +151,8 @@ class Host(Extension):
 
 
 def add_factor(module: nn.Module, kind: str, name: str, weight: Tensor, trainable: bool = True) -> None:
-    """Hold `weight` as `module.<kind>[name].weight`, a float32 master."""
-    # Straight into the tables of nn.Module: its own setting costs as much as the rest of an injection.
+    """Store `weight` as `module.<kind>[name].weight`, a float32 master."""
+    # Written to the dicts of nn.Module directly: its __setattr__ costs as much as the rest of an injection.
     held = module._modules.get(kind)
     if held is None:
         held = module._modules[kind] = nn.ModuleDict.__new__(nn.ModuleDict)
@@ -170,12 +168,12 @@ def remove_factor(module: nn.Module, kind: str, name: str) -> None:
 
 
 def states_of(module: nn.Module) -> list[Held]:
-    """What all extensions of `module` know of its adapters."""
+    """The plain data of all extensions of `module`."""
     return [held for mixin in mixins_of(module) if issubclass(mixin, Host) for held in mixin.states(module)]
 
 
 def remove_all(module: nn.Module, name: str) -> None:
-    """Take off whatever there is of an adapter, such as the half of what was being attached."""
+    """Remove everything that `module` has of an adapter, including a partly attached one."""
     for host in [mixin for mixin in mixins_of(module) if issubclass(mixin, Host)]:
         for kind in [k for k, held in module._modules.items() if k.startswith("lora_") and _holds(held, name)]:
             remove_factor(module, kind, name)
@@ -187,7 +185,7 @@ def _holds(held: nn.Module | None, name: str) -> bool:
 
 
 def strip(module: nn.Module) -> None:
-    """Give `module` and all in it the classes that they had before any adapter, and take off what adapters hold."""
+    """Restore the original classes of `module` and its submodules, and remove all tensors of adapters."""
     for each in list(module.modules()):
         hosts = [mixin for mixin in mixins_of(each) if issubclass(mixin, Host)]
         for kind in [k for k in each._modules if k.startswith("lora_")] if hosts else ():

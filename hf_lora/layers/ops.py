@@ -1,4 +1,4 @@
-"""The low-rank product as one autograd function, and the small tensor operations that the layers share."""
+"""The low-rank product as one autograd function, and small tensor operations that the layers share."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .dropout import draw_mask, drop_, dropped, dropped_indices
 
 
 def to_compute_dtype(x: Tensor) -> Tensor:
-    """`x` in the dtype that products with it run in: autocast's where autocast is on, else its own.
+    """`x` in the dtype of its products: that of autocast if autocast is on, otherwise its own.
 
-    Casting here once lets the base product and the adapter's share the copy that autocast would make for each.
-    Autocast leaves float64 alone, and so do we.
+    With one cast here, the base product and the adapter share the copy that autocast would make for each. Like
+    autocast, it leaves float64 unchanged.
     """
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
@@ -25,17 +25,17 @@ def to_compute_dtype(x: Tensor) -> Tensor:
 
 
 def weight_like(weight: Tensor, x: Tensor) -> Tensor:
-    """The float32 master `weight` in the dtype of `x`; autocast, where it is on, casts and caches by itself.
+    """The float32 master `weight` in the dtype of `x`. If autocast is on, it does the casting and caching.
 
-    A factor that was offloaded after it was made is on meta, and a product with it is garbage; moving it raises.
+    A factor that was offloaded after its creation is on meta, where products are garbage; moving it raises.
     """
     if weight.dtype == x.dtype and weight.device == x.device:
-        return weight  # the common case, asked first: at one token a step each call counts
+        return weight  # the common case first: at one token per step each call counts
     return weight.to(x.device) if torch.is_autocast_enabled(x.device.type) else weight.to(x.device, x.dtype)
 
 
 def to_float64(tensor: Tensor) -> Tensor:
-    """`tensor` in the dtype that updates are folded in: float64, so that a sum that nearly cancels is right too."""
+    """`tensor` in the dtype of folding: float64, so that sums that nearly cancel are correct too."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
@@ -45,7 +45,7 @@ def used_devices() -> list[int]:
 
 
 def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of `nn.Module._apply` with its moves kept and its casts undone, so that float32 masters stay float32."""
+    """`fn` of `nn.Module._apply` that moves tensors but does not cast them, so that float32 masters stay float32."""
 
     def move(tensor: Tensor) -> Tensor:
         result = fn(tensor)
@@ -54,8 +54,8 @@ def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-def takes_functions() -> bool:
-    """Whether an autograd function may run: compilers and functorch's transforms want the operations themselves."""
+def can_use_functions() -> bool:
+    """Whether an autograd function may run: compilers and functorch transforms need the plain operations."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
@@ -63,7 +63,7 @@ def takes_functions() -> bool:
 
 
 class Operand(NamedTuple):
-    """One layer's part in a product: either its weight W (O, I), with a bias or None, or its own output y (…, O)."""
+    """One layer in a product: its weight W (O, I) and bias or None, or its output y (…, O) and None."""
 
     base: Tensor
     bias: Tensor | None
@@ -73,7 +73,7 @@ class Operand(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What the function knows beside tensors. `ranks` are those of the layers, `scalings` hold dropout's gain."""
+    """The arguments of the function that are not tensors, one of each per layer. `scalings` include dropout's gain."""
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
@@ -84,13 +84,13 @@ class _Plan(NamedTuple):
 def lora_products(x: Tensor, operands: Sequence[Operand], p: float = 0.0, *, weights: bool) -> tuple[Tensor, ...]:
     """y_i = W_i x + b_i + scaling_i · B_i A_i drop(x) for layers that read one x (…, I), in the dtype of x.
 
-    x is read once for all: their A are stacked into one, they share one dropout mask, and one gradient of x is
-    accumulated. Beside what the layers themselves keep for the backward, x and A x (N, ranks) are kept, and a byte for
-    each dropped element: no scaled, cast or masked copy.
+    x is read once: the factors A are stacked, the layers share one dropout mask, and one gradient of x is accumulated.
+    In addition to what the plain layers save for the backward, it saves x, A x (N, ranks) and one byte per dropped
+    element, but no scaled, cast or masked copy.
 
     Args:
-        weights: whether the operands' `base` are weights; else they are outputs of the layers, of x's dtype, which
-            the updates are added to.
+        weights: whether `base` of the operands are weights. Otherwise they are outputs of the layers, in the dtype of
+            x, and the updates are added to them.
     """
     gain = 1.0 / (1.0 - p)
     plan = _Plan(tuple(o.a.shape[0] for o in operands), tuple(o.scaling * gain for o in operands), weights, p)
@@ -116,13 +116,13 @@ class _LoraProducts(torch.autograd.Function):
         for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
             update = up.to(x).t()
             if plan.weights:
-                weight = base.to(x)  # under autocast a copy, which the plain layer keeps for its backward too
+                weight = base.to(x)  # under autocast a copy, which the plain layer saves for its backward too
                 kept.append(weight)
                 y = F.linear(flat, weight, None if bias is None else bias.to(x))
                 y.addmm_(part, update, alpha=scaling)
             else:
                 y = torch.addmm(base.reshape(-1, base.shape[-1]), part, update, alpha=scaling)
-            # As matmul does: to autograd the result is no view, so a model may change it in place.
+            # As in matmul, the result is not a view for autograd, so a model may change it in place.
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
         ctx.plan = plan
         ctx.set_materialize_grads(False)
@@ -139,7 +139,7 @@ class _LoraProducts(torch.autograd.Function):
         stacked = _stacked(a, x)
         places = None if mask is None else dropped_indices(mask, flat, plan.p)
         masked = flat if places is None else dropped(flat, places)
-        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: h depends on x and A
+        if torch.is_grad_enabled():  # double backward: h depends on x and A
             h = F.linear(masked, stacked)
         parts = h.split(plan.ranks, 1)
         flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -166,22 +166,22 @@ class _LoraProducts(torch.autograd.Function):
             else:
                 found += [g.t() @ flat if base else None, g.sum(0) if bias else None]
             found.append(da[i].to(a[i]) if down else None)
-            # (R, O) and then turned: the other way round is half as fast again on a CPU.
+            # (R, O), then transposed: computing (O, R) directly is slower on a CPU.
             db = torch.addmm(h.new_empty(1), parts[i].t(), g, beta=0, alpha=plan.scalings[i]).t() if up else None
             found.append(None if db is None else db.to(b[i]))
         return tuple(found)
 
 
 def _stacked(factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    """The factors A one below the other, in the dtype of x."""
+    """The factors A concatenated along the ranks, in the dtype of x."""
     return (factors[0] if len(factors) == 1 else torch.cat(list(factors))).to(x)
 
 
 def _columns(grads: Sequence[Tensor | None], b: Sequence[Tensor], plan: _Plan, h: Tensor) -> Tensor:
-    """t (N, ranks): the gradients of what each layer's B is multiplied by, beside each other."""
+    """t (N, ranks): the gradients of the inputs of each B, concatenated."""
     if len(b) == 1:
         g = grads[0]
-        assert g is not None  # else autograd would not have called
+        assert g is not None  # otherwise autograd would not call this
         return torch.addmm(h.new_empty(1), g, b[0].to(h), beta=0, alpha=plan.scalings[0])
     t, start = torch.empty_like(h), 0
     for g, up, rank, scaling in zip(grads, b, plan.ranks, plan.scalings, strict=True):

@@ -1,4 +1,4 @@
-"""Tables of named things that can be added to from outside: methods, initializations, shapes and storages."""
+"""Tables of named entries that other packages can extend: methods, initializations, shapes, storages and parts."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class Registry(dict[str, T]):
-    """Name -> entry. What is asked in order asks entries from outside first, the newest of them before all.
+    """Name -> entry. Searches try entries of other packages first, newest first.
 
     Args:
-        what: what an entry is called in messages, such as `"method"`.
-        entries: the library's own, in the order in which they are asked.
+        what: what messages call an entry, such as `"method"`.
+        entries: the built-in entries, in search order.
     """
 
     def __init__(self, what: str, entries: dict[str, T]) -> None:
         super().__init__(entries)
         self.what = what
-        self._own = tuple(entries)
+        self._built_in = tuple(entries)
         self._order: tuple[tuple[str, ...], tuple[T, ...]] = (), ()
 
     def search(self) -> tuple[T, ...]:
-        """The entries, those from outside before the library's own."""
+        """The entries in search order: those of other packages before the built-in ones."""
         names = tuple(self)
-        if self._order[0] != names:  # asked for each layer of a model, and changed hardly ever
-            others = [name for name in reversed(names) if name not in self._own]
-            self._order = names, tuple(self[name] for name in (*others, *self._own))
+        if self._order[0] != names:  # read for each layer of a model, and rarely changed
+            others = [name for name in reversed(names) if name not in self._built_in]
+            self._order = names, tuple(self[name] for name in (*others, *self._built_in))
         return self._order[1]
 
     def why_unknown(self, name: str) -> str:
-        """What to say of a name that is not here."""
+        """The message for a name that is not registered."""
         return (
             f"there is no {self.what} {name!r}{nearest(name, self)}; known: {', '.join(self)}. "
-            "One from another package is there once that package has called hf_lora.register"
+            "An entry of another package exists once that package has called hf_lora.register"
         )
 
 
@@ -46,18 +46,21 @@ def register(registry: Registry[T], name: str, entry: T) -> T:
 
     Args:
         registry: `METHODS`, `INITS`, `SHAPES`, `STORAGES` or `PARTS`.
-        name: of the entry, in lower case, such as `"my_method"`. Configurations and files use it.
-        entry: an instance of the registry's base class; of `PARTS` a class derived from it.
+        name: the entry's name in lower case, such as `"my_method"`. Configurations and files use it.
+        entry: an instance of the registry's base class; for `PARTS`, a subclass of it.
 
     Returns:
         `entry`.
 
     Raises:
-        ConfigError: the name is taken by another entry, or is no name.
+        ConfigError: the name is invalid, or another entry has it.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"register: {name!r} is no name: it has lower-case letters, digits and underscores.")
+        raise ConfigError(
+            f"register: {name!r} is not a valid name: use lower-case letters, digits and underscores, beginning with "
+            "a letter."
+        )
     if registry.get(name, entry) is not entry:
-        raise ConfigError(f"register: the {registry.what} {name!r} is there already. Choose another name.")
+        raise ConfigError(f"register: the {registry.what} {name!r} already exists. Choose another name.")
     registry[name] = entry
     return entry

@@ -1,15 +1,15 @@
-"""A site: one weight, and all that a shape, a method and a storage see of it.
+"""A site: one weight, as shapes, methods and storages see it.
 
-Three axes meet here and are never multiplied. A *shape* knows how factors act on a kind of layer, a *method* belongs
-to an adapter and says what its factors do to the layer's output and weight, a *storage* knows how the weight's bits
-are kept. A site has one shape, one storage and a method for each adapter. Which factors an adapter has is declared
-once, by its method, as a `FactorSpec` each; injection, files, counting and resizing read that declaration.
+Three independent axes meet here. A *shape* defines how factors act on a kind of layer. A *method* belongs to an
+adapter and defines how its factors change the output and the weight. A *storage* defines how a backend stores the
+weight. A site has one shape, one storage, and one method per adapter. The method declares each factor of an adapter
+once, as a `FactorSpec`, which injection, files, counting and resizing read.
 
-A layer with one weight is its own site (base.py). Of a module with several, each is a `View` (views.py). An adapter
-whose initialization takes something out of the base sees a site as if the base were without it (`Reduced`).
+A layer with one weight is its own site (base.py). Each weight of a module with several is a `View` (views.py). An
+adapter whose initialization subtracts a product from the base sees the site without that product (`Reduced`).
 
-The law that all of them obey: the site's output equals that of the plain layer whose weight is `fold(read(layer))`; a
-fresh adapter changes nothing; merge then unmerge restores every bit.
+The law that all of them obey: the output of the site equals that of the plain layer whose weight is
+`fold(read(layer))`; a new adapter changes nothing; merging and unmerging restores every bit.
 
 Shapes in docstrings: B batch, T tokens, I in features, O out features, R rank, V vocabulary.
 """
@@ -30,7 +30,7 @@ from .ops import to_float64
 
 @dataclass
 class LayerAdapter:
-    """What one adapter is at one site, beside its tensors."""
+    """The properties of one adapter at one site, except its tensors."""
 
     method: Method
     specs: dict[str, FactorSpec]
@@ -45,25 +45,25 @@ class LayerAdapter:
 
     @property
     def takes_out(self) -> bool:
-        """Whether it acts on the base without something: see reduced.py."""
+        """Whether it acts on the base minus a frozen product: see `Reduced`."""
         return self.init.takes_out
 
     def declare(self, site: Any, shape: Shape) -> dict[str, FactorSpec]:
-        """The declaration of its factors at a site of the size that `site` has now."""
+        """The declaration of its factors for the current size of `site`."""
         return self.init.declare(shape, self.method.declare(site, shape, self.r))
 
 
 @dataclass
 class LayerState(Held):
-    """Plain data of a site."""
+    """The plain data of a site."""
 
     shape: Shape
     storage: Storage
     adapters: dict[str, LayerAdapter] = field(default_factory=dict)
     taken: tuple[str, ...] = ()
-    """The adapters that took something out of the base."""
+    """The adapters whose initialization subtracted a product from the base."""
     group: tuple[Site, ...] = ()
-    """The layers, this one among them, that may be computed together: see sharing.py."""
+    """The layers, including this one, that may be computed together: see sharing.py."""
 
     def remove(self, name: str) -> None:
         super().remove(name)
@@ -72,7 +72,7 @@ class LayerState(Held):
 
 
 class Site:
-    """One weight of a module: all that a shape, a method and a storage see of it."""
+    """One weight of a module, as shapes, methods and storages see it."""
 
     _lora: LayerState
     weight: Any
@@ -84,11 +84,11 @@ class Site:
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """What the weight gives without adapters, (…, I) -> (…, O) or whatever its shape makes of it."""
+        """The output without adapters: (…, I) -> (…, O), or as the shape defines it."""
         raise NotImplementedError
 
     def holder(self, kind: str) -> str:
-        """The name of the child of `host` that holds the factors of one kind."""
+        """The name of the child of `host` with the factors of one kind."""
         return kind
 
     def factor(self, kind: str, name: str) -> Tensor:
@@ -97,17 +97,17 @@ class Site:
         return cast(Tensor, held._modules[name].weight)
 
     def factors(self, name: str) -> Iterator[tuple[str, Factor]]:
-        """(kind, module) of one adapter's factors, in the order of its declaration."""
+        """(kind, module) of one adapter's factors, in declaration order."""
         for kind in self._lora.adapters[name].specs:
             held: Any = self.host()._modules[self.holder(kind)]
             yield kind, held._modules[name]
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of the weight, a copy in float32."""
+        """A copy of rows of the weight in float32."""
         return self._lora.storage.read(cast(Any, self), rows)
 
     def respond(self, x: Tensor) -> Tensor:
-        """The output with the acting adapters in it; shapes and dtype are those of `product`."""
+        """The output with the active adapters; shapes and dtype are those of `product`."""
         state = self._lora
         names = state.activity.acting[state.names]
         if not names:
@@ -116,25 +116,25 @@ class Site:
         return state.adapters[names[0]].method.forward(site, x, names)
 
     def seen_by(self, names: tuple[str, ...]) -> Site:
-        """The site as the adapters `names` have it: without what initializations of theirs took out of the base."""
+        """The site as the adapters `names` see it: without the products that their initializations subtracted."""
         if not self._lora.taken:
             return self
         taken = tuple(name for name in names if name in self._lora.taken)
         return Reduced(self, taken) if taken else self
 
     def folding(self, names: tuple[str, ...]) -> Update:
-        """(block, rows) -> the block of the weight with the adapters `names` in it; `block` may be overwritten."""
+        """(block, rows) -> the block of the weight with the adapters `names` folded in; it may overwrite `block`."""
         return self.seen_by(names)._folding(names)
 
     def _folding(self, names: tuple[str, ...]) -> Update:
         return self._lora.adapters[names[0]].method.folding(self, names)
 
     def lifted(self, start: Callable[[], Update]) -> tuple[Site, Callable[[], Update]]:
-        """What holds the whole stored tensor, and what starts an update of that: of a site that is a piece of one."""
+        """The site of the whole stored tensor, and `start` for it, for a site that is a piece of a tensor."""
         return self, start
 
     def add_lora(self, name: str, adapter: LayerAdapter, values: Mapping[str, Tensor]) -> None:
-        """Give the site an adapter with the values of all its declared factors."""
+        """Add an adapter with values for all its declared factors."""
         state = self._lora
         for kind, spec in adapter.specs.items():
             add_factor(self.host(), self.holder(kind), name, values[kind], spec.trainable)
@@ -153,7 +153,7 @@ class Site:
 
 
 class Seen(Site):
-    """A site that is another one but for what a subclass changes."""
+    """A proxy of a site; subclasses override parts of it."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -176,14 +176,14 @@ class Seen(Site):
 
 
 class _Taken(Seen):
-    """The site with the frozen factors in place of the trained ones."""
+    """The site with the frozen factors instead of the trained ones."""
 
     def factor(self, kind: str, name: str) -> Tensor:
         return self.site.factor(taken(kind), name)
 
 
 class Reduced(Seen):
-    """The site without what the adapters `names` took out."""
+    """The site without the products that the initializations of the adapters `names` subtracted."""
 
     def __init__(self, site: Site, names: tuple[str, ...]) -> None:
         super().__init__(site)
@@ -192,7 +192,7 @@ class Reduced(Seen):
     def product(self, x: Tensor) -> Tensor:
         y, state, frozen = self.site.product(x), self._lora, _Taken(self.site)
         for name in self.names:
-            # A layer of codes has a dtype of its own to compute in: the product is that of the adapter's update.
+            # A quantized layer has its own compute dtype, so the dtypes may differ.
             y = y - state.shape.update(frozen, name, x, state.adapters[name].scaling).to(y.dtype)
         return y
 
@@ -202,7 +202,7 @@ class Reduced(Seen):
         return self.without(to_float64(block), rows).to(block.dtype)
 
     def without(self, block: Tensor, rows: slice) -> Tensor:
-        """Rows of the weight, which may be overwritten, without what was taken out."""
+        """Rows of the weight minus the subtracted products; it may overwrite `block`."""
         state, frozen = self._lora, _Taken(self.site)
         for name in self.names:
             block -= state.adapters[name].scaling * state.shape.delta(frozen, name, rows).view_as(block)

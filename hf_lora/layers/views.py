@@ -1,8 +1,8 @@
-"""Weights that are no layer's one `weight`: several in one module, or one that stands under another name.
+"""Weights other than the only `weight` of a layer: several in one module, or one with another name.
 
-In: a module whose own forward multiplies by its weights, as an attention multiplies by its projections. A shape for
-such a module brings a mixin, derived from `LoraViews`, whose forward lets each site respond in its place; methods and
-storages see a `View` as they see any layer.
+In: a module whose forward multiplies by its weights, such as an attention with its projections. The shape of such a
+module provides a mixin derived from `LoraViews`, whose forward calls each site in place of the product. Methods and
+storages treat a `View` like any layer.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from .site import LayerState, Site
 
 
 class View(Site):
-    """A weight of `module`, seen as a layer.
+    """A weight of `module` with the interface of a layer.
 
     Args:
-        module: holds the factors; its mixin asks the view for its output.
-        name: the weight's, such as `"in_proj_weight"`; with dots where a child holds it, such as `"out_proj.weight"`.
-        bias_name: the bias's, where the product has one.
+        module: holds the factors; its mixin calls the view to compute its output.
+        name: name of the weight, such as `"in_proj_weight"`, or `"out_proj.weight"` if a child holds it.
+        bias_name: name of the bias, if there is one.
     """
 
     def __init__(self, module: nn.Module, name: str, bias_name: str | None = None) -> None:
@@ -36,7 +36,7 @@ class View(Site):
         return self.module
 
     def product(self, x: Tensor) -> Tensor:
-        """That of a matrix (O, I), which most weights are."""
+        """The product with a matrix (O, I), as most weights are."""
         return F.linear(x, self.weight, self.bias)
 
     def holder(self, kind: str) -> str:
@@ -61,7 +61,7 @@ class View(Site):
 
     @property
     def _parameters(self) -> dict[str, Any]:
-        """The view's own tensors under the names that a layer has for them."""
+        """The tensors of the view under the names that a layer uses."""
         return {"weight": self.weight, "bias": self.bias}
 
     @property
@@ -76,14 +76,14 @@ def _named(module: nn.Module, name: str) -> Tensor | None:
 
 
 class LoraViews(Host):
-    """Mixed in before the class of a module with several adapted weights. The mixin of a shape derives from it, and
-    its forward calls `self.site(name).respond(x)` where the module's own multiplies by the weight of that name."""
+    """Mixin for a module with several adapted weights. The mixin of a shape derives from it, and its forward calls
+    `self.site(name).respond(x)` where the forward of the module multiplies by the weight of that name."""
 
     attribute = "_lora_views"
     _lora_views: dict[str, LayerState]
 
     def site(self, name: str) -> View:
-        """The site of one weight; its product has the bias that the shape named."""
+        """The site of one weight; its product includes the bias that the shape named."""
         shape = self._lora_views[name].shape
         return next(view for view in shape.sites(self) if view.name == name)
 
@@ -112,7 +112,7 @@ class LoraViews(Host):
 
 
 def sites_of(module: nn.Module) -> Iterator[Site]:
-    """The sites of `module` that hold factors of any adapter."""
+    """The sites of `module` that have factors of any adapter."""
     if isinstance(module, LoraLayer):
         yield module
     elif isinstance(module, LoraViews):
@@ -120,7 +120,7 @@ def sites_of(module: nn.Module) -> Iterator[Site]:
 
 
 def start_site(site: Any, shape: Shape, storage: Storage, activity: Activity) -> Site:
-    """Let `site` take adapters: it has none yet, and its module computes what it did."""
+    """Prepare `site` for adapters. It has none yet, so the output of its module does not change."""
     if not isinstance(site, View):
         return site if isinstance(site, LoraLayer) else start_layer(site, shape, storage, activity)
     module: Any = site.module
@@ -134,7 +134,7 @@ def start_site(site: Any, shape: Shape, storage: Storage, activity: Activity) ->
 
 
 def end_site(site: Site) -> None:
-    """Give the module its own class back where no site of it has an adapter any more."""
+    """Remove a site that has no adapter left; the module gets its class back once it has no sites."""
     module = site.host()
     if isinstance(module, LoraLayer):
         LoraLayer.leave(module)

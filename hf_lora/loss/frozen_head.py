@@ -1,14 +1,14 @@
-"""The loss of a causal language model over its frozen output head, without ever holding the logits.
+"""The loss of a causal language model over its frozen output head, without storing the logits.
 
-A frozen head needs no gradient, so all that the backward asks of it is the gradient of the hidden states, and that can
-be made while the logits of a few tokens are still at hand: for the token x with hidden state h, head W and p =
-softmax(W h), the gradient of log p_x by h is W_x - Wᵀp. So each chunk of tokens costs two products with W, its logits
-are thrown away, and tokens without a label never meet the head. What a training step keeps of the head is one
-row-gradient the size of the labelled hidden states; PyTorch's own road keeps the logits, their float32 copy and
-their gradient, and costs as much for a token without a label as for one with it.
+A frozen head needs no gradient, so the backward needs only the gradient of the hidden states, which can be computed
+in the forward from the logits of a few tokens: for the token x with hidden state h, head W and p = softmax(W h), the
+gradient of log p_x with respect to h is W_x - Wᵀp. Each chunk of tokens costs two products with W, its logits are
+discarded, and tokens without a label skip the head. A training step saves one gradient with the size of the labeled
+hidden states. PyTorch's loss saves the logits, their float32 copy and their gradient, and a token without a label
+costs as much as one with a label.
 
-`FrozenHead` puts this into a model's own forward, found by structure and proved on the first batch: the head hands its
-input on, the loss function checks that just this tensor reaches it, and the value is compared with the model's own.
+`FrozenHead` integrates this into the forward of a model and verifies it on the first batch: the head returns its
+input, the loss function checks that it receives exactly this tensor, and the loss is compared with the model's own.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ..layers.hosts import Host
 from ..layers.ops import to_compute_dtype, used_devices
 
 CHUNK_ELEMENTS = 2**23
-"""Logits at hand at once: 32 MiB in float32. Larger chunks were not faster on a CPU, and the products stay large."""
+"""Logits per chunk: 32 MiB in float32. Larger chunks were not faster on a CPU, and the products are large enough."""
 
 
 class Scores(NamedTuple):
-    """What the labels are worth, per position; zero where there is no label.
+    """Scores of the labels per position; zero without a label.
 
     Args:
-        log_probs: (B, T) log-probability of the label, differentiable by the hidden states.
-        hits: (B, T) whether no token is likelier than the label; with `predictions`, whether it is the one predicted.
-        mask: (B, T) where there is a label.
-        predictions: (B, T) the likeliest token, where asked for.
-        entropy: (B, T) of the distribution, in nats, where asked for; not differentiable.
+        log_probs: (B, T) log-probability of the label, differentiable with respect to the hidden states.
+        hits: (B, T) whether no token is likelier than the label; with `predictions`, whether it is the predicted one.
+        mask: (B, T) whether there is a label.
+        predictions: (B, T) the likeliest token, if requested.
+        entropy: (B, T) entropy of the distribution in nats, if requested; not differentiable.
     """
 
     log_probs: Tensor
@@ -60,12 +60,12 @@ def label_scores(
 ) -> Scores:
     """Score the labels of hidden states (B, T, H) under a frozen head (V, H), in chunks of tokens.
 
-    Products run in autocast's dtype where autocast is on, else in the hidden states'; sums and exponentials in
-    float32 (float64 for float64).
+    Products run in autocast's dtype if autocast is on, otherwise in that of the hidden states; sums and exponentials
+    in float32 (float64 for float64).
 
     Args:
-        targets: (B, T) the label of each position itself (not of the next), -100 where there is none.
-        predictions, entropy: make these too; they cost one more pass over the logits each.
+        targets: (B, T) the token that each position predicts, -100 without a label.
+        predictions, entropy: compute these too; each costs one more pass over the logits.
     """
     mask = targets != IGNORED
     where = mask.reshape(-1).nonzero().squeeze(-1)
@@ -87,7 +87,7 @@ def label_scores(
 
 
 class _LabelLogProbs(torch.autograd.Function):
-    """log p of N labels from the rows `where` of hidden (M, H); the gradient by those rows is made in the forward."""
+    """log p of N labels from the rows `where` of hidden (M, H). The forward also computes their gradient."""
 
     @staticmethod
     def forward(
@@ -144,35 +144,35 @@ class _LabelLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, by_log_probs: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         grad, where = ctx.saved_tensors
-        # In float16 the factor holds the scale of the loss and the division by the number of tokens, so it is applied
-        # in float32: the stored rows are of the size of W, whatever the scale.
+        # In float16 the factor includes the loss scale and the division by the number of tokens, so it is applied in
+        # float32: the magnitude of the saved rows is that of W, independent of the scale.
         rows = (by_log_probs[:, None] * grad).to(grad.dtype)
         whole = grad.new_zeros(ctx.rows, grad.shape[1]).index_copy_(0, where, rows)
         return whole, None, None, None, None, None, None, None
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """The label that each position predicts: labels (B, T) moved by one, with -100 at the end."""
+    """The label that each position predicts: labels (B, T) shifted by one, with -100 at the end."""
     return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
 
 
 @dataclass
 class Caught:
-    """What one forward under `FrozenHead.catch` brought: the scores, or why there are none."""
+    """The result of one forward in `FrozenHead.catch`: the scores, or why there are none."""
 
     scores: Scores | None = None
     fault: str | None = None
-    handed_on: Tensor | None = field(default=None, repr=False)
+    hidden: Tensor | None = field(default=None, repr=False)
     version: int = 0
-    asked: bool = False
+    loss_called: bool = False
     dtype: torch.dtype = torch.float32
 
 
 class FrozenHead:
-    """The output head of a causal language model, where the loss can be computed over it without logits.
+    """The output head of a causal language model over which the loss may be computed without logits.
 
-    Args:
-        off: why it cannot be, in words for the user; None while it can.
+    Attributes:
+        off: why this is not possible, for the user; None if it is.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -185,40 +185,40 @@ class FrozenHead:
     def catch(
         self, model: Any, targets: Tensor, *, predictions: bool = False, entropy: bool = False
     ) -> Iterator[Caught]:
-        """Within, the model's forward with labels returns its loss from the scores, and hidden states as its logits.
+        """Within, the model's forward with labels computes its loss from the scores; its logits are hidden states.
 
         Args:
-            targets: (B, T) as for `label_scores`; the same labels that the model is called with, shifted.
+            targets: (B, T) as for `label_scores`: the labels that the model is called with, shifted.
         """
         caught = Caught()
         head = self.module
         plain_forward, plain_loss = head.forward, model.__dict__.get("_loss_function")
 
-        def hand_on(hidden: Tensor) -> Tensor:
+        def forward(hidden: Tensor) -> Tensor:
             if caught.scores is not None or hidden.shape[:-1] != targets.shape:
-                caught.fault = f"{self.name} is called with other tokens than the labels'"
+                caught.fault = f"{self.name} is called with other tokens than those of the labels"
                 return plain_forward(hidden)
-            # Made here and not in the loss: where the weights are sharded they are whole only within the head's call.
+            # Computed here and not in the loss: sharded weights are whole only during the call of the head.
             caught.scores = label_scores(
                 hidden, head.weight, head.bias, targets.to(hidden.device), predictions=predictions, entropy=entropy
             )
-            caught.handed_on, caught.version = hidden, _version(hidden)
-            # Asked here: Accelerate's autocast is around the forward alone.
+            caught.hidden, caught.version = hidden, _version(hidden)
+            # Read here because Accelerate's autocast wraps only the forward.
             caught.dtype = to_compute_dtype(hidden).dtype
             return hidden
 
         def loss(logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:
-            caught.asked = True
+            caught.loss_called = True
             scores = caught.scores
-            if scores is None or logits is not caught.handed_on or _version(logits) != caught.version:
-                caught.fault = caught.fault or f"the model changes what {self.name} returns before its loss"
+            if scores is None or logits is not caught.hidden or _version(logits) != caught.version:
+                caught.fault = caught.fault or f"the model changes the output of {self.name} before its loss"
                 return logits.sum()
             tokens = kwargs.get("num_items_in_batch")
             if tokens is None:
                 tokens = scores.mask.sum()
             return -scores.log_probs.sum() / (tokens.to(logits.device) if isinstance(tokens, Tensor) else tokens)
 
-        head.forward, model._loss_function = hand_on, loss
+        head.forward, model._loss_function = forward, loss
         try:
             yield caught
         finally:
@@ -227,20 +227,20 @@ class FrozenHead:
                 del model._loss_function
             else:
                 model._loss_function = plain_loss
-            if not caught.asked and caught.fault is None:
-                caught.fault = "the model does not take its loss from its loss_function"
+            if not caught.loss_called and caught.fault is None:
+                caught.fault = "the model does not use its loss_function"
 
     def prove(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Compare with the model's own loss on the head of a batch, without gradients, once; sets `off` if it differs.
+        """Compare with the model's own loss once, on a part of a batch, without gradients; set `off` if it differs.
 
         Args:
-            model: the bare model, without what Accelerate puts around it.
+            model: the model, unwrapped from Accelerate.
             inputs: a batch with `labels` (B, T).
         """
         if self.proved or self.off is not None:
             return
         self.proved = True
-        probe = _head_of(inputs)
+        probe = _first_tokens(inputs)
         with torch.no_grad(), torch.random.fork_rng(used_devices()):
             seed = torch.initial_seed()
             try:
@@ -248,7 +248,7 @@ class FrozenHead:
                 with self.catch(model, shifted(probe["labels"])) as caught:
                     value = model(**probe)["loss"]
             except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-                self.off = f"the model's forward does other things with its logits ({type(error).__name__})"
+                self.off = f"the model's forward uses its logits for something else ({type(error).__name__})"
                 return
             if caught.fault is None:
                 torch.manual_seed(seed)
@@ -256,10 +256,10 @@ class FrozenHead:
         if caught.fault is not None:
             self.off = caught.fault
             return
-        # Sums over a vocabulary in another order: some roundings of the logits, and many of float32.
+        # Sums over a vocabulary in another order: a few rounding errors of the logits' dtype, and many of float32.
         slack = 16 * torch.finfo(caught.dtype).eps + 256 * torch.finfo(torch.float32).eps
         if not torch.isclose(value.double(), own.double(), rtol=slack):
-            self.off = f"the model's own loss is {float(own):.6g}, over the frozen head it is {float(value):.6g}"
+            self.off = f"the model's own loss is {float(own):.6g}, but over the frozen head it is {float(value):.6g}"
 
 
 def find_frozen_head(model: nn.Module) -> FrozenHead | None:
@@ -278,20 +278,20 @@ def find_frozen_head(model: nn.Module) -> FrozenHead | None:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode are not counted."""
+    """How often a tensor was changed in place; inference mode does not count it."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def _why_not(model: nn.Module, head: nn.Module, name: str) -> str | None:
-    """What of the structure speaks against it."""
+    """Why the structure of the model does not allow it; None if it does."""
     if "_loss_function" in model.__dict__:
-        return "the model was given a loss_function of its own"
+        return "a loss_function was set on the model"
     if any(p.requires_grad for p in head.parameters()):
         return f"{name} is trained"
     if isinstance(head, Host):
         return f"{name} has an adapter"
     if type(head) is not nn.Linear:
-        return f"{name} is no plain linear layer, but {type(head).__name__}"
+        return f"{name} is a {type(head).__name__}, not a plain linear layer"
     if "forward" in head.__dict__ or head._forward_hooks:
         return f"{name} has a hook"
     return None
@@ -301,10 +301,10 @@ _OF_TOKENS = {"input_ids", "attention_mask", "position_ids", "labels", "token_ty
 _OF_PACKING = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
-def _head_of(inputs: Mapping[str, Any], tokens: int = 64) -> dict[str, Any]:
-    """The first tokens of the first row of a batch of text, as one document; the whole of any other batch.
+def _first_tokens(inputs: Mapping[str, Any], tokens: int = 64) -> dict[str, Any]:
+    """The first tokens of the first row of a batch of text, as one document; other batches whole.
 
-    Its logits are all there at once, so it is kept small.
+    It is small because the model's own loss stores all of its logits.
     """
     kept = {k: v for k, v in inputs.items() if k not in _OF_PACKING and k not in ("num_items_in_batch", "use_cache")}
     if not set(kept) <= _OF_TOKENS or "input_ids" not in kept:

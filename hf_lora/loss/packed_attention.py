@@ -1,8 +1,8 @@
-"""Attention over packed documents, one after another, for `sdpa` on a CPU.
+"""Attention over packed documents, one document at a time, for `sdpa` on a CPU.
 
-Packing lays documents behind each other in one row. With FlashAttention their borders go to the kernel; `sdpa` gets a
-mask of (tokens × tokens) instead and multiplies every pair of them, so a row of eight documents costs eight times the
-attention that is needed. Here each document is a call of its own, without a mask where it is plainly causal.
+Packing concatenates documents in one row. FlashAttention gets their boundaries; `sdpa` gets a mask (tokens × tokens)
+instead and multiplies every pair of tokens, so a row of eight documents costs eight times the necessary attention.
+Here each document is a separate call, without a mask if its attention is causal.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 def packed_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa`; the borders are those that a padding-free collator hands to the model.
+    """Like `sdpa` of transformers, with the document boundaries that a padding-free collator passes to the model.
 
     Args:
         query: (1, heads, T, D); key and value: (1, key-value heads, T, D).
-        attention_mask: (1, 1, T, T) of bool, or None where all is causal.
+        attention_mask: (1, 1, T, T), bool, or None for causal attention.
         kwargs: `cu_seq_lens_q` (documents + 1,) holds the first token of each document, then T.
 
     Returns:
-        The attention's output (1, T, heads, D), and None for its weights.
+        The output (1, T, heads, D), and None for the attention weights.
     """
     borders = kwargs.get("cu_seq_lens_q")
     tokens = query.shape[2]
@@ -50,9 +50,9 @@ def packed_attention(
 
 
 def _are_causal(mask: Tensor | None, edges: list[int]) -> list[bool]:
-    """Per document, whether each token sees all before it: not so beyond a sliding window.
+    """Per document, whether each token attends to all tokens before it, which a sliding window may prevent.
 
-    Found out once a mask, which all layers of a kind share, and kept with it.
+    Computed once per mask (layers share masks) and stored on it.
     """
     if mask is None:
         return [True] * (len(edges) - 1)
@@ -67,10 +67,10 @@ def _are_causal(mask: Tensor | None, edges: list[int]) -> list[bool]:
 
 @contextlib.contextmanager
 def attention_by_document(model: PreTrainedModel) -> Iterator[None]:
-    """Within, a model on a CPU that uses `sdpa` attends document by document; any other is left as it is.
+    """Within, a model on a CPU that uses `sdpa` attends document by document; other models do not change.
 
-    The function behind the name is exchanged, not the name in the model's config: models ask for it by name, some
-    build a sparse mask for `sdpa` alone, and a part of a model may use another.
+    The function registered as `sdpa` is replaced, not the name in the model's config: models look it up by name, some
+    build a sparse mask only for `sdpa`, and parts of a model may use another name.
     """
     known: Any = ALL_ATTENTION_FUNCTIONS
     if known["sdpa"] is not sdpa_attention_forward or next(model.parameters()).device.type != "cpu":
@@ -80,4 +80,4 @@ def attention_by_document(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        del known["sdpa"]  # of this mapping alone; transformers' own, under it, shows again
+        del known["sdpa"]  # only the local entry, so the global one of transformers is visible again

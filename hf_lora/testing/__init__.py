@@ -4,9 +4,9 @@
         push_folder("out/adapter", "user/adapter", token=hub.token, endpoint=hub.url)
         assert "adapter_model.safetensors" in hub.files("user/adapter")
 
-It keeps everything in memory, listens on 127.0.0.1 alone, needs the standard library only, and is understood by the
-real `huggingface_hub` client. It does not speak Xet: the client uses LFS where `HF_HUB_DISABLE_XET` is set, which
-`environment` and `active` do.
+It keeps everything in memory, listens only on 127.0.0.1, needs only the standard library, and works with the real
+`huggingface_hub` client. It does not support Xet: `environment` and `active` set `HF_HUB_DISABLE_XET`, with which the
+client uses LFS.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class LocalHub:
     """A Hub for tests; a context manager.
 
     Attributes:
-        url: for `endpoint=`, once it runs.
-        token: of the user `user`, who may write.
-        requests: what was asked since the start, or since `clear()`.
+        url: value for `endpoint=` while it runs.
+        token: token of the user `user`, with write permission.
+        requests: the requests since the start, or since `clear()`.
     """
 
     def __init__(self, user: str = "user", *, chunk_size: int | None = None) -> None:
         """
         Args:
             user: the name of the first user.
-            chunk_size: larger uploads go in parts of so many bytes (LFS multipart); None: each in one piece.
+            chunk_size: larger uploads are split into parts of this many bytes (LFS multipart); None: never split.
         """
         self.api = Api()
         self.api.chunk_size = chunk_size
@@ -66,7 +66,7 @@ class LocalHub:
 
     def _running(self) -> Server:
         if self._server is None:
-            raise RuntimeError("The LocalHub does not run. Use it in a with block: with LocalHub() as hub: …")
+            raise RuntimeError("The LocalHub is not running. Use it in a with block: with LocalHub() as hub: …")
         return self._server
 
     @property
@@ -82,33 +82,34 @@ class LocalHub:
         return [line for line in list(self.requests) if fnmatch.fnmatchcase(str(line), pattern)]
 
     def clear(self) -> None:
-        """Forget the log and the faults."""
+        """Clear the log and the faults."""
         self.requests.clear()
         self._running().faults.clear()
 
-    # How a client gets here ------------------------------------------------------------------------------------------
+    # Connecting clients ----------------------------------------------------------------------------------------------
 
     def environment(self, home: str | os.PathLike[str], token: str | None = "") -> dict[str, str]:
-        """The environment of a process whose Hub this is: `subprocess.run(command, env=hub.environment(folder))`.
+        """The environment of a process that uses this Hub: `subprocess.run(command, env=hub.environment(folder))`.
 
         Args:
-            home: the folder of its cache and its settings, such as a new one.
-            token: None for none; not given: that of the first user.
+            home: the folder for its cache and settings, such as a new one.
+            token: None for no token; default: that of the first user.
         """
         own = ("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_")
         values = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         values |= {"HF_ENDPOINT": self.url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": os.fspath(home)}
         values |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        values |= {"NO_PROXY": HOST, "no_proxy": HOST}  # where both are set, the small one counts
+        values |= {"NO_PROXY": HOST, "no_proxy": HOST}  # if both are set, the lower-case one is used
         token = self.token if token == "" else token
         return values | ({"HF_TOKEN": token} if token else {})
 
     @contextlib.contextmanager
     def active(self, home: str | os.PathLike[str], token: str | None = "") -> Iterator[LocalHub]:
-        """Make this the Hub of the running process for the time of a `with` block, whatever it imported before.
+        """Make this the Hub of the running process within a `with` block, even if clients are imported already.
 
-        The client reads its environment when it is imported, so what it read is replaced. This reaches calls that take
-        no `endpoint=`, such as transformers' `from_pretrained`. Not for several threads with different Hubs.
+        The client reads its environment when it is imported, so the values that it read are replaced. This affects
+        calls without `endpoint=`, such as `from_pretrained` of transformers. It does not support several threads with
+        different Hubs.
         """
         from huggingface_hub import constants
 
@@ -140,10 +141,10 @@ class LocalHub:
             for name, value in environment.items():
                 _set(name, value)
 
-    # What it holds ---------------------------------------------------------------------------------------------------
+    # Contents --------------------------------------------------------------------------------------------------------
 
     def add_user(self, name: str, *, write: bool = True) -> str:
-        """Another user, or another token of one that is there; the token. Without `write` it reads only."""
+        """Add a user, or another token of an existing one, and return the token. Without `write` it is read-only."""
         token = f"hf_local{len(self.api.users)}{name}"
         self.api.users[token] = User(name, token, write)
         return token
@@ -156,7 +157,7 @@ class LocalHub:
         private: bool = False,
         gated: bool = False,
     ) -> Repo:
-        """A repository, as if it had been there before; with files, or with those of a folder, in a commit."""
+        """Add a repository, optionally with a commit of files or of the files in a folder."""
         repo = self.api.repos[repo_id] = new_repo(repo_id, private, gated)
         if files is not None:
             self.add_files(repo_id, files)
@@ -165,14 +166,14 @@ class LocalHub:
     def add_files(
         self, repo_id: str, files: Mapping[str, bytes] | str | os.PathLike[str], revision: str = "main"
     ) -> str:
-        """Add files to a branch in one commit, without a client; the commit."""
+        """Add files to a branch in one commit, without a client, and return the commit."""
         if not isinstance(files, Mapping):
             root = Path(files)
             files = {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
         return self.repo(repo_id).put(files, revision=revision)
 
     def repo(self, repo_id: str) -> Repo:
-        """A repository; KeyError where there is none."""
+        """A repository; KeyError if it does not exist."""
         return self.api.repos[repo_id]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
@@ -182,10 +183,10 @@ class LocalHub:
         return {path: blob.data for path, blob in sorted(tree.items()) if path != ".gitattributes"}
 
     def commits(self, repo_id: str, revision: str = "main") -> list[Commit]:
-        """The commits of a revision, newest first; the oldest is the Hub's own."""
+        """The commits of a revision, newest first; the oldest is the initial commit of the Hub."""
         return self.repo(repo_id).history(revision)
 
-    # What goes wrong -------------------------------------------------------------------------------------------------
+    # Faults ----------------------------------------------------------------------------------------------------------
 
     def fail(
         self,
@@ -198,14 +199,14 @@ class LocalHub:
         headers: Mapping[str, str] | None = None,
         seconds: float = 3600.0,
     ) -> Fault:
-        """Let requests fail: see `Fault` for the arguments. Its `fired` counts how often it did."""
+        """Make requests fail: see `Fault` for the arguments. `fired` of the result counts the failures."""
         fault = Fault(on, kind, after, times, status, headers or {}, seconds)
         self._running().faults.append(fault)
         return fault
 
 
 def _shared_clients() -> list[Any]:
-    """The clients that huggingface_hub and transformers make once and keep; each remembers its endpoint."""
+    """The global clients of huggingface_hub and transformers, each with its endpoint."""
     from huggingface_hub import hf_api
 
     theirs = getattr(sys.modules.get("transformers.utils.hub"), "_hf_api", None)

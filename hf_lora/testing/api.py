@@ -1,4 +1,4 @@
-"""The answers of a `LocalHub`: the part of the Hub's API that pushing and pulling a model use."""
+"""The responses of a `LocalHub`: the part of the Hub's API that pushing and pulling a model use."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERBS = {
 
 
 class Refusal(Exception):
-    """An answer other than what was asked for."""
+    """An error response."""
 
     def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
         super().__init__(message)
@@ -27,7 +27,7 @@ class Refusal(Exception):
 
 
 class Api:
-    """State and answers; the wire is `server.Server`."""
+    """State and responses; `server.Server` handles HTTP."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -35,11 +35,11 @@ class Api:
         self.users: dict[str, User] = {}
         """Token -> its owner."""
         self.large: dict[str, bytes] = {}
-        """Large file storage: sha256 -> content that was verified."""
+        """Large file storage: sha256 -> verified content."""
         self.arrived: dict[str, dict[int, bytes]] = {}
-        """Uploads that are not verified yet: sha256 -> part -> content."""
+        """Unverified uploads: sha256 -> part -> content."""
         self.chunk_size: int | None = None
-        """Uploads larger than this go in parts; None: all in one."""
+        """Uploads larger than this are split into parts; None: never split."""
 
     def respond(self, request: Request) -> Reply:
         try:
@@ -73,7 +73,7 @@ class Api:
             return self._resolve(request, "/".join(parts[:at]), parts[at + 1], "/".join(parts[at + 2 :]))
         raise Refusal(404, f"{method} {request.path} is not part of this server")
 
-    # Who may do what -------------------------------------------------------------------------------------------------
+    # Permissions -----------------------------------------------------------------------------------------------------
 
     def _user(self, request: Request) -> User | None:
         if request.token is None:
@@ -92,7 +92,7 @@ class Api:
         return user
 
     def _repo(self, request: Request, repo_id: str) -> Repo:
-        """A repository that the user may see: a private one is hidden, not forbidden."""
+        """A repository that the user may see. A private one appears not to exist."""
         user, repo = self._user(request), self.repos.get(repo_id)
         if repo is None or (repo.private and not repo.reads(user)):
             raise Refusal(401 if user is None else 404, "Repository not found", "RepoNotFound")
@@ -122,7 +122,7 @@ class Api:
     def _create(self, request: Request) -> Reply:
         values, user = request.json(), self._writer(request)
         if values.get("type", "model") != "model":
-            raise Refusal(400, "this server keeps models alone")
+            raise Refusal(400, "this server supports only models")
         if values.get("organization") not in (None, user.name):
             raise Refusal(403, f"Forbidden: {user.name} cannot create a model in {values['organization']}")
         repo_id = f"{user.name}/{values['name']}"
@@ -299,7 +299,7 @@ class Api:
         if rest == ["complete"]:
             numbers = [part["partNumber"] for part in request.json()["parts"]]
             if numbers != sorted(arrived):
-                raise Refusal(400, f"parts {numbers} were named and {sorted(arrived)} came")
+                raise Refusal(400, f"parts {numbers} were named, but {sorted(arrived)} arrived")
             return answer({})
         data = b"".join(arrived[i] for i in sorted(arrived))
         size = request.json()["size"]
@@ -338,7 +338,7 @@ class Api:
         if not header.get("summary"):
             raise Refusal(400, "a commit needs a summary")
         if not as_pull and revision not in repo.branches and not revision.startswith("refs/pr/"):
-            raise Refusal(400, f"{revision} is no branch")
+            raise Refusal(400, f"{revision} is not a branch")
         oid = repo.add(head, tree, header["summary"], header.get("description", ""), user.name)
         values: dict[str, Any] = {"success": True, "commitOid": oid}
         values["commitUrl"] = f"{self.url}/{repo.repo_id}/commit/{oid}"
@@ -375,7 +375,7 @@ class Api:
 
 def _safe(path: str) -> str:
     if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
-        raise Refusal(400, f"{path!r} is no path in a repository")
+        raise Refusal(400, f"{path!r} is not a valid path in a repository")
     return path
 
 

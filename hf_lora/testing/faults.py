@@ -1,4 +1,4 @@
-"""Faults that a `LocalHub` commits when it is told to."""
+"""Faults of a `LocalHub` for tests."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Step = str | Callable[[str, str], bool]
 
 @dataclass
 class Fault:
-    """What goes wrong, at which requests.
+    """A fault and the requests that it affects.
 
     Attributes:
-        on: `"METHOD pattern"`, such as `"POST /api/models/*/commit/*"` (a method `*` is any), or a function of method
-            and path. The path is without its query, and decoded.
-        kind: `drop`: the connection is closed and nothing was done. `lose`: it was done, and the answer is lost.
-            `stall`: no answer for `seconds`. `status`: the answer is `status` with `headers`. `truncate`: the answer
-            breaks off half-way. `corrupt`: a byte of the answer's body is another one. `garble`: a byte of the
-            request's body is, as if it had changed on its way.
-        after: matching requests that go well first.
-        times: matching requests that then fail.
+        on: `"METHOD pattern"`, such as `"POST /api/models/*/commit/*"` (method `*`: any), or a function of method and
+            path. The path is decoded and has no query.
+        kind: `drop`: close the connection without processing the request. `lose`: process the request, but send no
+            response. `stall`: no response for `seconds`. `status`: respond with `status` and `headers`. `truncate`:
+            send half of the response. `corrupt`: change a byte of the response's body. `garble`: change a byte of the
+            request's body before processing it.
+        after: how many matching requests succeed first.
+        times: how many matching requests then fail.
     """
 
     on: Step
@@ -37,7 +37,7 @@ class Fault:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"fault {self.kind!r} is unknown. It is one of {', '.join(KINDS)}.")
+            raise ValueError(f"Unknown fault {self.kind!r}. Choose one of {', '.join(KINDS)}.")
 
     def matches(self, method: str, path: str) -> bool:
         if callable(self.on):
@@ -57,7 +57,7 @@ class Fault:
 
 
 def other_byte(data: bytes) -> bytes:
-    """The same length with one byte changed, past the middle."""
+    """`data` with one byte past the middle changed."""
     if not data:
         return data
     at = len(data) * 2 // 3

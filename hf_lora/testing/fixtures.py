@@ -1,4 +1,4 @@
-"""A pytest fixture of `LocalHub`: put `pytest_plugins = ["hf_lora.testing.fixtures"]` into your conftest.py."""
+"""A pytest fixture for `LocalHub`: add `pytest_plugins = ["hf_lora.testing.fixtures"]` to your conftest.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from . import LocalHub
 
 @pytest.fixture
 def local_hub() -> Iterator[LocalHub]:
-    """A running `LocalHub` of one test."""
+    """A running `LocalHub` for one test."""
     with LocalHub() as hub:
         yield hub

@@ -1,4 +1,4 @@
-"""The wire of a `LocalHub`: HTTP/1.1 on the loopback interface, and the faults that happen there."""
+"""The server of a `LocalHub`: HTTP/1.1 on the loopback interface, and its faults."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOST = "127.0.0.1"
 
 @dataclass
 class Request:
-    """A request as the answering function gets it. `parts` are the path's components, each decoded."""
+    """A request. `parts` are the decoded components of the path."""
 
     method: str
     path: str
@@ -48,7 +48,7 @@ class Reply:
 
 @dataclass
 class Logged:
-    """One line of the log: what was asked, and the status it got (0 where the connection was closed)."""
+    """One line of the log: the request and the status of the response (0 if the connection was closed)."""
 
     method: str
     path: str
@@ -60,12 +60,12 @@ class Logged:
 
 
 def answer(values: Any, status: int = 200, **headers: str) -> Reply:
-    """A reply of JSON."""
+    """A JSON reply."""
     return Reply(status, json.dumps(values).encode(), {"Content-Type": "application/json", **headers})
 
 
 class Server(ThreadingHTTPServer):
-    """Listens on the loopback interface and hands each request to `respond`."""
+    """Listens on the loopback interface and passes each request to `respond`."""
 
     daemon_threads = True
 
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
             return next((fault for fault in list(self.faults) if fault.strikes(method, path)), None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that went away is no error of the server."""
+        """Ignored: a client that disconnects is not an error of the server."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The log is `Server.log`."""
+        """Ignored: the log is `Server.log`."""
 
     def _handle(self) -> None:
         split = urlsplit(self.path)
@@ -115,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "garble":
             request.body = other_byte(body)
         if fault and kind == "status":
-            values = {"error": f"the server answered {fault.status}, as it was told to"}
+            values = {"error": f"status {fault.status}, requested by the test"}
             reply = answer(values, fault.status, **dict(fault.headers))
         else:
             with self.server.lock:
@@ -159,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        if request.method != "HEAD":  # a body here would be read as the next reply
+        if request.method != "HEAD":  # the client would read a body as the next reply
             self.wfile.write(body[: len(body) // 2] if cut else body)
         self.wfile.flush()
         if cut:

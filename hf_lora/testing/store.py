@@ -1,4 +1,4 @@
-"""What a `LocalHub` keeps, in memory: repositories as git would have them, large files, users and tokens."""
+"""The data of a `LocalHub` in memory: repositories like those of git, large files, users and tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 
 LARGE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".model", ".png")
-"""Names that the Hub's .gitattributes sends to large file storage."""
+"""Endings of names that the Hub's .gitattributes assigns to large file storage."""
 LARGE_BYTES = 10_000_000
 
 
@@ -26,14 +26,14 @@ class Blob:
 
     @cached_property
     def pointer(self) -> bytes:
-        """What git holds in place of a large file."""
+        """The pointer that git stores instead of a large file."""
         return (
             f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n".encode()
         )
 
     @cached_property
     def oid(self) -> str:
-        """git's name of the object."""
+        """The git hash of the object."""
         held = self.pointer if self.lfs else self.data
         return hashlib.sha1(b"blob %d\0" % len(held) + held, usedforsecurity=False).hexdigest()
 
@@ -44,7 +44,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Commit:
-    """A state of all files, and what came before."""
+    """A snapshot of all files, and its parent."""
 
     oid: str
     parent: str | None
@@ -67,7 +67,7 @@ class PullRequest:
 
 @dataclass
 class User:
-    """A token's owner. A token that may not `write` reads only."""
+    """The owner of a token, which is read-only without `write`."""
 
     name: str
     token: str
@@ -79,19 +79,19 @@ def now() -> str:
 
 
 def is_large(path: str, size: int, sample: bytes = b"") -> bool:
-    """Whether the Hub would put a file into large file storage."""
+    """Whether the Hub would store a file in large file storage."""
     return path.endswith(LARGE) or size > LARGE_BYTES or b"\0" in sample
 
 
 @dataclass
 class Repo:
-    """One repository: branches, tags and pull requests point at commits."""
+    """One repository: branches, tags and pull requests refer to commits."""
 
     repo_id: str
     private: bool = False
     gated: bool = False
     readers: set[str] = field(default_factory=set)
-    """Users besides the owner who may read it where it is private or gated."""
+    """Users other than the owner who may read it if it is private or gated."""
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class Repo:
         return self.repo_id.partition("/")[0]
 
     def resolve(self, revision: str) -> str | None:
-        """The commit that a branch, tag, `refs/…` or a commit itself names; None where there is none."""
+        """The commit for a branch, tag, `refs/…` or commit hash; None if it does not exist."""
         if revision.startswith("refs/pr/") and revision[8:].isdigit():
             return self.pull_heads.get(int(revision[8:]))
         plain = revision.removeprefix("refs/heads/").removeprefix("refs/tags/")
@@ -115,7 +115,7 @@ class Repo:
         return None
 
     def history(self, revision: str) -> list[Commit]:
-        """The commits that lead to a revision, newest first."""
+        """The history of a revision, newest first."""
         found, oid = [], self.resolve(revision)
         while oid is not None:
             found.append(self.commits[oid])
@@ -125,7 +125,7 @@ class Repo:
     def add(
         self, parent: str | None, tree: Mapping[str, Blob], title: str, message: str = "", author: str = ""
     ) -> str:
-        """Add a commit that no branch points at yet; its name."""
+        """Add a commit that no branch refers to yet, and return its hash."""
         seed = repr((self.repo_id, len(self.commits), parent, title, sorted((p, b.oid) for p, b in tree.items())))
         oid = hashlib.sha1(seed.encode(), usedforsecurity=False).hexdigest()
         self.commits[oid] = Commit(oid, parent, title, message, author or self.owner, now(), dict(tree))
@@ -146,7 +146,7 @@ class Repo:
         return pull
 
     def merge_pull(self, num: int) -> None:
-        """Put what a pull request adds onto its branch, in one commit."""
+        """Merge a pull request into its branch, in one commit."""
         pull, head = self.pulls[num], self.commits[self.pull_heads[num]]
         base = self.branches[pull.base]
         tree = {**self.commits[base].tree, **head.tree}
@@ -159,7 +159,7 @@ class Repo:
 
 
 def new_repo(repo_id: str, private: bool = False, gated: bool = False) -> Repo:
-    """A repository as the Hub creates it: one commit that holds .gitattributes."""
+    """A new repository as the Hub creates it: one commit with .gitattributes."""
     repo = Repo(repo_id, private, gated)
     attributes = "".join(f"*{end} filter=lfs diff=lfs merge=lfs -text\n" for end in LARGE)
     repo.branches["main"] = repo.add(None, {".gitattributes": Blob(attributes.encode())}, "initial commit")

@@ -61,12 +61,12 @@ def test_bypassed_children_are_skipped_and_refused_when_named(make: Any, bypasse
     model = make()
     plan = explain_targets(model)
     for name in bypassed:
-        assert "multiplies by its weight itself" in plan.skipped[name], name
+        assert "multiplies by its weight directly" in plan.skipped[name], name
     assert plan.layers
     assert not {t.name for t in plan.layers} & set(bypassed)
     with pytest.raises(TargetError) as error:
         apply_lora(model, LoraConfig(target_modules=[named]))
-    assert "multiplies by its weight itself" in str(error.value)
+    assert "multiplies by its weight directly" in str(error.value)
     assert "allow_bypassed=True" in str(error.value)
     assert not adapter_layers(model)
     apply_lora(model, LoraConfig(target_modules=[named]), allow_bypassed=True)
@@ -194,5 +194,5 @@ def test_a_subclass_is_adapted_only_if_its_own_forward_is_the_known_one() -> Non
     plan = explain_targets(model)
     assert [target.name for target in plan.layers] == ["0"]
     assert set(plan.skipped) == {"1", "2"}
-    with pytest.raises(TargetError, match=r"(?s)1: Clipped is not a kind of layer.*2: Scaled"):
+    with pytest.raises(TargetError, match=r"(?s)1: Clipped is not a supported kind of layer.*2: Scaled"):
         apply_lora(model, LoraConfig(target_modules=["1", "2"]))

@@ -1,4 +1,4 @@
-"""Merging a quantised base: a dense model comes out, computes the same, and nothing tells that it was quantised."""
+"""Merging a quantized base: a dense model comes out, computes the same, and nothing tells that it was quantized."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_merging_in_float32_loses_nothing(base: Path, kind: str) -> None:
     assert all(p.requires_grad for p in dense.parameters())  # as of a dense model, that one may train whole
     # Weights, sums and two layers of products, each rounded once to float32 and summed in another order.
     assert_near(logits(dense), before, torch.float32, factor=64)
-    dense.to(torch.bfloat16)  # transformers refuses it to a model that it takes for a quantised one
+    dense.to(torch.bfloat16)  # transformers refuses it to a model that it takes for a quantized one
 
 
 def test_layers_without_adapter_become_dense_too_and_two_adapters_are_folded(base: Path) -> None:
@@ -175,7 +175,7 @@ def test_dequantize_alone_keeps_the_adapter_beside(base: Path) -> None:
     assert_dense(model.unload(), torch.float32)
 
 
-def test_a_dense_head_that_was_merged_alone_does_not_keep_the_rest_quantised(base: Path) -> None:
+def test_a_dense_head_that_was_merged_alone_does_not_keep_the_rest_quantized(base: Path) -> None:
     model = adapted(base, "nf4", target_modules=["lm_head"])
     before = logits(model)
     model.merge_adapter()
@@ -228,7 +228,7 @@ def test_what_was_a_transposed_layer_is_one_again(tmp_path: Path, kind: str) -> 
 
 
 def test_memory_is_one_layer_at_a_time(base: Path) -> None:
-    """When the last layer is turned, no other quantised weight is left, and no second dense one was made."""
+    """When the last layer is turned, no other quantized weight is left, and no second dense one was made."""
     model = adapted(base, "nf4")
     packed = [weakref.ref(m.weight) for n, m in model.named_modules() if n.endswith("proj")]
     alive: list[int] = []
@@ -260,7 +260,7 @@ def test_nothing_is_changed_where_something_cannot_be_dense(base: Path) -> None:
     model.model.layers[1].mlp.up_proj = Packed()
     randomize(apply_lora(model, LoraConfig(r=2, target_modules=["q_proj"])))
     before, held = logits(model), bits(model)
-    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.up_proj: .*Packed is a quantised layer"):
+    with pytest.raises(MergeError, match=r"layers\.1\.mlp\.up_proj: .*Packed is a quantized layer"):
         model.merge_and_unload()
     with pytest.raises(MergeError, match="Nothing was changed"):
         dequantize(model)
@@ -279,7 +279,7 @@ def test_a_sum_that_float16_cannot_hold_is_refused_before_anything_is_changed(ba
     assert is_quantized(model)
 
 
-def test_the_dtype_is_that_of_what_was_not_quantised(base: Path) -> None:
+def test_the_dtype_is_that_of_what_was_not_quantized(base: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = adapted(base, "nf4", dtype)
         assert dense_dtype(model) == dtype
@@ -289,12 +289,12 @@ def test_the_dtype_is_that_of_what_was_not_quantised(base: Path) -> None:
 def test_checking_an_adapter_wants_a_dense_base(base: Path) -> None:
     model = adapted(base, "nf4")
     held = bits(model)
-    with pytest.raises(StateError, match="quantised"):
+    with pytest.raises(StateError, match="quantized"):
         check_adapter(model, {"input_ids": token_ids()})
     assert_same_tensors(bits(model), held)
 
 
-# The documented road -------------------------------------------------------------------------------------------------
+# The documented workflow ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,7 @@ def test_the_documented_road_merges_into_the_bfloat16_base(base: Path, trained: 
     assert ((found - wanted).abs() <= wanted.abs() * torch.finfo(torch.bfloat16).eps / 2 + 1e-7).all()
 
 
-def test_a_base_whose_files_are_quantised_is_the_same_base(
+def test_a_base_whose_files_are_quantized_is_the_same_base(
     base: Path, tmp_path: Path, trained: dict[str, Any]
 ) -> None:
     load(base, "nf4", torch.bfloat16).save_pretrained(tmp_path / "packed")
@@ -390,7 +390,7 @@ def test_a_base_whose_files_are_quantised_is_the_same_base(
         LoraModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "other"), device_map="cpu")
 
 
-def test_a_quantised_base_is_merged_to_a_folder(base: Path, tmp_path: Path, trained: dict[str, Any]) -> None:
+def test_a_quantized_base_is_merged_to_a_folder(base: Path, tmp_path: Path, trained: dict[str, Any]) -> None:
     load(base, "nf4-double", torch.bfloat16).save_pretrained(tmp_path / "packed")
     out = merge_to_folder(trained["folder"], tmp_path / "out", base_model=str(tmp_path / "packed"), device_map="cpu")
     model = LlamaForCausalLM.from_pretrained(out)
@@ -414,7 +414,7 @@ def test_rounding_a_merged_weight_to_nf4_again_takes_most_of_the_update_away() -
 
 
 def share_of_update_kept(kind: str, size: float) -> float:
-    """1 less the part of an update, of relative size `size`, that is wrong after quantising the sum once more."""
+    """1 less the part of an update, of relative size `size`, that is wrong after quantizing the sum once more."""
     pytest.importorskip("bitsandbytes")
     import bitsandbytes.functional as B
 

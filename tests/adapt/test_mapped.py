@@ -12,7 +12,7 @@ import torch
 from helpers import assert_same_tensors, randomize, snapshot, tiny_llama
 
 from hf_lora import LoraConfig, LoraModel, apply_lora
-from hf_lora.layers.file_maps import let_go, lies_in, unwritten_maps
+from hf_lora.layers.file_maps import lies_in, release_pages, unwritten_maps
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="maps are read from Linux' /proc")
 
@@ -65,7 +65,7 @@ def test_what_was_written_to_is_no_longer_given_back(folder: Path) -> None:
     model = load(folder)
     weight = model.model.layers[0].mlp.up_proj.weight.data
     alias, before = weight.view(-1), weight.clone()
-    let_go(weight)
+    release_pages(weight)
     assert torch.equal(weight, before)  # read from the file again
     alias[0] = 3.0
     assert not lies_in(weight, unwritten_maps())  # its pages are this process's own now

@@ -237,7 +237,7 @@ def test_resizing_a_model_with_four_names_for_one_embedding() -> None:
     assert model.lm_head.weight is model.shared.weight is model.encoder.embed_tokens.weight
     model = randomize(apply_lora(quiet_t5(), LoraConfig(r=4, target_modules=["q", "encoder.embed_tokens"])))
     before = snapshot(model)
-    with pytest.raises(StateError, match=r"hold one weight[\s\S]*Resize the vocabulary before apply_lora"):
+    with pytest.raises(StateError, match=r"share one weight[\s\S]*Resize the vocabulary before apply_lora"):
         model.resize_token_embeddings(MORE)
     assert_same_tensors(snapshot(model), before)
 

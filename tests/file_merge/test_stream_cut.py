@@ -244,5 +244,5 @@ def test_a_large_checkpoint_has_the_bits_of_memory_and_takes_little(tmp_path: Pa
     assert "tensors unlike the in-memory merge's: 0; layout of the base's shards kept: True" in table["notes"][0], (
         result
     )
-    memory = next(row["memory"] for row in table["rows"] if row["road"] == "stream")
+    memory = next(row["memory"] for row in table["rows"] if row["method"] == "stream")
     assert memory <= 400

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from helpers import randomize, tiny_bert, tiny_llama
-from spoilt_weights import EITHER, LOADS, MARK, REFUSED, Mutation, of_weights, text
+from spoiled_weights import EITHER, LOADS, MARK, REFUSED, Mutation, of_weights, text
 
 from hf_lora import LoraConfig, apply_lora
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME

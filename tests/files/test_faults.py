@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be spoilt."""
+    """A copy of it, to be spoiled."""
     return Path(shutil.copytree(saved, tmp_path / "adapter"))
 
 
@@ -136,7 +136,7 @@ def test_every_fault_of_the_tensors_is_listed_at_once(folder: Path) -> None:
     assert "from_pretrained" in message
 
 
-def test_a_misspelt_key_is_named_with_the_right_one(folder: Path) -> None:
+def test_a_misspelled_key_is_named_with_the_right_one(folder: Path) -> None:
     key = f"{PREFIX}.0.self_attn.q_proj.lora_A.weight"
     wrong = key.replace("q_proj", "q_porj")
     spoil_tensors(folder, lambda tensors: tensors.update({wrong: tensors.pop(key)}))
@@ -284,7 +284,7 @@ def test_a_pickle_of_more_than_tensors(folder: Path, saved: Path, tmp_path: Path
 def test_another_base_of_the_same_shape(saved: Path) -> None:
     other = tiny_llama(seed=1)
     before = snapshot(other)
-    with pytest.raises(BaseMismatchError, match=r"another one: its weights differ(.|\n)*allow_other_base=True"):
+    with pytest.raises(BaseMismatchError, match=r"another base model: its weights differ(.|\n)*allow_other_base=True"):
         LoraModel.from_pretrained(saved, base_model=other)
     assert_same_tensors(snapshot(other), before)
     assert isinstance(LoraModel.from_pretrained(saved, base_model=other, allow_other_base=True), LoraModel)
@@ -347,7 +347,7 @@ def test_the_same_base_in_another_dtype_size_or_with_another_head(tmp_path: Path
     with torch.no_grad():
         for layer in changed.bert.encoder.layer:
             layer.attention.self.query.weight.mul_(1.1)
-    with pytest.raises(BaseMismatchError, match="another one"):
+    with pytest.raises(BaseMismatchError, match="another base model"):
         LoraModel.from_pretrained(tmp_path / "adapter", base_model=changed)
 
 
@@ -364,7 +364,7 @@ def test_a_copy_of_the_base_in_a_foreign_file_is_compared(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama().to(torch.bfloat16))
-    with pytest.raises(BaseMismatchError, match="embed_tokens: the file holds other base weights"):
+    with pytest.raises(BaseMismatchError, match="embed_tokens: its base weight in the file differs"):
         LoraModel.from_pretrained(tmp_path, base_model=tiny_llama(seed=1))
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama(seed=1), allow_other_base=True)
 

@@ -1,6 +1,6 @@
 """An adapter's folder is a stranger's: whatever is in it, it is refused with its fault named, or loads as it says.
 
-Of a refused folder nothing is left: no byte of the base, of the folder and of its neighbours has changed, and no
+Of a refused folder nothing is left: no byte of the base, of the folder and of its neighbors has changed, and no
 module that it names was imported. What loads is compared with the file as safetensors' own reader has it.
 """
 
@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import MUTATIONS, SEEDS
 from safetensors.torch import load_file
-from spoilt_weights import EITHER, LOADS, MARK, REFUSED, sparse
+from spoiled_weights import EITHER, LOADS, MARK, REFUSED, sparse
 
 from hf_lora import AdapterFileError, LoraModel, inspect_adapter
 from hf_lora.files import validate as claims

@@ -73,7 +73,7 @@ def output_of(model: Any, entry: Mapping[str, Any]) -> Tensor:
 
 
 class Rows(Dataset):  # type: ignore[type-arg]
-    """Six labelled texts, which are one batch: in whatever order a sampler gives them, a step is the same."""
+    """Six labeled texts, which are one batch: in whatever order a sampler gives them, a step is the same."""
 
     def __len__(self) -> int:
         return 6

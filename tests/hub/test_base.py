@@ -45,7 +45,7 @@ def test_names_on_the_hub_are_merged_with_the_base_of_the_training(pushed: Local
     told = run_command(
         "merge", "user/base", "user/ad", tmp_path / "two", "--subfolder", "mine", "--base-revision", "main", code=2
     ).stderr
-    assert "the base model is another one" in told
+    assert "this is another base model" in told
     pushed.clear()
     told = run_command("merge", "user/base", "user/none", tmp_path / "three", code=2).stderr
     assert "no model repository user/none" in told

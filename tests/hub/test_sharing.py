@@ -355,7 +355,7 @@ def test_the_base_is_that_of_the_training(model: Any, hub: LocalHub, base_folder
     hub.clear()
     assert torch.equal(logits(LoraModel.from_pretrained("user/ad")), expected)
     assert all(commit in line.path for line in hub.asked("* /user/base/*"))
-    with pytest.raises(BaseMismatchError, match="another one"):
+    with pytest.raises(BaseMismatchError, match="another base model"):
         LoraModel.from_pretrained("user/ad", base_revision="main")
     hub.add_repo("user/base", base_folder)
     hub.add_files("user/base", {"README.md": b"written anew, so that the commit is gone"})

@@ -233,6 +233,6 @@ def test_biases_that_act_otherwise_or_are_bypassed_are_left_out_and_listed() -> 
     )
     plan = explain_targets(model, LoraConfig(bias="all"))
     assert plan.biases == ["linear"]
-    assert "how ChannelsFirst adds its bias is not known" in plan.skipped["norm.bias"]
+    assert "ChannelsFirst may use its bias in an unsupported way" in plan.skipped["norm.bias"]
     for name in ("attention.out_proj", "block.linear1", "block.norm1", "block.self_attn.out_proj"):
-        assert "multiplies by its weight itself" in plan.skipped[f"{name}.bias"]
+        assert "multiplies by its weight directly" in plan.skipped[f"{name}.bias"]

@@ -210,8 +210,8 @@ def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch
     assert abs(int((~kept).sum()) - n * p) < 5 * (n * p * (1 - p)) ** 0.5
     for dim, size in ((0, 401), (1, 503)):  # no row and no column is left out or dropped whole
         assert ((~kept).double().mean(dim) - p).abs().max() < 6 * (p * (1 - p) / size) ** 0.5 + 3 / size
-    neighbours = int((~kept[:, 1:] & ~kept[:, :-1]).sum())
-    assert abs(neighbours - n * p * p) < 8 * (n * p * p) ** 0.5 + 503
+    neighbors = int((~kept[:, 1:] & ~kept[:, :-1]).sum())
+    assert abs(neighbors - n * p * p) < 8 * (n * p * p) ** 0.5 + 503
     assert torch.equal(dropped(x, dropped_indices(mask, x, p)), y)
     again = masked_copy(x, p)
     together = int(((again == 0) & ~kept).sum())  # two draws are independent

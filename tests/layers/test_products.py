@@ -301,9 +301,9 @@ def test_a_skipped_member_keeps_nothing_alive_for_long() -> None:
     held = weakref.ref(x)
     model.q(x)
     del x
-    assert model.q._lora.activity.leftovers is not None
+    assert model.q._lora.activity.shared_outputs is not None
     model(torch.randn(3, 6)).sum().backward()
-    assert model.q._lora.activity.leftovers is None
+    assert model.q._lora.activity.shared_outputs is None
     assert held() is None
     with torch.inference_mode():
         model(torch.randn(3, 6))

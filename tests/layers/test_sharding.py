@@ -76,7 +76,7 @@ def test_switching_and_disabling_act_on_a_sharded_model(mesh: Any) -> None:
 
 def test_folding_sharded_weights_is_refused_by_name(mesh: Any) -> None:
     model = shard(make(), mesh)
-    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: its weight is DTensor"):
+    with pytest.raises(MergeError, match=r"layers\.0\.self_attn\.q_proj: its weight is now a DTensor"):
         model.merge_adapter()
     with pytest.raises(MergeError, match="DTensor"):
         model.merge_and_unload()
@@ -113,6 +113,6 @@ def test_a_layer_that_is_sharded_itself_gets_its_class_back(mesh: Any) -> None:
 
 def test_lora_after_sharding_is_refused(mesh: Any) -> None:
     model = shard(tiny_llama(), mesh)
-    with pytest.raises(StateError, match=r"sharded already[\s\S]*Call apply_lora before fully_shard"):
+    with pytest.raises(StateError, match=r"already sharded[\s\S]*Call apply_lora before fully_shard"):
         apply_lora(model)
     assert not isinstance(model, LoraModel)

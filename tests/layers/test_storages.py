@@ -108,7 +108,7 @@ def test_what_was_kept_restores_every_bit() -> None:
     assert layer.weight is parameter
 
 
-def test_a_quantised_weight_is_not_kept_since_it_is_never_written() -> None:
+def test_a_quantized_weight_is_not_kept_since_it_is_never_written() -> None:
     with pytest.raises(MergeError, match="never written"):
         Bits4Storage().keep(nn.Linear(3, 2))
 

@@ -45,7 +45,7 @@ def problem(kept: str = "half", bias: bool = False, tokens: int = 12, dtype: tor
 
 
 def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """PyTorch's own road from all logits: log p (2, T), zero where ignored."""
+    """PyTorch's loss from all logits: log p (2, T), zero where ignored."""
     logits = F.linear(hidden, weight, bias)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED).view_as(
@@ -54,10 +54,10 @@ def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -
 
 
 def value_and_gradient(
-    road: Callable[..., Any], hidden: Tensor, *rest: Any, scale: float = 1.0
+    method: Callable[..., Any], hidden: Tensor, *rest: Any, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The log-probabilities, and the gradient of their sum under weights that differ from token to token."""
-    log_probs = road(hidden, *rest)
+    log_probs = method(hidden, *rest)
     log_probs = getattr(log_probs, "log_probs", log_probs)
     weights = torch.linspace(-1, 2, log_probs.numel(), dtype=log_probs.dtype).view_as(log_probs)
     (gradient,) = torch.autograd.grad((log_probs * weights).sum() * scale, hidden)
@@ -101,7 +101,7 @@ def test_one_token_and_a_chunk_smaller_than_the_vocabulary(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_it_loses_no_more_to_rounding_than_the_plain_road(dtype: torch.dtype, bias: bool) -> None:
+def test_it_loses_no_more_to_rounding_than_the_plain_loss(dtype: torch.dtype, bias: bool) -> None:
     hidden, weight, shift, labels = problem("half", bias, tokens=64, dtype=dtype)
     exact = hidden.detach().double().requires_grad_()
     wide = None if shift is None else shift.double()
@@ -197,14 +197,14 @@ class Watch(TorchDispatchMode):
         return tensor
 
 
-def watched(road: Callable[..., Any], vocabulary: int, tokens: int, labelled: int) -> tuple[Watch, Tensor]:
+def watched(method: Callable[..., Any], vocabulary: int, tokens: int, labeled: int) -> tuple[Watch, Tensor]:
     hidden = torch.randn(1, tokens, H, requires_grad=True)
     weight = torch.randn(vocabulary, H)
     labels = torch.full((1, tokens), IGNORED)
-    labels[0, :labelled] = torch.randint(vocabulary, (labelled,))
+    labels[0, :labeled] = torch.randint(vocabulary, (labeled,))
     watch = Watch()
     with watch, torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda t: t):
-        value_and_gradient(road, hidden, weight, None, labels)
+        value_and_gradient(method, hidden, weight, None, labels)
     watch.saved = [t for t in watch.saved if t.data_ptr() != weight.data_ptr()]
     return watch, weight
 
@@ -221,16 +221,16 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(monkeypatch: pytest.M
     assert watched(label_scores, 1000, 200, 0)[0].products == 0
 
 
-def test_the_backward_keeps_labelled_tokens_times_hidden() -> None:
+def test_the_backward_keeps_labeled_tokens_times_hidden() -> None:
     for vocabulary in (1000, 2000):
-        for labelled in (10, 40):
-            watch, _ = watched(label_scores, vocabulary, 100, labelled)
+        for labeled in (10, 40):
+            watch, _ = watched(label_scores, vocabulary, 100, labeled)
             floats = [t.numel() for t in watch.saved if t.is_floating_point() and t.shape != (1, 100)]
-            assert floats[0] == labelled * H
-            assert sum(floats[1:]) <= labelled
+            assert floats[0] == labeled * H
+            assert sum(floats[1:]) <= labeled
             rest = sum(t.nbytes for t in watch.saved if not t.is_floating_point())
-            assert rest <= 3 * 8 * labelled  # where the labels stand
-            theirs = sum(t.numel() for t in watched(plain, vocabulary, 100, labelled)[0].saved)
+            assert rest <= 3 * 8 * labeled  # where the labels stand
+            theirs = sum(t.numel() for t in watched(plain, vocabulary, 100, labeled)[0].saved)
             assert theirs >= 100 * vocabulary
 
 
@@ -412,11 +412,11 @@ def own_loss() -> Any:
         (adapted_head, "lm_head is trained"),
         (adapted_head_at_rest, "lm_head has an adapter"),
         (saved_head, "lm_head is trained"),
-        (saved_head_at_rest, "lm_head is no plain linear layer, but Replacement"),
+        (saved_head_at_rest, "lm_head is a Replacement, not a plain linear layer"),
         (trained_bias, "lm_head is trained"),
         (trained_embedding, "lm_head is trained"),
         (hooked_head, "lm_head has a hook"),
-        (own_loss, "loss_function of its own"),
+        (own_loss, "a loss_function was set on the model"),
     ],
 )
 def test_a_head_that_is_not_frozen_or_not_plain_is_left_alone(make: Callable[[], Any], why: str) -> None:
@@ -492,13 +492,13 @@ def test_the_changed_models_differ_by_their_changes_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (lambda: small("Gemma2", final_logit_softcapping=2.0), "changes what lm_head returns before its loss"),
-        (lambda: small("Cohere", logit_scale=0.0625), "changes what lm_head returns before its loss"),
-        (lambda: changed(InPlaceForCausalLM), "changes what lm_head returns before its loss"),
-        (lambda: changed(OwnEntropyForCausalLM), "does other things with its logits"),
+        (lambda: small("Gemma2", final_logit_softcapping=2.0), "changes the output of lm_head before its loss"),
+        (lambda: small("Cohere", logit_scale=0.0625), "changes the output of lm_head before its loss"),
+        (lambda: changed(InPlaceForCausalLM), "changes the output of lm_head before its loss"),
+        (lambda: changed(OwnEntropyForCausalLM), "uses its logits for something else"),
         # As many hidden states as tokens: nothing fails, yet it is noticed.
-        (lambda: changed(OwnEntropyForCausalLM, vocab_size=32), "does not take its loss from its loss_function"),
-        (lambda: changed(TwiceForCausalLM), "lm_head is called with other tokens than the labels'"),
+        (lambda: changed(OwnEntropyForCausalLM, vocab_size=32), "does not use its loss_function"),
+        (lambda: changed(TwiceForCausalLM), "lm_head is called with other tokens than those of the labels"),
         (lambda: changed(UnshiftedForCausalLM), "the model's own loss is"),
     ],
     ids=["softcap", "logit scale", "in place", "own loss", "own loss, fits", "twice", "unshifted"],
@@ -519,7 +519,7 @@ def test_a_fault_inside_a_step_is_told_too() -> None:
     model = changed(InPlaceForCausalLM)
     with FrozenHead(model).catch(model, shifted(batch()["labels"])) as caught:
         model(**batch())
-    assert "changes what lm_head returns" in str(caught.fault)
+    assert "changes the output of lm_head" in str(caught.fault)
 
 
 def test_the_proof_leaves_the_random_state_and_agrees_under_dropout() -> None:

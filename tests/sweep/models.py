@@ -136,7 +136,7 @@ def config(model_type: str, *parts: dict[str, Any], **fields: Any) -> Callable[[
     return make
 
 
-def labelled(model_type: str, *parts: dict[str, Any], **fields: Any) -> Callable[[], Any]:
+def labeled(model_type: str, *parts: dict[str, Any], **fields: Any) -> Callable[[], Any]:
     return config(model_type, *parts, num_labels=LABELS, **fields)
 
 
@@ -196,12 +196,12 @@ def translator(name: str, *parts: dict[str, Any], sample: bool = False, **fields
 
 def encoder(name: str, auto: str, batch: Callable[[Any], Batch], *parts: dict[str, Any], sample: bool = False,
             model_type: str = "", **fields: Any) -> Case:  # fmt: skip
-    return Case(name, "text", f"AutoModelFor{auto}", labelled(model_type or name, *parts, **fields), batch, (), sample)
+    return Case(name, "text", f"AutoModelFor{auto}", labeled(model_type or name, *parts, **fields), batch, (), sample)
 
 
 def vision(name: str, auto: str, batch: Callable[[Any], Batch], *parts: dict[str, Any], sample: bool = False,
            **fields: Any) -> Case:  # fmt: skip
-    return Case(name, "vision", f"AutoModelFor{auto}", labelled(name, *parts, **fields), batch, (), sample)
+    return Case(name, "vision", f"AutoModelFor{auto}", labeled(name, *parts, **fields), batch, (), sample)
 
 
 CLASSIFY, IMAGES = "SequenceClassification", "ImageClassification"
@@ -294,14 +294,14 @@ CASES: tuple[Case, ...] = (
     # audio
     Case("wav2vec2", "audio", "AutoModelForCTC", config("wav2vec2", SPEECH), waves(), (), True),
     Case("hubert", "audio", "AutoModelForCTC", config("hubert", SPEECH), waves()),
-    Case("wavlm", "audio", "AutoModelForAudioClassification", labelled("wavlm", SPEECH, num_buckets=8,
+    Case("wavlm", "audio", "AutoModelForAudioClassification", labeled("wavlm", SPEECH, num_buckets=8,
          max_bucket_distance=16),
          waves("class")),
     Case("whisper", "audio", "AutoModelForSpeechSeq2Seq",
          config("whisper", SEQ2SEQ, num_mel_bins=8, max_source_positions=16, max_target_positions=32,
                 suppress_tokens=None, begin_suppress_tokens=None), speech, ("input_features",)),
     Case("ast", "audio", "AutoModelForAudioClassification",
-         labelled("audio-spectrogram-transformer", VISION, patch_size=4, frequency_stride=4, time_stride=4,
+         labeled("audio-spectrogram-transformer", VISION, patch_size=4, frequency_stride=4, time_stride=4,
          max_length=32,
                   num_mel_bins=16), spectrogram),
     # multimodal

@@ -16,7 +16,7 @@ from hf_lora.adapt.bypass import bypassed_modules
 RANK = 4
 
 
-def _parametrised(model: Any, name: str, module: Any) -> bool:
+def _parametrized(model: Any, name: str, module: Any) -> bool:
     return hasattr(module, "parametrizations")
 
 
@@ -58,9 +58,9 @@ def _grouped(model: Any, name: str, module: Any) -> bool:
 
 Predicate = Callable[[Any, str, Any], bool]
 AT_APPLY: dict[str, tuple[Predicate, str]] = {
-    "parametrised weight": (_parametrised, "computed from other tensors (a parametrisation)"),
-    "forward of its own": (_own_forward, "is not a kind of layer whose forward is known"),
-    "weight used by the parent": (_bypassed, "multiplies by its weight itself"),
+    "parametrized weight": (_parametrized, "computed from other tensors (a parametrization)"),
+    "forward of its own": (_own_forward, "is not a supported kind of layer"),
+    "weight used by the parent": (_bypassed, "multiplies by its weight directly"),
     "rank not divisible by groups": (indivisible, "must be divisible by the convolution's"),
 }
 AT_RESIZE: dict[str, tuple[Predicate, str]] = {

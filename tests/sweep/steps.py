@@ -288,7 +288,7 @@ def check_unload(case: Case, model: Any, batch: dict[str, Any], base: Base) -> N
     assert type(model) is type(fresh)
     ours = [n for n, m in model.named_modules() if any(hasattr(c, "_mixin") for c in type(m).__mro__)]
     assert not ours, f"modules kept our class: {ours[:3]}"
-    classes = {n: repr(type(m)) for n, m in fresh.named_modules()}  # by name: a parametrised module's is made for it
+    classes = {n: repr(type(m)) for n, m in fresh.named_modules()}  # by name: a parametrized module's is made for it
     assert {n: repr(type(m)) for n, m in model.named_modules()} == classes, "a module kept another class"
     own, wanted = model.state_dict(), fresh.state_dict()
     assert own.keys() == wanted.keys()

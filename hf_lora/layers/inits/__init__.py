@@ -1,7 +1,7 @@
-"""The initializations, one file each: the first values of an adapter's factors.
+"""The initializations, one file each: the initial values of an adapter's factors.
 
-In: an `InitCall`, which has the layer and the declaration of the factors. Out: a value for each factor. `INITS` is the
-one list of their names; `init_lora_weights` of a configuration names one, and True and False are PEFT's words for two.
+In: an `InitCall` with the layer and the declaration of the factors. Out: a value for each factor. `INITS` maps their
+names to them. `init_lora_weights` of a configuration holds such a name, or True or False, as in PEFT.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ __all__ = ["INITS", "Collector", "Init", "InitCall", "Unset", "find_init", "init
 
 
 def init_name(init: bool | str) -> str:
-    """The name of an initialization, with its options, of a value of `init_lora_weights`."""
+    """The name of an initialization, including its options, from a value of `init_lora_weights`."""
     return {True: "kaiming", False: "random"}[init] if isinstance(init, bool) else init
 
 
 def find_init(init: bool | str) -> tuple[Init, str] | None:
-    """The initialization that a value of `init_lora_weights` names, and its options; None where there is none."""
+    """The initialization that a value of `init_lora_weights` names, and its options; None if it is not registered."""
     name = init_name(init)
     if name in INITS:
         return INITS[name], ""

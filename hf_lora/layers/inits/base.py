@@ -1,4 +1,4 @@
-"""What an initialization is given, and what it gives."""
+"""The interface of initializations."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ..contract import FactorSpec, Shape, Storage
 
 
 class InitCall(NamedTuple):
-    """One site whose factors want values. The draws come from PyTorch's global generator, as a model's own do.
+    """One site whose factors need values. Random numbers come from PyTorch's global generator, as for any model.
 
     Args:
-        layer: the site, a layer in most cases.
+        layer: the site, usually a layer.
         specs: the declaration of the factors.
-        device: where the layer computes.
-        scaling: the factor in front of B A.
-        options: what follows the initialization's name, such as `"niter_4"` of `"svd_niter_4"`.
-        statistics: what its collector found, where it `needs` any.
-        original: the weight as the checkpoint had it, where it `needs` that.
+        device: the device on which the layer computes.
+        scaling: the scaling of B A.
+        options: the rest of the initialization's name, such as `"niter_4"` of `"svd_niter_4"`.
+        statistics: the result of its collector, if it `needs` one.
+        original: returns the weight of the checkpoint, if it `needs` that.
     """
 
     layer: Any
@@ -38,60 +38,60 @@ class InitCall(NamedTuple):
     original: Callable[[], Tensor] | None = None
 
     def zeros(self) -> dict[str, Tensor]:
-        """Every factor, of zeros, in float32."""
+        """Zeros in float32 for every factor."""
         return {n: torch.zeros(s.shape, dtype=torch.float32, device=self.device) for n, s in self.specs.items()}
 
     def read(self, rows: slice = slice(None)) -> Tensor:
-        """Rows of the weight as it is, a copy in float32.
+        """A copy of rows of the weight in float32.
 
         Raises:
-            StateError: there are no numbers to read.
+            StateError: the weight cannot be read, or has values that are not finite.
         """
         found = self.storage.read(self.layer, slice(*rows.indices(self.storage.shape(self.layer)[0])))
         if found.is_meta or not torch.isfinite(found).all():
             raise StateError(
-                "The initialization begins with the layer's weight, which is offloaded, holds NaN, or is put together "
-                "from several tensors of a file. Load the base into memory, without a device_map."
+                "The initialization reads the layer's weight, which is offloaded, holds NaN, or is assembled from "
+                "several tensors of a file. Load the base into memory, without a device_map."
             )
         return found
 
 
 class Collector(Protocol):
-    """Looks at one site while batches are run. It hooks the module by itself, as soon as it is made."""
+    """Observes one site while batches run. Its constructor registers the hooks."""
 
     def result(self) -> Any:
-        """The statistics; the hooks are off then."""
+        """Remove the hooks and return the statistics."""
 
 
 class Init(ABC):
-    """Initial values of the factors. Stateless: one instance an initialization."""
+    """Initial values of the factors. Stateless: one instance per initialization."""
 
     in_files: bool | str | None = True
-    """What a saved configuration says instead of its name: a file's factors have their values, and PEFT knows only
-    its own words. None for the name itself, as of one that `takes_out` and is `repeatable`."""
+    """Value of `init_lora_weights` in saved configurations, which PEFT must accept: the factors in the file have their
+    values already. None saves the name itself, as an initialization needs that `takes_out` and is `repeatable`."""
     takes_options: bool = False
-    """Whether more may follow its name, after an underscore."""
+    """Whether options may follow its name, after an underscore."""
     takes_out: bool = False
-    """Whether it takes something out of the base, which its adapter alone then does without.
+    """Whether its adapter acts on the base minus a product of two frozen factors, scaling · B0 A0.
 
-    The base stays as it is: what is taken out is a product of two frozen factors, scaling · B0 A0, that is subtracted
-    where the adapter acts. So switching the adapter off, unloading it and other adapters are exact.
+    The base itself does not change: the product is subtracted only where the adapter acts. So disabling the adapter,
+    unloading it and other adapters are exact.
     """
     repeatable: bool = True
-    """Whether it would take out the same again, from the weight alone. Then a file does not hold what was taken out,
-    as PEFT's do not, and loading asks again. Else a file holds it as further ranks: an adapter of rank 2 R."""
+    """Whether it computes the same product again from the weight alone. Then a file does not hold the product (as in
+    PEFT), and loading computes it again. Otherwise a file holds it as further ranks: an adapter of rank 2 R."""
     needs: ClassVar[Literal["nothing", "inputs", "gradients", "original"]] = "nothing"
-    """What it has to be given besides the weight: statistics of batches without or with gradients, or the weight as
-    the checkpoint had it, before it was quantised."""
+    """What it needs in addition to the weight: statistics of batches, without or with gradients, or the weight of the
+    checkpoint before quantization."""
 
     def refuse(self, layer: Any, shape: Shape) -> str | None:
-        """Why a layer's factors cannot begin this way; None where they can."""
+        """Why the factors of a layer cannot be initialized this way; None if they can."""
         if self.needs in ("inputs", "gradients") and not isinstance(layer, nn.Module):
-            return f"no module is called with the {self.needs} of this weight alone"
+            return f"this weight is not a module, so its {self.needs} cannot be collected with hooks"
         return None
 
     def declare(self, shape: Shape, specs: dict[str, FactorSpec]) -> dict[str, FactorSpec]:
-        """The declaration of the factors with those of what it takes out."""
+        """The declaration of the factors, including the frozen ones if it `takes_out` a product."""
         if not self.takes_out:
             return specs
         found = dict(specs)
@@ -102,11 +102,11 @@ class Init(ABC):
         return found
 
     def collect(self, layer: Any) -> Collector:
-        """Begin to look at one site."""
+        """Begin to observe one site."""
         raise NotImplementedError(f"{type(self).__name__} needs {self.needs} and has no collector")
 
     def ranks(self, statistics: Mapping[str, Any], wanted: Mapping[str, int], options: str) -> Mapping[str, int]:
-        """Name of a site -> its rank, which the statistics may decide; 0 leaves it without an adapter."""
+        """Name of a site -> its rank, which may depend on the statistics; 0 means no adapter there."""
         return wanted
 
     @abstractmethod
@@ -115,12 +115,12 @@ class Init(ABC):
 
 
 def taken(kind: str) -> str:
-    """The name of the frozen factor that holds what was taken out by way of factor `kind`."""
+    """The name of the frozen factor that belongs to factor `kind`."""
     return f"{kind}0"
 
 
 class Unset(Init):
-    """Memory alone, and no draw: for factors that a file fills at once. No configuration names it."""
+    """Uninitialized memory, for factors that a file fills. Configurations cannot name it."""
 
     def __call__(self, call: InitCall) -> dict[str, Tensor]:
         return {n: torch.empty(s.shape, dtype=torch.float32, device=call.device) for n, s in call.specs.items()}

@@ -1,4 +1,4 @@
-"""A drawn from a normal distribution, as in the first implementation of LoRA."""
+"""A from a normal distribution, as in the first implementation of LoRA."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .kaiming import Kaiming
 
 
 class Gaussian(Kaiming):
-    """A normal with deviation 1/r and B zero; of an embedding A zero and B normal."""
+    """A normal with standard deviation 1/r, B zero. For an embedding: A zero, B normal."""
 
     in_files = "gaussian"
 

@@ -10,7 +10,7 @@ from .base import Init, InitCall
 
 
 class Kaiming(Init):
-    """A Kaiming-uniform and B zero; of an embedding, whose A is looked up and not multiplied, A zero and B normal."""
+    """A Kaiming-uniform, B zero. For an embedding, whose A is looked up and not multiplied: A zero, B normal."""
 
     def __call__(self, call: InitCall) -> dict[str, Tensor]:
         values = call.zeros()

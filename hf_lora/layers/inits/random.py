@@ -1,4 +1,4 @@
-"""A and B both random: the adapter changes the model at once. For tests."""
+"""A and B both random, so that a new adapter changes the model. For tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .base import Init, InitCall
 
 
 class Random(Init):
-    """Both Kaiming-uniform; of an embedding both normal."""
+    """Both Kaiming-uniform; for an embedding, both normal."""
 
     in_files = False
 

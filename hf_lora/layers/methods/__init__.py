@@ -1,7 +1,7 @@
-"""The methods, one file each: what the factors of an adapter do to a layer's output and to its weight.
+"""The methods, one file each: how the factors of an adapter change a layer's output and weight.
 
-In: a layer, a shape's factors, the names of the adapters that act. Out: the layer's output, or rows of its weight with
-the update in them. `METHODS` is the table; a configuration names one of them in its field `method`.
+In: a layer, the factors of a shape, the names of the active adapters. Out: the layer's output, or rows of its weight
+with the update folded in. `METHODS` maps names to methods; the field `method` of a configuration holds such a name.
 """
 
 from ..contract import Method

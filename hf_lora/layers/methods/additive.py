@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import LoraLayer
 from ..contract import Method, Update
-from ..ops import Operand, lora_products, takes_functions, to_compute_dtype, to_float64
+from ..ops import Operand, can_use_functions, lora_products, to_compute_dtype, to_float64
 from ..sharing import pop_output, store_outputs
 
 
@@ -20,11 +20,11 @@ class Additive(Method):
 
     def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
         state = layer._lora
-        # Reentrant checkpointing runs a training forward without gradients first, which has to be the same.
-        if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and takes_functions():
+        # Reentrant checkpointing runs a training forward without gradients first, which must give the same values.
+        if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and can_use_functions():
             return _for_training(layer, x, names)
         inner = to_compute_dtype(x)
-        # A quantised layer has a dtype of its own to compute in, and its output's is that of what it is given.
+        # A quantized layer has its own compute dtype, and its output has the dtype of its input.
         y: Tensor = layer.product(x if state.storage.quantized else inner)
         x = inner
         for name in names:
@@ -36,7 +36,7 @@ class Additive(Method):
 
     def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
         state = layer._lora
-        # Each block needs its own rows of the left factor and all of the right one: that is made float64 once.
+        # Each block needs some rows of the left factor and all of the right one, which is cast to float64 once.
         factors = [(*state.shape.factors(layer, name), state.adapters[name].scaling) for name in names]
         exactly = [(left, to_float64(right), scaling) for left, right, scaling in factors]
 
@@ -49,20 +49,20 @@ class Additive(Method):
 
 
 def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
-    """y with the update of one adapter, in PyTorch's own operations."""
+    """y plus the update of one adapter, with ordinary PyTorch operations."""
     state = layer._lora
     adapter = state.adapters[name]
     p, scaling = adapter.dropout, adapter.scaling
     if p and layer.training:
         x = F.dropout(x, p)
     elif not torch.is_grad_enabled():
-        # At one token a step an operation more costs what the products do.
+        # At one token per step, one more operation costs as much as the products.
         return torch.add(y, state.shape.update(layer, name, x).to(y.dtype), alpha=scaling)
     return y + state.shape.update(layer, name, x, scaling).to(y.dtype)
 
 
 def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
-    """y with the updates of all adapters, for a backward that keeps little: see ops.py."""
+    """The output with the updates of all adapters, saving little for the backward: see ops.py."""
     group = layer._lora.group
     if group and not layer._lora.taken and not x.is_inference():
         y = pop_output(layer, x, names)
@@ -88,8 +88,8 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
 
 
 def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: tuple[str, ...]) -> Tensor | None:
-    """This layer's output, computed with those of the layers that will be handed the same x; None where that cannot
-    be, and each has to be computed alone."""
+    """This layer's output, computed together with those of the layers that read the same x; None if that is not
+    possible and each layer must be computed alone."""
     if len(names) > 1:
         return None
     inner, (name,), p = to_compute_dtype(x), names, _dropout(layer, names[0])

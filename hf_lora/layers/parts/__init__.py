@@ -1,9 +1,8 @@
-"""What an adapter owns at one place of a model, a file a kind: factors, a bias, or a whole module.
+"""What an adapter owns at one module, one file per kind: factors, a bias, or a whole module.
 
-In: a module of an adapted model. Out: parts, which tell their tensors with the names that they have on disk, attach
-and take off what is theirs, say which of them cannot act together, and what merging makes of the base's tensors.
-Saving, loading, deleting, merging, counting and scaling are loops over parts (`adapt.walk.parts`) and know no kinds.
-`PARTS` is the table of the kinds.
+In: a module of an adapted model. Out: parts. A part lists its tensors with their names in files, attaches and removes
+them, reports which parts conflict, and defines how merging changes the tensors of the base. Saving, loading, deleting,
+merging, counting and scaling are loops over parts (`adapt.walk.parts`) of any kind. `PARTS` maps names to kinds.
 """
 
 from __future__ import annotations
@@ -17,4 +16,4 @@ from .factors import Factors
 __all__ = ["PARTS", "Bias", "Copy", "Factors", "Fold", "Part", "Planned", "bias_key"]
 
 PARTS: Registry[type[Part]] = Registry("kind of part", {"factors": Factors, "bias": Bias, "copy": Copy})
-"""Kind -> class, in the order in which they are attached and folded; one from outside comes after these."""
+"""Kind -> class, in the order in which they are attached and folded; kinds of other packages come last."""

@@ -1,4 +1,4 @@
-"""What every kind of part answers, what it plans, and what merging makes of a tensor of the base."""
+"""The interface of parts, planned parts, and how merging changes a tensor of the base."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..hosts import Activity
 
 @dataclass
 class Fold:
-    """What merging makes of one tensor of the base.
+    """How merging changes one tensor of the base.
 
     Args:
         name: original name of the tensor, such as `"encoder.query.weight"`.
         site: holds it as `site.weight`.
         storage: reads and writes it.
-        start: called before each pass over the tensor; returns (block, its rows) -> the block as merged. `block`, in
-            float64 where the device has it, may be overwritten. What `start` computes is held for that pass alone.
-        holders: original names of the modules that may hold the tensor, since the update is meant for each; None
-            where it is meant for whichever does.
-        refused: why it cannot be merged, though it acts unmerged; None where it can.
+        start: called before each pass over the tensor; returns (block, rows) -> the merged block, which may overwrite
+            `block` (float64 if the device supports it). What `start` computes is kept only for that pass.
+        holders: original names of the modules that may share the tensor, because the update applies to each of them;
+            None if it applies to every module that holds it.
+        refused: why it cannot be merged, though it works unmerged; None if it can.
     """
 
     name: str
@@ -38,69 +38,69 @@ class Fold:
 
     @property
     def label(self) -> str:
-        """What messages call it: a weight by the name of its layer."""
+        """Its name in messages: the layer's name for a weight."""
         return self.name.removesuffix(".weight")
 
 
 @dataclass
 class Planned:
-    """A part to be made: what a configuration comes to at one module, before anything is changed."""
+    """A part that will be created at one module, before anything is changed."""
 
     path: str
     module: nn.Module
     specs: Mapping[str, FactorSpec]
     options: Any = None
-    """What `Part.plan` found and `Part.attach` needs to know besides."""
+    """Further results of `Part.plan` that `Part.attach` needs."""
     kind: type[Part] = field(init=False)
 
 
 class Part(ABC):
-    """One adapter's own at one module. It is made on a walk and holds no tensor: sharding and loading replace them.
+    """What one adapter owns at one module. Walks create parts, without tensors, which sharding and loading replace.
 
     Args:
         path: original name of the module.
-        module: the module itself; of a module that is kept whole, what stands in its place.
-        adapter: the adapter's name.
+        module: the module itself, or its `Replacement` for a module that is trained whole.
+        adapter: name of the adapter.
     """
 
     replaces = False
-    """Whether its tensors stand in place of the base's, each whole, rather than being added to them."""
+    """Whether its tensors replace whole tensors of the base, rather than being added to them."""
     whole_module = False
-    """Whether it is a module that is trained whole, such as a task head."""
+    """Whether it is a module trained whole, such as a task head."""
     keys: Sequence[str] = ()
-    """The names on disk of its tensors, below the module's path, where they are not a shape's or a method's."""
+    """Names of its tensors in files, relative to the module's path, unless a shape or method declares them."""
 
     def __init__(self, path: str, module: Any, adapter: str) -> None:
         self.path, self.module, self.adapter = path, module, adapter
 
     @property
     def name(self) -> str:
-        """What tables call it: its module's name, or that of a weight where a module has several."""
+        """Its name in tables: that of its module, or of its weight if the module has several."""
         return self.path
 
     @classmethod
     def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[Planned]:
-        """The parts that a configuration asks for with `parts={"<name of the kind>": wanted}`.
+        """The parts that a configuration requests with `parts={"<name of the kind>": wanted}`.
 
         Args:
             modules: original name -> module.
-            faults: takes everything that is wrong with `wanted`.
+            faults: collects everything that is wrong with `wanted`.
         """
-        faults.add(f"parts of this kind are asked for by other fields of the configuration, not by {wanted!r}")
+        faults.add(f"parts of this kind are requested by other fields of the configuration, not by {wanted!r}")
         return ()
 
     @classmethod
     @abstractmethod
     def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
-        """The parts of this kind at `module`, of whichever adapter."""
+        """The parts of this kind at `module`, of all adapters."""
 
     @abstractmethod
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
-        """Put it on the module; what has to stand in the module's place then, where that is another one.
+        """Attach it to the module. Returns the module to put in its place, if that is another one.
 
         Args:
-            activity: of the model.
-            planned: what the kind's planning came to; of a kind from outside a `Planned`.
+            activity: the activity of the model.
+            planned: the plan of this kind; a `Planned` for kinds of other packages.
         """
 
     @abstractmethod
@@ -109,45 +109,45 @@ class Part(ABC):
 
     @abstractmethod
     def remove(self, keep: bool = False) -> nn.Module | None:
-        """Take it off the module; what has to stand in the module's place then, where that is another one.
+        """Remove it from the module. Returns the module to put in its place, if that is another one.
 
         Args:
-            keep: let what `replaces` a module stay in its place, as after a merge for good.
+            keep: keep in place what `replaces` a module, as after a permanent merge.
         """
 
     @abstractmethod
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
-        """What merging it, together with `others` of its kind and at its module, makes of the base's tensors.
+        """How merging it, together with `others` of its kind at its module, changes the tensors of the base.
 
-        None for what goes on acting, or stays in place, whether merged or not.
+        Empty for parts that act the same whether merged or not.
         """
 
     def fit(self) -> None:
-        """Give its tensors the sizes that the module has now: see fitting.py. Of most modules they never change."""
+        """Resize its tensors to the current size of the module: see fitting.py. Most modules never change size."""
         return None
 
     def conflict(self, others: Sequence[Part]) -> str | None:
-        """Why it cannot act together with `others`, of its kind and at its module; None where it can."""
+        """Why it cannot act together with `others` of its kind at its module; None if it can."""
         return None
 
     def refuse_resizing(self) -> str | None:
-        """Why the tensors of its module cannot get another number of rows; None where `fit` knows what to do then."""
+        """Why the number of rows of its module cannot change; None if `fit` supports it."""
         return None
 
     @property
     def scales(self) -> bool:
-        """Whether it has an update that `scale` can multiply. What stands in place of the base's tensors has none."""
+        """Whether it has an update that `scale` can multiply. Parts that replace tensors of the base have none."""
         return False
 
     def scale(self, weight: float) -> None:
-        """Multiply its update, where it `scales`."""
-        raise StateError(f"{self.name}: it has no update to multiply.")
+        """Multiply its update by `weight`, if it `scales`."""
+        raise StateError(f"{self.name}: it has no update that could be multiplied.")
 
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(original name of a tensor of the base, what stands in its place, the base's), where it `replaces`."""
+        """(original name of a tensor of the base, its replacement, the tensor of the base), if it `replaces` any."""
         return iter(())
 
 
-def each_its_own(part: Part, others: Sequence[Part]) -> str:
-    """What to say of parts that would stand in place of one another."""
+def replace_the_same(part: Part, others: Sequence[Part]) -> str:
+    """The message for parts that replace the same tensors."""
     return f"{' and '.join(repr(p.adapter) for p in (part, *others))} each have their own"

@@ -1,4 +1,4 @@
-"""A bias of an adapter's own."""
+"""The adapter's own bias."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..hosts import Activity, add_factor, remove_factor
 from ..ops import to_float64
 from ..storages import DenseStorage
 from ..views import View
-from .base import Fold, Part, each_its_own
+from .base import Fold, Part, replace_the_same
 from .factors import Factors
 
 
 class Bias(Part):
-    """A bias of the adapter's own."""
+    """The adapter's own bias of one layer."""
 
     replaces = True
 
@@ -37,7 +37,7 @@ class Bias(Part):
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
         adapted = any(part.adapter == self.adapter for part in Factors.at(self.path, self.module))
-        yield FactorSpec(whole_shape(self._own), bias_key(adapted), "O"), self._own
+        yield FactorSpec(whole_shape(self._bias), bias_key(adapted), "O"), self._bias
 
     def remove(self, keep: bool = False) -> nn.Module | None:
         remove_factor(self.module, "lora_bias", self.adapter)
@@ -45,26 +45,26 @@ class Bias(Part):
         return None
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
-        def own(block: Tensor, rows: slice) -> Tensor:
-            added = block - to_float64(self.module.bias.detach()[rows])  # by a method that folds into the bias too
-            return to_float64(self._own.detach()[rows]) + added
+        def replace(block: Tensor, rows: slice) -> Tensor:
+            added = block - to_float64(self.module.bias.detach()[rows])  # by a method that also folds into the bias
+            return to_float64(self._bias.detach()[rows]) + added
 
-        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: own, None)
+        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: replace, None)
 
     def fit(self) -> None:
-        self.module.lora_bias[self.adapter].weight = fitted(self._own, self.module.bias.detach().float())
+        self.module.lora_bias[self.adapter].weight = fitted(self._bias, self.module.bias.detach().float())
 
     def conflict(self, others: Sequence[Part]) -> str | None:
-        return f"{self.path}.bias: {each_its_own(self, others)}"
+        return f"{self.path}.bias: {replace_the_same(self, others)}"
 
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        yield f"{self.path}.bias", self._own, self.module.bias
+        yield f"{self.path}.bias", self._bias, self.module.bias
 
     @property
-    def _own(self) -> Any:
+    def _bias(self) -> nn.Parameter:
         return self.module.lora_bias[self.adapter].weight
 
 
 def bias_key(adapted: bool) -> str:
-    """A bias's name on disk, below its layer's path; PEFT names that of an adapted layer otherwise."""
+    """The name of a bias in a file, relative to its layer; PEFT uses another name for adapted layers."""
     return "base_layer.bias" if adapted else "bias"

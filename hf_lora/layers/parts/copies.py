@@ -1,4 +1,4 @@
-"""A module that is kept whole for an adapter."""
+"""A module that an adapter trains whole."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..copies import Replacement
 from ..distributed import whole_shape
 from ..fitting import fit_module
 from ..hosts import Activity
-from .base import Fold, Part, each_its_own
+from .base import Fold, Part, replace_the_same
 
 
 class Copy(Part):
-    """A module that is kept whole: a task head, an entry of `modules_to_save`."""
+    """A module that is trained whole: a task head or an entry of `modules_to_save`."""
 
     replaces = whole_module = True
 
@@ -35,11 +35,11 @@ class Copy(Part):
         return None if self.module is present else self.module
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        for key, tensor in self._own.state_dict(keep_vars=True).items():
+        for key, tensor in self._copy.state_dict(keep_vars=True).items():
             yield FactorSpec(whole_shape(tensor), key, trainable=isinstance(tensor, nn.Parameter)), tensor
 
     def remove(self, keep: bool = False) -> nn.Module | None:
-        if keep and self.module.running() is self._own:
+        if keep and self.module.running() is self._copy:
             self.module.settle(self.adapter)
         self.module.remove_copy(self.adapter)
         return None if self.module._names else self.module.base_layer
@@ -48,16 +48,16 @@ class Copy(Part):
         return iter(())
 
     def fit(self) -> None:
-        fit_module(self._own, self.module.base_layer)
+        fit_module(self._copy, self.module.base_layer)
 
     def conflict(self, others: Sequence[Part]) -> str | None:
-        return f"{self.path}: {each_its_own(self, others)}"
+        return f"{self.path}: {replace_the_same(self, others)}"
 
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         like = next(iter(self.module.base_layer.parameters()), torch.empty(0))
-        for key, tensor in self._own.state_dict().items():
+        for key, tensor in self._copy.state_dict().items():
             yield f"{self.path}.{key}", tensor, like if tensor.is_floating_point() else tensor
 
     @property
-    def _own(self) -> Any:
+    def _copy(self) -> nn.Module:
         return self.module.copies[self.adapter]

@@ -20,7 +20,7 @@ from .base import Fold, Part
 
 
 class Factors(Part):
-    """The factors at one site: of an adapted layer, or of one weight of a module with several."""
+    """The factors at one site: an adapted layer, or one weight of a module with several."""
 
     def __init__(self, path: str, module: Any, adapter: str, site: Any = None) -> None:
         super().__init__(path, module, adapter)
@@ -38,20 +38,20 @@ class Factors(Part):
 
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
         site: Any = start_site(self.site, planned.shape, planned.storage, activity)
-        own = planned.adapter
-        init = Unset() if planned.from_file and not own.takes_out else own.init
+        adapter = planned.adapter
+        init = Unset() if planned.from_file and not adapter.takes_out else adapter.init
         call = InitCall(
-            site, planned.shape, planned.storage, own.specs, execution_device(site), own.scaling, planned.options,
-            planned.statistics, planned.original,
+            site, planned.shape, planned.storage, adapter.specs, execution_device(site), adapter.scaling,
+            planned.options, planned.statistics, planned.original,
         )  # fmt: skip
-        site.add_lora(self.adapter, own.copy(), init(call))
+        site.add_lora(self.adapter, adapter.copy(), init(call))
         if not planned.from_file:
-            for kind, value in own.method.start(site.seen_by((self.adapter,)), self.adapter).items():
-                add_factor(site.host(), site.holder(kind), self.adapter, value, own.specs[kind].trainable)
+            for kind, value in adapter.method.start(site.seen_by((self.adapter,)), self.adapter).items():
+                add_factor(site.host(), site.holder(kind), self.adapter, value, adapter.specs[kind].trainable)
         return None
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        specs = self._own.specs
+        specs = self._layer_adapter.specs
         for kind, factor in self.site.factors(self.adapter):
             yield specs[kind], factor.weight
 
@@ -64,12 +64,13 @@ class Factors(Part):
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
-        refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
+        method = self._layer_adapter.method
+        refused = method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
         site, start = self.site.lifted(partial(self.site.folding, names))
         yield self._fold(site, "weight", state.storage, start, refused)
-        if self._own.method.folding_bias(self.site, names) is not None:
+        if method.folding_bias(self.site, names) is not None:
             bias = View(self.module, getattr(self.site, "bias_name", "bias"))
-            started: Any = partial(self._own.method.folding_bias, self.site, names)
+            started: Any = partial(method.folding_bias, self.site, names)
             yield self._fold(bias, "bias", DenseStorage(), started, refused)
 
     def _fold(self, site: Any, name: str, storage: Storage, start: Callable[[], Update], refused: str | None) -> Fold:
@@ -77,18 +78,18 @@ class Factors(Part):
         return Fold(path, site, storage, start, (path.rpartition(".")[0],), refused)
 
     def refuse_resizing(self) -> str | None:
-        if self._own.takes_out:
-            return f"what {self.adapter!r} took out of it would not be found again"
-        return self._own.method.refuse_resizing(self.site)
+        if self._layer_adapter.takes_out:
+            return f"the initialization of {self.adapter!r} could not compute its frozen factors for the new size"
+        return self._layer_adapter.method.refuse_resizing(self.site)
 
     def fit(self) -> None:
-        own, before = self._own, dict(self.site.factors(self.adapter))
+        adapter, before = self._layer_adapter, dict(self.site.factors(self.adapter))
         old = {kind: factor.weight for kind, factor in before.items()}
-        own.specs = own.declare(self.site, self.site._lora.shape)
-        likes = {kind: torch.zeros(own.specs[kind].shape, device=w.device) for kind, w in old.items()}
+        adapter.specs = adapter.declare(self.site, self.site._lora.shape)
+        likes = {kind: torch.zeros(adapter.specs[kind].shape, device=w.device) for kind, w in old.items()}
         for kind, factor in before.items():
             factor.weight = fitted(old[kind], likes[kind])
-        started = own.method.start(self.site.seen_by((self.adapter,)), self.adapter)  # with A and B of the new size
+        started = adapter.method.start(self.site.seen_by((self.adapter,)), self.adapter)  # A and B have the new size
         for kind, value in started.items():
             before[kind].weight = fitted(old[kind], value.to(old[kind].device, torch.float32))
 
@@ -101,12 +102,12 @@ class Factors(Part):
 
     @property
     def scales(self) -> bool:
-        return self._own.method.additive
+        return self._layer_adapter.method.additive
 
     def scale(self, weight: float) -> None:
-        self._own.scaling *= weight
+        self._layer_adapter.scaling *= weight
 
     @property
-    def _own(self) -> LayerAdapter:
-        own: LayerAdapter = self.site._lora.adapters[self.adapter]
-        return own
+    def _layer_adapter(self) -> LayerAdapter:
+        found: LayerAdapter = self.site._lora.adapters[self.adapter]
+        return found

@@ -1,7 +1,7 @@
-"""The shapes, one file each: how two factors act on a kind of layer, on its output and on its weight.
+"""The shapes, one file each: how two factors act on the output and the weight of a kind of layer.
 
 In: a module, or a layer and its input. Out: the declaration of the factors, their update, or rows of B A in the layout
-of the weight. `SHAPES` is the table; the first of it that claims a layer has it.
+of the weight. `SHAPES` maps names to shapes; a layer gets the first shape that claims it.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ __all__ = ["SHAPES", "runs_forward_of", "shape_of"]
 
 
 def shape_of(layer: nn.Module) -> Shape | None:
-    """The shape that claims `layer`, or None: its forward is not known, so LoRA on it could be wrong."""
+    """The shape that claims `layer`; None if its forward is not supported, so that LoRA could be wrong."""
     return next((shape for shape in SHAPES.search() if shape.claims(layer)), None)

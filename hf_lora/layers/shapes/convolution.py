@@ -1,4 +1,4 @@
-"""Convolutions: A convolves with the layer's kernel, B with one of size 1."""
+"""Convolutions: A has the layer's kernel size, B has kernel size 1."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .matrix import runs_forward_of
 class ConvShape(Shape):
     """`nn.Conv1d/2d/3d`: weight (O, I/groups, *kernel), A (R, I, *kernel), B (O, R/groups, 1, …).
 
-    That is PEFT's form. With groups > 1 the update mixes groups, which no grouped weight can hold: such a layer trains
-    and is saved, and folding it is refused.
+    This is PEFT's format. With groups > 1 the update mixes groups, which a grouped weight cannot represent: such a
+    layer can be trained and saved, but not merged.
     """
 
     CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -31,7 +31,7 @@ class ConvShape(Shape):
 
     def refuse_folding(self, layer: nn.Module) -> str | None:
         if cast(int, layer.groups) > 1:
-            return "the update of a grouped convolution crosses its groups, which no grouped weight can hold"
+            return "the update of a grouped convolution crosses its groups, which a grouped weight cannot represent"
         return None
 
     def features(self, layer: nn.Module) -> tuple[int, int]:

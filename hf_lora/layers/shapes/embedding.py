@@ -14,7 +14,7 @@ from .matrix import MatrixByInput, runs_forward_of
 class EmbeddingShape(MatrixByInput):
     """`nn.Embedding`: weight (V, O), A (R, V), B (O, R); ids (B, T) -> (B, T, O).
 
-    A subclass may multiply its rows by `embed_scale`; the update is then multiplied too.
+    A subclass may multiply its rows by `embed_scale`; the update is then multiplied as well.
     """
 
     looks_up = True

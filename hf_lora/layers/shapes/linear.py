@@ -1,4 +1,4 @@
-"""Linear layers, and what stands for one with a quantised weight."""
+"""Linear layers, dense or quantized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .matrix import Matrix, runs_forward_of
 
 
 class LinearShape(Matrix):
-    """`nn.Linear`, and what stands for one with a quantised weight: weight (O, I)."""
+    """`nn.Linear` and quantized linear layers: weight (O, I)."""
 
     plain_forward = staticmethod(nn.Linear.forward)
 
@@ -31,7 +31,7 @@ class LinearShape(Matrix):
         layer = cast(nn.Linear, layer)
         weight = layer._parameters.get("weight")
         if type(weight) is nn.Parameter and weight.dim() == 2 and weight.is_floating_point():
-            # A tie to a vocabulary that grew gives an output layer more rows than it says.
+            # An output layer tied to a larger vocabulary has more rows than its out_features.
             return layer.in_features, max(layer.out_features, weight.shape[0])
         return layer.in_features, layer.out_features
 
@@ -47,7 +47,7 @@ class LinearShape(Matrix):
 
 @torch.no_grad()
 def _computes_linear(layer: nn.Linear) -> bool:
-    """Whether a linear layer whose class has a forward of its own still computes W x + b, by trying it on two rows."""
+    """Whether a linear layer with an overridden forward still computes W x + b: it is tested on two rows."""
     weight = layer._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.is_meta or not weight.dtype.is_floating_point:
         return False
@@ -55,14 +55,14 @@ def _computes_linear(layer: nn.Linear) -> bool:
         return False
     kept = {*layer._parameters, *layer._buffers, *(name for name in layer._modules if not name.startswith("lora_"))}
     if not kept <= {"weight", "bias"}:
-        return False  # it has more to compute with, such as bounds that two rows may not reach
+        return False  # it has further state, such as bounds that two rows may not reach
     x = torch.arange(2 * layer.in_features, device=weight.device).cos().view(2, -1)
     x = torch.stack([x[0], 64 * x[1]]).to(weight.dtype)
     try:
         cls: Any = unwrap_class(type(layer))
         found = cls.forward(layer, x)
         wanted = F.linear(x, weight, layer.bias)
-    except Exception:  # another signature, other inputs, no kernel: whatever it is, it is not known to be linear
+    except Exception:  # another signature, other inputs, no kernel: in any case it is not known to be linear
         return False
     if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
         return False

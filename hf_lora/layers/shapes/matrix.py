@@ -1,4 +1,4 @@
-"""What the shapes share whose layer multiplies its input by one matrix."""
+"""Base classes of shapes whose layer multiplies its input by one matrix."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from ..ops import weight_like
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the layer's own class computes exactly what `cls` computes."""
-    own: Any = unwrap_class(type(layer))
-    return bool(own.forward is cls.forward)
+    """Whether the layer's class inherits the forward of `cls` unchanged."""
+    base: Any = unwrap_class(type(layer))
+    return bool(base.forward is cls.forward)
 
 
 class Matrix(Shape):
-    """What a linear layer and its transposed twin share: x (…, I) -> (…, O)."""
+    """Base of linear and transposed linear layers: x (…, I) -> (…, O)."""
 
     is_matrix = True
     plain_forward: Any = None
 
     def _parameter(self, layer: Any, x: Tensor) -> Tensor | None:
-        """The layer's weight, if it is an ordinary parameter beside `x` and nothing but `plain_forward` reads it."""
+        """The layer's weight, if it is an ordinary parameter on the device of `x` that only `plain_forward` reads."""
         if not isinstance(layer, LoraLayer):
-            return None  # a view of a weight, whose product may be another one
-        # nn.DataParallel's replicas hold plain tensors as attributes; any other class keeps its bits in its own way.
+            return None  # the product of a view may differ
+        # Replicas of nn.DataParallel hold plain tensors as attributes; other classes are other storages.
         weight: Any = layer._parameters.get("weight", layer.__dict__.get("weight"))
-        own: Any = super(LoraLayer, layer)
-        if type(weight) not in (nn.Parameter, Tensor) or own.forward.__func__ is not self.plain_forward:
+        plain: Any = super(LoraLayer, layer)
+        if type(weight) not in (nn.Parameter, Tensor) or plain.forward.__func__ is not self.plain_forward:
             return None
         if weight.device != x.device or (weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
             return None
@@ -52,7 +52,7 @@ class Matrix(Shape):
 
 
 class MatrixByInput(Matrix):
-    """What shapes share whose weight has a row for each input: (I, O)."""
+    """Base of shapes whose weight has one row per input: (I, O)."""
 
     def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
         return layer.factor("lora_A", name).t(), layer.factor("lora_B", name).t()

@@ -11,7 +11,7 @@ from .matrix import MatrixByInput, runs_forward_of
 
 
 class TransposedShape(MatrixByInput):
-    """transformers' `Conv1D`: weight (I, O)."""
+    """`Conv1D` of transformers: weight (I, O)."""
 
     fan_in_fan_out = True
     plain_forward = staticmethod(Conv1D.forward)

@@ -1,13 +1,13 @@
-"""How the bits of a layer's weight are kept: a file a backend, and what the other files ask of them.
+"""How backends store the weight of a layer, one file per backend, and the functions that other files use.
 
-    dense.py      an ordinary parameter; rounding a block of values into one
-    quantized.py  what quantised layers share, and those of a backend that is not known
-    bnb.py        bitsandbytes, 4 bits and 8
+    dense.py      ordinary parameters; rounding a block of values to their dtype
+    quantized.py  the base class of quantized layers, and layers of unknown backends
+    bnb.py        bitsandbytes, 4-bit and 8-bit
     ao.py         torchao
 
-No other file knows a backend. A new one is a class, added to `STORAGES` by `hf_lora.register`.
+No other file depends on a backend. `hf_lora.register` adds a new one to `STORAGES`.
 
-Optional libraries are noticed in `sys.modules` and in the names of classes, and never imported.
+Optional libraries are found by `sys.modules` and by the names of classes, and never imported.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ STORAGES: Registry[Storage] = Registry(
         "opaque": OpaqueStorage(),
     },
 )
-"""Name -> storage, in the order in which they are asked; one from outside is asked before these."""
+"""Name -> storage, in search order; storages of other packages come first."""
 
 
-# Of a layer ----------------------------------------------------------------------------------------------------------
+# Layers --------------------------------------------------------------------------------------------------------------
 
 
 def storage_of(layer: nn.Module) -> Storage | None:
@@ -54,12 +54,12 @@ def storage_of(layer: nn.Module) -> Storage | None:
         if storage.owns(layer):
             return storage
         if storage.refuse(layer) is not None:
-            return None  # its backend is known, and knows why not: no other storage may take it for its own
+            return None  # its backend refuses it, so no other storage may claim it
     return None
 
 
 def quantization_of(layer: nn.Module) -> QuantizedStorage | None:
-    """How a linear layer's weight is quantised; None where it is dense, or is no linear layer."""
+    """How a linear layer's weight is quantized; None if it is dense or the layer is not linear."""
     if not isinstance(layer.__dict__.get("out_features"), int):
         return None
     storage = storage_of(layer)
@@ -67,21 +67,21 @@ def quantization_of(layer: nn.Module) -> QuantizedStorage | None:
 
 
 def why_no_storage(layer: nn.Module) -> str:
-    """What is unusual about a weight that no storage owns."""
+    """Why no storage supports a layer's weight."""
     if "weight" not in layer._parameters:
-        return "its weight is computed from other tensors (a parametrisation), so a merged value would be lost"
+        return "its weight is computed from other tensors (a parametrization), so a merged weight would be lost"
     weight = layer._parameters["weight"]
     for storage in STORAGES.search():
         why = storage.refuse(layer)
         if why is not None:
             return why
-    return f"its weight is kept as {type(weight).__name__} of {getattr(weight, 'dtype', None)}, which is not supported"
+    return f"its weight is a {type(weight).__name__} of {getattr(weight, 'dtype', None)}, which is not supported"
 
 
 def is_unfinished(layer: nn.Module) -> bool:
-    """Whether a quantised layer holds a weight that was never quantised: its forward fails.
+    """Whether a quantized layer has a weight that was never quantized, so that its forward fails.
 
-    transformers leaves a module so that the base checkpoint did not hold, such as a new task head.
+    transformers leaves modules in this state if the base checkpoint lacks them, such as a new task head.
     """
     weight = layer._parameters.get("weight")
     if weight is None or weight.is_meta or not weight.dtype.is_floating_point:
@@ -90,36 +90,36 @@ def is_unfinished(layer: nn.Module) -> bool:
 
 
 def execution_device(layer: Any) -> torch.device:
-    """Where the layer computes: its weight's device, or its hook's where the weight is offloaded."""
+    """The device on which the layer computes: that of its hook if it has one (offloading), otherwise its weight's."""
     hook = layer.__dict__.get("_hf_hook")
     device = getattr(hook, "execution_device", None)
     if device is None:
-        own = (*layer._parameters.values(), *layer._buffers.values())
-        return next(t.device for t in own if t is not None)
+        tensors = (*layer._parameters.values(), *layer._buffers.values())
+        return next(t.device for t in tensors if t is not None)
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
-# Of a parameter, and of a model --------------------------------------------------------------------------------------
+# Parameters and models -----------------------------------------------------------------------------------------------
 
 
 def numel(parameter: Tensor) -> int | None:
-    """How many elements a packed parameter stands for; None where it holds its elements one by one."""
+    """How many elements a packed parameter represents; None if it is not packed."""
     counts = (storage.numel(parameter) for storage in STORAGES.search())
     return next((count for count in counts if count is not None), None)
 
 
 def libraries_of(model: nn.Module) -> list[str]:
-    """The optional libraries whose layers or tensors `model` holds."""
+    """The optional libraries whose layers or tensors `model` contains."""
     held = {type(m).__module__.partition(".")[0] for m in model.modules()}
     held |= {type(p.data).__module__.partition(".")[0] for p in model.parameters()}
     return list(dict.fromkeys(s.library for s in STORAGES.values() if s.library is not None and s.library in held))
 
 
 def unshardable(model: nn.Module) -> list[str]:
-    """Names of the quantised parameters that FSDP2 does not split between processes.
+    """Names of the quantized parameters that FSDP2 does not shard.
 
-    Accelerate leaves weights whole on every process whose codes are kept as integers, and says so in a warning only;
-    those of some backends fail under `fully_shard`.
+    Accelerate keeps weights with integer codes whole on every process, with only a warning; weights of some backends
+    fail under `fully_shard`.
     """
     storages = tuple(STORAGES.search())
     return [
@@ -133,7 +133,7 @@ def unshardable(model: nn.Module) -> list[str]:
 
 
 def keep_differentiable(modules: Iterable[nn.Module]) -> None:
-    """Let no evaluation put weights into a form from which training cannot go on."""
+    """Prevent an evaluation from converting weights to a format in which they cannot be trained further."""
     storages = _present()
     for module in modules if storages else ():
         for storage in storages:
@@ -149,5 +149,5 @@ def end_differentiable(modules: Iterable[nn.Module]) -> None:
 
 
 def _present() -> list[Storage]:
-    """The storages of libraries that were imported: without one, no walk over a model's modules is needed."""
+    """The storages of imported libraries: without one, there is no need to walk over a model's modules."""
     return [storage for storage in STORAGES.search() if storage.library in sys.modules]

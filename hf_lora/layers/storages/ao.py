@@ -1,7 +1,7 @@
-"""torchao: tensors that stand for a dense weight, in an ordinary layer.
+"""torchao: tensor subclasses that represent a dense weight, in an ordinary layer.
 
-torchao is never imported: who holds one of its weights has imported it. The values read are those of its own
-dequantisation.
+This file does not import torchao: a program with such weights has imported it. Values are read with torchao's
+dequantization.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TORCHAO = "torchao"
 
 
 class TorchaoStorage(QuantizedStorage):
-    """torchao's weights: tensors that stand for a dense one, in an ordinary `nn.Linear`."""
+    """Weights of torchao in an ordinary `nn.Linear`."""
 
     kind = "torchao"
     library = TORCHAO
@@ -40,7 +40,7 @@ class TorchaoStorage(QuantizedStorage):
         return unwrap_class(type(layer))
 
     def block_rows(self, layer: nn.Module, wanted: int) -> int:
-        """All of them where the packed form cannot be cut: such a weight is dequantised whole."""
+        """All rows if the packed weight cannot be sliced: it is then dequantized whole."""
         weight: Any = layer.weight
         count: int = weight.shape[0]
         try:
@@ -60,7 +60,7 @@ class TorchaoStorage(QuantizedStorage):
     def refuse(self, layer: nn.Module) -> str | None:
         weight = layer._parameters.get("weight")
         if comes_from(type(weight), TORCHAO) and _rounds_activations(weight):
-            return "its activations are quantised too, and no gradient passes through them"
+            return "its activations are quantized as well, and no gradient passes through them"
         return None
 
     def unshardable(self, parameter: Tensor) -> bool:
@@ -68,6 +68,6 @@ class TorchaoStorage(QuantizedStorage):
 
 
 def _rounds_activations(weight: Any) -> bool:
-    """Whether a torchao weight has its inputs quantised as well: no gradient then passes to them."""
+    """Whether a torchao weight also quantizes its inputs: no gradient then passes to them."""
     chosen = getattr(weight, "act_quant_kwargs", None), getattr(weight, "activation_quantization", None)
     return any(each is not None for each in chosen)

@@ -1,7 +1,7 @@
-"""bitsandbytes: weights of 4 bits and of 8, each in a layer class of its own.
+"""bitsandbytes: 4-bit and 8-bit weights, each in its own layer class.
 
-bitsandbytes is never imported: who holds one of its weights has imported it. The values read are those of its own
-dequantisation, with its rounding to the dtype that the weight had before it was quantised.
+This file does not import bitsandbytes: a program with such weights has imported it. Values are read with its
+dequantization, which rounds to the dtype that the weight had before quantization.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from .quantized import QuantizedStorage, features, is_a
 BITSANDBYTES = "bitsandbytes"
 
 CPU_GROUP = 32
-"""Rows that bitsandbytes keeps together in the form that its CPU kernel for inference wants."""
+"""Rows per group in the packed format of bitsandbytes' CPU kernel for inference."""
 
 _PACKS, _PACKED_BEFORE = "support_avx512bf16_for_cpu", "_hf_lora_packs_for_cpu"
-"""Where a layer says that it takes that form, and where it is noted that it did before it was trained."""
+"""Attributes of a layer: whether it uses that format, and whether it did before training."""
 
 
 class Bits4Storage(QuantizedStorage):
-    """bitsandbytes NF4 and FP4, with or without quantised block scales: two values a byte, blocks along the rows."""
+    """bitsandbytes NF4 and FP4, with or without double quantization: two values per byte, blocks along the rows."""
 
     kind = "bitsandbytes 4-bit"
     library = BITSANDBYTES
@@ -63,19 +63,19 @@ class Bits4Storage(QuantizedStorage):
         return block.to(torch.float32) if into is None else into.copy_(block)
 
     def unfinished(self, layer: Any) -> bool:
-        ours = is_a(layer, BITSANDBYTES, "Linear4bit")
-        return ours and _state_of(layer) is None and tuple(layer.weight.shape) == features(layer)
+        four_bit = is_a(layer, BITSANDBYTES, "Linear4bit")
+        return four_bit and _state_of(layer) is None and tuple(layer.weight.shape) == features(layer)
 
     def numel(self, parameter: Tensor) -> int | None:
         shape = getattr(getattr(parameter, "quant_state", None), "shape", None)
         return None if shape is None else int(shape.numel())
 
     def before_training(self, module: nn.Module) -> None:
-        """Let no evaluation put 4-bit weights into a form from which training cannot go on.
+        """Prevent an evaluation from converting 4-bit weights to a format that cannot be trained.
 
-        On CPUs with AVX512-BF16 bitsandbytes repacks a weight in its first forward outside training, for good. No
-        gradient passes through such a weight. One that was repacked before is put back as bitsandbytes itself does to
-        save it.
+        On CPUs with AVX512-BF16, bitsandbytes repacks a weight permanently in its first forward outside training. No
+        gradient passes through a repacked weight. One that was repacked earlier is converted back, as bitsandbytes
+        does when it saves it.
         """
         if not module.__dict__.get(_PACKS):
             return
@@ -86,7 +86,7 @@ class Bits4Storage(QuantizedStorage):
             module._save_to_state_dict({}, "", False)
 
     def after_training(self, module: nn.Module) -> None:
-        """Undo `before_training`, but for the form of the weight, which the next evaluation changes by itself."""
+        """Undo `before_training`, except for the format of the weight, which the next evaluation converts."""
         if _PACKED_BEFORE in module.__dict__:
             before = module.__dict__.pop(_PACKED_BEFORE)
             if _PACKS in module.__dict__:
@@ -94,13 +94,13 @@ class Bits4Storage(QuantizedStorage):
 
 
 def _state_of(layer: Any) -> Any:
-    """bitsandbytes keeps what belongs to a 4-bit weight beside it, and on the layer where a copy lost it."""
+    """The quantization state of a 4-bit weight; if a copy of the weight lost it, that of the layer."""
     state = getattr(layer._parameters["weight"], "quant_state", None)
     return layer.__dict__.get("quant_state") if state is None else state
 
 
 def _scales(state: Any, first: int, last: int) -> Tensor:
-    """The scales of blocks `first` to `last` in float32, themselves dequantised where they are quantised."""
+    """The scales of blocks `first` to `last` in float32, dequantized if they are quantized."""
     scales = state.absmax[first:last]
     if not state.nested:
         return cast(Tensor, scales.to(torch.float32))
@@ -110,7 +110,7 @@ def _scales(state: Any, first: int, last: int) -> Tensor:
 
 
 def _from_cpu_form(data: Tensor, state: Any, start: int, stop: int) -> Tensor:
-    """Rows of a weight (O, I/2) whose bytes lie as (groups of rows, I/2, row of the group)."""
+    """Rows of a weight (O, I/2) with the byte layout (groups of rows, I/2, row of the group)."""
     width = 2 * data.shape[1]
     first, last = start // CPU_GROUP, -(-stop // CPU_GROUP)
     groups = data[first * CPU_GROUP : last * CPU_GROUP].reshape(-1, width // 2, CPU_GROUP)
@@ -121,7 +121,7 @@ def _from_cpu_form(data: Tensor, state: Any, start: int, stop: int) -> Tensor:
 
 
 class Int8Storage(QuantizedStorage):
-    """bitsandbytes LLM.int8: a byte a value, a scale a row. Its forward may round the activations too."""
+    """bitsandbytes LLM.int8: one byte per value, one scale per row. Its forward may also round the activations."""
 
     kind = "bitsandbytes int8"
     library = BITSANDBYTES
@@ -146,12 +146,12 @@ class Int8Storage(QuantizedStorage):
 
 
 def _row_scales(layer: Any) -> Tensor | None:
-    """They move from the weight to the layer's state in the first forward."""
+    """The scales, which move from the weight to the layer's state in the first forward."""
     scales = getattr(layer._parameters["weight"], "SCB", None)
     return getattr(layer.state, "SCB", None) if scales is None else scales
 
 
 def _source_class(layer: Any) -> type[nn.Module]:
-    """transformers notes what it put a bitsandbytes layer in the place of."""
+    """The class that transformers replaced by the bitsandbytes layer."""
     source = layer.__dict__.get("source_cls", nn.Linear)
     return source if issubclass(source, (nn.Linear, Conv1D)) else nn.Linear

@@ -1,4 +1,4 @@
-"""The dense storage, and what it takes to write to a dense weight: PyTorch's own parameters, of no backend."""
+"""The dense storage (ordinary PyTorch parameters), and writing to dense weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def put_rows(weight: Tensor, rows: slice, block: Tensor) -> None:
     """Round `block` into rows of `weight`.
 
     Raises:
-        MergeError: a value is not finite, or is not when rounded.
+        MergeError: a value is not finite, before or after rounding.
     """
     if not fits(block, weight.dtype):
         raise MergeError(f"a merged value is not finite, or too large for {weight.dtype}")
@@ -43,9 +43,9 @@ def put_rows(weight: Tensor, rows: slice, block: Tensor) -> None:
 
 
 def fits(block: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every element of `block` is finite, and still is when rounded to `dtype`."""
+    """Whether every element of `block` is finite, before and after rounding to `dtype`."""
     flat = block.reshape(-1)
-    # No element is larger than the norm: one pass, without a mask, settles it for values of ordinary size.
+    # No element exceeds the norm, so for ordinary values one pass without a mask is enough.
     if flat.dtype.itemsize > 1 and bool(flat.dot(flat).sqrt() < torch.finfo(dtype).max):
         return True
     return bool(torch.isfinite(block.to(dtype)).all())

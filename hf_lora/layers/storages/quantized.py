@@ -1,11 +1,11 @@
-"""Quantised linear layers: what the backends share, read row by row as the backend itself would multiply by it.
+"""Quantized linear layers: the base class of all backends, and layers of unknown backends.
 
-A quantised layer computes its own product; LoRA is added to what it gives. Here stand what all backends have in common
-and the layer of a backend that is not known; each known backend has a file of its own.
+A quantized layer computes its own product, and the LoRA update is added to it. The weight is read row by row, with the
+values that the backend multiplies by. Each known backend has its own file.
 
-Nothing is ever written back. The values of a quantised weight lie on a coarse grid, an update is smaller than half a
-step of it nearly everywhere, and rounding the sum to the grid again would take most of the update away. Merging makes
-a dense layer instead: see adapt/dequantize.py.
+Quantized weights are never written. Their values lie on a coarse grid, and an update is smaller than half a grid step
+nearly everywhere, so rounding the sum to the grid would lose most of the update. Merging creates a dense layer
+instead: see adapt/dequantize.py.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from ..distributed import is_sharded
 
 
 class QuantizedStorage(Storage):
-    """What the backends share: the layer is a linear one, multiplies by itself, and is never written to."""
+    """Base class: a linear layer with its own product, whose weight is never written."""
 
     quantized = True
     attributes: tuple[str, ...] = ()
-    """What the backend keeps on a layer and a dense one has no use for."""
+    """Attributes of the backend's layers that a dense layer does not need."""
 
     def shape(self, layer: nn.Module) -> tuple[int, ...]:
         return features(layer)
 
     def form(self, layer: nn.Module) -> str:
-        """Which of the backend's forms the weight has: values of one form are not those of another."""
+        """The quantization format of the weight; the same weight has other values in another format."""
         return self.kind
 
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
-        raise MergeError(f"its weight is quantised ({self.kind}); rounding a sum to that form would lose the update")
+        raise MergeError(f"its weight is quantized ({self.kind}); rounding the sum to that would lose the update")
 
     def keep(self, layer: nn.Module) -> Tensor:
-        raise MergeError(f"its weight is quantised ({self.kind}), and is never written to")
+        raise MergeError(f"its weight is quantized ({self.kind}) and is never written")
 
     def compute_dtype(self, layer: nn.Module) -> torch.dtype | None:
-        """In which dtype the layer multiplies whatever its input is; None where it has none of its own."""
-        own = layer.__dict__.get("compute_dtype")  # so called by more than one backend
-        return own if isinstance(own, torch.dtype) else None
+        """The dtype in which the layer multiplies, independent of its input; None if it depends on the input."""
+        dtype = layer.__dict__.get("compute_dtype")  # several backends use this name
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def dense_class(self, layer: Any) -> type[nn.Module]:
-        """The class of the layer once its weight is dense."""
+        """The class of the layer after it becomes dense."""
         return nn.Linear
 
     def make_dense(self, layer: Any, weight: nn.Parameter) -> None:
-        """Give `layer`, in place, a dense weight (O, I) and a class that multiplies by it.
+        """Give `layer`, in place, a dense weight (O, I) and the class for it.
 
-        What stood as a `Conv1D` before it was quantised is one again, and the weight (I, O) then.
+        A layer that was a `Conv1D` before quantization becomes one again, with weight (I, O).
         """
         cls = self.dense_class(layer)
         for name in self.attributes:
@@ -66,7 +66,7 @@ class QuantizedStorage(Storage):
             del hooks[key]
         del layer.weight
         layer.weight = weight
-        if layer.bias is not None:  # a backend may have cast it to the dtype of an input
+        if layer.bias is not None:  # a backend may have cast it to the dtype of its input
             layer.bias.data = layer.bias.data.to(weight.dtype)
         if issubclass(cls, Conv1D):
             layer.nx, layer.nf = layer.__dict__.pop("in_features"), layer.__dict__.pop("out_features")
@@ -74,7 +74,7 @@ class QuantizedStorage(Storage):
 
 
 class OpaqueStorage(QuantizedStorage):
-    """A quantised linear layer of another kind: it trains by its own forward, and cannot be read."""
+    """A quantized linear layer of an unknown backend: it trains with its own forward, and cannot be read."""
 
     kind = "opaque"
     readable = False
@@ -87,15 +87,15 @@ class OpaqueStorage(QuantizedStorage):
 
 
 def why_unreadable(layer: nn.Module) -> str:
-    """What is to be said of a layer that `OpaqueStorage` owns, where its weight is wanted."""
+    """Why the weight of a layer that `OpaqueStorage` owns cannot be read."""
     weight = layer._parameters.get("weight")
-    kept = "" if weight is None else f" with a weight kept as {type(weight).__name__} of {weight.dtype}"
+    stored = "" if weight is None else f" (weight: {type(weight).__name__} of {weight.dtype})"
     kind = unwrap_class(type(layer))
-    return f"{kind.__module__}.{kind.__name__}{kept} is a quantised layer whose form is not known"
+    return f"{kind.__module__}.{kind.__name__}{stored} is a quantized layer of an unknown format"
 
 
 def is_packed(tensor: Tensor | None) -> bool:
-    """Whether a parameter holds codes rather than numbers."""
+    """Whether a parameter holds quantized codes."""
     if tensor is None or is_sharded(tensor):
         return False
     ordinary = type(tensor) in (nn.Parameter, Tensor, nn.Buffer)
@@ -103,7 +103,7 @@ def is_packed(tensor: Tensor | None) -> bool:
 
 
 def _is_packed_linear(layer: nn.Module) -> bool:
-    """in_features, out_features, codes in place of a weight, and a forward of one tensor."""
+    """Whether it has in_features, out_features, codes instead of a weight, and a forward of one tensor."""
     counts = (getattr(layer, name, None) for name in ("in_features", "out_features"))
     if not all(isinstance(n, int) for n in counts) or hasattr(layer, "parametrizations"):
         return False
@@ -112,7 +112,7 @@ def _is_packed_linear(layer: nn.Module) -> bool:
         if not is_packed(weight):
             return False
         if type(weight) is nn.Parameter and unwrap_class(type(layer)).forward is nn.Linear.forward:  # type: ignore[attr-defined]
-            return False  # integers that an ordinary product would take for numbers
+            return False  # integers that an ordinary product would use as numbers
     held = [*layer._parameters.values(), *layer._buffers.values()]
     if not any(is_packed(t) and cast(Tensor, t).dim() > 1 for t in held):
         return False
@@ -122,21 +122,21 @@ def _is_packed_linear(layer: nn.Module) -> bool:
 
 
 def features(layer: Any) -> tuple[int, int]:
-    """(O, I): the shape of the weight that the layer stands for."""
+    """(O, I): the shape of the weight that the layer represents."""
     return layer.out_features, layer.in_features
 
 
 def is_a(value: Any, library: str, name: str) -> bool:
-    """Whether `value` is of the class `name` of a library that may not be there."""
+    """Whether `value` is an instance of the class `name` of a library that may not be installed."""
     return comes_from(type(value), library, name)
 
 
 def comes_from(cls: Any, library: str, name: str | None = None) -> bool:
-    """Whether `cls` is a class of `library`, or derived from one; the one called `name` where that is given."""
+    """Whether `cls` is a class of `library` (with that `name`, if given) or derived from one."""
     return _comes_from(cls, library, name)
 
 
-@functools.lru_cache(maxsize=1024)  # a model has thousands of layers, of a few classes
+@functools.lru_cache(maxsize=1024)  # a model has thousands of layers but few classes
 def _comes_from(cls: Any, library: str, name: str | None) -> bool:
     return any(c.__module__.partition(".")[0] == library and name in (None, c.__name__) for c in cls.__mro__)
 

