@@ -10,7 +10,7 @@ import torch
 
 from .errors import AdapterFileError, ConfigError, MergeError, nearest
 from .files.format import CONFIG_NAME
-from .hub.pull import local_adapter
+from .hub.download import local_adapter
 from .layers.storages import fits
 from .load import PROCESSORS, find_processor
 from .model import LoraModel

@@ -29,8 +29,8 @@ from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, Hu
 from .files.adapters import load_adapter
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
 from .hub.base import commit_in_training
+from .hub.download import local_adapter
 from .hub.network import scrub
-from .hub.pull import local_adapter
 from .layers.ops import used_devices
 
 PROCESSORS = {

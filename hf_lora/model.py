@@ -26,7 +26,7 @@ from .errors import AdapterFileError, StateError
 from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weights, save_adapter
 from .files.format import PREFIX, AdapterFile
 from .files.identity import identify
-from .hub.pull import local_adapter
+from .hub.download import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
 from .layers.class_swap import Extension, plain

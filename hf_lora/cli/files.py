@@ -52,7 +52,7 @@ def merge(
     if len(what) == 3 and out is None and base is None:
         from ..file_merge.stream import merge_files
         from ..hub.base import local_base
-        from ..hub.pull import local_adapter
+        from ..hub.download import local_adapter
 
         adapter = local_adapter(what[1], revision, subfolder=subfolder)
         folder = merge_files(
@@ -101,7 +101,7 @@ def inspect(
     A table of its layers with ranks, norms of the updates and parameters, and the size of the file.
     """
     from ..files.inspect import inspect_adapter
-    from ..hub.pull import local_adapter
+    from ..hub.download import local_adapter
 
     summary = inspect_adapter(local_adapter(adapter, revision, subfolder=subfolder))
     typer.echo(str(summary))

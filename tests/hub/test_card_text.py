@@ -123,8 +123,8 @@ def test_a_readme_with_the_lines_of_windows_keeps_them(readme: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"---\na: [\n---\n", "no YAML"),
-        (b"---\n- a\n- b\n---\n", "no mapping"),
+        (b"---\na: [\n---\n", "not valid YAML"),
+        (b"---\n- a\n- b\n---\n", "not a mapping"),
         (b"---\nmodel-index: [1]\n---\n", "model-index cannot be read"),
         (b"text \xff\xfe", "not UTF-8"),
         (b"<!-- hf_lora:begin -->\ntext", "not one pair"),

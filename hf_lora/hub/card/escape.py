@@ -1,7 +1,7 @@
-"""Names and words that others chose, made safe to stand in a card: as Markdown, as code, or as a command line.
+"""Names that others chose, made safe for a card: as Markdown, as code, or as a command line.
 
-A name may hold anything. In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the
-character and never reads as markup. Paths of home directories and secrets are taken out of everything.
+In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the character and never reads as
+markup. Home directories and secrets are removed from everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SECRET_FLAG = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"""[!"#$&'*:;<>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
-"""ASCII that may be markup; brackets alone are none without their square ones."""
+"""ASCII that may be markup; round brackets are not without square ones."""
 _PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
@@ -51,7 +51,7 @@ def text(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A value in a code span; one that backticks cannot hold in a table stands in `<code>` as entities."""
+    """A value in a code span; one that backticks cannot hold in a table is in `<code>` as entities."""
     line = clean(value)
     if not line or _PLAIN_CODE.fullmatch(line):
         return f"`{line}`" if line else ""
@@ -64,7 +64,7 @@ def literal(value: Any) -> str:
 
 
 def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: int = 1) -> str | None:
-    """The command that started this program, as one line of a shell; None where there was none to type again.
+    """The command that started this program, as one line of a shell; None in a notebook or an interactive session.
 
     Paths below the working directory become relative, others lose their folders; the values of flags such as
     `--hub_token` are left out.
@@ -85,17 +85,16 @@ def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: i
         head = [*start, _short(program)]
     else:  # a command that an installed package brings
         head = [*start, "--no-python", Path(program).name] if processes > 1 else [Path(program).name]
-    shown: list[str] = []
-    hides = False
+    shown, hides = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")
         if hides and not word.startswith("--"):
             shown.append(HIDDEN)
             hides = False
             continue
-        hides = _SECRET_FLAG.fullmatch(name) is not None and not equals
-        secret = _SECRET_FLAG.fullmatch(name) is not None and equals
-        shown.append(f"{name}={HIDDEN}" if secret else _short(word))
+        secret = _SECRET_FLAG.fullmatch(name) is not None
+        hides = secret and not equals
+        shown.append(f"{name}={HIDDEN}" if secret and equals else _short(word))
     return shlex.join([*head, *(clean(word) for word in shown)])
 
 

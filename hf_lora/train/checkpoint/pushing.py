@@ -20,7 +20,8 @@ from transformers.utils.hub import PushInProgress
 
 from ...compat import push_is_running
 from ...hub.names import CARD_NAME, PICTURES
-from ...hub.push import Target, ensure_repository, pushed_files
+from ...hub.network import Repository
+from ...hub.upload import commit_files, ensure_repository, pushed_files
 from ..part import TrainerPart
 from .manifest import finish_checkpoint, read_manifest
 
@@ -124,15 +125,15 @@ class PushingMixin(TrainerPart):
 
     def _push(self, stage: Path, message: str, token: str | None, revision: str | None) -> Future[Any]:
         """Push the files of a folder, which then goes away, after the pushes before it."""
-        target = Target(
-            str(self.hub_model_id), revision or self.args.hub_revision, False, self.args.hub_private_repo, token, None,
-            f"pushing {str(self.args.output_dir)!r} to {self.hub_model_id!r}",
-        )  # fmt: skip
+        call = f"pushing {str(self.args.output_dir)!r} to {self.hub_model_id!r}"
+        repo, private = str(self.hub_model_id), self.args.hub_private_repo
+        target = Repository(repo, revision or self.args.hub_revision, token, None, call)
 
         def work() -> Any:
             try:
                 paths = sorted(path for path in stage.rglob("*") if path.is_file())
-                return target.commit({path.relative_to(stage).as_posix(): path for path in paths}, message)
+                files = {path.relative_to(stage).as_posix(): path for path in paths}
+                return commit_files(target, files, message, private=private)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
