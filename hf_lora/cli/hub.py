@@ -23,11 +23,11 @@ def push(
     create_pr: bool = typer.Option(False, "--create-pr", help="Open a pull request."),
     message: str | None = typer.Option(None, "--message", "-m", help="Of the commit."),
     subfolder: str | None = typer.Option(None, help="Folder in the repository to push to."),
-    tokenizer: bool = typer.Option(True, "--tokenizer/--no-tokenizer", help="Push a tokenizer that lies there."),
+    tokenizer: bool = typer.Option(True, "--tokenizer/--no-tokenizer", help="Push a tokenizer that is there."),
 ) -> None:
     """Push an adapter to the Hub, in one commit.
 
-    The adapter's own files go up, and nothing else that lies in the folder.
+    The adapter's own files go up, and nothing else in the folder.
     """
     from ..hub import upload
 

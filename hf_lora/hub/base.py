@@ -51,7 +51,7 @@ def local_base(
         revision = commit_in_training(read_config(adapter), read_extras(adapter), name)
     repo = Repository(name, revision, token, None, call)
     cache = Path(constants.HF_HUB_CACHE)
-    return fetch(repo, cache, _bring, partial(_cached, repo, cache), f"hf download {name}")
+    return fetch(repo, cache, _download, partial(_cached, repo, cache), f"hf download {name}")
 
 
 def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str) -> str | None:
@@ -62,12 +62,12 @@ def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str)
     return config.revision if config.base_model_name_or_path == name else None
 
 
-def _bring(snapshot: Snapshot) -> Path:
+def _download(snapshot: Snapshot) -> Path:
     weights = [SINGLE_NAME]
     if INDEX_NAME in snapshot.files:
-        weights = _shards(snapshot.bring([INDEX_NAME], trusting=True) / INDEX_NAME)
+        weights = _shards(snapshot.download([INDEX_NAME], trusting=True) / INDEX_NAME)
     names = [*chosen(snapshot.files, BESIDE), *(name for name in weights if name in snapshot.files)]
-    return snapshot.bring(names, trusting=True)
+    return snapshot.download(names, trusting=True)
 
 
 def _cached(repo: Repository, cache: Path) -> Path | None:

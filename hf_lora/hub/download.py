@@ -106,12 +106,12 @@ def pull(
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
     patterns = (*ADAPTER, *PROCESSING, *((CARD_NAME, PICTURES) if out is not None else ()))
 
-    def bring(snapshot: Snapshot) -> Path:
+    def download(snapshot: Snapshot) -> Path:
         _require(snapshot, inside)
-        return snapshot.bring(chosen(snapshot.files, patterns, inside))
+        return snapshot.download(chosen(snapshot.files, patterns, inside))
 
     found = fetch(
-        repo, cache, bring, partial(_cached, repo, cache, inside), f"hf-lora pull {repo_id}", local_files_only
+        repo, cache, download, partial(_cached, repo, cache, inside), f"hf-lora pull {repo_id}", local_files_only
     )
     return found / inside if out is None else _copy(found / inside, out, patterns)
 

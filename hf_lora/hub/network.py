@@ -59,6 +59,7 @@ class Repository:
         token: None: that of `hf auth login` or HF_TOKEN.
         endpoint: of another Hub.
         call: what is being done, for messages.
+        private: if it is created. None: as the account's settings say.
     """
 
     repo_id: str
@@ -66,6 +67,7 @@ class Repository:
     token: str | bool | None
     endpoint: str | None
     call: str
+    private: bool | None = None
 
     @property
     def api(self) -> HfApi:

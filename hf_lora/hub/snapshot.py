@@ -1,7 +1,7 @@
 """A repository at one commit, in the client's cache; each file is compared with the hash that the Hub gives.
 
 `snapshot_download` does not compare hashes, waits without limit for the list of files, and takes an older commit from
-the cache where the Hub refuses; so files are brought one by one.
+the cache where the Hub refuses access; so each file is downloaded by itself.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Snapshot:
     def folder(self) -> Path:
         return self.cache / f"models--{self.repo.repo_id.replace('/', '--')}" / "snapshots" / self.commit
 
-    def bring(self, names: Iterable[str], trusting: bool = False) -> Path:
-        """Bring files into the cache; their folder.
+    def download(self, names: Iterable[str], trusting: bool = False) -> Path:
+        """Download files into the cache; their folder.
 
         Args:
             trusting: take a file that the cache has at its full size as it is, without computing its hash.
@@ -56,7 +56,7 @@ class Snapshot:
             if trusting and path.is_file() and path.stat().st_size == size_of(self.files[name]):
                 continue
             for _ in range(3):
-                path = self.repo.ask(partial(self._download, name, again), name)
+                path = self.repo.ask(partial(self._file, name, again), name)
                 if _is_whole(path, self.files[name]):
                     break
                 again = True
@@ -70,7 +70,7 @@ class Snapshot:
                 )
         return self.folder
 
-    def _download(self, name: str, again: bool) -> Path:
+    def _file(self, name: str, again: bool) -> Path:
         repo = self.repo
         return Path(
             hf_hub_download(
@@ -107,15 +107,15 @@ def snapshot_of(repo: Repository, info: ModelInfo, cache: Path) -> Snapshot:
 def fetch(
     repo: Repository,
     cache: Path,
-    bring: Callable[[Snapshot], Path],
+    download: Callable[[Snapshot], Path],
     cached: Callable[[], Path | None],
     once: str,
     local_files_only: bool = False,
 ) -> Path:
-    """Bring files of one commit from the Hub; the folder of that commit in the cache.
+    """Download files of one commit from the Hub; the folder of that commit in the cache.
 
     Args:
-        bring: brings what is needed of a snapshot.
+        download: downloads what is needed of a snapshot.
         cached: the folder in the cache, where it has all that is needed.
         once: the command that downloads it, for messages.
         local_files_only: take them from the cache and ask nothing. HF_HUB_OFFLINE does the same.
@@ -139,7 +139,7 @@ def fetch(
             raise
         logger.warning(f"{repo.call}: the Hub does not answer; commit {found.name} is used from the cache.")
         return found
-    folder = bring(snapshot)
+    folder = download(snapshot)
     snapshot.note()
     return folder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelInfo, constants
@@ -73,17 +74,15 @@ def push(
         HubError: the Hub refused it or could not be reached. The folder and the repository are as they were, or the
             whole commit is there.
     """
-    repo = Repository(repo_id, revision, token, endpoint, call or f"pushing {str(folder)!r} to {repo_id!r}")
-    inside = check_subfolder(subfolder, repo.call)
-    check_repository(repo.repo_id, f"{repo.call}: {repo.repo_id!r} is")
-    if (repo.revision or "").startswith("refs/") and create_pr:
-        raise HubError(
-            f"{repo.call}: create_pr=True needs a branch to open a pull request against, not {repo.revision!r}."
-        )
+    call = call or f"pushing {str(folder)!r} to {repo_id!r}"
+    repo = Repository(repo_id, revision, token, endpoint, call, private)
+    inside = check_subfolder(subfolder, call)
+    check_repository(repo_id, f"{call}: {repo_id!r} is")
+    if (revision or "").startswith("refs/") and create_pr:
+        raise HubError(f"{call}: create_pr=True needs a branch to open a pull request against, not {revision!r}.")
     prefix = f"{inside}/" if inside else ""
-    files = {prefix + name: path for name, path in pushed_files(folder, repo.call, tokenizer).items()}
-    message = commit_message or "Upload adapter"
-    return commit_files(repo, files, message, commit_description or "", private=private, create_pr=create_pr)
+    files = {prefix + name: path for name, path in pushed_files(folder, call, tokenizer).items()}
+    return commit_files(repo, files, commit_message or "Upload adapter", commit_description or "", create_pr)
 
 
 def ensure_repository(
@@ -94,8 +93,12 @@ def ensure_repository(
     Raises:
         HubError: it could not be created, or the token may not write.
     """
-    repo = Repository(repo_id, None, token, endpoint, f"making the repository {repo_id!r}")
-    return repo.ask(lambda: repo.api.create_repo(repo_id, private=private, exist_ok=True).repo_id, writing=True)
+    repo = Repository(repo_id, None, token, endpoint, f"making the repository {repo_id!r}", private)
+    return repo.ask(partial(_create, repo), writing=True)
+
+
+def _create(repo: Repository) -> str:
+    return repo.api.create_repo(repo.repo_id, private=repo.private, exist_ok=True).repo_id
 
 
 # The files -----------------------------------------------------------------------------------------------------------
@@ -162,13 +165,7 @@ def _fault(folder: Path) -> str:
 
 
 def commit_files(
-    repo: Repository,
-    files: Mapping[str, Path],
-    message: str,
-    description: str = "",
-    *,
-    private: bool | None = None,
-    create_pr: bool = False,
+    repo: Repository, files: Mapping[str, Path], message: str, description: str = "", create_pr: bool = False
 ) -> CommitInfo:
     """Commit files to a branch; the repository and the branch are created where they do not exist.
 
@@ -179,7 +176,7 @@ def commit_files(
     """
 
     def attempt() -> CommitInfo:
-        head = snapshot_of(repo, _prepare(repo, private, create_pr), Path(constants.HF_HUB_CACHE))
+        head = snapshot_of(repo, _prepare(repo, create_pr), Path(constants.HF_HUB_CACHE))
         _refuse_full_model(repo, files, head)
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(path, _card(head, path, file) if file.name == CARD_NAME else str(file))
@@ -206,7 +203,7 @@ def commit_files(
     return repo.ask(attempt, writing=True, then=then)
 
 
-def _prepare(repo: Repository, private: bool | None, create_pr: bool) -> ModelInfo:
+def _prepare(repo: Repository, create_pr: bool) -> ModelInfo:
     """The repository as it is; it and the branch are created where they do not exist."""
     api, branch = repo.api, None if (repo.revision or "main") == "main" or create_pr else repo.revision
     if "/" not in repo.repo_id:
@@ -217,7 +214,7 @@ def _prepare(repo: Repository, private: bool | None, create_pr: bool) -> ModelIn
         if branch is None or branch.startswith("refs/"):
             raise  # neither is created by committing to it
     except RepositoryNotFoundError:
-        repo.repo_id = api.create_repo(repo.repo_id, private=private, exist_ok=True).repo_id
+        repo.repo_id = _create(repo)
     if branch is not None:
         api.create_branch(repo.repo_id, branch=branch, exist_ok=True)
     return repo.info()
@@ -235,7 +232,7 @@ def _refuse_full_model(repo: Repository, files: Mapping[str, Path], head: Snapsh
 
 
 def _card(head: Snapshot, path: str, file: Path) -> bytes:
-    there = (head.bring([path]) / path).read_bytes() if path in head.files else b""
+    there = (head.download([path]) / path).read_bytes() if path in head.files else b""
     call = f"{head.repo.call}, {path}"
     try:
         return card_to_push(file.read_bytes().decode("utf-8"), there.decode("utf-8"), call).encode()

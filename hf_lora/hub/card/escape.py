@@ -83,7 +83,7 @@ def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: i
         head = [*start, "-m", module]
     elif program.endswith(".py"):
         head = [*start, _short(program)]
-    else:  # a command that an installed package brings
+    else:  # the command of an installed package
         head = [*start, "--no-python", Path(program).name] if processes > 1 else [Path(program).name]
     shown, hides = list[str](), False
     for word in words:

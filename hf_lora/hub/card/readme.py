@@ -117,28 +117,22 @@ def join_readme(old: Readme, metadata: Metadata, body: str, record: Mapping[str,
 def _merge(old: Metadata, ours: Metadata, was: Metadata, where: str) -> tuple[Metadata, Metadata]:
     """(the metadata to write, the record of what of them is ours).
 
-    A value is ours where it is as we wrote it. Lists hold our items and then those that an author added.
+    Of each key, our values but for those that the author removed, then those that the author added; where there can be
+    one value alone, the author's.
     """
     merged, written = dict(old), dict[str, Any]()
-    for key in [*was, *(key for key in ours if key not in was)]:
-        now, before, there = ours.get(key), was.get(key), old.get(key)
+    for key in {**was, **ours}:
         if key == INDEX:
-            now, written[key] = _merge_results(there, now, _listed(before), where)
-        elif isinstance(now, list) or isinstance(before, list):
-            mine, last, theirs = _listed(now), _listed(before), _listed(there)
-            now = [item for item in mine if item in theirs or item not in last]
-            now += [item for item in theirs if item not in mine and item not in last]
-            written[key] = [item for item in mine if item in last or item not in theirs]
-        elif there == before:
-            written[key] = now
-        else:
-            now = there
-            written[key] = before
-        if now is None or (now == [] and there != []):
-            merged.pop(key, None)
-        else:
-            merged[key] = now
-    return merged, {key: value for key, value in written.items() if value is not None and value != []}
+            merged[key], written[key] = _merge_results(old.get(key), ours.get(key), _listed(was.get(key)), where)
+            continue
+        mine, last, theirs = _listed(ours.get(key)), _listed(was.get(key)), _listed(old.get(key))
+        kept = [item for item in mine if item in theirs or item not in last]
+        kept += [item for item in theirs if item not in mine and item not in last]
+        several = isinstance(ours.get(key), list) or isinstance(old.get(key), list)
+        merged[key] = kept if several else kept[-1] if kept else None
+        written[key] = [item for item in mine if item in last or item not in theirs]
+    merged = {k: v for k, v in merged.items() if v not in (None, []) or (k in old and old[k] == v)}
+    return merged, {key: items for key, items in written.items() if items}
 
 
 def _merge_results(there: Any, now: Any, before: list[Any], where: str) -> tuple[Any, list[str]]:

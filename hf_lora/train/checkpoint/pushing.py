@@ -126,14 +126,14 @@ class PushingMixin(TrainerPart):
     def _push(self, stage: Path, message: str, token: str | None, revision: str | None) -> Future[Any]:
         """Push the files of a folder, which then goes away, after the pushes before it."""
         call = f"pushing {str(self.args.output_dir)!r} to {self.hub_model_id!r}"
-        repo, private = str(self.hub_model_id), self.args.hub_private_repo
-        target = Repository(repo, revision or self.args.hub_revision, token, None, call)
+        revision = revision or self.args.hub_revision
+        target = Repository(str(self.hub_model_id), revision, token, None, call, self.args.hub_private_repo)
 
         def work() -> Any:
             try:
                 paths = sorted(path for path in stage.rglob("*") if path.is_file())
                 files = {path.relative_to(stage).as_posix(): path for path in paths}
-                return commit_files(target, files, message, private=private)
+                return commit_files(target, files, message)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
