@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, ModelInfo, constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterFileError, Faults, HubError
-from ..files.format import (
-    CONFIG_NAME,
-    EXTRAS_NAME,
-    FULL_MODEL_FILES,
-    LEGACY_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    read_config,
-    read_extras,
-)
+from ..files.format import CONFIG_NAME, EXTRAS_NAME, FULL_MODEL_FILES, read_adapter
 from ..safe_io.reading import own_file, own_folder
 from .card.readme import card_to_push
 from .names import ADAPTER, CARD_NAME, PICTURES, PROCESSING, check_repository, check_subfolder, chosen, files_below
@@ -118,47 +109,33 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
         full = [name for name in FULL_MODEL_FILES if (top / name).is_file()]
         also = f" It holds a full model ({', '.join(full)}): push that with its own push_to_hub." if full else ""
         raise AdapterFileError(f"{call}: {top} holds no adapter (no {CONFIG_NAME}).{also}")
-    faults, files = Faults(call), dict[str, Path]()
+    files, found = dict[str, Path](), dict[str, None]()
     beside = (CARD_NAME, PICTURES, *(PROCESSING if tokenizer else ()))
     for place in {top: None, **dict.fromkeys(adapters)}:  # the card and tokenizer of several adapters are above them
         patterns = (*ADAPTER, *beside) if place in adapters else beside
-        fault = _fault(place) if place in adapters else ""
-        if fault:
-            faults.add(fault)
         prefix = "" if place == top else f"{place.name}/"
         files |= {prefix + name: place / name for name in chosen(files_below(place), patterns)}
-    links = set()
-    for path in files.values():
+    checks: list[Callable[[], object]] = [partial(read_adapter, place) for place in adapters]
+    checks += [partial(_check_own, top, path) for path in files.values()]
+    for check in checks:
         try:
-            own_file(own_folder(top, path.parent.relative_to(top).as_posix()), path.name)
+            check()
         except AdapterFileError as error:
-            links.add(str(error))  # of a folder, once
-    for link in sorted(links):
-        faults.add(link)
+            found[str(error)] = None  # of a folder that is a link, once
+    faults = Faults(call)
+    for fault in found:
+        faults.add(fault)
     faults.check(AdapterFileError, "Nothing was sent. Save the adapter again, or name its folder.")
     return dict(sorted(files.items()))
 
 
+def _check_own(top: Path, path: Path) -> None:
+    """Refuse a link that leads out of the folder."""
+    own_file(own_folder(top, path.parent.relative_to(top).as_posix()), path.name)
+
+
 def _is_adapter(path: Path, top: Path) -> bool:
     return (path / CONFIG_NAME).is_file() and (path == top or not path.name.startswith(("checkpoint-", ".", "_")))
-
-
-def _fault(folder: Path) -> str:
-    """What is wrong with an adapter's folder; empty where it is complete."""
-    weights = folder / WEIGHTS_NAME
-    try:
-        read_config(folder)
-        read_extras(folder)
-        if not weights.is_file():
-            old = (folder / LEGACY_WEIGHTS_NAME).is_file()
-            how = f"; convert the old one with: hf-lora convert {folder} --out FOLDER" if old else ""
-            return f"{folder} holds no {WEIGHTS_NAME}{how}"
-        with safe_open(weights, framework="pt") as file:
-            return "" if list(file.keys()) else f"{weights} holds no tensors"
-    except (SafetensorError, OSError) as error:
-        return f"{weights} cannot be read ({error})"
-    except AdapterFileError as error:
-        return str(error)
 
 
 # The commit ----------------------------------------------------------------------------------------------------------

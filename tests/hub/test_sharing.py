@@ -234,7 +234,7 @@ def test_what_is_checked_before_the_network_is_asked(
     (tmp_path / "none").mkdir()
     model.merge_adapter()
     refusals: list[tuple[Any, type[Exception], str]] = [
-        (lambda: push(tmp_path / "cut", "user/x"), AdapterFileError, "cannot be read"),
+        (lambda: push(tmp_path / "cut", "user/x"), AdapterFileError, "not a whole safetensors file"),
         (lambda: push(tmp_path / "none", "user/x"), AdapterFileError, "holds no adapter"),
         (lambda: push(tmp_path / "absent", "user/x"), AdapterFileError, "is not a folder"),
         (lambda: push(adapter_folder, "a b/c"), HubError, "not a valid name of a repository"),

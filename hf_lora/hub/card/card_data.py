@@ -21,6 +21,7 @@ from ...config import LoraConfig
 from ...errors import AdapterFileError, HubError
 from ...files.adapters import adapter_state_dict, config_on_disk, extras_of
 from ...files.format import WEIGHTS_NAME, read_config, read_extras, split_key
+from ...safe_io.reading import read_header
 from ..names import check_repository
 from .escape import clean
 
@@ -124,11 +125,7 @@ def read_facts(folder: Path) -> Adapter:
     config, file = read_config(folder), folder / WEIGHTS_NAME
     if not file.is_file():
         raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}: save the adapter first, then write its card.")
-    try:
-        with safe_open(str(file), "pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file} is not a whole safetensors file ({error}).") from error
+    shapes = {key: entry.shape for key, entry in read_header(file, file).items()}
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     return Adapter(config, read_extras(folder), shapes, file.stat().st_size, digest)
