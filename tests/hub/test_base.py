@@ -94,7 +94,7 @@ def test_without_a_network_the_cache_is_used(
         local_base("user/base")
 
 
-def test_a_base_that_cannot_be_had(with_base: LocalHub) -> None:
+def test_a_base_that_could_not_be_loaded(with_base: LocalHub) -> None:
     with_base.add_repo("user/gated", {"config.json": b"{}"}, gated=True)
     for name, revision, words in [
         ("user/none", None, "no model repository user/none"),

@@ -88,7 +88,7 @@ def test_pulling(
     except AdapterFileError:
         assert fault in ("corrupt", "409", "412"), "this passes, and was not tried again"
         assert not list((tmp_path / "out").glob("*"))
-        with pytest.raises(HubError):  # nor can it be had without the Hub
+        with pytest.raises(HubError):  # nor is it in the cache
             pull("user/ad", local_files_only=True)
     else:
         assert contents(tmp_path / "out") == {name: (adapter_folder / name).read_bytes() for name in EXPECTED}
