@@ -223,7 +223,7 @@ def scrub(text: str, token: str | bool | None = None) -> str:
         if isinstance(secret, str) and secret.strip():
             for form in (repr(secret)[1:-1], secret.strip()):  # the client quotes one that cannot be in a header
                 text = text.replace(form, "***")
-    return re.sub(r"\bhf_[A-Za-z0-9]{8,}", "***", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", text)
 
 
 def reason(error: BaseException, token: str | bool | None = None) -> str:

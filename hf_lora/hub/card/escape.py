@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..network import scrub
+
 HIDDEN = "***"
 _SECRETS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"\b(?:api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})|(?<=://)[^/\s@]+(?=@)"
 )
 _HOMES = re.compile(r"(?:[A-Za-z]:[\\/]Users[\\/]|/home/|/Users/)[^/\\\s\"']+|/root(?=/|$)")
@@ -34,11 +36,7 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 def clean(value: Any) -> str:
     """One line without control characters, lone surrogates, secrets and home directories."""
     line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
-    line = line.encode("utf-8", "replace").decode("utf-8")
-    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        if secret:
-            line = line.replace(secret, HIDDEN)
-    line = _SECRETS.sub(HIDDEN, line)
+    line = _SECRETS.sub(HIDDEN, scrub(line.encode("utf-8", "replace").decode("utf-8")))
     home = str(Path.home())
     if len(home) > 1:
         line = re.sub(re.escape(home) + r"(?=$|[/\\\s\"',:;])", "~", line)
