@@ -15,8 +15,8 @@ __version__ = "0.1.0"
 _WHERE = {
     "LoraConfig": "config",
     "LoraModel": "model",
-    "apply_lora": "model",
-    "get_peft_model": "model",
+    "apply_lora": "apply",
+    "get_peft_model": "apply",
     "pipeline": "pipelines",
     "write_card": "hub.card.write",
     "push": "hub.upload",
@@ -34,6 +34,10 @@ _WHERE = {
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
     "merge_files": "file_merge.stream",
+    "merge_to_folder": "export",
+    "inspect_adapter": "export",
+    "convert_adapter": "files.convert",
+    "finetune": "train.run",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -85,11 +89,15 @@ __all__ = [
     "apply_lora",
     "build_compute_metrics",
     "check_adapter",
+    "convert_adapter",
     "explain_targets",
+    "finetune",
     "gathered_state",
     "generate_texts",
     "get_peft_model",
+    "inspect_adapter",
     "merge_files",
+    "merge_to_folder",
     "pipeline",
     "pull",
     "push",
@@ -104,6 +112,7 @@ if TYPE_CHECKING:
     from .adapt.gather import gathered_state
     from .adapt.sharing import share_inputs
     from .adapt.targets import explain_targets
+    from .apply import apply_lora, get_peft_model
     from .config import LoraConfig
     from .errors import (
         AdapterFileError,
@@ -118,7 +127,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .evaluation.metrics import build_compute_metrics
+    from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
+    from .files.convert import convert_adapter
     from .generate.conversation import Conversation
     from .generate.texts import generate_texts
     from .hub.card.write import write_card
@@ -130,10 +141,11 @@ if TYPE_CHECKING:
     from .layers.registry import register
     from .layers.shapes import SHAPES
     from .layers.storages import STORAGES
-    from .model import LoraModel, apply_lora, get_peft_model
+    from .model import LoraModel
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.run import finetune
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin
 

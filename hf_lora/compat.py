@@ -1,7 +1,8 @@
-"""Every private name of transformers and Accelerate that hf_lora touches, in one place.
+"""The private names of other libraries that hf_lora touches, in one place.
 
-Seen in transformers 5.17 and 5.23 with accelerate 1.15. A test compares this table with what is installed, so that a
-release that renames one of them fails there and not in somebody's training run.
+Seen in transformers 5.17 and 5.23, accelerate 1.15, torch 2.11 and 2.13, TRL 1.16 and DeepSpeed 0.19, where nothing
+else is said. tests/test_compat.py compares this file with what is installed, so that a release that renames one of
+them fails there and not in somebody's training run.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import re
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -27,13 +29,16 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 """Private methods of `transformers.Trainer` that `LoraTrainerMixin` overrides -> their parameters after self.
 
 Public methods that it overrides (`create_accelerator_and_postprocess`, `call_model_init`, `create_optimizer`,
-`compute_loss`, `floating_point_ops`, `save_model`, `train`) need no entry.
+`compute_loss`, `floating_point_ops`, `prediction_step`, `save_model`, `train`, `training_step`) need no entry.
 """
 
 CALLED: dict[str, tuple[str, ...]] = {
     "_build_accelerator_args": ("kwargs",),
+    "_finish_current_push": (),
     "_get_num_items_in_batch": ("batch_samples", "device"),
     "_get_output_dir": ("trial",),
+    "_load_scaler": ("checkpoint",),
+    "_prepare_inputs": ("inputs",),
 }
 """Private methods of `transformers.Trainer` that are called or looked for -> their parameters after self."""
 
@@ -109,6 +114,48 @@ def push_is_running(trainer: Any) -> bool:
     return push is not None and not push.is_done()
 
 
+def add_push(trainer: Any, job: Any) -> None:
+    """Let Trainer wait for one more upload at its end (`PushInProgress.jobs`); nothing where `job` is None."""
+    from transformers.utils.hub import PushInProgress
+
+    if job is None:
+        return
+    if push_is_running(trainer):
+        trainer.push_in_progress.jobs.append(job)
+    else:
+        jobs: Any = [job]
+        trainer.push_in_progress = PushInProgress(jobs)
+
+
+def train_batch_size(trainer: Any) -> int:
+    """Rows a device and micro-batch: `Trainer._train_batch_size`, which auto_find_batch_size lowers."""
+    return int(getattr(trainer, "_train_batch_size", None) or trainer.args.per_device_train_batch_size)
+
+
+def heeds_sigterm(manager: Any) -> bool:
+    """Whether the handler of a `CheckpointManager` (`_sigterm_handler`) is the process's own now."""
+    return bool(signal.getsignal(signal.SIGTERM) == manager._sigterm_handler)
+
+
+@contextlib.contextmanager
+def after_state_is_written(state: Any, then: Callable[[], None]) -> Iterator[None]:
+    """Call `then` when Trainer has written trainer_state.json, the last file of a checkpoint.
+
+    `Trainer._save_checkpoint` calls `TrainerState.save_to_json`, then pushes and deletes older checkpoints.
+    """
+    write = state.save_to_json
+
+    def write_both(json_path: str) -> None:
+        write(json_path)
+        then()
+
+    state.save_to_json = write_both
+    try:
+        yield
+    finally:
+        del state.save_to_json
+
+
 @contextlib.contextmanager
 def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
     """Let Trainer delete older checkpoints with `rotate` in place of `transformers.trainer.rotate_checkpoints`.
@@ -117,7 +164,11 @@ def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
     """
     trainer: Any = importlib.import_module("transformers.trainer")
     own = trainer.rotate_checkpoints
-    trainer.rotate_checkpoints = rotate
+
+    def rotate_ours(output_dir: str, use_mtime: bool = True, **settings: Any) -> None:
+        rotate(output_dir, **settings)
+
+    trainer.rotate_checkpoints = rotate_ours
     try:
         yield
     finally:
@@ -152,6 +203,22 @@ def zero_partitions(optimizer: Any) -> list[Any] | None:
         if parts is not None:
             return list(parts)
     return None
+
+
+def link_states(zero: Any) -> None:
+    """Let a ZeRO-1/2 optimizer see the states of its parts, as at its first step.
+
+    `_lazy_init_hp_params_optimizer_state`, `_hp_optimizer_states_linked` in DeepSpeed 0.19; stage 3 has no need of it.
+    """
+    link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        zero._hp_optimizer_states_linked = False
+        link()
+
+
+def name_or_path(model: Any) -> str:
+    """Where `from_pretrained` loaded a model from (`config._name_or_path`)."""
+    return str(model.config._name_or_path)
 
 
 def is_own_model(name: Any) -> bool:

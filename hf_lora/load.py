@@ -23,11 +23,11 @@ from .adapt.embeddings import vocabulary_of
 from .adapt.labels import AUTO_CLASSES
 from .adapt.mixing import scale_adapter
 from .adapt.state import state_of
-from .adapt.undo import restored_if_refused
+from .adapt.undo import rollback_on
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
-from .files.adapters import load_adapter
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
+from .files.load import load_adapter
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import scrub
@@ -115,7 +115,7 @@ def load_lora(
         if not isinstance(base_model, nn.Module):
             model = _load_base(files, base_model, base_revision, kwargs)
         # A caller's model is left as it was; of one that was loaded here nobody would see it.
-        with restored_if_refused(model, LoraError) if model is base_model else nullcontext():
+        with rollback_on(model, LoraError) if model is base_model else nullcontext():
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
                 file = files.pop(0)  # its tensors go when the model has its own
                 _fit_vocabulary(model, file, allow_other_base)

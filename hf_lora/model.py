@@ -1,90 +1,40 @@
-"""`apply_lora` and `LoraModel`: a transformers model with LoRA verbs. Each verb is a call to a function below."""
+"""`LoraModel`: a transformers model with LoRA verbs. Each verb is a call to a function below."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .adapt.checkpointing import is_checkpointing, keep_gradients_out, let_gradients_in, refuse_checkpointed
-from .adapt.dequantize import dequantize, is_quantized
-from .adapt.inject import delete, eject, inject
-from .adapt.labels import CLASSIFICATION, is_backbone, own_heads, with_task_head
-from .adapt.merge import disabled, merge, set_enabled, unmerge
+from .adapt.batchnorm import hold_batchnorm
+from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
+from .adapt.inject import delete, eject
+from .adapt.labels import add_with_labels
+from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
-from .adapt.state import LoraState, Task, require_state, set_active, state_of
+from .adapt.state import LoraState, require_state, set_active, state_of
 from .config import LoraConfig
 from .errors import AdapterFileError, StateError
-from .files.adapters import adapter_state_dict, load_adapter, load_adapter_weights, save_adapter
 from .files.format import PREFIX, AdapterFile
-from .files.identity import identify
+from .files.load import load_adapter, load_adapter_weights
+from .files.save import adapter_state_dict, save_adapters
 from .hub.download import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
-from .layers.class_swap import Extension, plain
+from .layers.class_swap import Extension, unwrap_class
 from .load import load_lora
 
 M = TypeVar("M", bound=nn.Module)
+logger = logging.get_logger(__name__)
 _OUTER = "_hf_lora_outer"
-
-
-def apply_lora(
-    model: M,
-    config: Any = None,
-    adapter_name: str = "default",
-    *,
-    num_labels: int | None = None,
-    id2label: dict[int, str] | None = None,
-    allow_bypassed: bool = False,
-    batches: Iterable[Any] | None = None,
-    original: Callable[[str], Tensor] | None = None,
-) -> M:
-    """Put a LoRA adapter into `model`, in place, and freeze everything else.
-
-    A `PreTrainedModel` gains the verbs of `LoraModel` and stays what it was: `isinstance`, its forward, `generate` and
-    its tied weights. A name that the model does not hold yet adds another adapter, and makes it the active one. A
-    backbone without a head and a classification `task_type` gives the task's own class around the same weights.
-
-    Args:
-        model: any `nn.Module`; the verbs are there for transformers' models, the functions of `hf_lora.adapt` for all.
-        config: `LoraConfig`, a mapping of its fields, a `peft.LoraConfig`, or None for the defaults.
-        adapter_name: without a dot.
-        num_labels: labels of this adapter's own head, where they are not the model's.
-        id2label: their names.
-        allow_bypassed: adapt a named layer although its parent multiplies by its weight itself.
-        batches: what an initialization that looks at inputs or gradients runs the model on: mappings of the forward's
-            arguments.
-        original: name of a layer -> its weight as the checkpoint has it, for an initialization that asks for it.
-
-    Returns:
-        `model`, or the task's model around it.
-
-    Raises:
-        ConfigError: a field of `config` or the adapter's name cannot be used.
-        TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
-        StateError: the name is taken, the model is merged, sharded, or holds PEFT layers.
-    """
-    config = LoraConfig.from_any(config)
-    if config.task_type in CLASSIFICATION and is_backbone(model):
-        if num_labels is not None or id2label is not None:
-            Task.from_labels(num_labels, id2label).apply(model)
-            num_labels, id2label = None, None
-        model = with_task_head(model, config.task_type)
-    call = "apply_lora(model, config)"
-    _add(model, adapter_name, config, num_labels, id2label, allow_bypassed, call, batches=batches, original=original)
-    return model
-
-
-get_peft_model = apply_lora
-"""The name under which PEFT's users know `apply_lora`."""
 
 
 class LoraModel(Extension, PreTrainedModel):
@@ -101,7 +51,7 @@ class LoraModel(Extension, PreTrainedModel):
             raise StateError(
                 "LoraModel has no constructor. Call apply_lora(model, config), or LoraModel.from_pretrained(adapter)."
             )
-        base = plain(cls)
+        base = unwrap_class(cls)
         if base is cls or not (args or kwargs):  # without arguments: nn.DataParallel's replica, filled afterwards
             return object.__new__(cls)
         return base(*args, **kwargs)
@@ -126,12 +76,12 @@ class LoraModel(Extension, PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter with its base model: see `hf_lora.load.load_lora`, which this calls."""
         if cls is not LoraModel:
-            return plain(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
+            return unwrap_class(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
         return load_lora(cls, *args, **kwargs)
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        return plain(cls)._from_config(config, **kwargs)  # type: ignore[attr-defined]
+        return unwrap_class(cls)._from_config(config, **kwargs)  # type: ignore[attr-defined]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """PyTorch's, which also takes the keys of an adapter's file.
@@ -143,9 +93,7 @@ class LoraModel(Extension, PreTrainedModel):
         if state is not None:
             state.refuse_merged("load_state_dict")
         if state is not None and any(key.startswith(PREFIX) for key in state_dict):
-            if not state.activity.active:
-                raise StateError("load_state_dict: no adapter is active to take these tensors.")
-            load_adapter_weights(self, state_dict, state.activity.active[0])
+            load_adapter_weights(self, state_dict, _first_active(self, "load_state_dict"))
             return nn.modules.module._IncompatibleKeys([], [])
         if state_dict and not any(key in state_dict for key in self.state_dict()):
             first = ", ".join(list(state_dict)[:3])
@@ -188,19 +136,15 @@ class LoraModel(Extension, PreTrainedModel):
         if not is_main_process:
             return
         names = [adapter_name] if adapter_name is not None else list(state.adapters)
-        for name in names:
-            inner = len(names) > 1 and name != "default"
-            folder = Path(save_directory) / name if inner else save_directory
-            save_adapter(self, folder, name, state_dict, allow_nonfinite)
-        if re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
-            if not state.resumable:
-                state.resumable = True  # said once
-                print(
-                    f"{save_directory} holds the adapter alone. To resume from it, train with hf_lora.LoraTrainer in "
-                    "place of transformers.Trainer; transformers' own looks for full weights."
-                )
-        else:
-            print(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
+        save_adapters(self, save_directory, names, state_dict, allow_nonfinite)
+        if not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
+            logger.info(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
+        elif not state.resumable:
+            state.resumable = True  # one warning is enough
+            logger.warning(
+                f"{save_directory} holds the adapter alone. To resume from it, train with hf_lora.LoraTrainer in "
+                "place of transformers.Trainer, which looks for full weights."
+            )
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
@@ -234,7 +178,10 @@ class LoraModel(Extension, PreTrainedModel):
             name, config = config or "default", name
         _state(self, "add_adapter")
         config = LoraConfig.from_any(config)
-        _add(self, name, config, num_labels, id2label, allow_bypassed, f"add_adapter({name!r}, config)")
+        add_with_labels(
+            self, config, name, num_labels, id2label, allow_bypassed=allow_bypassed,
+            call=f"add_adapter({name!r}, config)",
+        )  # fmt: skip
 
     def load_adapter(  # type: ignore[override]
         self,
@@ -249,7 +196,7 @@ class LoraModel(Extension, PreTrainedModel):
         is_trainable: bool = False,
         allow_other_base: bool = False,
     ) -> None:
-        """Add an adapter from a folder or the Hub, and make it the active one: see `files.adapters.load_adapter`."""
+        """Add an adapter from a folder or the Hub, and make it the active one: see `files.load.load_adapter`."""
         _state(self, "load_adapter")
         source: Any = adapter
         if not isinstance(adapter, AdapterFile):
@@ -259,7 +206,7 @@ class LoraModel(Extension, PreTrainedModel):
         load_adapter(self, source, adapter_name, is_trainable=is_trainable, allow_other_base=allow_other_base)
 
     def load_adapter_weights(self, adapter: str | os.PathLike[str], adapter_name: str | None = None) -> None:
-        """Put the values of a saved adapter into one that is here: see `files.adapters.load_adapter_weights`."""
+        """Put the values of a saved adapter into one that is here: see `files.load.load_adapter_weights`."""
         load_adapter_weights(self, adapter, adapter_name or _first_active(self, "load_adapter_weights"))
 
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
@@ -327,16 +274,8 @@ class LoraModel(Extension, PreTrainedModel):
 
         A quantised base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
         """
-        state = _state(self, "merge_and_unload")
-        if not state.activity.merged:
-            merge(self, adapter_names, untie=untie, keep=False, call="merge_and_unload")
-        elif not state.activity.enabled:
-            raise StateError("merge_and_unload: the adapters are disabled. Call enable_adapters() first.")
-        elif adapter_names is not None and _names(adapter_names) != state.activity.merged:
-            state.refuse_merged(f"merge_and_unload({adapter_names!r})")
-        if is_quantized(self):  # its dense layers alone were merged before
-            dequantize(self, "merge_and_unload")
-        eject(self, keep_heads=True)
+        _state(self, "merge_and_unload")
+        merge_for_good(self, adapter_names, untie=untie, call="merge_and_unload")
         return _end(self)
 
     def unload(self) -> PreTrainedModel:
@@ -369,10 +308,7 @@ class LoraModel(Extension, PreTrainedModel):
             raise StateError(MERGED_TRAINING)
         super().train(mode)
         if state is not None and mode and state.has_batchnorm:
-            for module in self.modules():
-                own = (p for p in module._parameters.values() if p is not None)
-                if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in own):
-                    module.eval()
+            hold_batchnorm(self)
         return self
 
     def enable_input_require_grads(self) -> None:
@@ -381,12 +317,12 @@ class LoraModel(Extension, PreTrainedModel):
         Reentrant checkpointing gives no gradient to a layer none of whose inputs requires one.
         """
         self.disable_input_require_grads()
-        self._require_grads_hooks = let_gradients_in(self)
+        self._require_grads_hooks = require_input_grads(self)
 
     def disable_input_require_grads(self) -> None:
         for hook in self.__dict__.pop("_require_grads_hooks", []):
             hook.remove()
-        keep_gradients_out(self)
+        release_input_grads(self)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """transformers'; factors and copies of the embeddings grow with it.
@@ -404,13 +340,22 @@ if "config_class" in LoraModel.__dict__:
     del LoraModel.config_class
 
 
-def _state(model: nn.Module, call: str) -> LoraState:
+def refuse_inner(model: nn.Module, call: str) -> None:
+    """Refuse a part of a model with adapters, whose file would hold names that nothing loads.
+
+    Raises:
+        StateError: it is one.
+    """
     outer = model.__dict__.get(_OUTER)
     if outer is not None and state_of(model) is None:
         raise StateError(
             f"{call}: this {type(model).__name__} is part of a {outer} with adapters. Call it on the {outer}: its "
             "file then holds names that can be loaded."
         )
+
+
+def _state(model: nn.Module, call: str) -> LoraState:
+    refuse_inner(model, call)
     return require_state(model, call)
 
 
@@ -419,31 +364,6 @@ def _first_active(model: nn.Module, call: str) -> str:
     if not active:
         raise StateError(f"{call}: no adapter is active. Name one.")
     return active[0]
-
-
-def _add(
-    model: Any,
-    name: str,
-    config: LoraConfig,
-    num_labels: int | None,
-    id2label: dict[int, str] | None,
-    allow_bypassed: bool,
-    call: str,
-    **known: Any,
-) -> None:
-    first = state_of(model) is None
-    if first and isinstance(model, PreTrainedModel) and model.__dict__.get(_OUTER) is not None:
-        _state(model, call)
-    identity = identify(model) if first else {}
-    task, heads = None, None
-    if num_labels is not None or id2label is not None:
-        task = Task.from_labels(num_labels, id2label)
-        heads, config = own_heads(model, config, task, call)
-    inject(model, config, name, allow_bypassed=allow_bypassed, heads=heads, task=task, call=call, **known)
-    if first:
-        require_state(model, call).identity = identity
-        if isinstance(model, PreTrainedModel):
-            LoraModel.begin(model)
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:

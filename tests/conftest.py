@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,17 +50,35 @@ def arguments(tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    """What hf_lora warns of, as a list of texts."""
-    heard: list[str] = []
+@contextlib.contextmanager
+def heard(level: int) -> Iterator[list[str]]:
+    """The texts that hf_lora logs at a level or above."""
+    texts: list[str] = []
 
     class Ear(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            heard.append(record.getMessage())
+            texts.append(record.getMessage())
 
-    ear = Ear()
-    logger = logging.getLogger("hf_lora")
+    ear, logger = Ear(), logging.getLogger("hf_lora")
+    before = logger.level
     logger.addHandler(ear)
-    yield heard
-    logger.removeHandler(ear)
+    logger.setLevel(level)
+    try:
+        yield texts
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(ear)
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What hf_lora warns of, as a list of texts."""
+    with heard(logging.WARNING) as texts:
+        yield texts
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What hf_lora logs at INFO or above, as a list of texts."""
+    with heard(logging.INFO) as texts:
+        yield texts

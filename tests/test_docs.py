@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -132,3 +134,25 @@ def test_the_documentation_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     assert (tmp_path / "api" / "index.html").stat().st_size > 10_000
+
+
+# Names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_every_name_of_the_package_in_a_page_exists(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for name in set(re.findall(r"\bhf_lora(?:\.\w+)+(?!\.\w)", text)) - {"hf_lora.json"}:
+        assert pkgutil.resolve_name(name) is not None
+    for path in set(re.findall(r"`(hf_lora/[\w/.]*)`", text)):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
+    spec: Any = importlib.util.spec_from_file_location("make_structure", ROOT / "docs" / "make_structure.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PICTURE.read_text(encoding="utf-8") == module.draw(), "run docs/make_structure.py"
+    rows = module.rows(module.graph())
+    assert rows[0] == ["cli"]
+    assert set(rows[-1]) == {"layers", "safe_io"}

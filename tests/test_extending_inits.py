@@ -18,8 +18,9 @@ from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled
 from hf_lora.adapt.state import require_state, set_active
 from hf_lora.adapt.walk import adapter_layers
-from hf_lora.files.adapters import load_adapter, save_adapter
 from hf_lora.files.format import WEIGHTS_NAME
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 
 IDS = torch.arange(14).view(2, 7) % 32
 LAYERS = ["0", "2"]

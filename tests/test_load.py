@@ -391,7 +391,8 @@ class Odd(torch.nn.Module):
 
 
 def test_modules_whose_names_look_like_keys(tmp_path: Path) -> None:
-    from hf_lora.files.adapters import adapter_state_dict, load_adapter, save_adapter
+    from hf_lora.files.load import load_adapter
+    from hf_lora.files.save import adapter_state_dict, save_adapter
 
     targets = ["lora_A", "weight", "default", "base_layer", "copies"]
     config = LoraConfig(r=2, target_modules=targets, modules_to_save=["modules_to_save"])

@@ -20,8 +20,8 @@ FILES = sorted(ROOT.rglob("*.py"))
 # The packages and modules from the bottom up; imports go down or stay. `__init__` and `testing` stand beside them.
 LEVELS = {
     "config": 0, "errors": 0, "compat": 0, "safe_io": 1, "layers": 2, "data": 2, "adapt": 3, "loss": 3, "files": 4,
-    "file_merge": 5, "hub": 6, "load": 7, "model": 7, "pipelines": 8, "export": 8, "generate": 9, "evaluation": 10,
-    "train": 11, "cli": 12,
+    "file_merge": 5, "hub": 6, "load": 7, "model": 7, "apply": 7, "pipelines": 8, "export": 8, "generate": 9,
+    "evaluation": 10, "train": 11, "cli": 12,
 }  # fmt: skip
 BESIDE = {"", "__init__", "testing", "__main__"}
 
@@ -96,6 +96,15 @@ def test_type_checkers_see_the_names_that_are_there_at_run_time() -> None:
     for name, module in hf_lora._WHERE.items():
         where.setdefault(f".{module}", set()).add(name)
     assert seen == where
+
+
+def test_no_module_has_the_name_of_a_public_function() -> None:
+    """Importing it would put it in the function's place."""
+    modules = {f.stem if f.stem != "__init__" else f.parent.name for f in ROOT.glob("*.py")} | {
+        f.parent.name for f in ROOT.glob("*/__init__.py")
+    }
+    assert not modules & set(hf_lora.__all__)
+    assert {"finetune", "generate_texts", "merge_files"} <= set(hf_lora.__all__)
 
 
 def test_public_errors_are_lora_errors() -> None:

@@ -22,9 +22,10 @@ from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora
 from hf_lora.adapt.inject import delete, eject
 from hf_lora.adapt.merge import disabled, merge, set_enabled, unmerge
 from hf_lora.adapt.state import require_state, set_active, state_of
-from hf_lora.files.adapters import load_adapter, load_adapter_weights, save_adapter
+from hf_lora.files.load import load_adapter, load_adapter_weights
+from hf_lora.files.save import save_adapter
 from hf_lora.layers.base import LoraLayer
-from hf_lora.layers.class_swap import plain
+from hf_lora.layers.class_swap import unwrap_class
 from hf_lora.layers.copies import BiasLayer, Replacement
 from hf_lora.layers.views import LoraViews
 
@@ -409,7 +410,7 @@ class Walk:
             if isinstance(module, Replacement):
                 assert all(type(own) is type(base) for own in module.copies.values())
                 module = module.base_layer
-            assert plain(type(module)) is type(base)
+            assert unwrap_class(type(module)) is type(base)
             assert (isinstance(module, (LoraLayer, LoraViews)), isinstance(module, BiasLayer)) == (factors, bias), path
         for name, module in self.model.named_modules():
             if "lora_" not in name:

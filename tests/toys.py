@@ -16,7 +16,7 @@ from hf_lora.layers.contract import FactorSpec, Method, Shape
 from hf_lora.layers.hosts import Activity, Held, Host, add_factor, remove_factor
 from hf_lora.layers.inits import Collector, Init, InitCall, taken
 from hf_lora.layers.methods import Additive
-from hf_lora.layers.ops import exact
+from hf_lora.layers.ops import to_float64
 from hf_lora.layers.parts import Fold, Part, Planned
 from hf_lora.layers.shapes.linear import LinearShape
 from hf_lora.layers.storages import DenseStorage
@@ -70,7 +70,7 @@ class Shift(Additive):
         return y
 
     def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
-        shifts = [layer._lora.adapters[name].scaling * exact(layer.factor("lora_shift", name)) for name in names]
+        shifts = [layer._lora.adapters[name].scaling * to_float64(layer.factor("lora_shift", name)) for name in names]
         return lambda block, rows: block + sum(shift[rows] for shift in shifts)
 
     def refuse_folding(self, layer: Any) -> str | None:
@@ -317,12 +317,17 @@ class Piece(View):
     def _parameters(self) -> dict[str, Any]:
         return {"weight": self.module.stacked, "bias": None}
 
-    def lifted(self, update: Update) -> tuple[View, Update]:
-        def lift(block: Tensor, rows: slice) -> Tensor:
-            if rows.start <= self.index < rows.stop:
-                piece = block[self.index - rows.start]
-                piece.copy_(update(piece, slice(0, len(piece))))
-            return block
+    def lifted(self, start: Callable[[], Update]) -> tuple[View, Callable[[], Update]]:
+        def lift() -> Update:
+            update = start()
+
+            def lifted(block: Tensor, rows: slice) -> Tensor:
+                if rows.start <= self.index < rows.stop:
+                    piece = block[self.index - rows.start]
+                    piece.copy_(update(piece, slice(0, len(piece))))
+                return block
+
+            return lifted
 
         return View(self.module, "stacked"), lift
 
@@ -423,7 +428,7 @@ class Rows(Part):
                         block[i - rows.start] = own
             return block
 
-        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), put, (self.path,))
+        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, (self.path,))
 
     @property
     def ids(self) -> list[int]:

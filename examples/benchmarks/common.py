@@ -7,9 +7,11 @@ little about another; the ratio of two things that took turns on it says much.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -57,10 +59,12 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_memory() -> bool:
-    """Let the C library keep what it frees, for all that this process measures; see docs/performance.md."""
-    from hf_lora.train.memory import keep_freed_memory
-
-    return bool(keep_freed_memory())
+    """Let glibc keep what it frees, for all that this process measures; see docs/performance.md."""
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    trim_threshold, mmap_max = -1, -4  # the names of malloc.h
+    return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 
 # Time ----------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.class_swap import plain
+from ..layers.class_swap import unwrap_class
 from .walk import original_modules
 
 _HARMLESS_ATTRIBUTES = frozenset(
@@ -44,7 +44,7 @@ def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, of every module whose parent's source multiplies by its weight."""
     found: dict[str, str] = {}
     for name, module in original_modules(model):
-        cls = plain(type(module))
+        cls = unwrap_class(type(module))
         for child in weights_used_by(cls):
             path = f"{name}.{child}" if name else child
             found[path] = f"{cls.__name__} multiplies by its weight itself, so its forward may never run"

@@ -22,7 +22,7 @@ def is_checkpointing(model: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def let_gradients_in(model: nn.Module) -> list[RemovableHandle]:
+def require_input_grads(model: nn.Module) -> list[RemovableHandle]:
     """Let an input of every checkpointed layer require a gradient; without such layers, the embeddings' outputs.
 
     Returns:
@@ -38,7 +38,7 @@ def let_gradients_in(model: nn.Module) -> list[RemovableHandle]:
     return [m.register_forward_hook(_require_gradients) for m in embeddings.values()]
 
 
-def keep_gradients_out(model: nn.Module) -> None:
+def release_input_grads(model: nn.Module) -> None:
     """Give every checkpointed layer back the function that `let_gradients_in` wrapped."""
     for module in model.modules():
         function = module.__dict__.get(_CHECKPOINT)

@@ -22,8 +22,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import Faults, MergeError
 from ..layers.base import LoraLayer
-from ..layers.contract import Storage
-from ..layers.ops import exact
+from ..layers.contract import Storage, Update
+from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
 from .state import state_of
@@ -34,7 +34,6 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of a row block on CPU: 2 MiB of float64. With less, calls and the products of wide rows cost more; with
 more, blocks leave the cache. Other devices, where a launch costs more, take 8 times that."""
 
-Update = Callable[[Tensor, slice], Tensor]
 """(block, its rows) -> the block with the update in it; the block may be overwritten."""
 
 FORGOTTEN = (
@@ -101,8 +100,8 @@ def leftovers(model: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def dequantize_with(model: Any, folds: dict[str, Update]) -> None:
-    """`dequantize`, unchecked, with the updates of the layers named in `folds`.
+def dequantize_with(model: Any, folds: dict[str, Callable[[], Update]]) -> None:
+    """`dequantize`, unchecked, with what starts the updates of the layers named in `folds`.
 
     Raises:
         MergeError: a sum is not finite in the model's dtype; layers before it are dense by then.
@@ -132,7 +131,10 @@ def dequantize_with(model: Any, folds: dict[str, Update]) -> None:
     forget_quantization(model, dtype)
 
 
-def _dense(layer: nn.Module, storage: QuantizedStorage, fold: Update | None, dtype: torch.dtype) -> Tensor:
+def _dense(
+    layer: nn.Module, storage: QuantizedStorage, start: Callable[[], Update] | None, dtype: torch.dtype
+) -> Tensor:
+    fold = None if start is None else start()
     outputs, inputs = storage.shape(layer)
     turned = issubclass(storage.dense_class(layer), Conv1D)
     device = cast(Tensor, layer.weight).device
@@ -155,7 +157,7 @@ def read_rows(storage: Storage, layer: Any, reuse: bool = False) -> Iterator[tup
     device = cast(Tensor, layer.weight).device
     elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 8)
     step = storage.block_rows(layer, max(1, elements // max(1, prod(rest))))
-    memory = exact(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
+    memory = to_float64(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
     for start in range(0, count, step):
         rows = slice(start, min(start + step, count))
         into = memory[: rows.stop - start]

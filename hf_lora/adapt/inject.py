@@ -69,7 +69,7 @@ def inject(
         config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
     )
     try:
-        with _uncollected():
+        with gc_paused():
             for part, planned in _planned(model, plan, name, heads or {}):
                 instead = part.attach(state.activity, planned)
                 if instead is not None:
@@ -243,7 +243,7 @@ def _first(model: nn.Module) -> LoraState:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """No garbage collection: an injection makes objects by the ten thousand, all of which stay."""
     was = gc.isenabled()
     gc.disable()

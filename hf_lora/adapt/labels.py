@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from ..config import LoraConfig
 from ..errors import StateError, TargetError
-from ..layers.class_swap import plain
+from ..layers.class_swap import unwrap_class
 from .embeddings import output_embedding
 from .heads import find_heads, outside_backbone
+from .inject import inject
 from .match import matches
 from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
@@ -25,7 +26,7 @@ def twin(model: Any, num_labels: int, cls: type | None = None) -> Any:
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
     with torch.device("meta"):
-        return (cls or plain(type(model)))(config)
+        return (cls or unwrap_class(type(model)))(config)
 
 
 def new_head(twin_model: Any, path: str, like: nn.Module) -> nn.Module:
@@ -79,7 +80,7 @@ def task_type_of(model: Any) -> str | None:
     """PEFT's task type for a transformers class, read off the mappings of transformers' auto classes."""
     import transformers
 
-    cls = plain(type(model))
+    cls = unwrap_class(type(model))
     for task, auto in AUTO_CLASSES.items():
         mapping = getattr(transformers, auto)._model_mapping
         config = type(getattr(model, "config", None))
@@ -124,6 +125,24 @@ def own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[di
             f"{call}: {type(model).__name__} has no task head that could take num_labels={task.num_labels}."
         )
     return heads, config
+
+
+def add_with_labels(
+    model: Any,
+    config: LoraConfig,
+    name: str,
+    num_labels: int | None = None,
+    id2label: dict[int, str] | None = None,
+    *,
+    call: str,
+    **known: Any,
+) -> None:
+    """Add adapter `name`, with heads of its own where labels are given: see `inject`, which takes `known`."""
+    task, heads = None, None
+    if num_labels is not None or id2label is not None:
+        task = Task.from_labels(num_labels, id2label)
+        heads, config = own_heads(model, config, task, call)
+    inject(model, config, name, heads=heads, task=task, call=call, **known)
 
 
 def _shapes(module: nn.Module) -> list[tuple[int, ...]]:

@@ -11,7 +11,7 @@ while is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import Faults, MergeError, StateError
+from ..layers.contract import Update
 from ..layers.distributed import is_partitioned, is_sharded
 from ..layers.file_maps import let_go, lies_in, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
-from .dequantize import Update, dense_dtype, dequantize_with, is_quantized, leftovers, read_rows
+from .dequantize import dense_dtype, dequantize, dequantize_with, is_quantized, leftovers, read_rows
+from .inject import eject
 from .state import LoraState, Original, acting_together, require_state, set_active
 from .ties import forward_asks_for_ties, tensor_users, untie_adapted
 from .walk import parts
@@ -75,7 +77,7 @@ def merge(
         raise
     if untie:
         untie_adapted(model, folds)
-    packed = {name.rpartition(".")[0]: fold.update for name, fold in stored.items() if fold.storage.quantized}
+    packed = {name.rpartition(".")[0]: fold.start for name, fold in stored.items() if fold.storage.quantized}
     dense = {name: fold for name, fold in stored.items() if not fold.storage.quantized}
     maps = unwritten_maps() if dense else []
     kept = state.originals if keep else None
@@ -98,6 +100,29 @@ def merge(
             raise MergeError(f"{call}: {name}: {error}. {undone}") from None
     state.activity.set(merged=active)
     return active
+
+
+def merge_for_good(
+    model: nn.Module, names: str | Sequence[str] | None = None, *, untie: bool = False, call: str = "merge_and_unload"
+) -> None:
+    """Fold the active adapters (or `names`) into the weights and take all adapters off.
+
+    A quantised base becomes a dense model, in the dtype of its other weights: see dequantize.py.
+
+    Raises:
+        StateError, MergeError: as `merge`; or others are merged than `names`.
+    """
+    state = require_state(model, call)
+    wanted = (names,) if isinstance(names, str) else names if names is None else tuple(names)
+    if not state.activity.merged:
+        merge(model, wanted, untie=untie, keep=False, call=call)
+    elif not state.activity.enabled:
+        raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
+    elif wanted not in (None, state.activity.merged):
+        state.refuse_merged(f"{call}({names!r})")
+    if is_quantized(model):  # its dense layers alone were merged before
+        dequantize(model, call)
+    eject(model, keep_heads=True)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -152,13 +177,14 @@ def by_tensor(folds: Sequence[Fold]) -> dict[str, Fold]:
     found: dict[str, Fold] = {}
     for fold in folds:
         before = found.get(fold.name)
-        update = fold.update if before is None else partial(_one_after_another, before.update, fold.update)
-        found[fold.name] = replace(fold, update=update)
+        start = fold.start if before is None else partial(_one_after_another, before.start, fold.start)
+        found[fold.name] = replace(fold, start=start)
     return found
 
 
-def _one_after_another(first: Update, second: Update, block: Tensor, rows: slice) -> Tensor:
-    return second(first(block, rows), rows)
+def _one_after_another(first: Callable[[], Update], second: Callable[[], Update]) -> Update:
+    before, after = first(), second()
+    return lambda block, rows: after(before(block, rows), rows)
 
 
 def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
@@ -167,8 +193,9 @@ def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor
     Args:
         reuse: one piece of memory for all blocks, so that each lasts until the next one is asked for.
     """
+    update = fold.start()
     for rows, block in read_rows(fold.storage, fold.site, reuse):
-        yield rows, fold.update(block, rows)
+        yield rows, update(block, rows)
 
 
 def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layers.class_swap import plain
+from ..layers.class_swap import unwrap_class
 from ..layers.parts import Fold
 from .walk import module_at, original_modules
 
@@ -62,7 +62,7 @@ def _own(module: Any, name: str) -> None:
 
 def forward_asks_for_ties(model: nn.Module) -> bool:
     """Whether the model computes something else, such as a scale, where its config says that embeddings are tied."""
-    cls: Any = plain(type(model))
+    cls: Any = unwrap_class(type(model))
     forward = inspect.unwrap(cls.forward)
     return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
 

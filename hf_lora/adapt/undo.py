@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def restored_if_refused(model: nn.Module, error: type[Exception]) -> Iterator[None]:
+def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
     """Restore a model's modules, parameters and config where `error` is raised inside; values are not copied.
 
     What changes values in place is not undone.

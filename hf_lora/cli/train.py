@@ -32,19 +32,19 @@ def train(
     ctx: typer.Context,
     config: Path | None = typer.Option(None, help="YAML file with any of the options."),
     model: str | None = typer.Option(None, help="Base model: a folder or a name on the Hub."),
-    task: str | None = typer.Option(None, help="text-classification or causal-lm; not given: told by the columns."),
+    task: str | None = typer.Option(None, help="text-classification or causal-lm; default: found from the columns."),
     train_file: str | None = typer.Option(None, help="CSV, TSV, JSON, JSONL or parquet file to train on."),
     eval_file: str | None = typer.Option(None, help="File for the evaluations during training."),
     test_file: str | None = typer.Option(None, help="File for the evaluation at the end."),
     dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, in place of files."),
-    train_split: str | None = typer.Option(None, help="Split of the data set to train on; not given: train."),
+    train_split: str | None = typer.Option(None, help="Split of the data set to train on; default: train."),
     eval_split: str | None = typer.Option(None, help="Split for the evaluations during training."),
     test_split: str | None = typer.Option(None, help="Split for the evaluation at the end."),
-    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts; not given: found by name."),
-    label_column: str | None = typer.Option(None, help="Column of the labels; not given: found by name."),
+    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts; default: found by name."),
+    label_column: str | None = typer.Option(None, help="Column of the labels; default: found by name."),
     completion_column: str | None = typer.Option(None, help="Column of what is learned after the prompt (causal-lm)."),
-    max_length: int | None = typer.Option(None, help="Tokens of a text, and of a packed row; not given: 512 or 1024."),
-    output_dir: str | None = typer.Option(None, help="Folder for the adapter; not given: hf_lora_run."),
+    max_length: int | None = typer.Option(None, help="Tokens of a text, and of a packed row; default: 512 or 1024."),
+    output_dir: str | None = typer.Option(None, help="Folder for the adapter; default: hf_lora_run."),
     show_batch: bool = typer.Option(False, "--show-batch", help="Print a batch: what is learned of it; and leave."),
     all_options: bool = typer.Option(False, "--all-options", help="List every option, and leave."),
 ) -> None:
@@ -70,9 +70,11 @@ def train(
     if show_batch:
         typer.echo(first_batch(parsed))
         raise typer.Exit
-    result = finetune(parsed)
+    result = finetune(parsed, report=typer.echo)
+    lines = [result.loss] if result.loss else []
     for name, value in result.metrics.items():
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
-            typer.echo(f"{name}: {value:,.4g}")
-    typer.echo(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
-    typer.echo(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
+            lines.append(f"{name}: {value:,.4g}")
+    lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
+    lines.append(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
+    typer.echo("\n".join(lines))

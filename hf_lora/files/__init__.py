@@ -3,8 +3,9 @@
 In: a model with adapters, or a folder. Out: a folder, or an adapter in the model.
 
 - `format`: the names on disk; no other file knows them.
-- `adapters`: saving and loading, everything checked before anything is changed.
+- `save`, `load`: everything is checked before anything is changed.
 - `validate`: what the JSON of an adapter may say.
 - `identity`, `commit`: which base model an adapter belongs to.
 - `inspect`: what a file holds, without the base model.
+- `convert`: old files whose tensors are a pickle.
 """

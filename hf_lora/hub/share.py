@@ -11,8 +11,8 @@ from huggingface_hub import CommitInfo
 from torch import nn
 
 from ..adapt.state import require_state
-from ..files.adapters import save_adapter
 from ..files.format import CONFIG_NAME
+from ..files.save import save_adapter
 from .card.write import write_card
 from .upload import push
 

@@ -88,7 +88,7 @@ def rebase(module: nn.Module, cls: type) -> None:
     _rewire(module)
 
 
-def plain(cls: type) -> type:
+def unwrap_class(cls: type) -> type:
     """`cls` without any of our extensions, and without the one that `fully_shard` puts on."""
     while True:
         ours = next((c for c in cls.__mro__ if "_mixin" in c.__dict__), None)

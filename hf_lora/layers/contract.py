@@ -18,7 +18,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .ops import exact
+from .ops import to_float64
+
+Update = Callable[[Tensor, slice], Tensor]
+"""(block of rows of a stored tensor, which rows) -> the block as merged; it may be overwritten."""
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class Shape(ABC):
     def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
         """Rows of B A in the layout of the layer's weight; float64 where the device has it."""
         left, right = self.factors(layer, name)
-        return exact(left[rows]) @ exact(right)
+        return to_float64(left[rows]) @ to_float64(right)
 
     @abstractmethod
     def norm(self, weight: Tensor) -> Tensor:
@@ -193,11 +196,11 @@ class Method(ABC):
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         """Rows of the weight with the adapters in it; `block` (float64 where the device has it) may be overwritten."""
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
         """`fold` of one layer as a function of (block, rows), for one block after another."""
         return lambda block, rows: self.fold(layer, block, names, rows)
 
-    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor] | None:
+    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Update | None:
         """The same of the bias, a vector (O,); None where the adapters leave it alone.
 
         A layer without a bias is one that `refuse_folding` has to refuse.

@@ -51,13 +51,23 @@ def local_part(tensor: Any) -> Any:
     return tensor
 
 
-def agreed(flags: Tensor) -> Tensor:
+def has_peers() -> bool:
+    """Whether there is more than one process."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def of_all_ranks(item: Any) -> list[Any]:
+    """Every process's `item`, by rank. All processes call it; objects travel over every backend."""
+    found: list[Any] = [item]
+    if has_peers():
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, item)
+    return found
+
+
+def all_ranks_true(flags: Tensor) -> Tensor:
     """True where every process says so. All processes call it, with as many flags."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return flags
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, flags.tolist())  # objects travel over every backend, from any device
-    return torch.tensor(gathered, dtype=torch.bool).all(0).to(flags.device)
+    return torch.tensor(of_all_ranks(flags.tolist()), dtype=torch.bool).all(0).to(flags.device)
 
 
 def how_sharded(modules: Iterable[nn.Module]) -> str | None:

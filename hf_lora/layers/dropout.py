@@ -38,7 +38,7 @@ def draw_mask(x: Tensor, p: float) -> Tensor:
     return distances.to(dtype)
 
 
-def chosen(mask: Tensor, x: Tensor, p: float) -> Tensor:
+def dropped_indices(mask: Tensor, x: Tensor, p: float) -> Tensor:
     """What `draw_mask(x, p)` chose: sorted indices into the flat x (int64), or a mask like x (bool)."""
     if mask.dtype == torch.int64:
         generator = torch.Generator(x.device).manual_seed(int(mask))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .class_swap import Extension, mixins_of
 from .ops import device_only
-from .sharing import Leftovers
+from .sharing import SharedOutputs
 
 
 class Activity:
@@ -29,7 +29,7 @@ class Activity:
         self.enabled = True
         self.merged: tuple[str, ...] = ()
         self.acting: dict[tuple[str, ...], tuple[str, ...]] = {}
-        self.leftovers: Leftovers | None = None
+        self.leftovers: SharedOutputs | None = None
         """Outputs that one layer of a group computed for the others: see sharing.py."""
 
     def __getstate__(self) -> dict[str, Any]:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import chosen, draw_mask, drop_, dropped
+from .dropout import draw_mask, drop_, dropped, dropped_indices
 
 
-def working(x: Tensor) -> Tensor:
+def to_compute_dtype(x: Tensor) -> Tensor:
     """`x` in the dtype that products with it run in: autocast's where autocast is on, else its own.
 
     Casting here once lets the base product and the adapter's share the copy that autocast would make for each.
@@ -34,7 +34,7 @@ def weight_like(weight: Tensor, x: Tensor) -> Tensor:
     return weight.to(x.device) if torch.is_autocast_enabled(x.device.type) else weight.to(x.device, x.dtype)
 
 
-def exact(tensor: Tensor) -> Tensor:
+def to_float64(tensor: Tensor) -> Tensor:
     """`tensor` in the dtype that updates are folded in: float64, so that a sum that nearly cancels is right too."""
     return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)  # MPS has no float64
 
@@ -111,7 +111,7 @@ class _LoraProducts(torch.autograd.Function):
         bases, biases, a, b = tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4]
         flat = x.reshape(-1, x.shape[-1])
         mask = draw_mask(flat, plan.p) if plan.p else None
-        h = F.linear(flat if mask is None else dropped(flat, chosen(mask, flat, plan.p)), _stacked(a, x))
+        h = F.linear(flat if mask is None else dropped(flat, dropped_indices(mask, flat, plan.p)), _stacked(a, x))
         kept, outputs = [], []
         for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
             update = up.to(x).t()
@@ -137,7 +137,7 @@ class _LoraProducts(torch.autograd.Function):
         a, b, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
         flat = x.reshape(-1, x.shape[-1])
         stacked = _stacked(a, x)
-        places = None if mask is None else chosen(mask, flat, plan.p)
+        places = None if mask is None else dropped_indices(mask, flat, plan.p)
         masked = flat if places is None else dropped(flat, places)
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted: h depends on x and A
             h = F.linear(masked, stacked)

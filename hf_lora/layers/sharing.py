@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Leftovers(NamedTuple):
+class SharedOutputs(NamedTuple):
     """What the first layer of a group computed for the others. One is kept a model, so the next group replaces it."""
 
     x: weakref.ref[Tensor]
@@ -26,10 +26,10 @@ class Leftovers(NamedTuple):
     """id of a layer -> the layer, which keeps the id its own, and its output."""
 
 
-def take(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+def pop_output(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     """The output for `x` that another layer of the group computed, once; None where there is none."""
     activity = layer._lora.activity
-    left: Leftovers | None = activity.leftovers
+    left: SharedOutputs | None = activity.leftovers
     if left is None or left.x() is not x or id(layer) not in left.outputs:
         return None
     if left.version != x._version or left.names != names or left.dtype != _autocast(x):
@@ -40,9 +40,9 @@ def take(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     return y
 
 
-def leave(layer: Any, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[Any, Tensor]]) -> None:
+def store_outputs(layer: Any, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[Any, Tensor]]) -> None:
     """Keep the outputs of the other layers of the group until they are called."""
-    layer._lora.activity.leftovers = Leftovers(weakref.ref(x), x._version, names, _autocast(x), outputs)
+    layer._lora.activity.leftovers = SharedOutputs(weakref.ref(x), x._version, names, _autocast(x), outputs)
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:

@@ -22,10 +22,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from .contract import FactorSpec, Method, Shape, Storage
+from .contract import FactorSpec, Method, Shape, Storage, Update
 from .hosts import Factor, Held, add_factor, remove_factor
 from .inits import Init, taken
-from .ops import exact
+from .ops import to_float64
 
 
 @dataclass
@@ -122,16 +122,16 @@ class Site:
         taken = tuple(name for name in names if name in self._lora.taken)
         return Reduced(self, taken) if taken else self
 
-    def folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, names: tuple[str, ...]) -> Update:
         """(block, rows) -> the block of the weight with the adapters `names` in it; `block` may be overwritten."""
         return self.seen_by(names)._folding(names)
 
-    def _folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def _folding(self, names: tuple[str, ...]) -> Update:
         return self._lora.adapters[names[0]].method.folding(self, names)
 
-    def lifted(self, update: Callable[[Tensor, slice], Tensor]) -> tuple[Site, Callable[[Tensor, slice], Tensor]]:
-        """What holds the whole stored tensor, and `update` as an update of that: of a site that is a piece of one."""
-        return self, update
+    def lifted(self, start: Callable[[], Update]) -> tuple[Site, Callable[[], Update]]:
+        """What holds the whole stored tensor, and what starts an update of that: of a site that is a piece of one."""
+        return self, start
 
     def add_lora(self, name: str, adapter: LayerAdapter, values: Mapping[str, Tensor]) -> None:
         """Give the site an adapter with the values of all its declared factors."""
@@ -199,7 +199,7 @@ class Reduced(Seen):
     def read(self, rows: slice = slice(None)) -> Tensor:
         rows = slice(*rows.indices(self._lora.storage.shape(cast(Any, self.site))[0]))
         block = self.site.read(rows)
-        return self.without(exact(block), rows).to(block.dtype)
+        return self.without(to_float64(block), rows).to(block.dtype)
 
     def without(self, block: Tensor, rows: slice) -> Tensor:
         """Rows of the weight, which may be overwritten, without what was taken out."""
@@ -208,6 +208,6 @@ class Reduced(Seen):
             block -= state.adapters[name].scaling * state.shape.delta(frozen, name, rows).view_as(block)
         return block
 
-    def _folding(self, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def _folding(self, names: tuple[str, ...]) -> Update:
         fold = self._lora.adapters[names[0]].method.folding(self, names)
         return lambda block, rows: fold(self.without(block, rows), rows)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from ..data.spans import IGNORED
 from ..layers.hosts import Host
-from ..layers.ops import used_devices, working
+from ..layers.ops import to_compute_dtype, used_devices
 
 CHUNK_ELEMENTS = 2**23
 """Logits at hand at once: 32 MiB in float32. Larger chunks were not faster on a CPU, and the products stay large."""
@@ -102,7 +102,7 @@ class _LabelLogProbs(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         device = hidden.device.type
-        dtype = working(hidden[:0]).dtype
+        dtype = to_compute_dtype(hidden[:0]).dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         count = where.numel()
         log_probs = torch.empty(count, dtype=exact, device=hidden.device)
@@ -204,7 +204,7 @@ class FrozenHead:
             )
             caught.handed_on, caught.version = hidden, _version(hidden)
             # Asked here: Accelerate's autocast is around the forward alone.
-            caught.dtype = working(hidden).dtype
+            caught.dtype = to_compute_dtype(hidden).dtype
             return hidden
 
         def loss(logits: Tensor, labels: Tensor | None = None, *_: Any, **kwargs: Any) -> Tensor:

@@ -13,15 +13,27 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers.utils import logging
 
 from ..adapt.targets import check_names
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.inits import INITS, init_name
 
+logger = logging.get_logger(__name__)
 REGEX = "re:"
 _INIT = {"true": True, "false": False}
+_IN_CONFIG = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_init": "init_lora_weights"}
+"""What LoraConfig calls these; the others it calls so without lora_ in front."""
 _INIT_NAMES = sorted({*_INIT, *(INITS.keys() - {init_name(True), init_name(False)})}, reverse=True)
+
+
+def flag(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass as `HfArgumentParser` reads it: its default, and its help."""
+    metadata["help"] = text
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -34,112 +46,77 @@ class LoraArguments:
         ConfigError: lists every field whose text cannot be read or whose value is wrong.
     """
 
-    lora_r: int = field(default=8, metadata={"help": "Rank of every adapted layer."})
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "The update is scaled by alpha / r. Not given: 2 r."}
+    lora_r: int = flag(8, "Rank of every adapted layer.")
+    lora_alpha: float | None = flag(None, "The update is scaled by alpha / r. Default: 2 r.")
+    lora_dropout: float = flag(0.0, "Dropout of the adapter's input, in training only; at least 0 and below 1.")
+    lora_target_modules: list[str] = flag(
+        ["all-linear"],
+        "Names or suffixes of the modules to adapt, or one of: all-linear (every linear layer but the output head), "
+        "attention, re:PATTERN (a regular expression matched against whole names).",
     )
-    lora_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout of the adapter's input, in training only; at least 0 and below 1."}
+    lora_exclude_modules: list[str] | None = flag(
+        None, "Names or suffixes of modules to leave out, or one re:PATTERN."
     )
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "Names or suffixes of the modules to adapt, or one of: all-linear (every linear layer but the "
-            "output head), attention, re:PATTERN (a regular expression matched against whole names)."
-        },
+    lora_layers_to_transform: list[int] | None = flag(None, "Indices of the layers to adapt. Default: all.")
+    lora_layers_pattern: list[str] | None = flag(
+        None, "Names of the lists that lora_layers_to_transform counts in, such as layers."
     )
-    lora_exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names or suffixes of modules to leave out, or one re:PATTERN."}
+    lora_rank_pattern: dict[str, Any] | str | None = flag(
+        None, 'Ranks of some modules, as JSON: {"name or pattern": 16}.'
     )
-    lora_layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt. Not given: all."}
+    lora_alpha_pattern: dict[str, Any] | str | None = flag(
+        None, 'Alphas of some modules, as JSON: {"name or pattern": 32}.'
     )
-    lora_layers_pattern: list[str] | None = field(
-        default=None, metadata={"help": "Names of the lists that lora_layers_to_transform counts in, such as layers."}
+    lora_use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    lora_bias: Literal["none", "all", "lora_only"] = flag(
+        "none", "Which biases are trained: none, those of the adapted layers, or all."
     )
-    lora_rank_pattern: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Ranks of some modules, as JSON: {"name or pattern": 16}.'}
+    lora_modules_to_save: list[str] | None = flag(
+        None,
+        "Modules trained whole and kept in the adapter; the one word none for none at all. Default: a "
+        "task head that the base checkpoint did not hold.",
     )
-    lora_alpha_pattern: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Alphas of some modules, as JSON: {"name or pattern": 32}.'}
+    lora_init: str = flag(
+        "true",
+        "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: B random too (for tests).",
+        choices=_INIT_NAMES,
     )
-    lora_use_rslora: bool = field(default=False, metadata={"help": "Scale by alpha / sqrt(r) instead of alpha / r."})
-    lora_bias: Literal["none", "all", "lora_only"] = field(
-        default="none", metadata={"help": "Which biases are trained: none, those of the adapted layers, or all."}
+    lora_task_type: str | None = flag(
+        None, "PEFT's name of the task, such as CAUSAL_LM or SEQ_CLS, for the saved config."
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules trained whole and kept in the adapter; the one word none for none at all. Not given: a "
-            "task head that the base checkpoint did not hold."
-        },
+    lora_allow_bypassed: bool = flag(
+        False, "Adapt named modules even where their parent uses their weight without calling them."
     )
-    lora_init: str = field(
-        default="true",
-        metadata={
-            "choices": _INIT_NAMES,
-            "help": "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: B random too (for tests).",
-        },
+    loraplus_lr_ratio: float | None = flag(
+        None, "LoRA+ (Hayou et al. 2024): the learning rate of B over that of A, which is learning_rate. Default: 1."
     )
-    lora_task_type: str | None = field(
-        default=None, metadata={"help": "PEFT's name of the task, such as CAUSAL_LM or SEQ_CLS, for the saved config."}
+    head_learning_rate: float | None = flag(
+        None, "Learning rate of what is trained whole: heads, modules to save. Default: learning_rate."
     )
-    lora_allow_bypassed: bool = field(
-        default=False,
-        metadata={"help": "Adapt named modules even where their parent uses their weight without calling them."},
+    frozen_head_loss: bool = flag(
+        True,
+        "Compute the loss of a causal language model over its frozen head without holding the logits, "
+        "where the model allows it.",
     )
-    loraplus_lr_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "LoRA+ (Hayou et al. 2024): the learning rate of B over that of A, which is learning_rate. "
-            "Not given: 1."
-        },
+    share_inputs: bool = flag(
+        True,
+        "Let layers that get one and the same input (query, key and value) read it once. Which they are "
+        "is found on the first batch.",
     )
-    head_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of what is trained whole: heads, modules to save. Not given: learning_rate."},
+    keep_freed_memory: bool = flag(False, "Without effect: kept so that files and scripts with it go on working.")
+    accept_ddp_fallback: bool = flag(
+        False,
+        "Train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something else, as "
+        "it does on a CPU: every process then holds the whole model.",
     )
-    frozen_head_loss: bool = field(
-        default=True,
-        metadata={
-            "help": "Compute the loss of a causal language model over its frozen head without holding the logits, "
-            "where the model allows it."
-        },
-    )
-    share_inputs: bool = field(
-        default=True,
-        metadata={
-            "help": "Let layers that get one and the same input (query, key and value) read it once. Which they are "
-            "is found on the first batch."
-        },
-    )
-    keep_freed_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "On a CPU under Linux with glibc, keep freed memory for the next step instead of giving it back: "
-            "faster where single tensors are larger than 32 MiB, and takes more memory."
-        },
-    )
-    accept_ddp_fallback: bool = field(
-        default=False,
-        metadata={
-            "help": "Train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something else, as "
-            "it does on a CPU: every process then holds the whole model."
-        },
-    )
-    lora_guard_steps: int = field(
-        default=4,
-        metadata={
-            "help": "For how many optimizer steps it is checked that every adapted layer learns; 0: not at all."
-        },
+    lora_guard_steps: int = flag(
+        4, "For how many optimizer steps it is checked that every adapted layer learns; 0: not at all."
     )
 
-    nonfinite: Literal["stop", "skip"] = field(
-        default="stop",
-        metadata={
-            "help": "What to do where a loss or gradient is not finite, before it reaches the weights. stop: an error "
-            "with the step and the tensors. skip: leave the step out, and count it."
-        },
+    nonfinite: Literal["stop", "skip"] = flag(
+        "stop",
+        "What to do where a loss or gradient is not finite, before it reaches the weights. stop: an error "
+        "with the step and the tensors. skip: leave the step out, and count it.",
     )
 
     def __post_init__(self) -> None:
@@ -148,6 +125,11 @@ class LoraArguments:
         if parent is not None:
             parent()
         self.lora_config()
+        if self.keep_freed_memory:
+            logger.warning_once(
+                "keep_freed_memory has no effect any more; the environment variables of the C library do the same: "
+                "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9223372036854775807 (glibc)."
+            )
 
     def lora_config(self) -> LoraConfig:
         """The `LoraConfig` that the fields describe.
@@ -156,24 +138,15 @@ class LoraArguments:
             ConfigError: lists every field whose text cannot be read or whose value is wrong.
         """
         faults = Faults(f"{type(self).__name__}(…)")
-        values: dict[str, Any] = {
-            "r": self.lora_r,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": self.lora_dropout,
-            "target_modules": _names_or_regex(faults, "lora_target_modules", self.lora_target_modules),
-            "exclude_modules": _names_or_regex(faults, "lora_exclude_modules", self.lora_exclude_modules),
-            "layers_to_transform": self.lora_layers_to_transform,
-            "layers_pattern": self.lora_layers_pattern,
-            "rank_pattern": _table(faults, "lora_rank_pattern", self.lora_rank_pattern),
-            "alpha_pattern": _table(faults, "lora_alpha_pattern", self.lora_alpha_pattern),
-            "use_rslora": self.lora_use_rslora,
-            "bias": self.lora_bias,
-            "modules_to_save": _names(self.lora_modules_to_save),
-            "init_lora_weights": _INIT.get(self.lora_init, self.lora_init),
-            "task_type": self.lora_task_type,
-        }
+        values = {_IN_CONFIG.get(name, name.removeprefix("lora_")): getattr(self, name) for name in _shaping()}
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = _names_or_regex(faults, f"lora_{name}", values[name])
+        for name in ("rank_pattern", "alpha_pattern"):
+            values[name] = _table(faults, f"lora_{name}", values[name])
+        values["modules_to_save"] = _names(values["modules_to_save"])
         if values["modules_to_save"] == ["none"]:
             values["modules_to_save"] = []
+        values["init_lora_weights"] = _INIT.get(self.lora_init, self.lora_init)
         for name in ("loraplus_lr_ratio", "head_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
@@ -189,8 +162,7 @@ class LoraArguments:
         try:
             config = LoraConfig(**values)
         except ConfigError as error:
-            found = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
-            faults.found += [_as_flag(fault) for fault in found]
+            faults.found += [_as_flag(fault) for fault in error.faults]
         faults.check(ConfigError, "Correct these fields; each is LoraConfig's of that name with lora_ in front.")
         assert config is not None
         return config
@@ -198,9 +170,13 @@ class LoraArguments:
     def changed_lora_fields(self) -> list[str]:
         """The names of the fields that shape the adapter and do not hold their defaults."""
         default = LoraArguments()
-        shaping = [f.name for f in fields(LoraArguments) if f.name.startswith("lora_")]
-        shaping.remove("lora_guard_steps")
-        return [name for name in shaping if getattr(self, name) != getattr(default, name)]
+        return [name for name in (*_shaping(), "lora_allow_bypassed") if getattr(self, name) != getattr(default, name)]
+
+
+def _shaping() -> list[str]:
+    """The names of the fields that LoraConfig has too."""
+    other = ("lora_allow_bypassed", "lora_guard_steps")
+    return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What of a Trainer writes the card of its adapter: the facts of the run, from its arguments and its log."""
+"""The card of a Trainer's adapter: the facts of the run, from its arguments and its log."""
 
 from __future__ import annotations
 
@@ -12,105 +12,84 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from ..adapt.report import trainable_parameters
 from ..adapt.state import require_state
+from ..compat import train_batch_size
 from ..errors import AdapterFileError
 from ..hub.card.card_data import Run, Score, facts_of, is_repository, scores_of
 from ..hub.card.escape import command_line
 from ..hub.card.write import write_card
 from ..layers.storages import libraries_of
-from .part import TrainerPart
+from .checkpoint.store import adapter_folder
+from .precision import base_precision
 
 logger = logging.get_logger(__name__)
 
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9a-f]{40})/")
 
 
-class CardMixin(TrainerPart):
-    """The part of `LoraTrainerMixin` that writes `README.md`."""
+class CardWriter:
+    """Writes `README.md`, and remembers what earlier calls were given."""
 
-    _card_words: dict[str, Any] = {}
-    """What earlier calls of `create_model_card` were told."""
+    def __init__(self) -> None:
+        self.words: dict[str, Any] = {}
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-        **more: Any,
-    ) -> None:
-        """Write the card of the adapter to `output_dir`: see `write_card`.
-
-        The arguments are those of `Trainer.create_model_card`. What is given counts for later calls too, so that
-        `push_to_hub` writes the same card.
+    def write(self, trainer: Any, model: nn.Module, given: Mapping[str, Any]) -> None:
+        """Write the card of the adapter to `output_dir`.
 
         Args:
-            finetuned_from: the base's name on the Hub, where it was loaded from a folder.
-            dataset_tags: names of the data sets on the Hub.
-            dataset: what the evaluation data are called, for people.
-            dataset_args: the split that was evaluated.
-            more: `dataset_name` is TRL's word for `dataset`.
+            model: without what Accelerate puts around it.
+            given: the arguments of `Trainer.create_model_card`; None where one was not given.
 
         Raises:
             AdapterFileError: `output_dir` holds a README that cannot be kept. During the training it is a warning.
         """
-        if not self.is_world_process_zero():
-            return
-        given = {
-            "language": language, "license": license, "tags": tags, "model_name": model_name, "task": tasks,
-            "base_model": finetuned_from, "datasets": dataset_tags, "data": dataset or more.get("dataset_name"),
-            "split": dataset_args,
-        }  # fmt: skip
-        self._card_words = self._card_words | {key: value for key, value in given.items() if value is not None}
-        words = dict(self._card_words)
+        ordered = sorted(given.items(), key=lambda entry: entry[0] == "dataset")  # it wins over TRL's word for it
+        self.words |= {_WORDS.get(name, name): value for name, value in ordered if value is not None}
+        words = {name: value for name, value in self.words.items() if name in _CARD}
         data, split = _first(words.pop("data", None)), _first(words.pop("split", None))
-        words["task"], words["license"] = _first(words.get("task")), words.get("license")
+        words |= {name: _first(words.get(name)) for name in ("task", "license")}
         for key in ("tags", "datasets"):
             words[key] = [words[key]] if isinstance(words.get(key), str) else words.get(key)
-        model, folder = self._bare_model, Path(str(self.args.output_dir))
+        folder = Path(str(trainer.args.output_dir))
         state = require_state(model, "create_model_card")
         name = next(iter(state.activity.active or state.adapters))
-        run = run_of(self, data, split, words["datasets"] or [])
-        plain_loss = self.compute_loss_func is None and getattr(self.args, "loss_type", None) in (None, "nll")
+        run = run_of(trainer, model, data, split, words["datasets"] or [])
+        plain_loss = trainer.compute_loss_func is None and getattr(trainer.args, "loss_type", None) in (None, "nll")
+        # As it is now it may be saved in the folder, or in the checkpoint of this step.
+        saved = [adapter_folder(model, f, name) for f in (folder, folder / f"checkpoint-{trainer.state.global_step}")]
+        repository = trainer.hub_model_id or trainer.args.hub_model_id
         try:
-            facts = facts_of(model, name, self._folders_of(name))
+            facts = facts_of(model, name, saved)
             run.unit = facts.unit if plain_loss else ""
-            write_card(
-                folder,
-                history=self.state.log_history,
-                repo_id=self.hub_model_id or self.args.hub_model_id,
-                run=run,
-                adapter=facts,
-                **words,
-            )
+            history = trainer.state.log_history
+            write_card(folder, history=history, repo_id=repository, run=run, adapter=facts, **words)
         except AdapterFileError as error:
-            if not self.is_in_train:
+            if not trainer.is_in_train:
                 raise
             logger.warning(f"The card was not written, and the training goes on. {error}")
 
-    def _folders_of(self, name: str) -> list[Path]:
-        """Where an adapter of the model may lie, as it is now: saved, or in the checkpoint of this step."""
-        several = len(require_state(self._bare_model, "create_model_card").adapters) > 1
-        inside = name if several and name != "default" else ""
-        folder = Path(str(self.args.output_dir))
-        return [folder / inside, folder / f"checkpoint-{self.state.global_step}" / inside]
+
+_WORDS = {
+    "tasks": "task", "finetuned_from": "base_model", "dataset_tags": "datasets", "dataset": "data",
+    "dataset_name": "data", "dataset_args": "split",
+}  # fmt: skip
+"""Argument of `create_model_card` -> of `write_card`; `dataset_name` is TRL's word."""
+_CARD = {"language", "license", "tags", "model_name", "task", "base_model", "datasets", "data", "split"}
 
 
-def run_of(trainer: Any, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()) -> Run:
+def run_of(
+    trainer: Any, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
+) -> Run:
     """What a Trainer knows of its run.
 
     Args:
-        data: what the evaluation data are called; not given, the prefix of their metrics.
+        data: what the evaluation data are called; default: the prefix of their metrics.
         split: of them.
-        datasets: their names on the Hub; not given, read off the data sets where these tell it.
+        datasets: their names on the Hub; default: what the data sets themselves say.
     """
     named = [name for name in datasets if is_repository(name)]
     trained, evaluated = _source(trainer.train_dataset), _source(trainer.eval_dataset)
@@ -125,8 +104,8 @@ def run_of(trainer: Any, data: str | None = None, split: str | None = None, data
             score.dataset = named[0]
     return Run(
         scores=scores,
-        settings={name: value for name, value in settings_of(trainer).items() if value},
-        versions=versions_of(trainer),
+        settings={name: value for name, value in settings_of(trainer, model).items() if value},
+        versions=versions_of(trainer, model),
         command=command_line(sys.argv, sys.orig_argv, trainer.args.world_size),
         datasets=list(dict.fromkeys([*named, *([] if named else found)])),
     )
@@ -169,18 +148,19 @@ def _prefixes(entry: Mapping[str, Any]) -> list[str]:
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(trainer: Any) -> dict[str, str]:
+def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
     """Label -> value of what the run was; the values that stand for nothing are empty."""
     args, state = trainer.args, trainer.state
     ended: dict[str, Any] = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
-    trainable, total = trainable_parameters(trainer._bare_model)
+    trainable, total = trainable_parameters(model)
     share = f"{trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.3g} %)"
-    per_device = getattr(trainer, "_train_batch_size", None) or args.per_device_train_batch_size
+    per_device = train_batch_size(trainer)
     parts = [
         (per_device, "a device"), (args.gradient_accumulation_steps, "accumulated"), (args.world_size, "processes"),
     ]  # fmt: skip
     rows = math.prod(count for count, _ in parts)
     factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "a device")
+    mixed, base = "bf16" if args.bf16 else "fp16" if args.fp16 else "", base_precision(model)
     warmup = args.warmup_steps
     schedule = getattr(args.lr_scheduler_type, "value", str(args.lr_scheduler_type))
     ratio, head = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
@@ -201,7 +181,7 @@ def settings_of(trainer: Any) -> dict[str, str]:
         "Longest row": f"{args.max_length:,} tokens" if getattr(args, "max_length", None) else "",
         "Packed": "yes" if getattr(args, "packing", False) else "",
         "Seed": str(args.seed),
-        "Precision": _precision(trainer),
+        "Precision": f"{mixed} autocast, base in {base}" if mixed else f"base in {base}",
         "Hardware": _hardware(args),
         "Time": _seconds(ended.get("train_runtime")),
         "Mean training loss": f"{ended['train_loss']:.4g}" if "train_loss" in ended else "",
@@ -211,13 +191,13 @@ def settings_of(trainer: Any) -> dict[str, str]:
     return settings
 
 
-def versions_of(trainer: Any) -> dict[str, str]:
+def versions_of(trainer: Any, model: nn.Module) -> dict[str, str]:
     """Library -> version of what takes part in the run, beside what `hf_lora.json` names."""
     bases = {cls.__module__.partition(".")[0] for cls in type(trainer).__mro__}
     data = {type(part).__module__.partition(".")[0] for part in (trainer.train_dataset, trainer.eval_dataset)}
     taking_part = {
         "accelerate": True, "trl": "trl" in bases, "datasets": "datasets" in data,
-        **dict.fromkeys(libraries_of(trainer._bare_model), True),
+        **dict.fromkeys(libraries_of(model), True),
         "deepspeed": trainer.is_deepspeed_enabled,
     }  # fmt: skip
     found = {"python": platform.python_version()}
@@ -225,18 +205,6 @@ def versions_of(trainer: Any) -> dict[str, str]:
     if trainer.args.device.type == "cuda" and torch.version.cuda:
         found["CUDA"] = torch.version.cuda
     return found
-
-
-def _precision(trainer: Any) -> str:
-    """How the products were computed, and how the frozen weights are kept."""
-    frozen = [p for p in trainer._bare_model.parameters() if not p.requires_grad]
-    kinds = sorted({str(p.dtype).removeprefix("torch.") for p in frozen if p.is_floating_point()})
-    quantised = getattr(getattr(trainer._bare_model, "config", None), "quantization_config", None)
-    method = getattr(quantised, "quant_method", None)
-    mixed = "bf16" if trainer.args.bf16 else "fp16" if trainer.args.fp16 else None
-    parts = [f"{mixed} autocast" if mixed else "", f"base in {', '.join(kinds)}" if kinds else ""]
-    parts.append(f"quantised by {getattr(method, 'value', method)}" if method else "")
-    return ", ".join(part for part in parts if part)
 
 
 def _hardware(args: Any) -> str:

@@ -1,12 +1,13 @@
 """Which engine runs the training, whether it is the one that was asked for, and its optimizer's state as a whole.
 
 A checkpoint has one form whatever the engine: the optimizer's state is written as an unsharded torch optimizer writes
-it, so a run that was begun on one engine or number of processes goes on with another.
+it, by position, so a run that was begun on one engine or number of processes goes on with another.
+(`torch.distributed.checkpoint.state_dict` names the parameters instead, takes a step to make their state, and knows
+nothing of DeepSpeed, which most of this file is about.)
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,13 +18,15 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..adapt.state import require_state
-from ..compat import zero_partitions
+from ..compat import link_states, zero_partitions
 from ..errors import ConfigError, StateError, TrainingError
 from ..layers.distributed import (
     gather,
     gather_state,
+    has_peers,
     how_sharded,
     is_dtensor,
+    of_all_ranks,
     scatter_state,
     shard_like,
     whole_shape,
@@ -63,15 +66,15 @@ def check_engine(args: Any, accelerator: Any, model: Any, accept_ddp_fallback: b
     asked, runs = asked_engine(args), running_engine(accelerator)
     if asked is not None and runs not in (asked[0], "XLA") and not accept_ddp_fallback:
         raise ConfigError(
-            f"{call}: {asked[0]} was asked for by {asked[1]}, but Accelerate runs {runs}. It does so without a word "
-            "on a CPU, and where the script was not started by a launcher: every process then holds the whole model. "
-            "Start it with accelerate launch on a machine with accelerators, leave the request out, or pass "
+            f"{call}: {asked[0]} was asked for by {asked[1]}, but Accelerate runs {runs}. It does so silently on a "
+            "CPU, and where the script was not started by a launcher: every process then holds the whole model. Start "
+            "it with accelerate launch on a machine with accelerators, leave the request out, or pass "
             "accept_ddp_fallback=True."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if runs == "FSDP" and getattr(plugin, "fsdp_version", 2) != 2:
         raise ConfigError(
-            f"{call}: FSDP version 1 glues frozen and trained parameters into one, and PyTorch has given it up. Ask "
+            f"{call}: FSDP version 1 joins frozen and trained parameters into one, and PyTorch has deprecated it. Ask "
             "for version 2: fsdp_version: 2 in accelerate's configuration, version: 2 in fsdp_config."
         )
     stage = getattr(getattr(accelerator.state, "deepspeed_plugin", None), "zero_stage", None)
@@ -89,42 +92,39 @@ def check_engine(args: Any, accelerator: Any, model: Any, accept_ddp_fallback: b
                 "is not supported yet."
             )
         if runs == "FSDP":
-            _check_quantised(model, accelerator, call)
+            _check_quantized(model, accelerator, call)
 
 
-def _check_quantised(model: nn.Module, accelerator: Any, call: str) -> None:
-    """Say which quantised weights FSDP2 leaves whole on every process, and refuse those that it cannot leave."""
+def _check_quantized(model: nn.Module, accelerator: Any, call: str) -> None:
+    """Say which quantized weights FSDP2 leaves whole on every process, and refuse those that it cannot leave."""
     whole = unshardable(model)
     parameters = dict(model.named_parameters())
     broken = [name for name in whole if parameters[name].dtype != torch.uint8]
     if broken:
         raise ConfigError(
-            f"{call}: FSDP cannot split {len(broken)} quantised weights, such as {broken[0]}. Train this base with "
+            f"{call}: FSDP cannot split {len(broken)} quantized weights, such as {broken[0]}. Train this base with "
             "DDP, or load it in 4 bits with bnb_4bit_quant_storage=torch.bfloat16."
         )
     if whole and accelerator.is_main_process:
         logger.warning(
-            f"FSDP does not split {len(whole)} quantised weights, such as {whole[0]}: every process holds them whole. "
+            f"FSDP does not split {len(whole)} quantized weights, such as {whole[0]}: every process holds them whole. "
             "Load the base with bnb_4bit_quant_storage=torch.bfloat16 (the dtype of its other weights) and they are."
         )
 
 
-def check_alike(model: nn.Module, call: str) -> None:
+def check_same_adapters(model: nn.Module, call: str) -> None:
     """Refuse to train where processes hold different adapters. All processes call it, and all raise.
 
     Raises:
         TrainingError: lists what differs from the first process.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
     mine = {n: f"{list(whole_shape(p))}" for n, p in model.named_parameters() if p.requires_grad}
     for name, record in require_state(model, call).adapters.items():
         config = record.config
         mine[f"adapter {name!r}"] = f"r={config.r}, alpha={config.alpha:g}, dropout={config.lora_dropout:g}"
-    digest = hashlib.sha256(repr(sorted(mine.items())).encode()).hexdigest()
-    if len(set(_all(digest))) == 1:
+    tables: list[dict[str, str]] = of_all_ranks(mine)
+    if all(table == tables[0] for table in tables):
         return
-    tables: list[dict[str, str]] = _all(mine)
     lines = [f"{call}: the processes do not hold the same adapters:"]
     for rank, table in enumerate(tables[1:], 1):
         differ = [n for n in sorted(tables[0] | table) if tables[0].get(n) != table.get(n)]
@@ -136,25 +136,19 @@ def check_alike(model: nn.Module, call: str) -> None:
 
 
 @torch.no_grad()
-def equalize(model: nn.Module) -> None:
+def broadcast_trainable(model: nn.Module, device: torch.device) -> None:
     """Give every process the first one's values of what is trained, as DDP and ZeRO do by themselves and FSDP2 not.
 
-    All processes call it, before the model is sharded.
+    All processes call it, before the model is sharded. Tensors travel from and to `device`.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    plain = not any(p.is_meta or is_dtensor(p) for p in trained.values())
-    digest = hashlib.sha256()
-    for parameter in trained.values() if plain else ():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    seen = _all(digest.hexdigest() if plain else None)
-    if None in seen or len(set(seen)) == 1:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    plain = not any(p.is_meta or is_dtensor(p) for p in trained)
+    if not has_peers() or not all(of_all_ranks(plain)):
         return  # where a process holds no values (memory-efficient loading), Accelerate sends them
-    values: list[Any] = [{n: p.detach().cpu() for n, p in trained.items()} if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(values, src=0)
-    for name, parameter in trained.items():
-        parameter.copy_(values[0][name])
+    for parameter in trained:
+        value = parameter.detach().to(device)
+        dist.broadcast(value, src=0)
+        parameter.copy_(value)
 
 
 def groups_of(optimizer: Any) -> list[dict[str, Any]]:
@@ -170,11 +164,7 @@ def optimizer_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
     """The state as an unsharded optimizer's `state_dict()`, on the CPU. All processes call it.
 
     Args:
-        optimizer: as Accelerate prepared it.
-        groups: see `groups_of`; used where DeepSpeed has glued the parameters together.
-
-    Raises:
-        TrainingError: DeepSpeed runs an optimizer whose state has another shape than the weights.
+        groups: see `groups_of`; used where DeepSpeed has joined the parameters into flat ones.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     parts = zero_partitions(inner)
@@ -198,11 +188,7 @@ def optimizer_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
 
 @torch.no_grad()
 def load_optimizer_state(optimizer: Any, groups: Groups, state: Mapping[str, Any]) -> None:
-    """Put in what `optimizer_state`, or an ordinary optimizer's `state_dict`, gave. All processes call it.
-
-    Raises:
-        StateError: it has other groups or another number of parameters than the optimizer.
-    """
+    """Put in what `optimizer_state`, or an ordinary optimizer's `state_dict`, gave. All processes call it."""
     inner = getattr(optimizer, "optimizer", optimizer)
     parts = zero_partitions(inner)
     own = groups if parts is not None else optimizer.param_groups
@@ -224,10 +210,8 @@ def load_optimizer_state(optimizer: Any, groups: Groups, state: Mapping[str, Any
         for key, value in next(iter(state["state"].values()), {}).items():
             many = isinstance(value, Tensor) and value.dim() > 0
             inner.optimizer.state[part][key] = torch.zeros_like(part) if many else _copied(value)
-    link = getattr(inner, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None and state["state"]:
-        inner._hp_optimizer_states_linked = False
-        link()
+    if state["state"]:
+        link_states(inner)
     for index, parameter in enumerate(members):
         for key, value in state["state"].get(index, {}).items():
             if isinstance(value, Tensor) and value.dim() > 0:
@@ -246,7 +230,7 @@ def _kinds(inner: Any, parts: Sequence[Tensor]) -> tuple[list[str], dict[str, An
         else:
             raise TrainingError(
                 f"Saving the optimizer: {type(inner).__name__} under DeepSpeed keeps {key!r} in a shape of its own, "
-                "which cannot be told from the weights. Train with AdamW, or save with save_only_model=True."
+                "which cannot be written for each weight. Train with AdamW, or save with save_only_model=True."
             )
     return keys, single
 
@@ -299,9 +283,3 @@ def _placed(value: Any, parameter: Any) -> Any:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _all(item: Any) -> list[Any]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, item)
-    return found

@@ -1,105 +1,94 @@
-"""The loss over the frozen head, inside Trainer: training steps and evaluations of causal language models."""
+"""The loss over the frozen head, for a training run: found on the first batch, given up where it does not fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers.utils import logging
 
-from ..evaluation.metrics import ComputeMetrics, Kept
-from ..loss.frozen_head import FrozenHead, find_frozen_head, shifted
-from .part import TrainerPart
+from ..loss.frozen_head import Caught, FrozenHead, Scores, find_frozen_head, shifted
+
+logger = logging.get_logger(__name__)
+Result = TypeVar("Result")
 
 
-class HeadLossMixin(TrainerPart):
-    """Where the model is a causal language model with a frozen head, its logits are never made as a whole.
+class HeadLoss:
+    """Where a model is a causal language model with a frozen head, its logits are never made as a whole.
 
-    Only calls of Trainer's own `compute_loss` and `prediction_step` are taken over, and those only where nobody asks
-    for the logits: a Trainer that overrides them keeps them as they are.
+    Args:
+        enabled: False leaves every loss to the model.
+        speaks: whether this process logs which loss it is.
     """
 
-    _head: FrozenHead | None = None
-    _head_of: Any = None
+    def __init__(self, enabled: bool = True, speaks: bool = True) -> None:
+        self.enabled, self.speaks = enabled, speaks
+        self.head: FrozenHead | None = None
+        """None before the first batch, and for other models."""
+        self._of: Any = None
 
-    def _frozen_head(self, inputs: Mapping[str, Any]) -> FrozenHead | None:
+    def restart(self) -> None:
+        """Look for the head again: another adapter may train it, which the last one left frozen."""
+        self._of = None
+
+    def find(self, model: nn.Module, inputs: Mapping[str, Any]) -> FrozenHead | None:
         """The head that the loss of this batch can be computed over; None where it is left to the model."""
         labels = inputs.get("labels")
-        args = self.args
-        plain = not (args.torch_compile or args.n_gpu > 1 or args.use_liger_kernel or "shift_labels" in inputs)
-        if not plain or not isinstance(labels, Tensor) or labels.dim() != 2:
+        if "shift_labels" in inputs or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
-        if self.label_smoother is not None or self.compute_loss_func is not None:
+        if self._of is not model:
+            self._of = model
+            self.head = find_frozen_head(model) if self.enabled else None
+            if self.head is not None:
+                self.head.prove(model, inputs)
+                self._say()
+        return self.head if self.head is not None and self.head.off is None else None
+
+    def compute(self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result]) -> Result | None:
+        """What `forward` returns, with the model's loss over its frozen head; None where that does not fit.
+
+        Args:
+            model: without what Accelerate puts around it.
+            inputs: the batch, with `labels` (B, T), that `forward` calls the model with.
+        """
+        found = self._under(model, inputs, forward)
+        return None if found is None else found[0]
+
+    def predict(
+        self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result]
+    ) -> tuple[Result, Scores] | None:
+        """As `compute`, with what the labels are worth and the likeliest tokens, in place of logits."""
+        found = self._under(model, inputs, forward, predictions=True)
+        return None if found is None or found[1].scores is None else (found[0], found[1].scores)
+
+    def give_up(self, fault: str | None) -> None:
+        """Leave the loss to the model from here on."""
+        if self.head is not None:
+            self.head.off = fault
+            self._say()
+
+    def line(self) -> str:
+        """Which loss it is, for people; empty where there was no choice."""
+        if self.head is None:
+            return ""
+        if self.head.off is not None:
+            return f"loss: the model's own, over all its logits, since {self.head.off}"
+        return f"loss: over the frozen {self.head.name} in chunks of tokens; the logits are never held"
+
+    def _under(
+        self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result], predictions: bool = False
+    ) -> tuple[Result, Caught] | None:
+        head = self.find(model, inputs)
+        if head is None:
             return None
-        model = self._bare_model
-        if self._head_of is not model:
-            self._head = find_frozen_head(model) if getattr(args, "frozen_head_loss", True) else None
-            self._head_of = model
-            if self._head is not None:
-                self._head.prove(model, inputs)
-                self._say(self._head)
-        return self._head if self._head is not None and self._head.off is None else None
+        with head.catch(model, shifted(inputs["labels"]), predictions=predictions) as caught:
+            result = forward()
+        if caught.fault is None:
+            return result, caught
+        self.give_up(caught.fault)
+        return None
 
-    def _say(self, head: FrozenHead) -> None:
-        if self.is_world_process_zero():
-            if head.off is None:
-                print(f"loss: over the frozen {head.name} in chunks of tokens; the logits are never held")
-            else:
-                print(f"loss: the model's own, over all its logits, since {head.off}")
-
-    def _give_up(self, head: FrozenHead, fault: str | None) -> None:
-        head.off = fault
-        self._say(head)
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """As `Trainer.compute_loss`; over the frozen head where nobody asks for the outputs."""
-        own = super().compute_loss
-        head = None
-        if not return_outputs and getattr(own, "__func__", None) is Trainer.compute_loss:
-            head = self._frozen_head(inputs)
-        if head is not None:
-            with head.catch(self._bare_model, shifted(inputs["labels"])) as caught:
-                loss = own(model, inputs, False, num_items_in_batch)
-            if caught.fault is None:
-                return loss
-            self._give_up(head, caught.fault)
-        return own(model, inputs, return_outputs, num_items_in_batch)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Any, Any, Any]:
-        """As `Trainer.prediction_step`; over the frozen head where the metrics are of `build_compute_metrics`."""
-        own = super().prediction_step
-        ours = isinstance(self.compute_metrics, ComputeMetrics) and self._metrics_see_scores()
-        plain = getattr(own, "__func__", None) is Trainer.prediction_step
-        if ours or (plain and prediction_loss_only):
-            inputs = self._prepare_inputs(inputs)
-            head = self._frozen_head(inputs)
-            if head is not None:
-                with (
-                    torch.no_grad(),
-                    self.compute_loss_context_manager(),
-                    head.catch(self._bare_model, shifted(inputs["labels"]), predictions=True) as caught,
-                ):
-                    # Trainer counts the labels of a batch in its own way, and the value should be the one it shows.
-                    count = self._get_num_items_in_batch([inputs], self.args.device)
-                    loss: Any = Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, False, count)
-                if caught.fault is None and caught.scores is not None:
-                    kept = None if prediction_loss_only else Kept.of(caught.scores)
-                    return loss.detach().mean(), kept, None if prediction_loss_only else inputs["labels"]
-                self._give_up(head, caught.fault)
-        return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
-
-    def _metrics_see_scores(self) -> bool:
-        """Whether what the metrics made is what reduces the logits, and nothing else looks at them."""
-        preprocess: Any = self.preprocess_logits_for_metrics
-        return getattr(preprocess, "__self__", None) is self.compute_metrics
+    def _say(self) -> None:
+        if self.speaks:
+            logger.info(self.line())

@@ -14,6 +14,20 @@ from ..adapt.walk import parts
 from ..errors import ConfigError
 
 
+def give_rates(optimizer: Any, model: nn.Module, args: Any, was_given: bool) -> bool:
+    """Give B and the heads the rates that the arguments ask for, if any; not to an optimizer that `was_given`."""
+    ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
+    if ratio is None and head_rate is None:
+        return False
+    if was_given:
+        raise ConfigError(
+            "loraplus_lr_ratio and head_learning_rate make the optimizer's parameter groups, but an optimizer was "
+            "handed to the Trainer. Leave either out."
+        )
+    split_by_rate(optimizer, learning_rates(model, args.learning_rate, ratio, head_rate))
+    return True
+
+
 def learning_rates(
     model: nn.Module, learning_rate: float, loraplus_lr_ratio: float | None, head_learning_rate: float | None
 ) -> dict[int, float]:
@@ -32,13 +46,6 @@ def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
     """Split the groups of a fresh optimizer so that each parameter has its rate; all else of a group is kept.
 
     A scheduler multiplies every group's rate by the same factor, so the ratios stay through training.
-
-    Args:
-        optimizer: has not taken a step.
-        rates: see `learning_rates`; parameters that do not require gradients are ignored.
-
-    Raises:
-        ConfigError: the optimizer keeps its parameters to itself.
     """
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:

@@ -1,6 +1,6 @@
 """The arguments of `hf-lora train`: flags on top of a YAML file, as dataclasses.
 
-A script uses the same: `finetune(parse_arguments(["--model", …]))`.
+A script calls `finetune` with the same names: `finetune({"model": …, "train_file": …})`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..errors import ConfigError, Faults, LoraError, nearest
-from .arguments import LoraTrainingArguments
+from .arguments import LoraTrainingArguments, flag
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "hf_lora_run",
@@ -36,48 +36,36 @@ DEFAULTS: dict[str, Any] = {
 class RunArguments:
     """What to train on what data; the rest of a run is in `LoraTrainingArguments`."""
 
-    model: str | None = field(default=None, metadata={"help": "Folder or Hub name of the base model."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the base model."})
-    dtype: str | None = field(
-        default=None, metadata={"help": "Type of the frozen weights, such as bfloat16. Not given: the checkpoint's."}
+    model: str | None = flag(None, "Folder or Hub name of the base model.")
+    model_revision: str | None = flag(None, "Branch, tag or commit of the base model.")
+    dtype: str | None = flag(None, "Type of the frozen weights, such as bfloat16. Default: the checkpoint's.")
+    task: str | None = flag(None, "text-classification or causal-lm. Default: found from the columns.")
+    train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file.")
+    eval_file: str | None = flag(None, "File for the evaluations during training.")
+    test_file: str | None = flag(None, "File for the evaluation at the end.")
+    dataset: str | None = flag(None, "Name for datasets.load_dataset, in place of files.")
+    dataset_config: str | None = flag(None, "Configuration of the data set.")
+    train_split: str = flag("train", "Split of the data set to train on.")
+    eval_split: str | None = flag(None, "Split for the evaluations during training.")
+    test_split: str | None = flag(None, "Split for the evaluation at the end.")
+    text_column: str | None = flag(None, "Column of the texts, or of the prompts.")
+    pair_column: str | None = flag(None, "Column of the second text of a pair.")
+    label_column: str | None = flag(None, "Column of the labels.")
+    completion_column: str | None = flag(
+        None, "Column of the answers, which are learned after the prompt (causal-lm)."
     )
-    task: str | None = field(
-        default=None, metadata={"help": "text-classification or causal-lm. Not given: told by the columns."}
+    max_length: int | None = flag(
+        None, "Tokens kept of a text, and of a packed row. Default: 512, of a causal-lm 1024, at most."
     )
-    train_file: str | None = field(default=None, metadata={"help": "CSV, TSV, JSON, JSONL or parquet file."})
-    eval_file: str | None = field(default=None, metadata={"help": "File for the evaluations during training."})
-    test_file: str | None = field(default=None, metadata={"help": "File for the evaluation at the end."})
-    dataset: str | None = field(default=None, metadata={"help": "Name for datasets.load_dataset, in place of files."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split for the evaluations during training."})
-    test_split: str | None = field(default=None, metadata={"help": "Split for the evaluation at the end."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts, or of the prompts."})
-    pair_column: str | None = field(default=None, metadata={"help": "Column of the second text of a pair."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the labels."})
-    completion_column: str | None = field(
-        default=None, metadata={"help": "Column of the answers, which are learned after the prompt (causal-lm)."}
+    packing: bool = flag(
+        True, "Put several texts into one row of max_length tokens; they do not see each other (causal-lm)."
     )
-    max_length: int | None = field(
-        default=None,
-        metadata={"help": "Tokens kept of a text, and of a packed row. Not given: 512, of a causal-lm 1024, at most."},
+    use_chat_template: bool | None = flag(
+        None,
+        "Whether pairs of texts are turns of a chat (causal-lm). Default: where the tokenizer has a "
+        "template, but columns called prompt and completion are put together as they are.",
     )
-    packing: bool = field(
-        default=True,
-        metadata={
-            "help": "Put several texts into one row of max_length tokens; they do not see each other (causal-lm)."
-        },
-    )
-    use_chat_template: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether pairs of texts are turns of a chat (causal-lm). Not given: where the tokenizer has a "
-            "template, but columns called prompt and completion are put together as they are."
-        },
-    )
-    last_turn_only: bool = field(
-        default=False, metadata={"help": "Of each chat, learn the assistant's last turn alone (causal-lm)."}
-    )
+    last_turn_only: bool = flag(False, "Of each chat, learn the assistant's last turn alone (causal-lm).")
 
 
 @dataclass
@@ -104,24 +92,24 @@ def argument_parser() -> HfArgumentParser:
     return parser
 
 
-def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | None = None) -> Parsed:
+def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Parsed:
     """Read flags, on top of a YAML file of the same names.
 
     Args:
         argv: flags such as `--lora-r 16`; `-` and `_` in a name are the same.
-        config: a YAML file with one mapping of names to values.
+        config: a YAML file with one mapping of names to values, or such a mapping.
 
     Raises:
         ConfigError: a name is unknown (the message has the nearest), or a value cannot be read.
     """
     parser = argument_parser()
     known = {f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init}
-    known -= {"_n_gpu"}
-    values = _read_yaml(config) if config is not None else {}
-    faults = Faults(f"hf-lora train --config {config}")
+    values = config if isinstance(config, Mapping) else _read_yaml(config) if config is not None else {}
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    faults = Faults("finetune(…)" if isinstance(config, Mapping) else f"hf-lora train --config {config}")
     for name in values:
         if name not in known:
-            faults.add(f"{name} is no argument{nearest(name, known)}")
+            faults.add(f"{name} is not an argument{nearest(name, known)}")
     faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
     empty = {name: value for name, value in values.items() if value == []}  # argparse cannot say it
     parser.set_defaults(**empty)
@@ -137,9 +125,9 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | None =
     for word in rest:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
-            faults.add(f"{word} is no argument{_as_flags(nearest(name, known))}")
+            faults.add(f"{word} is not an argument{_as_flags(nearest(name, known))}")
         elif not faults.found:  # after an unknown name it is that one's value
-            faults.add(f"{word} is no argument: names begin with --")
+            faults.add(f"{word} is not an argument: names begin with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
     return Parsed(run, training, frozenset(named | set(empty)))
@@ -151,12 +139,12 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"--config {config} cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {config} is no YAML ({error}).") from error
+        raise ConfigError(f"--config {config} is not YAML ({error}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {config} must hold lines of the form `name: value`.")
-    return {str(name).replace("-", "_"): value for name, value in values.items()}
+    return values
 
 
 def _as_flag(name: str, value: Any) -> list[str]:
@@ -165,7 +153,7 @@ def _as_flag(name: str, value: Any) -> list[str]:
         return []
     if isinstance(value, Mapping):
         return [f"--{name}={json.dumps(value)}"]
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
 

@@ -39,7 +39,7 @@ def base_precision(model: nn.Module) -> str:
 
 
 def quantization(model: nn.Module) -> list[str]:
-    """The forms in which layers of the base are quantised; none where all are dense."""
+    """The forms in which layers of the base are quantized; none where all are dense."""
     return sorted({storage.form(layer) for layer, storage in quantized_layers(model).values()})
 
 

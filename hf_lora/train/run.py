@@ -1,17 +1,19 @@
-"""`finetune`: the whole road from files of text to a saved adapter. It is what `hf-lora train` runs."""
+"""`finetune`: from files of text to a saved adapter. It is what `hf-lora train` runs."""
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
-from ..adapt.report import adapter_table
 from ..data.chat import chat_rows, is_templated, show_batch
 from ..data.formats import describe, recognise
 from ..data.tables import Table, read_table
@@ -25,10 +27,12 @@ from ..data.tasks import (
     find_labels,
 )
 from ..errors import ConfigError, Faults, nearest
-from .parsing import Parsed, RunArguments
+from .parsing import Parsed, RunArguments, parse_arguments
+from .start import start_lines
 
+logger = logging.get_logger(__name__)
 LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
-"""Where none is given. A classifier's model is usually small, and small models want more."""
+"""Where none is given; a classifier's model is usually small, and small models want more."""
 
 WINDOW = 1024
 """Tokens of a causal language model's row, where nothing is said and the model takes as many."""
@@ -36,42 +40,62 @@ WINDOW = 1024
 
 @dataclass
 class RunResult:
-    """What `finetune` did: the trained model, the final metrics and where the adapter lies."""
+    """What `finetune` did: the trained model, the final metrics, and the folder of the adapter.
+
+    Args:
+        loss: which loss a language model was trained with; empty for other models.
+    """
 
     model: Any
     metrics: dict[str, float]
     output_dir: Path
     seconds: float
     adapter_bytes: int
+    loss: str = ""
 
 
 @dataclass
 class Prepared:
-    """A Trainer that is ready, and the data for the evaluation at the end, if any."""
+    """A Trainer that is ready, the rows of each split, and what the data are, in lines."""
 
     trainer: Any
-    model: Any
-    tokenizer: Any
-    final: Any
-    prefix: str
+    rows: dict[str, Any]
+    lines: list[str]
+
+    @property
+    def prefix(self) -> str:
+        """Of the metrics of the evaluation at the end."""
+        return "test" if "test" in self.rows else "eval"
 
 
-def finetune(parsed: Parsed) -> RunResult:
+def finetune(
+    arguments: Parsed | Mapping[str, Any] | str | os.PathLike[str], report: Callable[[str], object] | None = None
+) -> RunResult:
     """Read the data, adapt the model, train, evaluate, and save adapter, tokenizer and card to `output_dir`.
+
+    Args:
+        arguments: the arguments of `hf-lora train` by name, such as `{"model": "bert-base", "train_file": "train.csv",
+            "lora_r": 16, "output_dir": "my-adapter"}`; a YAML file of them; or what `parse_arguments` read.
+        report: called once, before the first step, with a text that says what is trained on what. Default: it is
+            logged at INFO.
 
     Raises:
         ConfigError: an argument is missing, or two contradict.
         DataError: the data are absent, broken, or do not fit the task.
         TargetError, TrainingError: see `LoraTrainer`.
     """
+    parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
     ready = prepare(parsed)
     trainer, training = ready.trainer, parsed.training
-    print(adapter_table(ready.model))
+    if trainer.is_world_process_zero():
+        lines = start_lines(trainer.model, trainer.accelerator, training.optim) if report is not None else []
+        (report or logger.info)("\n".join([*ready.lines, *lines]))  # the trainer logs the others itself
     start = time.perf_counter()
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     seconds = time.perf_counter() - start
-    metrics = trainer.evaluate(ready.final, metric_key_prefix=ready.prefix) if ready.final is not None else {}
+    final = ready.rows.get(ready.prefix)
+    metrics = trainer.evaluate(final, metric_key_prefix=ready.prefix) if final is not None else {}
     trainer.save_model()
     trainer.save_state()
     if metrics and trainer.is_world_process_zero():
@@ -79,7 +103,7 @@ def finetune(parsed: Parsed) -> RunResult:
     trainer.create_model_card(**_names_of_data(parsed.run, ready.prefix))
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(ready.model, metrics, out, seconds, size)
+    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
 
 
 def first_batch(parsed: Parsed) -> str:
@@ -92,7 +116,7 @@ def first_batch(parsed: Parsed) -> str:
     batch = next(iter(ready.trainer.get_train_dataloader()))
     if batch["labels"].dim() != 2:
         raise ConfigError("--show-batch shows what a language model learns; a classifier learns each row's label.")
-    return show_batch(ready.tokenizer, batch)
+    return "\n".join([*ready.lines, show_batch(ready.trainer.processing_class, batch)])
 
 
 def prepare(parsed: Parsed) -> Prepared:
@@ -114,13 +138,10 @@ def prepare(parsed: Parsed) -> Prepared:
     if not {"eval", "test"} & set(tables):
         training.eval_strategy = "no"
     tokenizer = AutoTokenizer.from_pretrained(run.model, revision=run.model_revision)
-    build = _classifier if task == CLASSIFICATION else _language_model
-    trainer, rows = build(parsed, tables, tokenizer)
-    final = rows.get("test", rows.get("eval"))
-    return Prepared(trainer, trainer.model, tokenizer, final, "test" if "test" in rows else "eval")
+    return (_classifier if task == CLASSIFICATION else _language_model)(parsed, tables, tokenizer)
 
 
-def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from ..evaluation.metrics import build_compute_metrics
@@ -136,8 +157,9 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tup
         for split, table in tables.items()
     }
     used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
-    print(f"{CLASSIFICATION} from the columns {used}: {_counts(rows)}, {len(labels)} labels")
-    _say_cut(sum(r.cut for r in rows.values()), "texts")
+    counts = ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
+    lines = [f"{CLASSIFICATION} from the columns {used}: {counts}, {len(labels)} labels"]
+    lines += _cut(sum(r.cut for r in rows.values()), "texts")
 
     set_seed(training.seed)  # a new head draws random numbers
     model = AutoModelForSequenceClassification.from_pretrained(
@@ -145,7 +167,7 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tup
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={name: i for i, name in enumerate(labels)},
-        ignore_mismatched_sizes=True,  # a head for another task is made anew
+        ignore_mismatched_sizes=True,  # a head for another task is replaced
         **_loading(run),
     )
     if model.config.pad_token_id is None:
@@ -162,10 +184,10 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tup
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=build_compute_metrics(["accuracy", "f1"]),
     )
-    return trainer, rows
+    return Prepared(trainer, rows, lines)
 
 
-def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> tuple[Any, dict[str, Any]]:
+def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
     try:
         from .sft import LoraSFTConfig, LoraSFTTrainer
     except ImportError as error:
@@ -181,17 +203,17 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     run, training = parsed.run, parsed.training
     settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
     length = run.max_length or min(WINDOW, getattr(settings, "max_position_embeddings", None) or WINDOW)
-    rows, cut = {}, 0
+    rows, lines, cut = {}, [], 0
     for split, table in tables.items():
         form = recognise(table, run.text_column, run.completion_column)
-        print(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
+        lines.append(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
         labelled, long = chat_rows(
             table, form, tokenizer, length,
             use_chat_template=run.use_chat_template, last_turn_only=run.last_turn_only,
         )  # fmt: skip
         rows[split] = Dataset.from_dict({key: [row[key] for row in labelled] for key in ("input_ids", "labels")})
         cut += long
-    _say_cut(cut, "rows")
+    lines += _cut(cut, "rows")
 
     # A packed row is a batch already: more of them to a step would only mean fewer steps.
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
@@ -206,7 +228,7 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
         processing_class=tokenizer,
         compute_metrics=build_compute_metrics(["accuracy", "perplexity"]),
     )
-    return trainer, rows
+    return Prepared(trainer, rows, lines)
 
 
 def _check(parsed: Parsed) -> None:
@@ -252,10 +274,6 @@ def _loading(run: RunArguments) -> dict[str, Any]:
     return {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
 
 
-def _counts(rows: dict[str, Any]) -> str:
-    return ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
-
-
-def _say_cut(cut: int, what: str) -> None:
-    if cut:
-        print(f"{cut:,} {what} reach the limit of tokens and may have lost their end; --max-length raises it.")
+def _cut(cut: int, what: str) -> list[str]:
+    text = f"{cut:,} {what} reach the limit of tokens and may have lost their end; --max-length raises it."
+    return [text] if cut else []

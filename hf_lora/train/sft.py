@@ -21,12 +21,14 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapt.state import require_state, state_of
+from ..compat import name_or_path
 from ..data.chat import chat_rows
 from ..data.formats import recognise
 from ..data.tables import table_of
@@ -38,6 +40,8 @@ from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .trainer import LoraTrainerMixin
+
+logger = logging.get_logger(__name__)
 
 
 @dataclasses.dataclass
@@ -76,7 +80,7 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
         return cls(**{**given, **more})
 
 
-class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # create_model_card: both by keyword
+class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` that trains a LoRA adapter; takes its place in an existing script.
 
     Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); a
@@ -104,7 +108,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # cre
             config.model_init_kwargs = None
         tokenizer = given.get("processing_class")
         if tokenizer is None:
-            name = model if isinstance(model, str) else model.config._name_or_path  # type: ignore[union-attr]
+            name = model if isinstance(model, str) else name_or_path(model)
             tokenizer = given["processing_class"] = AutoTokenizer.from_pretrained(name)
         if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None:
             raise ConfigError(
@@ -115,7 +119,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # cre
         self._labels_chats = config.assistant_only_loss and given.get("formatting_func") is None
         for name in ("train_dataset", "eval_dataset"):
             given[name] = self._labelled(given.get(name), name)
-        # TRL would look for marks in the template, and for messages in data that have their labels already.
+        # TRL would look for marks in the template, and for messages in data that have labels already.
         config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
         with _dtypes_kept(given.get("model")):
             lora = peft_config if lora_config is None else lora_config
@@ -142,23 +146,20 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # cre
         """A data set of chats as tokens and labels; any other as it is."""
         if isinstance(data, dict):
             return {key: self._labelled(part, f"{name}[{key!r}]") for key, part in data.items()}
-        if (
-            not self._labels_chats
-            or not isinstance(data, Dataset)
-            or "input_ids" in data.column_names
-            or not len(data)
-        ):
+        if not self._labels_chats or not isinstance(data, Dataset) or not len(data):
             return data
-        if {"image", "images"} & set(data.column_names):
+        if {"input_ids", "image", "images"} & set(data.column_names):
             return data
         first = {key: data[:1][key] for key in data.column_names}
-        if not any(isinstance(values[0], list) and _is_chat(values[0]) for values in first.values()):
+        if not any(_is_chat(values[0]) for values in first.values()):
             return data
         table = table_of(data, name)
         limit = self._label_config.max_length or sys.maxsize
         rows, cut = chat_rows(table, recognise(table), self._label_tokenizer, limit)
         if cut:
-            print(f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and lose their end.")
+            logger.warning(
+                f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and lose their end."
+            )
         return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
 
     # Training and evaluation -----------------------------------------------------------------------------------------
@@ -195,36 +196,34 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):  # type: ignore[misc]  # cre
 
         @functools.wraps(type(model).forward)  # TRL's, Trainer and generate read the parameters
         def forward(own: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            head = self._frozen_head(kwargs) if fused_lm_head and not args else None
+            wanted = fused_lm_head and not args and self._leaves_logits_out()
+            head = self.head_loss.find(self._bare_model, kwargs) if wanted else None
             if head is None:
                 return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
-            outputs = _over_head(head, plain, own, kwargs)
+            outputs, fault = _over_head(head, plain, own, kwargs)
             if outputs is None:
-                self._say(head)
+                self.head_loss.give_up(fault)
                 return fused(fused_lm_head=True, **kwargs)
             return outputs
 
         model.forward = types.MethodType(forward, model)
 
 
-def _over_head(head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any]) -> FusedCausalLMOutput | None:
-    """What TRL's forward with a fused head returns; None where the head does not fit after all."""
+def _over_head(
+    head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any]
+) -> tuple[FusedCausalLMOutput | None, str | None]:
+    """What TRL's forward with a fused head returns; None and the reason where the head does not fit after all."""
     with head.catch(model, shifted(inputs["labels"]), entropy=True) as caught:
         outputs = forward(**inputs)
     scores = caught.scores
     if caught.fault is not None or scores is None:
-        head.off = caught.fault
-        return None
+        return None, caught.fault
     assert scores.entropy is not None
     # TRL counts a position for each label but the first.
     return FusedCausalLMOutput(
-        loss=outputs["loss"],
-        log_probs=scores.log_probs[:, :-1],
-        entropy=scores.entropy[:, :-1],
-        is_top1=scores.hits[:, :-1],
-        label_mask=scores.mask[:, :-1],
-        aux_loss=outputs.get("aux_loss"),
-    )
+        loss=outputs["loss"], log_probs=scores.log_probs[:, :-1], entropy=scores.entropy[:, :-1],
+        is_top1=scores.hits[:, :-1], label_mask=scores.mask[:, :-1], aux_loss=outputs.get("aux_loss"),
+    ), None  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -233,8 +232,8 @@ def _dtypes_kept(model: Any) -> Iterator[None]:
 
     Those are the adapters, which are float32 masters, or the norms, which are the base's to keep.
     """
-    quantised = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
-    kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantised else {}
+    quantized = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
+    kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantized else {}
     try:
         yield
     finally:
@@ -245,17 +244,16 @@ def _dtypes_kept(model: Any) -> Iterator[None]:
 
 def _config_of(arguments: Any, model: Any) -> SFTConfig:
     if arguments is None:
-        name = model if isinstance(model, str) else model.config._name_or_path
+        name = model if isinstance(model, str) else name_or_path(model)
         return LoraSFTConfig(f"{str(name).rpartition('/')[2] or 'model'}-SFT")
     return arguments if isinstance(arguments, SFTConfig) else LoraSFTConfig.of(arguments)
 
 
 def _tokenizer(folder: str, model: Any) -> Any:
     has_own = Path(folder, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(folder if has_own else model.config._name_or_path)
+    return AutoTokenizer.from_pretrained(folder if has_own else name_or_path(model))
 
 
 def _is_chat(cell: Any) -> bool:
-    return (
-        isinstance(cell, list) and bool(cell) and isinstance(cell[0], dict) and bool({"role", "from"} & set(cell[0]))
-    )
+    first = cell[0] if isinstance(cell, list) and cell else None
+    return isinstance(first, dict) and bool({"role", "from"} & set(first))

@@ -1,56 +1,61 @@
 """`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin that does the same to any Trainer.
 
-The training loop is Trainer's. What is added: the adapter is put into a model that has none, checkpoints hold the
-adapter alone and are complete or do not count, resuming and the best model read adapters, B and the heads may have
-rates of their own, the loss of a causal language model is computed over its frozen head without logits, and a guard
-sees that every adapted layer learns.
+The training loop is Trainer's. `LoraTrainerMixin` overrides its hooks, all of them here, each in a few lines that call
+what does the work: `CheckpointStore` (checkpoints that are complete or do not count), `HeadLoss` (the loss over a
+frozen head), the watches `guard` and `finite`, `CardWriter` and `Pusher`. Where a release of Trainer changes, this is
+the file to read, and compat.py lists the private names it relies on.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+import functools
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 from transformers import Seq2SeqTrainer, Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..adapt.state import require_state, state_of
-from ..compat import shifts_labels
+from ..adapt.gather import gathered_state
+from ..compat import add_push, after_state_is_written, loads_to_plain_cpu, push_is_running, rotates_with
 from ..config import LoraConfig
-from ..errors import AdapterFileError, ConfigError, StateError
-from ..model import LoraModel, apply_lora
-from .arguments import LoraArguments
-from .card import CardMixin
-from .checkpoint.manifest import (
-    last_checkpoint,
-    require_complete,
-)
-from .checkpoint.saving import SavingMixin
+from ..evaluation.metrics import ComputeMetrics, Kept
+from ..model import LoraModel
+from . import start
+from .card import CardWriter
+from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
+from .checkpoint.pushing import Pusher, make_repository, reported
 from .checkpoint.sigterm import save_between_steps
-from .engines import check_alike, check_engine, equalize
-from .head_loss import HeadLossMixin
-from .memory import keep_freed_memory
-from .optimizer import learning_rates, split_by_rate
-from .precision import precision_line, quantization
-from .start import announce, base_dtype, check_start, find_shared_inputs, hold_batchnorm
-from .watch.finite import FiniteMixin, FiniteWatch
+from .checkpoint.store import CheckpointStore, forget_lost_best, save_adapters
+from .engines import broadcast_trainable, check_engine, check_same_adapters
+from .head_loss import HeadLoss
+from .optimizer import give_rates
+from .precision import quantization
+from .watch.base import Watch
+from .watch.batchnorm import FrozenBatchNorm
+from .watch.finite import FiniteWatch, check_finite, check_loss
 from .watch.guard import LayerGuard
 
 logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
 
 
-class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
+class LoraTrainerMixin(_Trainer):
     """Put before any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
 
     Takes every argument of the Trainer that it is mixed into, in the same order, and two more by keyword.
 
     Args:
-        lora_config: what to adapt: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Where it is not
-            given, the LoRA fields of the training arguments count (`LoraTrainingArguments`), else LoraConfig's
-            defaults. Also applied to what `model_init` returns. A model that has adapters already is trained as it is.
+        lora_config: what to adapt: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA
+            fields of the training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to
+            what `model_init` returns. A model that has adapters already is trained as it is.
         accept_ddp_fallback: train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something
             else, as it does on a CPU; also a training argument.
 
@@ -59,6 +64,7 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
         TargetError, ConfigError: the configuration does not fit the model; see `apply_lora`.
         ConfigError: the engine is not the one that was asked for, or is not supported.
         TrainingError: from `train`: nothing would be learned, or a value is not finite.
+        AdapterFileError: from `train`: the checkpoint is not complete, or does not fit the model.
     """
 
     def __init__(
@@ -70,37 +76,41 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
     ) -> None:
         self._lora_config = lora_config
         self._accept_ddp_fallback = accept_ddp_fallback
-        self._started = False
+        self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
         self._own_optimizer: Any = None
-        self._batchnorm_hook: RemovableHandle | None = None
-        self._counted: int | None = None
+        self._flops_per_token: int | None = None
+        self._step_loss: Tensor | None = None
         self._sharing_is_due = False
         super().__init__(*args, **kwargs)
-        self._base_dtype = base_dtype(self.model)
+        self._base_dtype = start.base_dtype(self.model)
+        self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
-        self.guard.judges_values = False  # `finite` does, for the whole run
         self.finite = FiniteWatch(getattr(self.args, "nonfinite", "stop"))
-        self.add_callback(self.finite)
-        self.add_callback(self.guard)
-        save_between_steps(self)
-        self._adopt_metrics()
+        for watch in (self.finite, self.guard, FrozenBatchNorm()):
+            self.add_callback(watch)
+        save_between_steps(self.callback_handler.callbacks)
+        start.adopt_metrics(self)
+
+    @property
+    def _bare_model(self) -> Any:
+        """The model without what Accelerate and torch.compile put around it."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _is_sharded(self) -> bool:  # engines under which Trainer knows only PEFT's models and whole ones
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _watches(self) -> list[Watch]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
 
     # Where the adapter comes from ------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
         # Trainer calls this first of all, with the seed set, the model (if one was given) and the arguments in place.
-        asked = self.args.ddp_find_unused_parameters
-        kwargs: Any = self.args.gradient_checkpointing_kwargs or {}
-        if asked is None and self.args.gradient_checkpointing and not kwargs.get("use_reentrant", False):
-            # Trainer turns the search for unused parameters off where there is checkpointing, though only the
-            # reentrant kind cannot bear it. Adapters of layers that the task never calls need it: see guard.py.
-            self.args.ddp_find_unused_parameters = True
-        try:
+        with start.unused_parameters_found(self.args):
             super().create_accelerator_and_postprocess()
-        finally:
-            self.args.ddp_find_unused_parameters = asked
-        accepted = self._accept_ddp_fallback or getattr(self.args, "accept_ddp_fallback", False)
-        check_engine(self.args, self.accelerator, self.model, accepted, type(self).__name__)
+        accepts = self._accept_ddp_fallback or getattr(self.args, "accept_ddp_fallback", False)
+        check_engine(self.args, self.accelerator, self.model, accepts, type(self).__name__)
         if isinstance(self.model, nn.Module):
             self._adapt(self.model)
         own = type(self)._build_accelerator_args is Trainer._build_accelerator_args
@@ -110,179 +120,281 @@ class LoraTrainerMixin(SavingMixin, FiniteMixin, CardMixin, HeadLossMixin):
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
-        # Trainer writes a trial's values into the arguments later; those of the adapter are needed now.
-        for name, value in self._values_of(trial).items():
-            if name.startswith("lora_") and hasattr(self.args, name):
-                setattr(self.args, name, value)
+        start.take_trial(self.args, trial, getattr(self, "hp_space", None))
         self._adapt(model)
         return model
 
-    def _values_of(self, trial: Any) -> dict[str, Any]:
-        if trial is None or isinstance(trial, dict):
-            return trial or {}
-        space = getattr(self, "hp_space", None)
-        return dict(space(trial) or {}) if space is not None else {}
-
     def _adapt(self, model: nn.Module) -> None:
-        flags = self.args if isinstance(self.args, LoraArguments) else None
-        given, state = self._lora_config, state_of(model)
-        call = f"{type(self).__name__}(…, lora_config=…)"
-        if state is None:
-            config = flags.lora_config() if given is None and flags is not None else given
-            if apply_lora(model, config, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
-                raise StateError(
-                    f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
-                    f"num_labels=…), which builds one, and hand what it returns to {type(self).__name__}."
-                )
-            state = require_state(model, call)
-            reason = "lora_config is given" if given is not None else None
-        elif given is not None:
-            raise StateError(
-                f"{call}: the model already has the adapters {', '.join(map(repr, state.adapters))}. Leave "
-                "lora_config out to train the active one, call model.unload() to start again, or "
-                "model.add_adapter(name, config) for one more."
-            )
-        else:
-            reason = f"the model already has the adapters {', '.join(map(repr, state.adapters))}"
-        state.resumable = True
-        self._quantization = quantization(model)
-        changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
-        configs = [record.config for record in state.adapters.values()]
-        if flags is not None and changed and flags.lora_config() not in configs:
-            logger.warning(f"These arguments have no effect, since {reason}: {', '.join(changed)}.")
+        start.adapt(model, self._lora_config, self.args, type(self).__name__)
+        self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint in `output_dir`.
-
-        Raises:
-            AdapterFileError: the checkpoint is not complete, holds no adapter, or does not fit the model.
-            TrainingError: nothing would be learned, or a value is not finite.
-        """
-        if resume_from_checkpoint is True:
-            folder = str(self.args.output_dir)
-            resume_from_checkpoint = last_checkpoint(folder)
-            if resume_from_checkpoint is None:
-                raise AdapterFileError(
-                    f"train(resume_from_checkpoint=True): there is no complete checkpoint in {folder}. Call train() "
-                    "to start from the beginning."
-                )
-        elif resume_from_checkpoint:
-            require_complete(resume_from_checkpoint, contents=True)
+        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint in `output_dir`."""
+        resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.guard.finish()
-            self.finite.finish()
+            for watch in self._watches():
+                watch.finished()
             self._sharing_is_due = False
-            if self._batchnorm_hook is not None:
-                self._batchnorm_hook.remove()
-                self._batchnorm_hook = None
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        self._begin()
+        if resume_from_checkpoint is None or not self._is_sharded:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # Under these engines Trainer would look for a whole model here, and for the engine's own files.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_from_checkpoint(resume_from_checkpoint)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _begin(self) -> None:
+        """What every run of `train` checks and logs before its first step."""
+        model, call = self._bare_model, f"{type(self).__name__}.train"
+        start.check_start(model, call)
+        check_same_adapters(model, call)
+        if self.is_fsdp_enabled:
+            broadcast_trainable(model, self.args.device)
+        if self.is_world_process_zero():
+            logger.info("\n".join(start.start_lines(model, self.accelerator, self.optimizer or self.args.optim)))
+            start.warn_at_start(model, self.args.learning_rate if self.optimizer is None else None, self._base_dtype)
+        self._flops_per_token = self._step_loss = None
+        self._sharing_is_due = start.may_share_inputs(self, model)
+        self.head_loss.restart()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """As `Trainer.create_optimizer`; then B and the heads get the rates that the arguments ask for."""
-        self._start()
-        ratio = getattr(self.args, "loraplus_lr_ratio", None)
-        head_rate = getattr(self.args, "head_learning_rate", None)
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        self._note_groups(optimizer)
-        if (ratio is None and head_rate is None) or (present is not None and present is self._own_optimizer):
-            return optimizer
-        if present is not None:
-            raise ConfigError(
-                "loraplus_lr_ratio and head_learning_rate make the optimizer's parameter groups, but an optimizer was "
-                "handed to the Trainer. Leave either out."
-            )
-        split_by_rate(optimizer, learning_rates(self._bare_model, self.args.learning_rate, ratio, head_rate))
-        self._own_optimizer = optimizer
-        self._note_groups(optimizer)
+        if (present is None or present is not self._own_optimizer) and give_rates(
+            optimizer, self._bare_model, self.args, was_given=present is not None
+        ):
+            self._own_optimizer = optimizer
+        if self.is_deepspeed_enabled:
+            self._checkpoints.note_groups(optimizer)
         return optimizer
 
-    def _start(self) -> None:
-        """Check and announce; every run of `train` comes by here with its model, before its first step."""
-        if self._started:
-            return  # under DeepSpeed, Trainer asks for the optimizer twice
-        self._started = True
-        model = self._bare_model
-        check_start(model, f"{type(self).__name__}.train")
-        check_alike(model, f"{type(self).__name__}.train")
-        if self.is_fsdp_enabled:
-            equalize(model)
-        if self.is_world_process_zero():
-            announce(model, self.args.learning_rate if self.optimizer is None else None)
-            own = getattr(self.optimizer, "optimizer", self.optimizer)  # a second run finds it wrapped
-            named = self.args.optim if own is None else type(own).__name__
-            print(precision_line(model, self.accelerator, str(getattr(named, "value", named))))
-            if base_dtype(model) != self._base_dtype:
-                logger.warning(
-                    f"An evaluation in half precision turned the base from {self._base_dtype} to {base_dtype(model)}, "
-                    "so training starts from rounded weights. Train before evaluating, or load the model again."
-                )
-        self._counted = None
-        if self.args.device.type == "cpu" and getattr(self.args, "keep_freed_memory", False):
-            kept = keep_freed_memory()
-            logger.info(
-                f"keep_freed_memory: freed memory is {'kept' if kept else 'not kept, without glibc on Linux'}."
-            )
-        self._sharing_is_due = self._may_share_inputs()
-        self._head_of = None  # another adapter may train the head, which the last one left frozen
-        if not isinstance(model, LoraModel) and self._batchnorm_hook is None:
-            self._batchnorm_hook = model.register_forward_pre_hook(hold_batchnorm)
+    # A step ----------------------------------------------------------------------------------------------------------
 
-    def _may_share_inputs(self) -> bool:
-        """Whether layers may read an input together: not where others call them, cut them up or copy them."""
-        return getattr(self.args, "share_inputs", True) and not (
-            self.args.torch_compile
-            or self.args.n_gpu > 1
-            or self.is_deepspeed_enabled
-            or self.is_fsdp_enabled
-            or any(hasattr(p, "to_local") for p in self._bare_model.parameters())
-        )
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer.training_step`; then the watches see the loss and the gradients of a whole step."""
+        loss = super().training_step(*args, **kwargs)
+        if self.is_deepspeed_enabled or self.optimizer is None:
+            return loss
+        self._step_loss = loss if self._step_loss is None else self._step_loss + loss
+        if self.accelerator.sync_gradients:
+            whole, self._step_loss = self._step_loss, None
+            for watch in self._watches():
+                watch.before_step(self._bare_model, self.optimizer, whole, self.state.global_step + 1)
+        return loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.compute_loss`; before the first one of a run the layers that share an input are found."""
-        if self._sharing_is_due and self._bare_model.training and torch.is_grad_enabled():
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """As `Trainer.compute_loss`; over the frozen head where nobody asks for the outputs."""
+        bare = self._bare_model
+        trains = bare.training and torch.is_grad_enabled()
+        if self._sharing_is_due and trains:
             # Here and not at the first batch of all: a resumed run has the same groups from its first step, too.
             self._sharing_is_due = False
             popped = {"labels"} if self.label_smoother is not None or self.compute_loss_func is not None else set()
-            find_shared_inputs(self._bare_model, {k: v for k, v in inputs.items() if k not in popped})
-        return super().compute_loss(model, inputs, *args, **kwargs)
+            start.find_shared_inputs(bare, {k: v for k, v in inputs.items() if k not in popped})
+        own, result = super().compute_loss, None
+        if not return_outputs and self._leaves_logits_out() and _is_trainers(own, Trainer.compute_loss):
+            result = self.head_loss.compute(bare, inputs, lambda: own(model, inputs, False, num_items_in_batch))
+        if result is None:
+            result = own(model, inputs, return_outputs, num_items_in_batch)
+        if self.is_deepspeed_enabled and trains:
+            check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step + 1)
+        return result
 
-    # Small things ----------------------------------------------------------------------------------------------------
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any, Any]:
+        """As `Trainer.prediction_step`; over the frozen head where the metrics are of `build_compute_metrics`."""
+        own = super().prediction_step
+        reduces: Any = self.preprocess_logits_for_metrics
+        ours = isinstance(self.compute_metrics, ComputeMetrics)
+        ours = ours and getattr(reduces, "__self__", None) is self.compute_metrics  # nothing else looks at the logits
+        plain = prediction_loss_only and _is_trainers(own, Trainer.prediction_step)
+        if (ours or plain) and self._leaves_logits_out():
+            inputs = self._prepare_inputs(inputs)
+            # Trainer counts the labels of a batch in its own way, and the value should be the one it shows.
+            count = functools.partial(self._get_num_items_in_batch, [inputs], self.args.device)
+            batch = {**inputs, "use_cache": False}
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found = self.head_loss.predict(
+                    self._bare_model, inputs, lambda: Trainer.compute_loss(self, model, batch, False, count())
+                )
+            if found is not None:
+                loss: Any = found[0]
+                kept = (None, None) if prediction_loss_only else (Kept.of(found[1]), inputs["labels"])
+                return loss.detach().mean(), *kept
+        return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+
+    def _leaves_logits_out(self) -> bool:
+        """Whether nobody asks for the logits, so that the loss may be computed over the frozen head."""
+        args = self.args
+        others = args.torch_compile or args.n_gpu > 1 or args.use_liger_kernel
+        return not others and self.label_smoother is None and self.compute_loss_func is None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Trainer counts the parameters anew at every step, which takes longer the more tensors there are.
+        # Trainer counts the parameters again at every step, which takes longer the more tensors there are.
         name = getattr(self.model, "main_input_name", "input_ids")
         own = super().floating_point_ops
-        if getattr(own, "__func__", None) is not Trainer.floating_point_ops or name not in inputs:
+        if not _is_trainers(own, Trainer.floating_point_ops) or name not in inputs:
             return own(inputs)
-        if self._counted is None:
-            self._counted = own({name: torch.empty(1)})
-        return int(inputs[name].numel()) * self._counted
+        if self._flops_per_token is None:
+            self._flops_per_token = own({name: torch.empty(1)})
+        return int(inputs[name].numel()) * self._flops_per_token
 
-    def _adopt_metrics(self) -> None:
-        """Use what `build_compute_metrics` made to its full: reduced logits, labels shifted as the model does."""
-        metrics: Any = self.compute_metrics
-        if not hasattr(metrics, "preprocess_logits_for_metrics"):
+    # Files -----------------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, of the adapter; a TrainingError where a trained tensor holds NaN or infinity."""
+        folder = str(output_dir or self.args.output_dir)
+        check_finite(self._bare_model, f"save_model({folder!r})")
+        if not self._is_sharded:
+            super().save_model(output_dir, _internal_call)
             return
-        if getattr(metrics, "shift_labels", False) is None:
-            self.compute_metrics = metrics = copy.copy(metrics)
-            metrics.shift_labels = shifts_labels(self)
-        if self.preprocess_logits_for_metrics is None:
-            self.preprocess_logits_for_metrics = metrics.preprocess_logits_for_metrics
+        # Trainer would gather the base here, or write the shards of this process.
+        state = gathered_state(self._bare_model)
+        if self.args.should_save:  # older transformers let every process write in `_save`
+            self._save(folder, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self._bare_model, LoraModel):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:  # a module without save_pretrained: Trainer would write all its weights
+            folder = str(output_dir or self.args.output_dir)
+            save_adapters(self._bare_model, folder, state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+            torch.save(self.args, Path(folder, TRAINING_ARGS_NAME))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        step, bare, store = self.state.global_step, self._bare_model, self._checkpoints
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{step}")
+        with (
+            store.writing(folder, bare, self.args.should_save, self.accelerator.wait_for_everyone),
+            # trainer_state.json is the last file; the push and the deletion of older ones count on the manifest.
+            after_state_is_written(self.state, lambda: store.finish(folder, step, bare, self.optimizer)),
+            rotates_with(functools.partial(rotate_checkpoints, newest=folder)),
+        ):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written its own before the manifest lists them
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._is_sharded:
+            self._checkpoints.save_optimizer(output_dir, self.optimizer, self.lr_scheduler, self.args.should_save)
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._checkpoints.load_adapters(resume_from_checkpoint, self._bare_model)
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        self._checkpoints.load_best(best, self._bare_model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            forget_lost_best(self.state, self._get_output_dir(None))
+            found = self._checkpoints.has_optimizer(checkpoint, self._bare_model, self.optimizer)
+            if self._is_sharded:
+                if found:
+                    self._checkpoints.load_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
+                return
+        with loads_to_plain_cpu(self.args):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    # The Hub ---------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card of the adapter to `output_dir`: see `write_card`.
+
+        Takes the arguments of `Trainer.create_model_card`: `finetuned_from` is the base's name on the Hub, `dataset`
+        and `dataset_args` are the data and the split of the evaluation. They count for later calls too, as in a push.
+
+        A README that cannot be kept is an AdapterFileError; during the training it is a warning.
+        """
+        if self.is_world_process_zero():
+            names = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
+            self._card.write(self, self._bare_model, {**dict(zip(names, args, strict=False)), **kwargs})
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository before training starts, so that a HubError says then what is wrong with it."""
+        if self.is_world_process_zero():
+            self.hub_model_id: Any = make_repository(self.args, token, private)
+            self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the adapter, write its card, and push both, with the tokenizer, as one commit.
+
+        Args:
+            blocking: wait for it; else a future is returned.
+            token, revision: default: `hub_token` and `hub_revision`, else those of the client.
+            private: for a new repository.
+            kwargs: for `create_model_card`.
+
+        Raises:
+            HubError: the Hub refused it or could not be reached; `output_dir` holds all that is needed to try again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)  # on all processes
+        if not self.is_world_process_zero():
+            return None
+        tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
+        tags += [tag for tag in getattr(self._bare_model, "model_tags", None) or [] if tag not in tags]
+        name = kwargs.pop("model_name", None) or str(self.hub_model_id).rpartition("/")[2]
+        self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
+        self._finish_current_push()
+        job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
+        return job.result() if blocking else reported(job)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        waits = push_is_running(self) and not self.args.hub_always_push
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or waits:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.create_model_card()
+        made = (self.args, str(self.hub_model_id), self.state, Path(checkpoint_folder), self.processing_class)
+        job = self._pusher.push_checkpoint(*made)
+        add_push(self, job and reported(job))
+
+
+def _is_trainers(method: Any, own: Any) -> bool:
+    """Whether a bound method is Trainer's own: a subclass that overrides it keeps its way."""
+    return getattr(method, "__func__", None) is own
 
 
 class LoraTrainer(LoraTrainerMixin, Trainer):
-    """`transformers.Trainer` that trains a LoRA adapter; takes its place in an existing script.
-
-    Takes Trainer's arguments, in their order, and `lora_config` by keyword; see `LoraTrainerMixin`.
-    """
+    """`transformers.Trainer` for LoRA adapters: takes its place in an existing script; see `LoraTrainerMixin`."""
 
 
 class LoraSeq2SeqTrainer(LoraTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` that trains a LoRA adapter; takes its place in an existing script.
-
-    Takes Seq2SeqTrainer's arguments, in their order, and `lora_config` by keyword; see `LoraTrainerMixin`.
-    """
+    """`transformers.Seq2SeqTrainer` for LoRA adapters: takes its place in a script; see `LoraTrainerMixin`."""

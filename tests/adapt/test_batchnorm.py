@@ -10,6 +10,7 @@ from helpers import adapter_gradients, randomize, tiny_resnet
 from torch import Tensor, nn
 
 from hf_lora import LoraConfig, apply_lora
+from hf_lora.train.watch.batchnorm import FrozenBatchNorm
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -52,6 +53,23 @@ def test_no_base_buffer_moves_in_training(training_before: bool, bias: Any) -> N
     plain = model.unload()
     plain.train()
     assert all(m.training for m in norms(plain))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_trainer_holds_them_in_a_module_that_is_not_a_transformers_model(bias: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(2, 3, 6, 6))
+    apply_lora(model, LoraConfig(r=2, target_modules=["0", "4"], bias=bias))
+    before = buffers(model)
+    watch = FrozenBatchNorm()
+    watch.on_train_begin(None, None, None, model=model)
+    model.train()
+    model(torch.randn(2, 3, 6, 6))
+    assert all(torch.equal(b, before[n]) for n, b in buffers(model).items())
+    watch.finished()
+    model.train()
+    model(torch.randn(2, 3, 6, 6))
+    assert not torch.equal(buffers(model)["1.running_mean"], before["1.running_mean"])
 
 
 def test_the_base_does_move_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from hf_lora import LoraConfig, MergeError, apply_lora
 from hf_lora.adapt.dequantize import BLOCK_ELEMENTS
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
+from hf_lora.adapt.state import require_state, set_active
 from hf_lora.adapt.walk import adapter_tensors
-from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 from hf_lora.layers.storages import DenseStorage, fits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -93,6 +96,40 @@ def test_merging_for_good_allocates_a_block_at_a_time(dtype: torch.dtype) -> Non
         merge(model, keep=False)
     assert largest.bytes == BLOCK_ELEMENTS * 8
     assert model["layer"].weight.numel() == 12 * BLOCK_ELEMENTS
+
+
+class Live(TorchDispatchMode):
+    """The most bytes of float64 tensors that were alive at once."""
+
+    now = most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if isinstance(result, Tensor) and result.dtype == torch.float64 and not any(result is a for a in args):
+            size = result.numel() * result.itemsize
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(result, self.freed, size)
+        return result
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+def test_a_merge_holds_the_float64_factors_of_one_layer_at_a_time(adapters: int) -> None:
+    found = []
+    for layers in (2, 6):
+        model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(layers)))
+        names = ["default", "other"][:adapters]
+        for name in names:
+            inject(model, LoraConfig(r=16, target_modules=[str(i) for i in range(layers)]), name)
+        set_active(model, require_state(model, "test"), tuple(names))
+        randomize(model)
+        with Live() as live:
+            merge(model, keep=False)
+        found.append(live.most)
+    assert found[0] == found[1] > 0
 
 
 def test_fits_is_exact_at_the_ends_of_a_dtype() -> None:

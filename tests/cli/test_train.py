@@ -11,7 +11,7 @@ import torch
 from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import ConfigError, LoraModel
+from hf_lora import ConfigError, LoraModel, finetune
 from hf_lora.train.parsing import DEFAULTS, parse_arguments
 
 run = functools.partial(run_command, "train")
@@ -35,6 +35,26 @@ def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path:
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert (tmp_path / "out" / "test_results.json").is_file()
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_the_function_behind_the_command(
+    bert_folder: str, texts_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said: list[str] = []
+    arguments = {
+        "model": bert_folder, "train_file": str(texts_folder / "rows.csv"), "output_dir": str(tmp_path / "out"),
+        "lora_r": 3, "lora_target_modules": ["query", "value"], "max_steps": 1, "use_cpu": True, "disable_tqdm": True,
+        "logging_strategy": "no",
+    }  # fmt: skip
+    result = finetune(arguments, report=said.append)
+    assert result.output_dir == tmp_path / "out"
+    assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].r == 3
+    [block] = said  # once, before the first step
+    for part in ("text-classification from the columns", "trainable params", "'default': r=3", "precision: "):
+        assert part in block
+    assert "trainable" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"finetune\(…\):\n  - lora_rank is not an argument"):
+        finetune({**arguments, "lora_rank": 2})
 
 
 def test_yaml_with_flags_over_it(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
@@ -141,13 +161,13 @@ def test_bad_chats_are_one_error_with_their_line(
 
 def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
     stderr = run("--model", "m", "--lora-rr", "4", "--learning-rat=1", "--train-file", "t.csv", code=2).stderr
-    assert "--lora-rr is no argument (did you mean" in stderr
+    assert "--lora-rr is not an argument (did you mean" in stderr
     assert "--lora-r" in stderr
     assert "--learning-rate" in stderr
     config = tmp_path / "run.yaml"
     config.write_text("lora_rank: 4\nlearning_rates: 1\n")
     stderr = run("--config", config, code=2).stderr
-    assert "lora_rank is no argument" in stderr
+    assert "lora_rank is not an argument" in stderr
     assert "'learning_rate'" in stderr
 
 
@@ -161,7 +181,7 @@ def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be a whole number from 1 up"),
         (["--config", "/nowhere/run.yaml"], "cannot be read"),
-        (["--model", "m", "t.csv"], "t.csv is no argument: names begin with --"),
+        (["--model", "m", "t.csv"], "t.csv is not an argument: names begin with --"),
         (["--load-best-model-at-end", "--eval-strategy", "steps", "--save-strategy", "epoch"], "strategy"),
         (
             ["--model", "m", "--train-file", "t.csv", "--load-best-model-at-end", "--eval-strategy", "epoch"],
@@ -184,7 +204,7 @@ def test_every_default_is_an_argument_and_is_overridden() -> None:
 def test_yaml_that_is_none(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("lora_r: [")
-    with pytest.raises(ConfigError, match="is no YAML"):
+    with pytest.raises(ConfigError, match="is not YAML"):
         parse_arguments([], config)
     config.write_text("- lora_r")
     with pytest.raises(ConfigError, match="lines of the form"):

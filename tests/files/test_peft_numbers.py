@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_lora import LoraConfig, LoraModel, apply_lora
-from hf_lora.files.adapters import adapter_state_dict
 from hf_lora.files.format import WEIGHTS_NAME, split_base_copies
+from hf_lora.files.save import adapter_state_dict
 
 EPS = torch.finfo(torch.float32).eps
 OUTPUT_ROUNDINGS = 16

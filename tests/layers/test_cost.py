@@ -14,7 +14,8 @@ from hf_lora import LoraConfig, apply_lora
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import disabled
 from hf_lora.adapt.state import require_state, set_active
-from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 
 
 def calls(action: Callable[[], Any]) -> int:

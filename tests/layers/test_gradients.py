@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from hf_lora import LoraConfig, MergeError, TargetError
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
-from hf_lora.files.adapters import load_adapter, save_adapter
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 from hf_lora.layers.contract import Method
-from hf_lora.layers.dropout import chosen, draw_mask, dropped
+from hf_lora.layers.dropout import draw_mask, dropped, dropped_indices
 
 GRID = [(c, ADDITIVE, 2) for c in CASES] + [(c, TOY, 1) for c in TOY_CASES]
 IDS = [f"{c.name}-{m.kind}" for c, m, _ in GRID]
@@ -153,7 +154,7 @@ def test_a_rank_that_the_groups_do_not_divide_is_refused() -> None:
 
 
 def masked_copy(x: Tensor, p: float) -> Tensor:
-    return dropped(x, chosen(draw_mask(x, p), x, p))
+    return dropped(x, dropped_indices(draw_mask(x, p), x, p))
 
 
 def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
@@ -201,7 +202,7 @@ def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch
     x = (torch.rand(401, 503) + 0.5).to(dtype)
     torch.manual_seed(3)
     mask = draw_mask(x, p)
-    y = dropped(x, chosen(mask, x, p))
+    y = dropped(x, dropped_indices(mask, x, p))
     kept = y != 0
     assert y.dtype == dtype
     assert torch.equal(y[kept], x[kept])
@@ -211,7 +212,7 @@ def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch
         assert ((~kept).double().mean(dim) - p).abs().max() < 6 * (p * (1 - p) / size) ** 0.5 + 3 / size
     neighbours = int((~kept[:, 1:] & ~kept[:, :-1]).sum())
     assert abs(neighbours - n * p * p) < 8 * (n * p * p) ** 0.5 + 503
-    assert torch.equal(dropped(x, chosen(mask, x, p)), y)
+    assert torch.equal(dropped(x, dropped_indices(mask, x, p)), y)
     again = masked_copy(x, p)
     together = int(((again == 0) & ~kept).sum())  # two draws are independent
     assert abs(together - n * p * p) < 6 * (n * p * p) ** 0.5

@@ -18,7 +18,7 @@ from tiny import SPARE, adapter_values, sentences, texts_of_three, tiny_bert, ti
 from toys import registered
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
-import hf_lora.train.checkpoint.saving as saving
+import hf_lora.train.trainer as trainer_file
 from hf_lora import LoraConfig, LoraTrainer, apply_lora, share_inputs
 from hf_lora.errors import AdapterFileError, BaseMismatchError
 from hf_lora.train.checkpoint.manifest import ASIDE, MANIFEST_NAME, last_checkpoint, why_incomplete
@@ -181,13 +181,13 @@ def test_older_checkpoints_go_only_when_the_new_one_is_complete(
     arguments: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str | None] = []
-    rotate = saving.rotate_checkpoints
+    rotate = trainer_file.rotate_checkpoints
 
     def watched(output_dir: str, **kwargs: Any) -> None:
         seen.append(last_checkpoint(output_dir))
         rotate(output_dir=output_dir, **kwargs)
 
-    monkeypatch.setattr(saving, "rotate_checkpoints", watched)
+    monkeypatch.setattr(trainer_file, "rotate_checkpoints", watched)
     args = arguments(max_steps=6, save_strategy="steps", save_steps=2, save_total_limit=1)
     run(args)
     assert [Path(s or "").name for s in seen] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -201,7 +201,7 @@ def test_save_only_model(arguments: Make, messages: list[str]) -> None:
     assert why_incomplete(folder) == []
     assert not (folder / "optimizer.pt").exists()
     assert run(args, resume=str(folder)).state.global_step == 4
-    assert any("start anew" in m for m in messages)
+    assert any("start from the beginning" in m for m in messages)
 
 
 def test_best_model_and_early_stopping(arguments: Make) -> None:

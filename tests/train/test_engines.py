@@ -242,9 +242,9 @@ def test_fsdp_says_which_quantised_weights_stay_whole(tmp_path: Path, arguments:
     check_engine(arguments(), fsdp, load(base, "nf4", bnb_4bit_quant_storage=torch.float32), False, "LoraTrainer")
     assert not messages
     check_engine(arguments(), fsdp, load(base, "nf4"), False, "LoraTrainer")
-    assert "does not split 14 quantised weights" in messages[-1]
+    assert "does not split 14 quantized weights" in messages[-1]
     assert "bnb_4bit_quant_storage" in messages[-1]
-    with pytest.raises(ConfigError, match="cannot split 14 quantised weights"):
+    with pytest.raises(ConfigError, match="cannot split 14 quantized weights"):
         check_engine(arguments(), fsdp, load(base, "int8"), False, "LoraTrainer")
 
 

@@ -14,7 +14,9 @@ from torch import nn
 from hf_lora import LoraConfig, LoraTrainer, apply_lora
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.errors import TrainingError
-from hf_lora.train.watch.guard import LayerGuard, check_finite
+from hf_lora.train.watch.base import Watch
+from hf_lora.train.watch.finite import check_finite
+from hf_lora.train.watch.guard import LayerGuard
 
 Make = Callable[..., Any]
 
@@ -198,6 +200,33 @@ def test_a_loaded_adapter_is_not_taken_apart(arguments: Make, messages: list[str
     LoraTrainer(model, arguments(max_steps=5), train_dataset=texts_of_three()).train()
     assert SPARE in adapter_layers(model)
     assert any(SPARE in m and "stay" in m for m in messages)
+
+
+def test_a_watch_of_ones_own_sees_whole_gradients_before_they_are_clipped(arguments: Make) -> None:
+    class Norms(Watch):
+        over = 0
+
+        def __init__(self) -> None:
+            self.seen: list[tuple[int, float, float]] = []
+
+        def before_step(self, model: Any, optimizer: Any, loss: torch.Tensor, step: int) -> None:
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            self.seen.append((step, float(torch.nn.utils.get_total_norm(gradients)), float(loss)))
+
+        def finished(self) -> None:
+            self.over += 1
+
+    watch = Norms()
+    args = arguments(
+        max_steps=3, gradient_accumulation_steps=2, max_grad_norm=1e-3, logging_strategy="steps", logging_steps=1
+    )
+    trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), callbacks=[watch])
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [step for step, *_ in watch.seen] == [1, 2, 3]
+    assert [norm for _, norm, _ in watch.seen] == pytest.approx([entry["grad_norm"] for entry in logged], rel=1e-5)
+    assert [loss for *_, loss in watch.seen] == pytest.approx([entry["loss"] for entry in logged], abs=1e-3)
+    assert watch.over == 1
 
 
 def test_gradient_checkpointing_and_evaluation_in_between(arguments: Make, messages: list[str]) -> None:

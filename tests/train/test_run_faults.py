@@ -17,8 +17,7 @@ from helpers import assert_same_tensors
 from tiny import adapter_values, sentences, tiny_bert
 from transformers.trainer_utils import rotate_checkpoints as theirs
 
-import hf_lora.train.checkpoint.saving as saving
-import hf_lora.train.watch.finite as finite
+import hf_lora.train.checkpoint.store as store
 from hf_lora import LoraConfig, LoraTrainer
 from hf_lora.errors import AdapterFileError, ConfigError, TrainingError
 from hf_lora.train.checkpoint.manifest import (
@@ -32,6 +31,7 @@ from hf_lora.train.checkpoint.manifest import (
     rotate_checkpoints,
     why_incomplete,
 )
+from hf_lora.train.watch.finite import FiniteWatch
 
 Make = Callable[..., Any]
 CONFIG = LoraConfig(r=4, lora_dropout=0.3)
@@ -319,7 +319,7 @@ def test_whatever_file_does_not_fit(folder: Path, arguments: Make, monkeypatch: 
         return call
 
     if name == "trainer_state.json":
-        monkeypatch.setattr(saving, "finish_checkpoint", limited(saving.finish_checkpoint))
+        monkeypatch.setattr(store, "finish_checkpoint", limited(store.finish_checkpoint))
     elif name == "adapter_model.safetensors":
         monkeypatch.setattr(trainer, "save_model", limited(trainer.save_model))
     else:
@@ -352,39 +352,27 @@ def spoilt(args: Any, value: float = float("nan"), steps: tuple[int, ...] = (SPO
     return trainer
 
 
-@pytest.fixture(params=["at once", "on the device"])
-def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Both ways of telling the optimizer; the fused kernels of the CPU know the flag too."""
-    if request.param == "on the device":
-        monkeypatch.setattr(finite, "_takes_flag", lambda optimizer, device: True)
-    return bool(request.param == "on the device")
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_run_stops_with_the_step_and_the_tensor(arguments: Make, on_device: bool, value: float) -> None:
+def test_a_run_stops_with_the_step_and_the_tensor(arguments: Make, value: float) -> None:
     args = arguments(max_steps=20, logging_strategy="steps", logging_steps=4, save_strategy="steps", save_steps=5)
     trainer = spoilt(args, value)
     with pytest.raises(TrainingError, match=rf"Step {SPOILT}: the gradients of 1 of \d+ tensors") as caught:
         trainer.train()
     assert f"({LAYER}.lora_B.default.weight)" in str(caught.value)
     assert "nonfinite" in str(caught.value)
-    assert trainer.state.global_step == (12 if on_device else 10)  # on the device it is seen where Trainer logs
+    assert trainer.state.global_step == 10
     assert all(torch.isfinite(v).all() for v in adapter_values(trainer.model).values())
     assert last_checkpoint(args.output_dir) == str(Path(args.output_dir) / "checkpoint-10")
-    assert getattr(trainer.optimizer.optimizer, "found_inf", None) is None
-    if not on_device:
-        resumed = trainer_of(args)
-        resumed._load_adapters(str(Path(args.output_dir) / "checkpoint-10"))
-        assert_same_tensors(adapter_values(trainer.model), adapter_values(resumed.model))  # those of step 10
+    resumed = trainer_of(args)
+    resumed._load_from_checkpoint(str(Path(args.output_dir) / "checkpoint-10"))
+    assert_same_tensors(adapter_values(trainer.model), adapter_values(resumed.model))  # those of step 10
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.0}, {"optim": "sgd"}])
 def test_a_skipped_step_is_as_if_it_were_not_made(
-    arguments: Make, on_device: bool, messages: list[str], settings: dict[str, Any]
+    arguments: Make, messages: list[str], settings: dict[str, Any]
 ) -> None:
     """Against a run with good numbers whose optimizer does nothing at that step."""
-    if on_device and "optim" in settings:
-        pytest.skip("this optimizer's kernel takes no flag")
     common = {"max_steps": 20, "weight_decay": 0.1, "lr_scheduler_type": "cosine", **settings}
     reference = trainer_of(arguments(**common))
     plain = reference.create_optimizer
@@ -415,7 +403,7 @@ def test_a_skipped_step_is_as_if_it_were_not_made(
     )
 
 
-def test_a_loss_that_is_not_finite_is_named(arguments: Make, on_device: bool) -> None:
+def test_a_loss_that_is_not_finite_is_named(arguments: Make) -> None:
     """Also where its gradients are: one label that the model holds for impossible has an infinite loss."""
 
     class Infinite(LoraTrainer):
@@ -427,20 +415,19 @@ def test_a_loss_that_is_not_finite_is_named(arguments: Make, on_device: bool) ->
         trainer.train()
 
 
-def test_too_many_skipped_steps_in_a_row_stop_the_run(arguments: Make, on_device: bool) -> None:
+def test_too_many_skipped_steps_in_a_row_stop_the_run(arguments: Make) -> None:
     trainer = spoilt(arguments(max_steps=40, nonfinite="skip"), steps=(3, *range(6, 40)))
     with pytest.raises(TrainingError, match=r"The last \d+ steps were all skipped"):
         trainer.train()
     assert trainer.finite.skipped[:2] == [3, 6]
-    if not on_device:
-        assert trainer.state.global_step == 14
+    assert trainer.state.global_step == 14
 
 
 def test_what_to_do_is_one_of_two(arguments: Make) -> None:
     with pytest.raises(ConfigError, match="nonfinite='never'"):
         arguments(nonfinite="never")
     with pytest.raises(ConfigError, match="stop, skip"):
-        finite.FiniteWatch("never")
+        FiniteWatch("never")
 
 
 def test_a_merged_model_with_an_overflow_is_not_written(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""What the trainer adds to a step: groups of layers that share an input, kept memory, and no wait for the device."""
+"""What the trainer adds to a step: groups of layers that share an input, and no wait for the device."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_lora import LoraConfig, LoraTrainer, apply_lora
-from hf_lora.train import memory, start, trainer
+from hf_lora.train import start
 
 Make = Callable[..., Any]
 
@@ -74,7 +73,7 @@ def test_where_layers_are_not_to_share(
     off: str, arguments: Make, recorded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = LoraTrainer(tiny_bert(), arguments(max_steps=1), train_dataset=sentences())
-    assert subject._may_share_inputs()
+    assert start.may_share_inputs(subject, subject.model)
     if off == "share_inputs":
         subject = LoraTrainer(tiny_bert(), arguments(max_steps=1, share_inputs=False), train_dataset=sentences())
         subject.train()
@@ -84,7 +83,7 @@ def test_where_layers_are_not_to_share(
         monkeypatch.setattr(subject.args, "torch_compile" if off == "torch_compile" else "_n_gpu", 2)
     else:
         monkeypatch.setattr(subject, f"is_{off}_enabled", True)
-    assert not subject._may_share_inputs()
+    assert not start.may_share_inputs(subject, subject.model)
 
 
 def test_a_forward_that_fails_there_stops_nothing(
@@ -103,69 +102,6 @@ def test_a_forward_that_fails_there_stops_nothing(
     found = run()
     assert all(torch.equal(found[name], value) for name, value in alone.items())
     assert len([m for m in messages if "ValueError: no such batch" in m]) == 1
-
-
-# Memory.
-
-
-def test_the_memory_of_a_freed_block_is_kept() -> None:
-    script = """
-import resource, sys, torch
-from hf_lora.train.memory import keep_freed_memory
-assert keep_freed_memory() is True
-assert keep_freed_memory() is True
-
-def use():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10 * 2**20)  # 40 MiB: glibc maps what is above 32
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-pages = [use() for _ in range(32)]
-print(sum(pages[:2]), sum(pages[-8:]))
-"""
-    if not memory.keep_freed_memory():
-        pytest.skip("not glibc's malloc")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, later = map(int, done.stdout.split())
-    assert first >= 10240  # pages of 4 KiB: the count works
-    assert later < 1024
-
-
-def test_another_systems_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    class Process:
-        def mallopt(self, *args: Any) -> int:
-            asked.append(args)
-            return 1
-
-        gnu_get_libc_version = malloc = None
-
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Process())
-    for platform in ("darwin", "win32"):
-        monkeypatch.setattr(sys, "platform", platform)
-        assert memory.keep_freed_memory() is False
-    monkeypatch.setattr(sys, "platform", "linux")
-    files = iter([b"/libc.so.6", b"/libjemalloc.so.2"])
-    monkeypatch.setattr(memory, "_file_of", lambda process, function: next(files))
-    assert memory.keep_freed_memory() is False
-    assert asked == []
-    monkeypatch.setattr(memory, "_file_of", lambda process, function: b"/libc.so.6")
-    assert memory.keep_freed_memory() is True
-    assert len(asked) == 2
-    monkeypatch.delattr(Process, "gnu_get_libc_version")  # musl
-    assert memory.keep_freed_memory() is False
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_an_argument_turns_it_off(on: bool, arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    monkeypatch.setattr(trainer, "keep_freed_memory", lambda: calls.append(True) or True)
-    subject = LoraTrainer(tiny_bert(), arguments(max_steps=1, keep_freed_memory=on), train_dataset=sentences())
-    assert calls == []
-    subject.train()
-    assert bool(calls) is on
 
 
 # Waits for the device.
@@ -236,7 +172,7 @@ def test_flattened_rows_are_learned_as_separate_ones(borders: bool, over_head: b
         made = [collator(batch) for batch in batches]
         tokens = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in made]).sum()
         loss = torch.stack([subject.training_step(model, batch, tokens) for batch in made]).sum()
-        assert (subject._head is not None and subject._head.off is None) is over_head
+        assert (subject.head_loss.head is not None and subject.head_loss.head.off is None) is over_head
         results.append((loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (loss, gradients), (alone, expected) = results
     torch.testing.assert_close(loss, alone)
@@ -246,9 +182,16 @@ def test_flattened_rows_are_learned_as_separate_ones(borders: bool, over_head: b
         assert_near(gradients[name], gradient, torch.float64, factor=256)
 
 
-def test_ligers_own_loss_is_left_to_it(arguments: Make) -> None:
+@pytest.mark.parametrize("liger", [False, True])
+def test_ligers_own_loss_is_left_to_it(liger: bool, arguments: Make) -> None:
     batch = {key: value[None] for key, value in texts(1).rows[0].items()}
     subject = LoraTrainer(tiny_llama(), arguments(), train_dataset=texts())
-    assert subject._frozen_head(batch) is not None
-    subject.args.use_liger_kernel = True
-    assert subject._frozen_head(batch) is None
+    subject.args.use_liger_kernel = liger
+    subject.compute_loss(subject.model, batch)
+    assert (subject.head_loss.head is None) == liger
+
+
+def test_a_flag_of_earlier_releases_is_accepted(arguments: Make, messages: list[str]) -> None:
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    LoraTrainer(tiny_bert(), arguments(max_steps=1, keep_freed_memory=True), train_dataset=sentences()).train()
+    assert any("keep_freed_memory has no effect" in m for m in messages)

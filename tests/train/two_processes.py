@@ -57,7 +57,7 @@ def language_model(output_dir: str) -> None:
         model = randomize(apply_lora(tiny_llama()))
         trainer = LoraTrainer(model, args, train_dataset=texts())
         trainer.train()
-        assert (trainer._head is not None and trainer._head.off is None) is over_head
+        assert (trainer.head_loss.head is not None and trainer.head_loss.head.off is None) is over_head
         ends.append(adapter_values(model))
     start = adapter_values(randomize(apply_lora(tiny_llama())))
     for name, value in ends[0].items():

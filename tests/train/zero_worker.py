@@ -72,7 +72,7 @@ def main(out: Path) -> None:
     expect(out / "zero-parts", AdapterFileError, lambda: trainer.model.save_pretrained(out / "parts"))
     expect(out / "zero-merge", LoraError, trainer.model.merge_adapter)
     expect(out / "zero-add", LoraError, lambda: trainer.model.add_adapter("second", LoraConfig(r=2)))
-    trainer._load_adapters(str(out / "zero3" / "checkpoint-10"))  # as the best model is
+    trainer._load_from_checkpoint(str(out / "zero3" / "checkpoint-10"))  # as the best model is
     write_result(out / "zero3-back", gathered_state(trainer.model))
     run(ZeroTrainer, out / "zero3-resumed", resume=out / "zero3" / "checkpoint-10")
     run(ZeroTrainer, out / "zero3-from-one", resume=from_one)

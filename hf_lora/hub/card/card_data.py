@@ -19,9 +19,9 @@ from torch import nn
 
 from ...config import LoraConfig
 from ...errors import AdapterFileError, HubError
-from ...files.adapters import adapter_state_dict, config_on_disk, extras_of
 from ...files.format import WEIGHTS_NAME, read_config, read_extras, split_key
-from ...safe_io.reading import read_header
+from ...files.save import adapter_state_dict, config_on_disk, extras_of
+from ...safe_io.headers import read_header
 from ..names import check_repository
 from .escape import clean
 
@@ -125,7 +125,7 @@ def read_facts(folder: Path) -> Adapter:
     config, file = read_config(folder), folder / WEIGHTS_NAME
     if not file.is_file():
         raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}: save the adapter first, then write its card.")
-    shapes = {key: entry.shape for key, entry in read_header(file, file).items()}
+    shapes = {entry.name: entry.shape for entry in read_header(file).entries}
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     return Adapter(config, read_extras(folder), shapes, file.stat().st_size, digest)

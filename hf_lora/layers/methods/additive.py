@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..base import LoraLayer
-from ..contract import Method
-from ..ops import Operand, exact, lora_products, takes_functions, working
-from ..sharing import leave, take
+from ..contract import Method, Update
+from ..ops import Operand, lora_products, takes_functions, to_compute_dtype, to_float64
+from ..sharing import pop_output, store_outputs
 
 
 class Additive(Method):
@@ -24,7 +23,7 @@ class Additive(Method):
         # Reentrant checkpointing runs a training forward without gradients first, which has to be the same.
         if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and takes_functions():
             return _for_training(layer, x, names)
-        inner = working(x)
+        inner = to_compute_dtype(x)
         # A quantised layer has a dtype of its own to compute in, and its output's is that of what it is given.
         y: Tensor = layer.product(x if state.storage.quantized else inner)
         x = inner
@@ -35,11 +34,11 @@ class Additive(Method):
     def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         return self.folding(layer, names)(block, rows)
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Callable[[Tensor, slice], Tensor]:
+    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
         state = layer._lora
         # Each block needs its own rows of the left factor and all of the right one: that is made float64 once.
         factors = [(*state.shape.factors(layer, name), state.adapters[name].scaling) for name in names]
-        exactly = [(left, exact(right), scaling) for left, right, scaling in factors]
+        exactly = [(left, to_float64(right), scaling) for left, right, scaling in factors]
 
         def add(block: Tensor, rows: slice) -> Tensor:
             for left, right, scaling in exactly:
@@ -66,12 +65,12 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     """y with the updates of all adapters, for a backward that keeps little: see ops.py."""
     group = layer._lora.group
     if group and not layer._lora.taken and not x.is_inference():
-        y = take(layer, x, names)
+        y = pop_output(layer, x, names)
         if y is None:
             y = _together(layer, group, x, names)
         if y is not None:
             return y
-    inner = working(x)
+    inner = to_compute_dtype(x)
     first, *others = names
     operand = _operand(layer, first, inner)
     if operand is None:
@@ -93,7 +92,7 @@ def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: 
     be, and each has to be computed alone."""
     if len(names) > 1:
         return None
-    inner, (name,), p = working(x), names, _dropout(layer, names[0])
+    inner, (name,), p = to_compute_dtype(x), names, _dropout(layer, names[0])
     members, operands = [], []
     for member in group:
         state = member._lora
@@ -108,7 +107,7 @@ def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: 
     computed = lora_products(inner, operands, p, weights=True)
     outputs = {id(member): (member, y) for member, y in zip(members, computed, strict=True)}
     _, y = outputs.pop(id(layer))
-    leave(layer, x, names, outputs)
+    store_outputs(layer, x, names, outputs)
     return y
 
 

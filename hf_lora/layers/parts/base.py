@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import Faults, StateError
-from ..contract import FactorSpec, Storage
+from ..contract import FactorSpec, Storage, Update
 from ..hosts import Activity
 
 
@@ -22,7 +22,8 @@ class Fold:
         name: original name of the tensor, such as `"encoder.query.weight"`.
         site: holds it as `site.weight`.
         storage: reads and writes it.
-        update: (block, its rows) -> the block as merged; `block`, float64 where the device has it, may be overwritten.
+        start: called before each pass over the tensor; returns (block, its rows) -> the block as merged. `block`, in
+            float64 where the device has it, may be overwritten. What `start` computes is held for that pass alone.
         holders: original names of the modules that may hold the tensor, since the update is meant for each; None
             where it is meant for whichever does.
         refused: why it cannot be merged, though it acts unmerged; None where it can.
@@ -31,7 +32,7 @@ class Fold:
     name: str
     site: Any
     storage: Storage
-    update: Callable[[Tensor, slice], Tensor]
+    start: Callable[[], Update]
     holders: Sequence[str] | None
     refused: str | None = None
 

@@ -12,7 +12,7 @@ from ..copies import BiasLayer
 from ..distributed import whole_shape
 from ..fitting import fitted
 from ..hosts import Activity, add_factor, remove_factor
-from ..ops import exact
+from ..ops import to_float64
 from ..storages import DenseStorage
 from ..views import View
 from .base import Fold, Part, each_its_own
@@ -46,10 +46,10 @@ class Bias(Part):
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         def own(block: Tensor, rows: slice) -> Tensor:
-            added = block - exact(self.module.bias.detach()[rows])  # by a method that folds into the bias too
-            return exact(self._own.detach()[rows]) + added
+            added = block - to_float64(self.module.bias.detach()[rows])  # by a method that folds into the bias too
+            return to_float64(self._own.detach()[rows]) + added
 
-        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), own, None)
+        yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: own, None)
 
     def fit(self) -> None:
         self.module.lora_bias[self.adapter].weight = fitted(self._own, self.module.bias.detach().float())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..contract import FactorSpec, Storage
+from ..contract import FactorSpec, Storage, Update
 from ..fitting import fitted
 from ..hosts import Activity, add_factor
 from ..inits import InitCall, Unset
@@ -64,16 +65,16 @@ class Factors(Part):
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
         refused = self._own.method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
-        site, update = self.site.lifted(self.site.folding(names))
-        yield self._fold(site, "weight", state.storage, update, refused)
-        update = self._own.method.folding_bias(self.site, names)
-        if update is not None:
+        site, start = self.site.lifted(partial(self.site.folding, names))
+        yield self._fold(site, "weight", state.storage, start, refused)
+        if self._own.method.folding_bias(self.site, names) is not None:
             bias = View(self.module, getattr(self.site, "bias_name", "bias"))
-            yield self._fold(bias, "bias", DenseStorage(), update, refused)
+            started: Any = partial(self._own.method.folding_bias, self.site, names)
+            yield self._fold(bias, "bias", DenseStorage(), started, refused)
 
-    def _fold(self, site: Any, name: str, storage: Storage, update: Any, refused: str | None) -> Fold:
+    def _fold(self, site: Any, name: str, storage: Storage, start: Callable[[], Update], refused: str | None) -> Fold:
         path = f"{self.path}.{site.name if isinstance(site, View) else name}"
-        return Fold(path, site, storage, update, (path.rpartition(".")[0],), refused)
+        return Fold(path, site, storage, start, (path.rpartition(".")[0],), refused)
 
     def refuse_resizing(self) -> str | None:
         if self._own.takes_out:

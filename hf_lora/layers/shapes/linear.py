@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..class_swap import plain
+from ..class_swap import unwrap_class
 from ..storages import quantization_of
 from .matrix import Matrix, runs_forward_of
 
@@ -59,7 +59,7 @@ def _computes_linear(layer: nn.Linear) -> bool:
     x = torch.arange(2 * layer.in_features, device=weight.device).cos().view(2, -1)
     x = torch.stack([x[0], 64 * x[1]]).to(weight.dtype)
     try:
-        cls: Any = plain(type(layer))
+        cls: Any = unwrap_class(type(layer))
         found = cls.forward(layer, x)
         wanted = F.linear(x, weight, layer.bias)
     except Exception:  # another signature, other inputs, no kernel: whatever it is, it is not known to be linear

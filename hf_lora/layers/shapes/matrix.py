@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import LoraLayer
-from ..class_swap import plain
+from ..class_swap import unwrap_class
 from ..contract import Shape
 from ..ops import weight_like
 
 
 def runs_forward_of(layer: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether the layer's own class computes exactly what `cls` computes."""
-    own: Any = plain(type(layer))
+    own: Any = unwrap_class(type(layer))
     return bool(own.forward is cls.forward)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..class_swap import plain
+from ..class_swap import unwrap_class
 from .quantized import QuantizedStorage, comes_from, features
 
 TORCHAO = "torchao"
@@ -37,7 +37,7 @@ class TorchaoStorage(QuantizedStorage):
         return f"torchao {str(dtype).removeprefix('torch.') if dtype else type(weight).__name__}"
 
     def dense_class(self, layer: Any) -> type[nn.Module]:
-        return plain(type(layer))
+        return unwrap_class(type(layer))
 
     def block_rows(self, layer: nn.Module, wanted: int) -> int:
         """All of them where the packed form cannot be cut: such a weight is dequantised whole."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import MergeError
-from ..class_swap import plain, rebase
+from ..class_swap import rebase, unwrap_class
 from ..contract import Storage
 from ..distributed import is_sharded
 
@@ -90,7 +90,7 @@ def why_unreadable(layer: nn.Module) -> str:
     """What is to be said of a layer that `OpaqueStorage` owns, where its weight is wanted."""
     weight = layer._parameters.get("weight")
     kept = "" if weight is None else f" with a weight kept as {type(weight).__name__} of {weight.dtype}"
-    kind = plain(type(layer))
+    kind = unwrap_class(type(layer))
     return f"{kind.__module__}.{kind.__name__}{kept} is a quantised layer whose form is not known"
 
 
@@ -111,12 +111,12 @@ def _is_packed_linear(layer: nn.Module) -> bool:
     if weight is not None:
         if not is_packed(weight):
             return False
-        if type(weight) is nn.Parameter and plain(type(layer)).forward is nn.Linear.forward:  # type: ignore[attr-defined]
+        if type(weight) is nn.Parameter and unwrap_class(type(layer)).forward is nn.Linear.forward:  # type: ignore[attr-defined]
             return False  # integers that an ordinary product would take for numbers
     held = [*layer._parameters.values(), *layer._buffers.values()]
     if not any(is_packed(t) and cast(Tensor, t).dim() > 1 for t in held):
         return False
-    taken = list(inspect.signature(plain(type(layer)).forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    taken = list(inspect.signature(unwrap_class(type(layer)).forward).parameters.values())[1:]  # type: ignore[attr-defined]
     needed = [p for p in taken if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(needed) == 1 or (not needed and any(p.kind is p.VAR_POSITIONAL for p in taken))
 

@@ -52,21 +52,16 @@ def begin_checkpoint(folder: str | Path) -> None:
         sync_folder(folder.parent)
         return
     for pattern in (MANIFEST_NAME, TRAINER_STATE_NAME, "optimizer.*", "scheduler.*", "scaler.*", "rng_state*"):
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink()
+        for path in filter(Path.is_file, folder.glob(pattern)):
+            path.unlink()
 
 
 @contextlib.contextmanager
-def whole_or_nothing(folder: str | Path, writes: bool = True) -> Iterator[None]:
+def atomic_checkpoint(folder: str | Path, writes: bool = True) -> Iterator[None]:
     """Around the writing of a checkpoint: where it fails, what is half-written goes and what it replaces comes back.
 
-    Args:
-        folder: the checkpoint's.
-        writes: whether this process writes the manifest, and so cleans up.
-
-    Raises:
-        AdapterFileError: a file cannot be written; names it, and the newest checkpoint that is complete.
+    Only the process that `writes` the manifest cleans up. A file that cannot be written is an AdapterFileError, which
+    names it and the newest complete checkpoint.
     """
     folder = Path(folder)
     try:
@@ -80,7 +75,7 @@ def whole_or_nothing(folder: str | Path, writes: bool = True) -> Iterator[None]:
             _abandon(folder)
         if not full and not isinstance(error, OSError):
             raise
-        left = next((str(p) for p in checkpoints(folder.parent) if not why_incomplete(p)), None)
+        left = next((p for p in checkpoints(folder.parent) if not why_incomplete(p)), None)
         intact = f"{left} is complete and intact; resume from it" if left else "No complete checkpoint is left"
         named = f", at {latest.relative_to(folder)}" if latest else ""
         raise AdapterFileError(
@@ -89,23 +84,11 @@ def whole_or_nothing(folder: str | Path, writes: bool = True) -> Iterator[None]:
         ) from error
 
 
-def finish_checkpoint(
-    folder: str | Path,
-    step: int,
-    parameters: list[str] | None = None,
-    left_out: dict[str, list[str]] | None = None,
-    quantization: list[str] | None = None,
-    optimizer: str | None = None,
-) -> None:
-    """Write the manifest: the folder counts as a checkpoint from here on, and what it replaces goes.
+def finish_checkpoint(folder: str | Path, step: int, fields: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest, when every file of all processes is there; what the checkpoint replaces goes.
 
     Args:
-        folder: holds every file of the checkpoint, of all processes.
-        step: the optimizer step that it belongs to.
-        parameters: names of the trained parameters in the optimizer's order.
-        left_out: adapter -> layers that its configuration matches and that it was taken off in training.
-        quantization: the forms in which layers of the base are quantised.
-        optimizer: the class that the optimizer's state belongs to; None where an engine hides it.
+        fields: what else the manifest says; see fields.py.
     """
     folder = Path(folder)
     files = {
@@ -116,10 +99,7 @@ def finish_checkpoint(
     for inner in {folder, *(folder / name for name in files)}:
         if inner.is_dir():
             sync_folder(inner)
-    content = {
-        "format": _FORMAT, "step": step, "files": files, "parameters": parameters, "left_out": left_out,
-        "quantization": quantization, "optimizer": optimizer,
-    }  # fmt: skip
+    content: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, **(fields or {})}
     content["seal"] = _seal(content)
     aside = folder / (MANIFEST_NAME + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -132,12 +112,16 @@ def finish_checkpoint(
     shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any] | None:
-    """The manifest's content, or None where there is none.
+def finish_copy(folder: Path) -> None:
+    """Write the manifest of a copied checkpoint again, over the files that were copied."""
+    content = read_manifest(folder)
+    if content is not None:
+        own = ("format", "step", "files", "seal")
+        finish_checkpoint(folder, content["step"], {k: v for k, v in content.items() if k not in own})
 
-    Raises:
-        AdapterFileError: it cannot be read.
-    """
+
+def read_manifest(folder: str | Path) -> dict[str, Any] | None:
+    """The manifest's content, or None where there is none; AdapterFileError where it cannot be read."""
     path = Path(folder, MANIFEST_NAME)
     if not path.is_file():
         return None
@@ -155,8 +139,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any] | None:
 def why_incomplete(folder: str | Path, contents: bool = False) -> list[str]:
     """What is missing, cut short or changed in a checkpoint folder; an empty list where it is complete.
 
-    Args:
-        contents: read every file and compare it with what was written, beside looking at the sizes.
+    Sizes are compared and, with `contents`, every byte.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -194,10 +177,7 @@ def adapter_folders(folder: str | Path) -> list[Path]:
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest complete `checkpoint-*` in `output_dir`, or None; a warning names newer ones that do not count.
-
-    Every file of it is read and compared with what was written.
-    """
+    """The newest `checkpoint-*` that is complete to the byte, or None; a warning names newer ones that are not."""
     skipped: list[str] = []
     chosen = None
     for folder in checkpoints(output_dir):
@@ -220,6 +200,19 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return chosen
 
 
+def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
+    """The folder that `train(resume_from_checkpoint=asked)` resumes from; AdapterFileError if it is incomplete."""
+    found = last_checkpoint(output_dir) if asked is True else asked or None
+    if found is None and asked:
+        raise AdapterFileError(
+            f"train(resume_from_checkpoint=True): there is no complete checkpoint in {output_dir}. Call train() to "
+            "start from the beginning."
+        )
+    if found is not None and asked is not True:
+        require_complete(found, contents=True)
+    return found
+
+
 def checkpoints(output_dir: str | Path) -> list[Path]:
     """The `checkpoint-*` folders in `output_dir`, the highest step first; one set aside comes after its successor."""
     found = [
@@ -236,14 +229,10 @@ def rotate_checkpoints(
     best_model_checkpoint: str | Path | None = None,
     newest: str | Path | None = None,
 ) -> None:
-    """Delete older checkpoints but for `save_total_limit` complete ones.
+    """Delete older checkpoints but for `save_total_limit` complete ones (None or below 1: all stay).
 
-    Incomplete ones count for nothing: they keep no place, and go with the complete ones of their age.
-
-    Args:
-        save_total_limit: how many complete ones stay; None or below 1 for all.
-        best_model_checkpoint: stays in any case, where it is complete.
-        newest: the one that was just written, which stays; None takes the one that was written last.
+    Incomplete ones keep no place, and go with the complete ones of their age. The best one and the `newest` (default:
+    the one that was written last) stay in any case.
     """
     if save_total_limit is None or save_total_limit < 1:
         return
@@ -265,24 +254,19 @@ def rotate_checkpoints(
 
 
 def require_complete(folder: str | Path, contents: bool = False) -> None:
-    """Refuse a checkpoint that is not complete.
-
-    Args:
-        contents: read every file and compare it with what was written, beside looking at the sizes.
-
-    Raises:
-        AdapterFileError: says what is missing, and which checkpoint beside it is complete.
-    """
+    """Refuse a checkpoint that is not complete (with `contents`: to the byte), and name one beside it that is."""
     faults = why_incomplete(folder, contents)
-    if not faults:
-        return
-    others = [p for p in checkpoints(Path(folder).parent) if p != Path(folder) and not why_incomplete(p, contents)]
-    lines = [f"{folder} is not a complete checkpoint:", *(f"  - {fault}" for fault in faults)]
-    if others:
-        lines.append(f"Resume from {others[0]} instead, the newest complete one.")
-    else:
-        lines.append("No complete checkpoint lies beside it; start again, or load its adapter with load_adapter.")
-    raise AdapterFileError("\n".join(lines))
+    if faults:
+        others = complete_beside(folder, contents)
+        advice = "No complete checkpoint lies beside it; start again, or load its adapter with load_adapter."
+        advice = f"Resume from {others[0]} instead, the newest complete one." if others else advice
+        lines = [f"{folder} is not a complete checkpoint:", *(f"  - {fault}" for fault in faults), advice]
+        raise AdapterFileError("\n".join(lines))
+
+
+def complete_beside(folder: str | Path, contents: bool = False) -> list[Path]:
+    """The other complete checkpoints in the same place, the newest first."""
+    return [p for p in checkpoints(Path(folder).parent) if p != Path(folder) and not why_incomplete(p, contents)]
 
 
 def _aside(folder: Path) -> Path:

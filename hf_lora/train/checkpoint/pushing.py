@@ -1,4 +1,4 @@
-"""What of a Trainer pushes to the Hub, with every `hub_strategy`.
+"""What a Trainer pushes to the Hub, with every `hub_strategy`.
 
 Trainer uploads its whole output folder: logs, and `training_args.bin`, which holds the token. It takes several commits
 for it, copies adapters only where PEFT is installed, and forgets errors of uploads in the background. Here a push is
@@ -10,136 +10,114 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import CommitInfo, HfApi
+from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
-from ...compat import push_is_running
 from ...hub.names import CARD_NAME, PICTURES
 from ...hub.network import Repository
 from ...hub.upload import commit_files, ensure_repository, pushed_files
-from ..part import TrainerPart
-from .manifest import finish_checkpoint, read_manifest
+from .manifest import finish_copy
 
 logger = logging.get_logger(__name__)
 NEVER_PUSHED = (TRAINING_ARGS_NAME,)
 """Holds the arguments as a pickle, and hub_token among them."""
 
 
-class PushingMixin(TrainerPart):
-    """The part of `LoraTrainerMixin` that pushes."""
+def make_repository(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> str:
+    """Make the repository of a run; its whole name."""
+    name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+    private = private if private is not None else args.hub_private_repo
+    return ensure_repository(name, private=private, token=token or args.hub_token)
 
-    _pushing: ThreadPoolExecutor | None = None
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training starts, so that what is wrong with it is known then.
+class Pusher:
+    """Pushes to the Hub in the background, one push after the other."""
 
-        Raises:
-            HubError: it cannot be made or written; says why.
-        """
-        if not self.is_world_process_zero():
-            return
-        name = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
-        private = private if private is not None else self.args.hub_private_repo
-        made = ensure_repository(name, private=private, token=token or self.args.hub_token)
-        self.hub_model_id = made  # type: ignore[assignment]
-        self.push_in_progress = None
+    def __init__(self) -> None:
+        self._queue = HfApi()
 
-    def push_to_hub(
+    def push_output(
         self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
+        args: TrainingArguments,
+        repo_id: str,
+        message: str | None,
         token: str | None = None,
         revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the adapter, write its card, and push both, with the tokenizer, as one commit.
+    ) -> Future[CommitInfo]:
+        """Push the adapter, the card and the tokenizer in `output_dir`."""
+        target = _target(args, repo_id, token, revision)
+        stage = _copied(pushed_files(str(args.output_dir), target.call))
+        return self._push(stage, target, message or "End of training")
 
-        Args:
-            commit_message: of the commit.
-            blocking: wait for it; else a future is returned.
-            token: None: `hub_token`, else that of `hf auth login`.
-            revision: the branch; None: `hub_revision`, else `main`.
-            private: for a new repository.
-            kwargs: for `create_model_card`.
+    def push_checkpoint(
+        self, args: TrainingArguments, repo_id: str, state: TrainerState, folder: Path, processing: Any
+    ) -> Future[CommitInfo] | None:
+        """Push the adapter, the card, the tokenizer (`processing`) and, where asked for, the checkpoint.
 
-        Raises:
-            HubError: the Hub refused it or could not be reached; `output_dir` holds all that is needed to try again.
+        None where the copy to push cannot be made, as on a full disk; a warning says so.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.args.hub_token
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)  # on all processes
-        if not self.is_world_process_zero():
-            return None
-        tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
-        tags += [tag for tag in getattr(self._bare_model, "model_tags", None) or [] if tag not in tags]
-        name = kwargs.pop("model_name", None) or str(self.hub_model_id).rpartition("/")[2]
-        self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
-        self._finish_current_push()
-        call = f"pushing {str(self.args.output_dir)!r} to {self.hub_model_id!r}"
-        stage = _copied(pushed_files(str(self.args.output_dir), call))
-        job = self._push(stage, commit_message or "End of training", token, revision)
-        return job.result() if blocking else _reported(job)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy = str(getattr(self.args.hub_strategy, "value", self.args.hub_strategy))
-        if not self.is_world_process_zero() or strategy == "end":
-            return
-        if not self.args.hub_always_push and push_is_running(self):
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        call = f"pushing {checkpoint_folder!r} to {self.hub_model_id!r}"
-        files = pushed_files(checkpoint_folder, call)
-        self.create_model_card()
-        for path in (Path(str(self.args.output_dir), CARD_NAME), *Path(str(self.args.output_dir)).glob(PICTURES)):
+        call = f"pushing {str(folder)!r} to {repo_id!r}"
+        files = pushed_files(folder, call)
+        output_dir = Path(str(args.output_dir))
+        for path in (output_dir / CARD_NAME, *output_dir.glob(PICTURES)):
             if path.is_file():
                 files.setdefault(path.name, path)
-        name = {"checkpoint": "last-checkpoint", "all_checkpoints": Path(checkpoint_folder).name}.get(strategy)
+        names = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: folder.name}
+        name = names.get(HubStrategy(args.hub_strategy))
         if name is not None:
-            files |= _of_checkpoint(Path(checkpoint_folder), name)
+            inside = (path for path in folder.rglob("*") if path.is_file() and path.name not in NEVER_PUSHED)
+            files |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in inside}
         try:
             stage = _copied(files)
         except OSError as error:  # the disk of temporary files is full, say
             logger.warning(f"{call}: the copy to push cannot be made; training goes on without this push. {error}")
-            return
+            return None
         if name is not None:
-            _sealed_anew(stage / name)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(stage)
-        at = f"step {self.state.global_step}"
-        if str(getattr(self.args.save_strategy, "value", self.args.save_strategy)) != "steps":
-            at = f"epoch {int(self.state.epoch or 0)}"
-        job = _reported(self._push(stage, f"Training in progress, {at}", self.args.hub_token, None))
-        running: Any = self.push_in_progress
-        if push_is_running(self):
-            running.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])  # type: ignore[assignment,arg-type]
+            finish_copy(stage / name)
+        if processing is not None:
+            processing.save_pretrained(stage)
+        by_steps = args.save_strategy == SaveStrategy.STEPS
+        at = f"step {state.global_step}" if by_steps else f"epoch {int(state.epoch or 0)}"
+        return self._push(stage, _target(args, repo_id), f"Training in progress, {at}")
 
-    def _push(self, stage: Path, message: str, token: str | None, revision: str | None) -> Future[Any]:
-        """Push the files of a folder, which then goes away, after the pushes before it."""
-        call = f"pushing {str(self.args.output_dir)!r} to {self.hub_model_id!r}"
-        revision = revision or self.args.hub_revision
-        target = Repository(str(self.hub_model_id), revision, token, None, call, self.args.hub_private_repo)
+    def _push(self, stage: Path, target: Repository, message: str) -> Future[CommitInfo]:
+        """Push the files of a folder, which then goes away, as one commit."""
 
-        def work() -> Any:
+        def work() -> CommitInfo:
             try:
                 paths = sorted(path for path in stage.rglob("*") if path.is_file())
-                files = {path.relative_to(stage).as_posix(): path for path in paths}
-                return commit_files(target, files, message)
+                return commit_files(target, {path.relative_to(stage).as_posix(): path for path in paths}, message)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
-        if self._pushing is None:
-            self._pushing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_lora-push")
-        return self._pushing.submit(work)
+        return self._queue.run_as_future(work)
+
+
+def _target(
+    args: TrainingArguments, repo_id: str, token: str | None = None, revision: str | None = None
+) -> Repository:
+    call = f"pushing {str(args.output_dir)!r} to {repo_id!r}"
+    revision, token = revision or args.hub_revision, token or args.hub_token
+    return Repository(repo_id, revision, token, None, call, args.hub_private_repo)
+
+
+def reported(job: Future[Any]) -> Future[Any]:
+    """Say it when a push in the background fails; training goes on."""
+
+    def report(done: Future[Any]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            logger.warning(f"A push in the background failed; training goes on. {error}")
+
+    job.add_done_callback(report)
+    return job
 
 
 def _copied(files: dict[str, Path]) -> Path:
@@ -153,29 +131,3 @@ def _copied(files: dict[str, Path]) -> Path:
         shutil.rmtree(stage, ignore_errors=True)
         raise
     return stage
-
-
-def _of_checkpoint(folder: Path, name: str) -> dict[str, Path]:
-    """All files of a checkpoint but those that are never pushed."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in NEVER_PUSHED)
-    return {f"{name}/{path.relative_to(folder).as_posix()}": path for path in paths}
-
-
-def _sealed_anew(folder: Path) -> None:
-    """Let a copied checkpoint's manifest count no file that is not pushed: it is whole without them."""
-    content = read_manifest(folder)
-    if content is not None:
-        facts = (content.get(name) for name in ("parameters", "left_out", "quantization", "optimizer"))
-        finish_checkpoint(folder, content["step"], *facts)
-
-
-def _reported(job: Future[Any]) -> Future[Any]:
-    """Say it when a push in the background fails; training goes on."""
-
-    def report(done: Future[Any]) -> None:
-        error = None if done.cancelled() else done.exception()
-        if error is not None:
-            logger.warning(f"A push in the background failed; training goes on. {error}")
-
-    job.add_done_callback(report)
-    return job

@@ -8,12 +8,14 @@ as long as one more step.
 
 from __future__ import annotations
 
-import signal
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from ...compat import heeds_sigterm
+from ...layers.distributed import has_peers
 
 
 class SaveBetweenSteps(JITCheckpointCallback):
@@ -29,12 +31,10 @@ class SaveBetweenSteps(JITCheckpointCallback):
         self._group: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        manager = self.jit_manager
-        if manager is not None and signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:
-            manager.setup_signal_handler()  # the end of an earlier `train` has taken it off
-        shared = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self.jit_manager is not None and not heeds_sigterm(self.jit_manager):
+            self.jit_manager.setup_signal_handler()  # the end of an earlier `train` has taken it off
         # Of CPU tensors, so that no process waits for its device at every step.
-        self._group = dist.new_group(backend="gloo") if shared else None
+        self._group = dist.new_group(backend="gloo") if has_peers() else None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Not here: the random numbers of this step are drawn already."""
@@ -68,9 +68,8 @@ class SaveBetweenSteps(JITCheckpointCallback):
         return bool(asked)
 
 
-def save_between_steps(trainer: Any) -> None:
+def save_between_steps(callbacks: list[Any]) -> None:
     """Put `SaveBetweenSteps` in the place of Trainer's callback, where `enable_jit_checkpoint` is on."""
-    handler = trainer.callback_handler
-    for i, callback in enumerate(handler.callbacks):
+    for i, callback in enumerate(callbacks):
         if type(callback) is JITCheckpointCallback:
-            handler.callbacks[i] = SaveBetweenSteps(callback)
+            callbacks[i] = SaveBetweenSteps(callback)

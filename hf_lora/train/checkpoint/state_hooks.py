@@ -10,15 +10,17 @@ from torch import nn
 from ...adapt.gather import gathered_state
 from ...adapt.state import require_state, state_of
 from ...errors import StateError
-from ...files.adapters import load_adapter_weights, save_adapter
+from ...files.load import load_adapter_weights
+from ...files.save import save_adapter
 from ..engines import running_engine
+from .store import adapter_folder
 
 
 def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
     """Let `accelerator.save_state(folder)` write adapters in place of whole models, and `load_state` read them.
 
-    Call it once, after `Accelerator()`. Optimizers, schedulers, samplers and random states are saved as ever; a
-    prepared model without adapters is, too. The adapter of the first model lies in the folder itself, so that
+    Call it once, after `Accelerator()`. Optimizers, schedulers, samplers, random states and prepared models without
+    adapters are saved as before. The adapter of the first model lies in the folder itself, so that
     `LoraModel.from_pretrained(folder)` loads it; those of further models in `model_1`, `model_2` … in it.
 
     Returns:
@@ -35,26 +37,29 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
             "LoraTrainer, whose checkpoints hold the adapter and the optimizer under every engine."
         )
 
+    def adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module, list[str]]]:
+        """(index, bare model, its adapters) of the models that have some, the last one first."""
+        bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+        found = [
+            (i, m, list(require_state(m, "save_state").adapters))
+            for i, m in enumerate(bare)
+            if state_of(m) is not None
+        ]
+        return found[::-1]
+
     def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
         each_node = accelerator.project_configuration.save_on_each_node
         writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
-        for index in reversed(range(len(models))):
-            model = accelerator.unwrap_model(models[index], keep_torch_compile=False)
-            if state_of(model) is None:
-                continue
+        for index, model, names in adapted(models):
             state = gathered_state(model)
-            for name in require_state(model, "save_state").adapters:
-                if writes:
-                    save_adapter(model, _folder(output_dir, index, model, name), name, state)
+            for name in names if writes else ():
+                save_adapter(model, _folder(output_dir, index, model, name), name, state)
             if index < len(weights):
                 del weights[index]
 
     def load(models: list[nn.Module], input_dir: str) -> None:
-        for index in reversed(range(len(models))):
-            model = accelerator.unwrap_model(models[index], keep_torch_compile=False)
-            if state_of(model) is None:
-                continue
-            for name in require_state(model, "load_state").adapters:
+        for index, model, names in adapted(models):
+            for name in names:
                 load_adapter_weights(model, _folder(input_dir, index, model, name), name)
             del models[index]
 
@@ -62,7 +67,4 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
 
 
 def _folder(folder: str, index: int, model: nn.Module, name: str) -> Path:
-    """As `LoraModel.save_pretrained`, in a folder for each model after the first."""
-    path = Path(folder, f"model_{index}") if index else Path(folder)
-    several = len(require_state(model, "save_state").adapters) > 1
-    return path / name if several and name != "default" else path
+    return adapter_folder(model, Path(folder, f"model_{index}") if index else folder, name)

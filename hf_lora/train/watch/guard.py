@@ -1,39 +1,38 @@
-"""A watch over the first optimizer steps: does every adapted layer take part, and does it learn?
+"""A watch over the first optimizer steps: is every adapted layer called, and does a gradient reach it?
 
 An adapter on a layer whose forward never runs (a pooler that the task leaves out, a layer whose parent multiplies by
-its weight itself) stays at its initial values without any error. So for a few steps the guard counts forwards and
-looks at the gradients of whole layers. Single factors say nothing: at B = 0 every gradient of A is zero.
+its weight itself) stays at its initial values without any error. So for a few steps the guard counts calls and looks
+at the gradients of whole layers. Single factors say nothing: at B = 0 every gradient of A is zero.
 
 What it finds:
     never called, named by the user       an error that lists all such layers
     never called, found by a preset       the adapter is taken off these layers, with a warning that lists them
     called, no gradient reached A or B    listed, kept
-    a gradient that is not finite         an error, before the optimizer writes it into the weights (under LoraTrainer
-                                          for the whole run, by finite.py)
+    no layer has a gradient at all        an error
 A layer of a list whose sisters are called only now and then (dropped layers, routed experts) is given four times as
 many steps, and kept in any case. Afterwards the hooks are gone and nothing is looked at any more.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
 from ...adapt.state import require_state, state_of
 from ...adapt.walk import adapter_layers
-from ...compat import scales_loss
 from ...errors import TrainingError
-from ...layers.base import LoraLayer
-from ...layers.distributed import agreed, is_sharded, local_part
+from ...layers.contract import FactorSpec
+from ...layers.distributed import is_sharded, local_part, of_all_ranks
+from .base import Watch, listed
 
 logger = logging.get_logger(__name__)
 
@@ -58,33 +57,27 @@ class _Watched:
         return self.calls > 0 or self.learned
 
     def count(self, module: Any, args: Any) -> None:
-        if module.training or torch.is_grad_enabled():  # an evaluation in between proves nothing about training
+        if module.training or torch.is_grad_enabled():  # an evaluation in between says nothing about training
             self.calls += 1
 
-    def has_values(self) -> bool:
-        """Whether an adapter acts, as one that was loaded does: it is not taken off, whatever this task calls."""
-        return any(
-            bool(factor.weight.count_nonzero())
-            for a in self.adapters
-            for kind, factor in self.layer.factors(a)
-            if self.layer._lora.adapters[a].specs[kind].axes == "OR"
-        )
-
-    def is_held(self, parameters: set[int]) -> bool:
-        """Whether the optimizer has the adapters' parameters as they are: DeepSpeed glues them together."""
-        factors = [f.weight for a in self.adapters for _, f in self.layer.factors(a)]
-        return not parameters or all(id(weight) in parameters for weight in factors if weight.requires_grad)
-
-    def gradients(self) -> list[Tensor]:
-        found = []
+    def factors(self) -> Iterator[tuple[FactorSpec, Any]]:
         for adapter in self.adapters:
-            for _, factor in self.layer.factors(adapter):
-                if factor.weight.grad is not None:
-                    found.append(local_part(factor.weight.grad))
-        return found
+            for kind, factor in self.layer.factors(adapter):
+                yield self.layer._lora.adapters[adapter].specs[kind], factor.weight
+
+    def droppable(self, held: set[int]) -> bool:
+        """Whether the adapter can be taken off: it changes nothing yet, and the optimizer (ids `held`) has it all."""
+        acts = any(spec.axes == "OR" and bool(tensor.count_nonzero()) for spec, tensor in self.factors())
+        whole = all(id(t) in held for _, t in self.factors() if t.requires_grad) or not held
+        return whole and not acts and not any(is_sharded(t) for _, t in self.factors())
+
+    def largest_gradient(self) -> Tensor | None:
+        gradients = [local_part(t.grad) for _, t in self.factors() if t.grad is not None]
+        gradients = [g for g in gradients if g.numel()]
+        return torch.stack([g.abs().amax().float() for g in gradients]).amax() if gradients else None
 
 
-class LayerGuard(TrainerCallback):
+class LayerGuard(Watch):
     """Watches the first optimizer steps of a run. `LoraTrainer` brings one; a plain Trainer takes it as a callback.
 
     Args:
@@ -99,20 +92,18 @@ class LayerGuard(TrainerCallback):
 
     def __init__(self, steps: int = STEPS) -> None:
         self.steps = steps
-        self.judges_values = True
-        """Whether gradients that are not finite are an error here; `LoraTrainer` leaves them to finite.py."""
         self.watched: list[_Watched] = []
         self._handles: list[RemovableHandle] = []
         self._seen = self._idle = 0
         self._counts_calls = True
-        self._sees_gradients = self._overflowed = False
+        self._sees_gradients = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.finish()
+        self.finished()
         if self.steps < 1 or model is None or state_of(model) is None:
             return
         self._seen = self._idle = 0
-        self._sees_gradients = self._overflowed = False
+        self._sees_gradients = False
         # A compiled model's hooks would be compiled in, and taking them off would compile it again.
         self._counts_calls = not getattr(args, "torch_compile", False)
         for name, layer in adapter_layers(model).items():
@@ -121,205 +112,111 @@ class LayerGuard(TrainerCallback):
                 watched = _Watched(name, layer, adapters)
                 self.watched.append(watched)
                 if self._counts_calls:
-                    self._handles.append(watched.layer.host().register_forward_pre_hook(watched.count))
+                    self._handles.append(layer.host().register_forward_pre_hook(watched.count))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        if not self.watched:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = [(w, largest) for w in self.watched if (largest := w.largest_gradient()) is not None]
+        if not found:
             return
-        finite, moved = self._look()
-        if any(_is_sharded(w.layer) for w in self.watched):
-            finite = agreed(torch.tensor(finite)).tolist()  # each process sees its own parts only
-        self._overflowed = not all(finite) and (scales_loss(optimizer) or not self.judges_values)
-        if self._overflowed:
-            return  # the step is not made, and says nothing
-        if not all(finite):
-            broken = [w.name for w, good in zip(self.watched, finite, strict=True) if not good]
-            self.finish()
-            raise TrainingError(
-                f"Step {state.global_step + 1}: the gradients of {_some(broken)} are not finite. The weights are "
-                "still those of the step before. Common causes: a batch whose labels are all ignored, a learning rate "
-                "that is too high, fp16 without loss scaling, values that are not finite in the data."
-            )
-        for watched, good in zip(self.watched, moved, strict=True):
-            watched.learned |= good
+        self._sees_gradients = True
+        device = found[0][1].device
+        values = torch.stack([largest.to(device, non_blocking=True) for _, largest in found]).tolist()
+        for (watched, _), value in zip(found, values, strict=True):
+            watched.learned |= 0 < value < math.inf  # an overflow, which loss scaling leaves out, shows nothing
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
-        if not self.watched or self._overflowed:
+        if not self.watched:
             return
-        self._share(args)
-        if any(w.learned for w in self.watched):
-            self._seen += 1
-        else:
+        self._share()
+        if self._sees_gradients and not any(w.learned for w in self.watched):
             self._idle += 1
-        steps = self._seen if self._sees_gradients else self._idle
-        if steps < self.steps:
             if self._idle >= PATIENCE * self.steps:
-                self._end_without_gradient()
+                self.finished()
+                raise TrainingError(
+                    f"In {self._idle} training steps no adapted layer had a gradient other than zero: nothing is "
+                    "learned. Common causes: every label is ignored (-100), the loss does not depend on the adapted "
+                    "layers, or the adapters are not active."
+                )
             return
-        waiting = any(not w.ran and self._sisters(w) for w in self.watched)
-        if waiting and steps < PATIENCE * self.steps:
-            return
-        self._judge(model, optimizer, state, steps)
+        self._seen += 1
+        waits = any(not w.ran and self._sisters(w) for w in self.watched)
+        if self._seen >= (PATIENCE * self.steps if waits else self.steps):
+            self._judge(model, optimizer, state.is_world_process_zero)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that is shorter than the watch: too little was seen to take anything off, enough to say so.
         idle = [w.name for w in self.watched if not w.ran] if self._counts_calls else []
         if idle and self._seen and state.is_world_process_zero:
-            logger.warning(f"In the {self._seen} steps of this run these layers were never called: {_some(idle)}.")
-        self.finish()
+            logger.warning(f"In the {self._seen} steps of this run these layers were never called: {listed(idle)}.")
+        self.finished()
 
-    def finish(self) -> None:
+    def finished(self) -> None:
         """Take all hooks off and forget the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles, self.watched = [], []
 
-    def _look(self) -> tuple[list[bool], list[bool]]:
-        """For each layer: whether its gradients are finite, and whether one is not zero. One wait for the device."""
-        flags: list[Tensor] = []
-        for watched in self.watched:
-            gradients = watched.gradients()
-            if gradients:
-                self._sees_gradients = True
-                good = torch.stack([g.isfinite().all() for g in gradients]).all()
-                moved = torch.stack([g.count_nonzero() > 0 for g in gradients]).any()
-                flags.append(torch.stack([good, moved]))
-            else:
-                flags.append(torch.tensor([True, False]))
-        device = next((f.device for f in flags if f.device.type != "cpu"), torch.device("cpu"))
-        table = torch.stack([f.to(device, non_blocking=True) for f in flags]).cpu().tolist()
-        return [good for good, _ in table], [moved for _, moved in table]
-
-    def _share(self, args: Any) -> None:
+    def _share(self) -> None:
         """Let every process know what any of them saw, so that all decide the same."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        seen = torch.tensor([[w.calls, int(w.learned)] for w in self.watched], device=args.device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        for watched, (calls, learned) in zip(self.watched, seen.tolist(), strict=True):
-            watched.calls, watched.learned = calls, bool(learned)
+        found = of_all_ranks((self._sees_gradients, [(w.calls, w.learned) for w in self.watched]))
+        self._sees_gradients = any(sees for sees, _ in found)
+        for watched, *seen in zip(self.watched, *(rows for _, rows in found), strict=True):
+            watched.calls, watched.learned = max(calls for calls, _ in seen), any(learned for _, learned in seen)
 
     def _sisters(self, watched: _Watched) -> list[_Watched]:
         """Called layers of the same name but for the numbers in it: other members of the same lists."""
-        pattern = re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(watched.name))
-        if pattern == re.escape(watched.name):
-            return []
-        return [w for w in self.watched if w.ran and re.fullmatch(pattern, w.name)]
+        same = re.compile(r"\.\d+(?=\.|$)")
+        form = same.sub(".#", watched.name)
+        return [w for w in self.watched if w.ran and same.sub(".#", w.name) == form != watched.name]
 
     def _by_chance(self, watched: _Watched) -> bool:
         """Whether its sisters are called now and then, so that it may be called later."""
-        sisters = self._sisters(watched)
-        most = max((w.calls for w in sisters), default=0)
-        return any(w.calls < most for w in sisters)
+        return len({w.calls for w in self._sisters(watched)}) > 1
 
-    def _judge(self, model: Any, optimizer: Any, trainer_state: Any, steps: int) -> None:
-        watched = self.watched
-        uncalled = [w for w in watched if not w.ran] if self._counts_calls else []
+    def _judge(self, model: Any, optimizer: Any, main: bool) -> None:
+        uncalled = [w for w in self.watched if not w.ran] if self._counts_calls else []
         chance = [w for w in uncalled if self._by_chance(w)]
         uncalled = [w for w in uncalled if w not in chance]
+        called = [w for w in self.watched if w.ran or not self._counts_calls]
         # DeepSpeed keeps the gradients to itself: there, only the calls are known.
-        called = [w for w in watched if w.ran or not self._counts_calls] if self._sees_gradients else []
-        quiet = [w for w in called if not w.learned]
-        self.finish()
-
-        state = require_state(model, "LayerGuard")
-        records = state.adapters
-        named = [w for w in uncalled if any(a not in records or records[a].named_by_user for a in w.adapters)]
+        quiet = [w for w in called if not w.learned] if self._sees_gradients else []
+        self.finished()
+        records = require_state(model, "LayerGuard").adapters
+        named = [w.name for w in uncalled if any(a not in records or records[a].named_by_user for a in w.adapters)]
         if named:
-            names = [w.name for w in named]
-            raise TrainingError(
-                "\n".join(
-                    [
-                        f"{len(names)} adapted layers were never called in {steps} training steps, so their adapters "
-                        "learn nothing:",
-                        *(f"  - {name}" for name in names),
-                        f"Leave them out (exclude_modules={names!r}), or correct target_modules. A layer whose parent "
-                        "multiplies by its weight without calling it cannot be adapted.",
-                    ]
-                )
-            )
-        main = trainer_state.is_world_process_zero
-        if uncalled:
-            self._drop(model, optimizer, uncalled, steps, main)
-        if chance and main:
-            logger.warning(
-                f"Not called yet in {steps} steps, and kept since others of the same list are called now and then: "
-                f"{_some([w.name for w in chance])}."
-            )
-        if quiet and main:
-            listed = _some([w.name for w in quiet])
-            if self._counts_calls:
-                logger.warning(
-                    f"Called, but no gradient reached their adapters in {steps} steps: {listed}. They are kept and "
-                    "stay as they are."
-                )
-            else:
-                logger.warning(
-                    f"No gradient reached the adapters of these layers in {steps} steps (under torch.compile it is "
-                    f"not seen whether they are called): {listed}. They are kept and stay as they are."
-                )
-
-    def _drop(self, model: Any, optimizer: Any, uncalled: list[_Watched], steps: int, main: bool) -> None:
+            lines = [f"{len(named)} adapted layers were never called in {self._seen} training steps, so their "
+                     "adapters learn nothing:", *(f"  - {name}" for name in named),
+                     f"Leave them out (exclude_modules={named!r}), or correct target_modules. A layer whose parent "
+                     "multiplies by its weight without calling it cannot be adapted."]  # fmt: skip
+            raise TrainingError("\n".join(lines))
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-        kept = [w for w in uncalled if _is_sharded(w.layer) or w.has_values() or not w.is_held(held)]
-        if kept and main:
-            listed = _some([w.name for w in kept])
-            logger.warning(f"Never called in {steps} training steps, so their adapters stay as they are: {listed}.")
-        uncalled = [w for w in uncalled if w not in kept]
-        if not uncalled:
-            return
-        names = [w.name for w in uncalled]
-        gone = {id(f.weight) for w in uncalled for a in w.adapters for _, f in w.layer.factors(a)}
-        for adapter in {a for w in uncalled for a in w.adapters}:
-            drop_layers(model, adapter, set(names), NEVER_CALLED)
-        # The optimizer's state is saved by position, so a run that resumes must find the same parameters.
-        for group in getattr(optimizer, "param_groups", ()):
-            group["params"] = [p for p in group["params"] if id(p) not in gone]
-        if main:
-            logger.warning(
-                f"Never called in {steps} training steps, so the adapter was taken off these layers: {_some(names)}. "
-                "They are not saved."
+        dropped = [w for w in uncalled if w.droppable(held)]
+        kept = [w for w in uncalled if w not in dropped]
+        _drop(model, optimizer, dropped)
+        steps = f"in {self._seen} training steps"
+        unheard = "Called, but no gradient reached their adapters {}: {}. They are kept and stay as they are."
+        if not self._counts_calls:
+            unheard = (
+                "No gradient reached the adapters of these layers {} (under torch.compile it is not seen whether they "
+                "are called): {}. They are kept and stay as they are."
             )
-
-    def _end_without_gradient(self) -> None:
-        steps = self._idle
-        self.finish()
-        raise TrainingError(
-            f"In {steps} training steps no adapted layer had a gradient other than zero: nothing is learned. Common "
-            "causes: every label is ignored (-100), the loss does not depend on the adapted layers, or the adapters "
-            "are not active."
-        )
-
-
-def check_finite(model: nn.Module, call: str) -> None:
-    """Refuse to write weights that are not finite.
-
-    Raises:
-        TrainingError: lists the trained tensors with NaN or infinite values.
-    """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not trained:
-        return
-    device = trained[0][1].device
-    parts = [local_part(p).detach() for _, p in trained]
-    good = torch.stack([part.isfinite().all().to(device, non_blocking=True) for part in parts])
-    if any(is_sharded(p) for _, p in trained):
-        good = agreed(good)  # each process sees its own parts only, and all have to stop
-    bad = [name for (name, _), fine in zip(trained, good.tolist(), strict=True) if not fine]
-    if bad:
-        raise TrainingError(
-            f"{call}: {len(bad)} of {len(trained)} trained tensors hold values that are not finite: {_some(bad)}. "
-            "Nothing was written, and earlier checkpoints are as they were. Resume from one of them with a lower "
-            "learning rate or more warm-up."
-        )
+        for found, text in (
+            (kept, "Never called {}, so their adapters stay as they are: {}."),
+            (dropped, "Never called {}, so the adapter was taken off these layers: {}. They are not saved."),
+            (chance, "Not called yet {}, and kept since others of the same list are called now and then: {}."),
+            (quiet, unheard),
+        ):
+            if found and main:
+                logger.warning(text.format(steps, listed([w.name for w in found])))
 
 
-def _is_sharded(layer: LoraLayer) -> bool:
-    return any(is_sharded(f.weight) for a in layer._lora.names for _, f in layer.factors(a))
-
-
-def _some(names: list[str], shown: int = 20) -> str:
-    listed = ", ".join(names[:shown])
-    return listed if len(names) <= shown else f"{listed} … and {len(names) - shown} more"
+def _drop(model: Any, optimizer: Any, dropped: list[_Watched]) -> None:
+    """Take the adapters off layers, and their parameters out of the optimizer."""
+    gone = {id(tensor) for w in dropped for _, tensor in w.factors()}
+    for adapter in {a for w in dropped for a in w.adapters}:
+        drop_layers(model, adapter, {w.name for w in dropped}, NEVER_CALLED)
+    # The optimizer's state is saved by position, so a run that resumes must find the same parameters.
+    for group in getattr(optimizer, "param_groups", ()) if gone else ():
+        group["params"] = [p for p in group["params"] if id(p) not in gone]

@@ -1,0 +1,170 @@
+"""Save adapters of a model to a folder."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..adapt.embeddings import vocabulary_of
+from ..adapt.labels import task_type_of
+from ..adapt.match import matches
+from ..adapt.state import require_state
+from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
+from ..config import PRESETS, LoraConfig
+from ..errors import AdapterFileError
+from ..layers.class_swap import unwrap_class
+from ..layers.distributed import is_sharded
+from ..layers.inits import Init, find_init
+from .format import (
+    FULL_MODEL_FILES,
+    stored,
+    write_adapter,
+)
+
+
+def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> tensor of one adapter, not copied where its layout on disk is that in memory."""
+    require_state(model, "get_adapter_state_dict").require(name)
+    return {key: each.value() for key, each in stored(parts(model, name)).items()}
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    name: str = "default",
+    state_dict: Mapping[str, Tensor] | None = None,
+    allow_nonfinite: bool = False,
+) -> Path:
+    """Write one adapter in PEFT's format, with `hf_lora.json` beside it.
+
+    Args:
+        state_dict: gathered tensors, by the names of `model.state_dict()`, to write in place of the model's own.
+        allow_nonfinite: write NaN and infinity too, to look at them later.
+
+    Raises:
+        AdapterFileError: a tensor is sharded, empty or not finite, or no space is left. Files that were there are
+            unchanged.
+    """
+    state = require_state(model, "save_adapter")
+    state.require(name)
+    gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
+    tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
+    if any(is_sharded(tensor) for tensor in tensors.values()):
+        raise AdapterFileError(
+            f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. Call, on "
+            "every one, state = gathered_state(model); then model.save_pretrained(folder, state_dict=state, "
+            "is_main_process=…)."
+        )
+    beside = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
+    if beside:
+        warnings.warn(
+            f"{folder} holds {', '.join(beside)}, so other loaders will take it for a full model and overlook the "
+            "adapter. Save adapters to a folder of their own.",
+            stacklevel=3,
+        )
+    return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name), allow_nonfinite)
+
+
+def save_adapters(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    names: Sequence[str],
+    state_dict: Mapping[str, Tensor] | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
+    """Write several adapters: a single one, and one named "default", to the folder itself, others to folders of their
+    names in it. Raises what `save_adapter` does.
+    """
+    for name in names:
+        inner = len(names) > 1 and name != "default"
+        save_adapter(model, Path(folder) / name if inner else folder, name, state_dict, allow_nonfinite)
+
+
+def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
+    """adapter_config.json of one adapter, such that PEFT finds the same layers."""
+    state = require_state(model, "save_adapter")
+    record = state.adapters[name]
+    config = record.config
+    values = config.to_dict()
+    adapted = adapted_modules(model, name)
+    everything = [path for path, _ in original_modules(model) if path]
+    values["modules_to_save"] = list(record.heads) or None
+    if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(record.heads)):
+        values |= {
+            "target_modules": shortest_names(adapted, everything),
+            "exclude_modules": None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+        }
+    values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
+    init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    if init.takes_out and not init.repeatable:
+        values |= _twice_the_ranks(values, config.use_rslora)
+    if init.in_files is not None:
+        values["init_lora_weights"] = init.in_files
+    values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
+    values["task_type"] = config.task_type or task_type_of(model)
+    if values["task_type"] is None:
+        cls = unwrap_class(type(model))
+        values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return values
+
+
+def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
+    """A configuration under which factors with as many ranks again have the scaling that they had without."""
+    more = math.sqrt(2) if rslora else 2
+    return {
+        "r": 2 * values["r"],
+        "lora_alpha": more * values["lora_alpha"],
+        "rank_pattern": {pattern: 2 * r for pattern, r in values["rank_pattern"].items()},
+        "alpha_pattern": {pattern: more * alpha for pattern, alpha in values["alpha_pattern"].items()},
+    }
+
+
+def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
+    """Names that match `adapted` and nothing else: a last component where all modules of that name are adapted."""
+    last = {path.rpartition(".")[2] for path in adapted}
+    others = {path.rpartition(".")[2] for path in everything if path not in adapted}
+    clear = last - others
+    return sorted(clear) + sorted(path for path in adapted if path.rpartition(".")[2] not in clear)
+
+
+def extras_of(model: Any, name: str) -> dict[str, Any]:
+    """hf_lora.json of one adapter."""
+    import transformers
+
+    from .. import __version__
+
+    state = require_state(model, "save_adapter")
+    task = state.adapters[name].task
+    return {
+        "base": state.identity,
+        "architecture": unwrap_class(type(model)).__name__,
+        "num_labels": task.num_labels,
+        "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
+        "problem_type": task.problem_type,
+        "vocabulary": vocabulary_of(model),
+        "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _label(value: Any) -> Any:
+    """A label as JSON can hold it: tables give NaN, where a row has none."""
+    is_whole = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_whole else value
+
+
+def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
+    """Whether PEFT's matching of a named configuration gives exactly the adapted layers."""
+    if config.exclude_modules or config.layers_to_transform is not None:
+        return False
+    inside = tuple(f"{head}." for head in heads)
+    found = {p for p in everything if matches(config.target_modules, p) and not f"{p}.".startswith(inside)}
+    return found == adapted

@@ -1,0 +1,156 @@
+"""Writes and reads what a checkpoint holds: adapters, the optimizer's and the schedule's state, and the manifest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
+
+from ...adapt.state import require_state
+from ...compat import zero_partitions
+from ...errors import AdapterFileError
+from ...files.format import CONFIG_NAME
+from ...files.load import load_adapter_weights
+from ...files.save import save_adapter
+from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
+from ..watch.finite import check_finite
+from .fields import FIELDS, Run, resume_fields
+from .manifest import (
+    adapter_folders,
+    atomic_checkpoint,
+    begin_checkpoint,
+    complete_beside,
+    finish_checkpoint,
+    read_manifest,
+    require_complete,
+    why_incomplete,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        quantization: the forms in which layers of the base are quantized, before an engine shards them.
+    """
+
+    def __init__(self, quantization: list[str] | None = None) -> None:
+        self.quantization = quantization or []
+        self.groups: list[dict[str, Any]] = []
+        """The groups the optimizer was made for, where DeepSpeed joins their parameters into flat ones."""
+
+    def note_groups(self, optimizer: Any) -> None:
+        """Keep which parameters an optimizer is made for, before DeepSpeed takes it over."""
+        if zero_partitions(getattr(optimizer, "optimizer", optimizer)) is None:
+            self.groups = groups_of(optimizer)
+
+    # Writing ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def writing(self, folder: Path, model: nn.Module, writes: bool, wait: Any) -> Iterator[None]:
+        """Around the writing of a checkpoint, which is there whole afterwards, or as it was before.
+
+        Args:
+            writes: whether this process writes what is the same on all of them.
+            wait: waits for all processes.
+        """
+        check_finite(model, f"Saving {folder}")
+        if writes:
+            begin_checkpoint(folder)
+        wait()
+        with atomic_checkpoint(folder, writes):
+            yield
+
+    def finish(self, folder: Path, step: int, model: nn.Module, optimizer: Any) -> None:
+        """Write the manifest, the last file of a checkpoint, from which on it counts."""
+        run = self._run(model, optimizer)
+        finish_checkpoint(folder, step, {name: field.save(folder, run) for name, field in FIELDS.items()})
+
+    def save_optimizer(self, folder: str, optimizer: Any, schedule: Any, writes: bool) -> None:
+        """Write the states of an optimizer under FSDP or DeepSpeed as one without them writes its own."""
+        state = optimizer_state(optimizer, self.groups)
+        if writes:
+            torch.save(state, Path(folder, OPTIMIZER_NAME))
+            torch.save(schedule_state(schedule, optimizer, self.groups), Path(folder, SCHEDULER_NAME))
+
+    # Reading ---------------------------------------------------------------------------------------------------------
+
+    def load_adapters(self, folder: str, model: nn.Module) -> None:
+        """Put the adapters of a checkpoint into the model; AdapterFileError if it is incomplete or does not fit."""
+        if not adapter_folders(folder):
+            raise AdapterFileError(
+                f"{folder} holds no {CONFIG_NAME}, so it is not the checkpoint of an adapter. Resume a checkpoint of "
+                "a whole model with transformers.Trainer, or load it with from_pretrained and adapt that."
+            )
+        require_complete(folder)
+        resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, None), of_optimizer=False)
+        for name in require_state(model, "load_adapter_weights").adapters:
+            load_adapter_weights(model, adapter_folder(model, folder, name), name)
+
+    def load_best(self, folder: str, model: nn.Module) -> None:
+        """Put the adapters of the best checkpoint into the model; where it is damaged the model is left as it is."""
+        faults = why_incomplete(folder, contents=True)
+        if faults:
+            others = ", ".join(map(str, complete_beside(folder))) or "none"
+            lines = [f"The best checkpoint, {folder}, is damaged:", *(f"  - {fault}" for fault in faults),
+                     f"Complete ones beside it: {others}.",
+                     "The model holds the weights of the last step. Save it, or load one of these with "
+                     "load_adapter."]  # fmt: skip
+            raise AdapterFileError("\n".join(lines))
+        self.load_adapters(folder, model)
+
+    def has_optimizer(self, folder: str, model: nn.Module, optimizer: Any) -> bool:
+        """Whether the optimizer's state is there, and is this optimizer's; a warning says that it is not there."""
+        if not any(Path(folder).glob(f"{Path(OPTIMIZER_NAME).stem}*")):
+            logger.warning(
+                f"{folder} holds the adapter without the optimizer's state (save_only_model), so the optimizer and "
+                "its schedule start from the beginning and the run will not end as an uninterrupted one."
+            )
+            return False
+        resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, optimizer), of_optimizer=True)
+        return True
+
+    def load_optimizer(self, folder: str, optimizer: Any, schedule: Any) -> None:
+        """Put in what `save_optimizer`, or a Trainer without these engines, wrote."""
+        state = torch.load(Path(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        load_optimizer_state(optimizer, self.groups, state)
+        state = torch.load(Path(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True)
+        load_schedule_state(schedule, optimizer, self.groups, state)
+
+    def _run(self, model: nn.Module, optimizer: Any) -> Run:
+        return Run(model, optimizer, self.groups, self.quantization)
+
+
+def adapter_folder(model: nn.Module, folder: str | Path, name: str) -> Path:
+    """Where `LoraModel.save_pretrained(folder)` puts one of the model's adapters."""
+    several = len(require_state(model, "save_pretrained").adapters) > 1
+    return Path(folder, name) if several and name != "default" else Path(folder)
+
+
+def save_adapters(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write every adapter of a model to where `LoraModel.save_pretrained` puts it."""
+    for name in require_state(model, "save_pretrained").adapters:
+        save_adapter(model, adapter_folder(model, folder, name), name, state_dict)
+
+
+def forget_lost_best(state: Any, output_dir: str) -> None:
+    """A best checkpoint that is not complete is the best no longer: the next evaluation finds another."""
+    recorded, step = state.best_model_checkpoint, state.best_global_step
+    # The next save takes the folder of that step in output_dir, whatever is recorded.
+    own = Path(output_dir, f"checkpoint-{step}")
+    candidates = [Path(recorded)] if recorded else []
+    candidates += [own] if step and (own.is_dir() or not recorded) else []
+    for best in candidates:
+        faults = why_incomplete(best, contents=True)
+        if faults:
+            logger.warning(f"{best}, the best checkpoint so far, is not complete and is skipped: {faults[0]}.")
+            state.best_model_checkpoint = state.best_global_step = state.best_metric = None
+            return

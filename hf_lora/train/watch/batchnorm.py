@@ -1,0 +1,28 @@
+"""A frozen BatchNorm stays in eval mode: its running statistics are the base's, and in no adapter's file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ...adapt.batchnorm import hold_batchnorm
+from ...model import LoraModel
+from .base import Watch
+
+
+class FrozenBatchNorm(Watch):
+    """Keeps it so in a model that has no `LoraModel.train`, which does it by itself."""
+
+    _handle: RemovableHandle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.finished()
+        if isinstance(model, nn.Module) and not isinstance(model, LoraModel):
+            self._handle = model.register_forward_pre_hook(lambda module, _: hold_batchnorm(module))
+
+    def finished(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
