@@ -19,6 +19,8 @@ _WHERE = {
     "get_peft_model": "apply",
     "pipeline": "pipelines",
     "write_card": "hub.card.write",
+    "push": "hub.upload",
+    "pull": "hub.download",
     "generate_texts": "generate.texts",
     "Conversation": "generate.conversation",
     "explain_targets": "adapt.targets",
@@ -97,6 +99,8 @@ __all__ = [
     "merge_files",
     "merge_to_folder",
     "pipeline",
+    "pull",
+    "push",
     "register",
     "register_adapter_hooks",
     "share_inputs",
@@ -129,6 +133,8 @@ if TYPE_CHECKING:
     from .generate.conversation import Conversation
     from .generate.texts import generate_texts
     from .hub.card.write import write_card
+    from .hub.download import pull
+    from .hub.upload import push
     from .layers.inits import INITS
     from .layers.methods import METHODS
     from .layers.parts import PARTS

@@ -18,7 +18,7 @@ from ..data.encode import Prompt, encode_prompts
 from ..errors import AdapterFileError, ConfigError, Faults, StateError, nearest
 from ..export import DTYPES
 from ..files.format import CONFIG_NAME, read_config
-from ..hub.pull import FullModelError, local_adapter
+from ..hub.download import FullModelError, local_adapter
 from ..layers.ops import used_devices
 from ..load import find_processor
 from ..model import LoraModel

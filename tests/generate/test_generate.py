@@ -283,7 +283,7 @@ def test_the_tokenizer_of_the_training_comes_first(folders: Path, tmp_path: Path
 
 
 def test_what_cannot_be_loaded_is_said(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="no folder here"):
+    with pytest.raises(AdapterFileError, match="not a folder here"):
         load_for_generation("nobody/no-such-model")
     with pytest.raises(AdapterFileError, match=r"no adapter_config\.json"):
         load_for_generation(tmp_path)
