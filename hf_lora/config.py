@@ -217,7 +217,7 @@ class LoraConfig:
         try:
             config = cls(**{**{"lora_alpha": 8}, **taken})
         except ConfigError as error:
-            faults.found += [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
+            faults.include(error)
         faults.check(
             ConfigError, "Correct or remove these fields, or load the adapter with the library that wrote it."
         )

@@ -9,7 +9,7 @@ LoraError
 │   ├── BaseMismatchError   the file was trained on another base model
 │   └── HubError            a repository on the Hub cannot be reached, read or written
 ├── DataError          a file of training data is absent, broken, or does not fit the task
-└── TrainingError      training would be, or was, in vain
+└── TrainingError      training cannot start, or cannot have worked
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from collections.abc import Iterable
 
 class LoraError(Exception):
     """Base of all errors of this library."""
+
+    faults: tuple[str, ...] = ()
+    """Each thing that is wrong, where the message lists them."""
 
 
 class ConfigError(LoraError, ValueError):
@@ -76,14 +79,21 @@ class Faults:
     def add(self, fault: str) -> None:
         self.found.append(fault if len(fault) <= self.LENGTH else f"{fault[: self.LENGTH]} …")
 
+    def include(self, error: LoraError) -> None:
+        """Add each fault that another error lists, or its message where it lists none."""
+        for fault in error.faults or (str(error),):
+            self.add(fault)
+
     def check(self, error: type[LoraError], next_step: str) -> None:
-        """Raise `error` with every fault and the `next_step`; do nothing where no fault was found."""
+        """Raise `error` with every fault and the `next_step`; do nothing if no fault was found."""
         if not self.found:
             return
         lines = [f"  - {fault}" for fault in self.found[: self.LISTED]]
         if len(self.found) > self.LISTED:
             lines.append(f"  … and {len(self.found) - self.LISTED} more")
-        raise error("\n".join([f"{self.call}:", *lines, next_step]))
+        raised = error("\n".join([f"{self.call}:", *lines, next_step]))
+        raised.faults = tuple(self.found)
+        raise raised
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

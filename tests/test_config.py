@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import peft
 import pytest
 
 from hf_lora import ConfigError, LoraConfig
+from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(
     r=5,
@@ -41,6 +43,23 @@ def test_every_field_goes_to_json_and_back() -> None:
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())
     assert LoraConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_error_holds_every_fault_that_it_lists() -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(r=0, lora_dropout=2, bias="some")
+    assert len(caught.value.faults) == 3
+    assert all(f"  - {fault}" in str(caught.value) for fault in caught.value.faults)
+    assert pickle.loads(pickle.dumps(caught.value)).faults == caught.value.faults
+    faults = Faults("a call")
+    for number in range(25):
+        faults.add(f"fault {number}\n  - in two lines")
+    with pytest.raises(ConfigError, match="and 5 more") as many:
+        faults.check(ConfigError, "Next.")
+    again = Faults("another call")
+    again.include(many.value)
+    again.include(ConfigError("a message"))
+    assert again.found == [*faults.found, "a message"]
 
 
 def test_the_default_round_trip_resolves_alpha() -> None:

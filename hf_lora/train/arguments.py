@@ -189,8 +189,7 @@ class LoraArguments:
         try:
             config = LoraConfig(**values)
         except ConfigError as error:
-            found = [line.removeprefix("  - ") for line in str(error).splitlines() if line.startswith("  - ")]
-            faults.found += [_as_flag(fault) for fault in found]
+            faults.found += [_as_flag(fault) for fault in error.faults]
         faults.check(ConfigError, "Correct these fields; each is LoraConfig's of that name with lora_ in front.")
         assert config is not None
         return config
