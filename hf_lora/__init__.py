@@ -32,6 +32,9 @@ _WHERE = {
     "share_inputs": "adapt.sharing",
     "gathered_state": "adapt.gather",
     "merge_files": "file_merge.stream",
+    "merge_to_folder": "export",
+    "inspect_adapter": "export",
+    "convert_adapter": "files.convert",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -83,11 +86,14 @@ __all__ = [
     "apply_lora",
     "build_compute_metrics",
     "check_adapter",
+    "convert_adapter",
     "explain_targets",
     "gathered_state",
     "generate_texts",
     "get_peft_model",
+    "inspect_adapter",
     "merge_files",
+    "merge_to_folder",
     "pipeline",
     "register",
     "register_adapter_hooks",
@@ -115,7 +121,9 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .evaluation.metrics import build_compute_metrics
+    from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
+    from .files.convert import convert_adapter
     from .generate.conversation import Conversation
     from .generate.texts import generate_texts
     from .hub.card.write import write_card

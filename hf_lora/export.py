@@ -1,4 +1,4 @@
-"""Write a merged model to a folder: a full model that every tool can load, with no trace of the adapter."""
+"""Adapters by folder or Hub name: merged into a full model that every tool can load, or summed up."""
 
 from __future__ import annotations
 
@@ -6,16 +6,35 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .errors import AdapterFileError, ConfigError, MergeError, nearest
-from .files.format import CONFIG_NAME
+from .errors import AdapterFileError, ConfigError, MergeError
+from .file_merge.stream import DTYPES, check_dtype, merge_files
+from .files.convert import check_new_folder
+from .files.format import read_config
+from .files.inspect import AdapterSummary, inspect_folder
+from .hub.base import local_base
 from .hub.pull import local_adapter
 from .layers.storages import fits
 from .load import PROCESSORS, find_processor
 from .model import LoraModel
 
-DTYPES = ("float32", "bfloat16", "float16")
+__all__ = ["DTYPES", "inspect_adapter", "merge_to_folder"]
+
+
+def inspect_adapter(
+    adapter: str | os.PathLike[str], *, revision: str | None = None, subfolder: str | None = None
+) -> AdapterSummary:
+    """Sum up what an adapter's file holds, layer by layer, without the base model; `str()` of the result is a table.
+
+    Args:
+        adapter: a folder, or a repository on the Hub.
+        revision: branch, tag or commit of the repository.
+        subfolder: of the adapter, in its folder or repository.
+
+    Raises:
+        AdapterFileError: a file is absent or broken, or a layer has one factor of two.
+        HubError: the repository cannot be reached or read.
+    """
+    return inspect_folder(local_adapter(adapter, revision, subfolder=subfolder))
 
 
 def merge_to_folder(
@@ -23,45 +42,72 @@ def merge_to_folder(
     out: str | os.PathLike[str],
     *,
     base_model: Any = None,
+    in_memory: bool = True,
     dtype: str | None = None,
+    untie: bool = False,
     overwrite: bool = False,
+    allow_other_base: bool = False,
     allow_nonfinite: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    base_revision: str | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Path:
-    """Load an adapter with its base, fold it in, and save the full model with its tokenizer or processor.
+    """Save a base model with an adapter folded in, its tokenizer or processor beside it, and return the folder.
 
     Args:
         adapter: a folder, or a repository on the Hub.
         out: the folder to write; it must be new or empty unless `overwrite`.
         base_model: a model, or its folder or repository; None takes the one that the adapter's config names.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold is then done on float32 weights (4 bytes a parameter
-            of memory) and rounded once. None keeps the checkpoint's.
-        allow_nonfinite: write the model even where a weight is NaN or infinite.
-        kwargs: for `LoraModel.from_pretrained`.
-
-    Returns:
-        The folder.
+        in_memory: load the model, whatever form it has. False: merge its safetensors files one by one, in little
+            memory, as `merge_files` does; if that was cut off, the same call goes on.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold is then done on float32 weights (in memory 4 bytes a
+            parameter) and rounded once. None keeps the checkpoint's.
+        untie: give an adapted layer that shares its weight with another its own copy of it.
+        allow_other_base: merge into another base than the adapter was trained on.
+        allow_nonfinite: write the model even if a weight is NaN or infinite; only in memory.
+        revision, subfolder: of the adapter, as in `inspect_adapter`.
+        base_revision: as `revision`, of the base's; None takes the commit that the adapter was trained on.
+        progress: show bytes and rate if the output is a terminal; only with `in_memory=False`.
+        kwargs: for `LoraModel.from_pretrained`; only in memory.
 
     Raises:
-        ConfigError: `dtype` is none of the three, or is given beside a `quantization_config`, which has its own.
+        ConfigError: `dtype` is none of the three, or arguments do not go together.
         AdapterFileError: the folder is not empty, or holds an adapter; or the adapter cannot be loaded.
         MergeError: the adapter cannot be folded, or a weight is not finite. Nothing was written.
     """
-    folder = Path(out)
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
-    if dtype is not None and kwargs.get("quantization_config") is not None:
-        raise ConfigError("dtype= is for dense weights. Leave it out, or leave out quantization_config.")
-    check_new_folder(folder, overwrite)
-    if isinstance(base_model, (str, os.PathLike)) and folder.resolve() == Path(base_model).resolve():
-        raise AdapterFileError(f"{folder} is the base model's own folder. Name another one.")
-    found = {name: kwargs.pop(name) for name in ("revision", "subfolder") if name in kwargs}
-    common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
-    source = local_adapter(adapter, **found, **common)
+    check_dtype(dtype)
+    if in_memory:
+        if dtype is not None and kwargs.get("quantization_config") is not None:
+            raise ConfigError("dtype= is for dense weights. Leave it out, or leave out quantization_config.")
+        check_new_folder(out, overwrite)
+        common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
+        source = local_adapter(adapter, revision, subfolder=subfolder, **common)
+        kwargs |= {"untie": untie, "allow_other_base": allow_other_base, "base_revision": base_revision}
+        return _merge_in_memory(source, Path(out), base_model, dtype, allow_nonfinite, kwargs)
+    if wrong := [*kwargs, *(["allow_nonfinite"] if allow_nonfinite else [])]:
+        raise ConfigError(f"merge_to_folder: {', '.join(wrong)}: only with in_memory=True.")
+    source = local_adapter(adapter, revision, subfolder=subfolder)
+    base = base_model or read_config(source).base_model_name_or_path
+    if not isinstance(base, (str, os.PathLike)):
+        raise ConfigError("merge_to_folder: with in_memory=False, base_model= must be a folder or a repository.")
+    folder = local_base(base, base_revision, adapter=source)
+    return merge_files(
+        folder, source, out, dtype=dtype, untie=untie, overwrite=overwrite, allow_other_base=allow_other_base,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _merge_in_memory(
+    adapter: Path, out: Path, base_model: Any, dtype: str | None, allow_nonfinite: bool, kwargs: dict[str, Any]
+) -> Path:
+    if isinstance(base_model, (str, os.PathLike)) and out.resolve() == Path(base_model).resolve():
+        raise AdapterFileError(f"{out} is the base model's own folder. Name another one.")
     loading = "float32" if dtype is not None else None
-    model = LoraModel.from_pretrained(source, base_model=base_model, merge=True, dtype=loading, **kwargs)
+    model = LoraModel.from_pretrained(adapter, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:
-        model = model.to(getattr(torch, dtype))
+        model = model.to(DTYPES[dtype])
     floats = [(n, p.detach()) for n, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     broken = [name for name, weight in floats if not fits(weight, weight.dtype)]
     if broken and not allow_nonfinite:
@@ -70,25 +116,10 @@ def merge_to_folder(
             f"{', '.join(broken[:5])}. Nothing was written. A wider dtype may hold them; allow_nonfinite=True writes "
             "them as they are."
         )
-    model.save_pretrained(folder)
+    model.save_pretrained(out)
     base = base_model if isinstance(base_model, (str, os.PathLike)) else model.config._name_or_path
     for auto in PROCESSORS.values():
-        processor = find_processor(auto, source, base)
+        processor = find_processor(auto, adapter, base)
         if processor is not None:
-            processor.save_pretrained(folder)
-    return folder
-
-
-def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """See that a folder can be written without mixing its files with others.
-
-    Raises:
-        AdapterFileError: it is a file, it is not empty (unless `overwrite`), or it holds an adapter.
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise AdapterFileError(f"{path} is a file. Name a folder.")
-    if (path / CONFIG_NAME).exists():
-        raise AdapterFileError(f"{path} holds an adapter ({CONFIG_NAME}). Name another folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise AdapterFileError(f"{path} is not empty. Name a new folder, or pass --overwrite (overwrite=True).")
+            processor.save_pretrained(out)
+    return out

@@ -26,6 +26,7 @@ from hf_lora import (
     apply_lora,
     check_adapter,
     explain_targets,
+    inspect_adapter,
     merge_files,
     register,
 )
@@ -34,7 +35,6 @@ from hf_lora.adapt.merge import merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.format import WEIGHTS_NAME
-from hf_lora.files.inspect import inspect_adapter
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 from hf_lora.layers.contract import FactorSpec, Shape

@@ -26,16 +26,14 @@ def merge(
         "BASE and ADAPTER are folders, or names on the Hub.",
     ),
     out: Path | None = typer.Option(None, help="Folder for the full model.", show_default=False),
-    base: str | None = typer.Option(None, help="The base model; not given: the one that the adapter names."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; not given: the base's own."),
-    untie: bool = typer.Option(
-        False, "--untie", help="Give an adapted layer with a shared weight its own. Only without loading."
-    ),
+    base: str | None = typer.Option(None, help="The base model; default: the one that the adapter names."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: the base's own."),
+    untie: bool = typer.Option(False, "--untie", help="Give an adapted layer with a shared weight its own."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
     subfolder: str | None = SUBFOLDER,
     base_revision: str | None = typer.Option(
-        None, help="Branch, tag or commit of the base model; not given: the commit of the training."
+        None, help="Branch, tag or commit of the base model; default: the commit that the adapter was trained on."
     ),
     allow_other_base: bool = typer.Option(
         False, "--allow-other-base", help="Merge into another base than the adapter was trained on."
@@ -49,27 +47,22 @@ def merge(
     hf-lora merge ADAPTER --out OUT loads the base that the adapter names, whatever form it has. hf-lora merge BASE
     ADAPTER OUT works on safetensors files and needs little memory; cut off, the same command goes on.
     """
+    target: str | Path
     if len(what) == 3 and out is None and base is None:
-        from ..file_merge.stream import merge_files
-        from ..hub.base import local_base
-        from ..hub.pull import local_adapter
-
-        adapter = local_adapter(what[1], revision, subfolder=subfolder)
-        folder = merge_files(
-            local_base(what[0], base_revision, adapter=adapter), adapter, what[2], dtype=dtype, untie=untie,
-            overwrite=overwrite, allow_other_base=allow_other_base, progress=not quiet,
-        )  # fmt: skip
-    elif len(what) == 1 and out is not None and not untie:
-        from ..export import merge_to_folder
-
-        folder = merge_to_folder(
-            what[0], out, base_model=base, dtype=dtype, overwrite=overwrite, revision=revision,
-            subfolder=subfolder, base_revision=base_revision, allow_other_base=allow_other_base,
-        )  # fmt: skip
+        base, adapter, target = what
+    elif len(what) == 1 and out is not None:
+        adapter, target = what[0], out
     else:
         raise typer.BadParameter(
-            "say hf-lora merge ADAPTER --out OUT [--base BASE], or hf-lora merge BASE ADAPTER OUT [--untie]"
+            "say hf-lora merge ADAPTER --out OUT [--base BASE], or hf-lora merge BASE ADAPTER OUT"
         )
+    from ..export import merge_to_folder
+
+    folder = merge_to_folder(
+        adapter, target, base_model=base, in_memory=len(what) == 1, dtype=dtype, untie=untie, overwrite=overwrite,
+        revision=revision, subfolder=subfolder, base_revision=base_revision, allow_other_base=allow_other_base,
+        progress=not quiet,
+    )  # fmt: skip
     typer.echo(f"Merged. {folder} holds a full model: load it with transformers' from_pretrained.")
 
 
@@ -82,11 +75,9 @@ def convert(
 
     The old file is a pickle; it is read as tensors alone, and nothing in it is run.
     """
-    from ..export import check_new_folder
-    from ..files.format import convert_bin
+    from ..files.convert import convert_adapter
 
-    check_new_folder(out, overwrite)
-    file = convert_bin(folder, out)
+    file = convert_adapter(folder, out, overwrite=overwrite)
     typer.echo(f"Converted {len(file.tensors)} tensors: {file.path}")
 
 
@@ -100,10 +91,9 @@ def inspect(
 
     A table of its layers with ranks, norms of the updates and parameters, and the size of the file.
     """
-    from ..files.inspect import inspect_adapter
-    from ..hub.pull import local_adapter
+    from ..export import inspect_adapter
 
-    summary = inspect_adapter(local_adapter(adapter, revision, subfolder=subfolder))
+    summary = inspect_adapter(adapter, revision=revision, subfolder=subfolder)
     typer.echo(str(summary))
     if plot is not None:
         typer.echo(f"drawn: {summary.plot(plot)}")

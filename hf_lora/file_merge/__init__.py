@@ -2,9 +2,9 @@
 
 In: the folders of a base model and of an adapter. Out: a folder with the merged model.
 
-- `stream`: the merge itself. It reads what `plan` decided, and goes on where `journal` says that it was cut off.
+- `stream`: the merge itself, which goes on after the last whole file if it was cut off.
 - `plan`: every tensor of the result, and every fault, before the first byte is written.
-- `lazy_model`, `naming`: the model's classes around weights that stay in their files, and what those are called there.
+- `lazy_model`, `naming`: the model's classes around weights that stay in their files, and their names on disk.
 - `ranges`, `writer`: tensors as ranges of bytes, read and written row by row.
 - `sidecars`: the small files of the result, such as its config and tokenizer.
 """

@@ -1,14 +1,14 @@
-"""A model of the right classes around weights that stay in their files, for a merge from file to file to ask.
+"""A model of the right classes around weights that stay in their files.
 
-The modules are made without memory, and their parameters are then views of the files' own bytes. So shapes, ties,
-base identity and everything that is checked at loading come from the code that a loaded model runs through, and no
-weight is read but for samples.
+The modules are made on the meta device, and their parameters are then views of the files' own bytes. So shapes, ties,
+base identity and all checks of loading come from the code that a loaded model runs through, and no weight is read
+except for samples.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,18 +16,16 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig
 
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
-from ..errors import AdapterFileError, BaseMismatchError, Faults
+from ..errors import AdapterFileError, BaseMismatchError
 from ..files.format import AdapterFile
-from ..files.identity import Identity, differs, identify
 from ..files.load import load_adapter
 from .naming import Names, names_on_disk
-from .ranges import Checkpoint, Entry
-from .writer import CHUNK, Sources, same_bytes
+from .ranges import Checkpoint
 
 NAME = "default"
 
@@ -80,13 +78,8 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     shell = Shell(model, checkpoint, names, file, foreign, tuple(model.state_dict()))
     _fill(shell)
     _tie(shell)
-    identity = identify(model)
-    checkpoint.release()
-    _check_base(shell, identity, call, allow_other_base)
     _hold_places(shell)
-    alone = AdapterFile(file.config, file.tensors, file.extras, file.path, file.raw)
-    load_adapter(model, alone, NAME, allow_other_base=True, call=call)
-    checkpoint.release()
+    load_adapter(model, file, NAME, allow_other_base=allow_other_base, call=call)
     return shell
 
 
@@ -136,22 +129,23 @@ def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base:
 
 def _main_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
     """What a head that the files do not hold is made in: the config's dtype, else that of most bytes."""
-    said = getattr(config, "dtype", None)
-    if isinstance(said, torch.dtype):
-        return said
-    sizes: dict[torch.dtype, int] = {}
+    named = getattr(config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    sizes = Counter[torch.dtype]()
     for entry in checkpoint.tensors.values():
         if entry.dtype.is_floating_point and entry.dtype.itemsize > 1:
-            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+            sizes[entry.dtype] += entry.end - entry.start
     return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def _fill(shell: Shell) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in shell.model.state_dict().items()}
     for name, key in shell.names.direct.items():
         entry = shell.checkpoint.tensors[key]
-        shape = tuple(_tensor_at(shell.model, name).shape)
-        if shape != entry.shape:
-            shell.misshapen[name] = f"{key} is {list(entry.shape)} in {entry.file.name}, {list(shape)} in the model"
+        if shapes[name] != entry.shape:
+            where = f"{list(entry.shape)} in {entry.file.name}, {list(shapes[name])} in the model"
+            shell.misshapen[name] = f"{key} is {where}"
             continue
         path, _, leaf = name.rpartition(".")
         parameters = module_at(shell.model, path)._parameters
@@ -164,7 +158,7 @@ def _fill(shell: Shell) -> None:
 def _tie(shell: Shell) -> None:
     """Tie what a loaded model would tie: what its config says, unless the files hold two different tensors for it."""
     model, names = shell.model, shell.names
-    held = names.direct.keys() | names.converted.keys()
+    held = names.held
     shell.missing = {name for name, _ in model.named_parameters(remove_duplicate=False)} - held
     absent = set(shell.missing)
     for target, source in list(model.all_tied_weights_keys.items()):
@@ -191,11 +185,8 @@ def _same_values(shell: Shell, one: str, other: str) -> bool:
     a, b = (shell.checkpoint.tensors[shell.names.direct[name]] for name in (one, other))
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    files = Sources()
-    try:
-        return same_bytes(files[a.file], a.start, files[b.file], b.start, a.end - a.start)
-    finally:
-        files.close()
+    one_mapped, other_mapped = (shell.checkpoint.mapped(entry).view(torch.uint8) for entry in (a, b))
+    return torch.equal(one_mapped, other_mapped)
 
 
 def _hold_places(shell: Shell) -> None:
@@ -203,58 +194,21 @@ def _hold_places(shell: Shell) -> None:
 
     What loading would make from several tensors, and what the adapter brings: neither is read from here.
     """
-    model = shell.model
-    for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta:
-            continue
-        dtype = parameter.dtype
-        if name in shell.names.converted:
-            dtype = shell.checkpoint.tensors[next(iter(shell.names.converted[name].collected.values()))[0]].dtype
-        number = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=torch.float32).to(dtype)
-        stand_in = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
-        for holder in model.modules():  # one that is tied has several
-            for own, held in holder._parameters.items():
-                if held is parameter:
-                    holder._parameters[own] = stand_in
-    for name in model.state_dict():
-        path, _, leaf = name.rpartition(".")
-        buffers = module_at(model, path)._buffers
-        buffer = buffers.get(leaf)
-        if buffer is not None and buffer.is_meta:
-            buffers[leaf] = torch.zeros(buffer.shape, dtype=buffer.dtype)
-
-
-def _check_base(shell: Shell, identity: Identity, call: str, allow_other_base: bool) -> None:
-    if allow_other_base:
-        return
-    faults = Faults(call)
-    difference = differs(shell.file.extras.get("base") or {}, identity)
-    if difference:
-        faults.add(difference)
-    for path, copied in shell.file.base_copies.items():
-        name = shell.owners.get(f"{path}.weight", "")
-        entry = shell.checkpoint.tensors.get(shell.names.direct.get(name, ""))
-        if entry is None or not entry.dtype.is_floating_point:
-            continue
-        if entry.shape != tuple(copied.shape):
-            faults.add(f"{path}: the file's base has a weight {list(copied.shape)}, this one {list(entry.shape)}")
-        elif not all(torch.allclose(a, b, rtol=2**-7, atol=1e-6) for a, b in _blocks(shell, entry, copied)):
-            faults.add(f"{path}: the file holds other base weights for it than this model does")
-    faults.check(
-        BaseMismatchError, "Merge into the base that the adapter was trained on, or pass allow_other_base=True."
-    )
-
-
-def _blocks(shell: Shell, entry: Entry, copied: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    step = max(1, CHUNK // max(1, math.prod(entry.shape[1:])))
-    weight = shell.checkpoint.mapped(entry)
-    for start in range(0, len(copied), step):
-        yield weight[start : start + step].float(), copied[start : start + step].float()
-
-
-def _tensor_at(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    module = module_at(model, path)
-    found = module._parameters.get(leaf, module._buffers.get(leaf))
-    assert found is not None
-    return found
+    named = dict(shell.model.named_parameters())
+    dtypes = {
+        id(named[name]): shell.checkpoint.tensors[next(iter(conversion.collected.values()))[0]].dtype
+        for name, conversion in shell.names.converted.items()
+        if name in named
+    }
+    stand_ins: dict[int, nn.Parameter] = {}
+    for module in shell.model.modules():
+        for name, held in module._parameters.items():
+            if held is None or not held.is_meta:
+                continue
+            dtype = dtypes.get(id(held), held.dtype)
+            number = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=torch.float32).to(dtype)
+            stand_in = nn.Parameter(number.expand(held.shape), requires_grad=False)
+            module._parameters[name] = stand_ins.setdefault(id(held), stand_in)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

@@ -1,9 +1,9 @@
 """From the names in a checkpoint's files to those of the modules in memory, by the loader's own rules.
 
-A file may call a tensor otherwise than the module tree does (an older name, another prefix), and may hold as one
-tensor what are several in memory, or the reverse. transformers keeps rules for it and applies them when it loads. The
-names come from its own functions. Where its operations only move rows, they are run on the numbers of the rows in
-place of the rows: what comes out says for each row of a weight in memory which row of which file it is.
+A file may have other names for its tensors than the module tree (an older name, another prefix), and may hold as one
+tensor what are several in memory, or the reverse. transformers has rules for it and applies them when it loads. The
+names come from its own functions. Where its operations only move rows, they are run on the numbers of the rows instead
+of the rows: the result says for each row of a weight in memory which row of which tensor on disk it is.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ranges import Entry
+from ..safe_io.headers import Entry
 
 _TENSOR = 1 << 40
 """The number of a row is its tensor's number times this, plus twice its place; the last bit says which column."""
@@ -46,6 +47,11 @@ class Names:
     direct: dict[str, str] = field(default_factory=dict)
     converted: dict[str, _Conversion] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+
+    @cached_property
+    def held(self) -> set[str]:
+        """The names in memory of all that the files hold."""
+        return {*self.direct, *self.converted}
 
     def runs(self, name: str, shape: tuple[int, ...], tensors: dict[str, Entry]) -> list[Run] | str:
         """The rows of a weight, in order, or why they cannot be told."""

@@ -6,10 +6,9 @@ import fnmatch
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ..adapt.state import require_state
 from ..layers.class_swap import unwrap_class
@@ -27,19 +26,17 @@ FOLDERS = ("additional_chat_templates",)
 Writers = dict[str, Callable[[Path], Any]]
 
 
-def writers_of(plan: Plan, dtype: torch.dtype | None) -> Writers:
-    """Name -> what writes it, of every file beside the weights; unchanged ones are copies."""
+def writers_of(plan: Plan) -> Writers:
+    """Name -> what writes it, of every file beside the weights; unchanged ones are copies. The config comes last."""
     base, adapter = plan.shell.checkpoint.folder, plan.shell.file.path
-    found: Writers = {}
-    for name, path in _carried(base, adapter).items():
-        found[name] = _copier(path)
+    found: Writers = {name: partial(shutil.copyfile, path) for name, path in _carried(base, adapter).items()}
     index = plan.index()
     if index is not None:
         same = index == plan.shell.checkpoint.index
-        found[INDEX_NAME] = _copier(base / INDEX_NAME) if same else _writer(index)
+        found[INDEX_NAME] = partial(shutil.copyfile, base / INDEX_NAME) if same else _writer(index)
     held = json.loads((base / CONFIG).read_text(encoding="utf-8"))
-    config = _config(plan, json.loads(json.dumps(held)), dtype)
-    found[CONFIG] = _copier(base / CONFIG) if config == held else _writer(config)
+    config = _config(plan, json.loads(json.dumps(held)))
+    found[CONFIG] = partial(shutil.copyfile, base / CONFIG) if config == held else _writer(config)
     return found
 
 
@@ -71,16 +68,12 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _copier(source: Path) -> Callable[[Path], Any]:
-    return lambda file: shutil.copyfile(source, file)
-
-
 def _writer(values: Mapping[str, Any]) -> Callable[[Path], Any]:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return lambda file: file.write_text(text, encoding="utf-8")
 
 
-def _config(plan: Plan, values: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def _config(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
     """The base's config.json with what the merge changed."""
     model = plan.shell.model
     state = require_state(model, "merge_files")
@@ -105,7 +98,7 @@ def _config(plan: Plan, values: dict[str, Any], dtype: torch.dtype | None) -> di
         values["tie_word_embeddings"] = False
         if inner is not None:
             inner["tie_word_embeddings"] = False
-    if dtype is not None:
+    if plan.dtype is not None:
         keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]
-        values |= dict.fromkeys(keys, str(dtype).removeprefix("torch."))
+        values |= dict.fromkeys(keys, str(plan.dtype).removeprefix("torch."))
     return values

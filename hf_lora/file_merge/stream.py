@@ -5,39 +5,44 @@ pass through memory in blocks and are folded by the code that folds in memory, s
 bytes are copied from file to file by the system. Memory is that of the adapter and of a few blocks, whatever the
 model's size.
 
-Each file is written beside its place and moved there when it is whole. A merge that was cut off goes on from the last
-file that is whole.
+A file that is whole waits beside its place, under a name that tells what was merged with what; so a merge that was cut
+off goes on after the last whole file. Once all files are whole, they take their places together.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from ..adapt.merge import merged_rows
 from ..errors import AdapterFileError, ConfigError, Faults, LoraError, MergeError, nearest
-from ..files.format import CONFIG_NAME, AdapterFile, read_adapter
-from ..safe_io.atomic import JOURNAL_NAME as MOVES_NAME
-from ..safe_io.atomic import finish_moves, is_full, no_space, replace_together
-from .journal import Journal, inputs_of, open_journal
+from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from ..safe_io.atomic import JOURNAL_NAME, beside_name, finish_moves, is_full, no_space, replace_together, sync_folder
+from ..safe_io.reading import read_json
 from .lazy_model import IN_MEMORY, make_shell
-from .plan import Folded, Out, OutShard, Plan, Put, make_plan
-from .ranges import Checkpoint, Entry, bytes_of, open_checkpoint, read_into, reserve
+from .plan import Change, Out, OutShard, Plan, make_plan
+from .ranges import CHUNK, Checkpoint, bytes_of, copy_range, open_checkpoint, read_into, write_from
 from .sidecars import carry_folders, writers_of
-from .writer import CHUNK, Sink, Sources, word_of
+from .writer import Sink
 
 MAX_THREADS = 8
 """More write no faster: the disk's cache is what they wait for."""
 NO_LAYER = torch.nn.Module()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PART = ".part"
+"""After the name of a file that is not whole yet."""
+_Task = tuple[int, Callable[[], None]]
+"""Bytes that it writes, for the progress bar; and what writes them."""
 
 
 def merge_files(
@@ -53,8 +58,8 @@ def merge_files(
 ) -> Path:
     """Fold an adapter into a model's safetensors files, and write the result as files of the same layout.
 
-    Every tensor has the bits that `merge_and_unload` gives. Memory: a few blocks of rows beside the adapter. A call
-    that was cut off is repeated, and goes on from the last file that is whole.
+    Every tensor has the bits that `merge_and_unload` gives. Memory: a few blocks of rows beside the adapter. If the
+    call was cut off, the same call again goes on after the last file that is whole.
 
     Args:
         base: the base model's folder.
@@ -64,9 +69,9 @@ def merge_files(
             None keeps each tensor's own.
         untie: give an adapted layer that shares its weight with another its own copy of it; the config then says that
             nothing is tied.
-        overwrite: write into a folder that is not empty.
+        overwrite: write into a folder that is not empty. What is there stays as it is until the result is whole.
         allow_other_base: merge into another base than the adapter was trained on.
-        progress: show bytes and rate, where the output is a terminal.
+        progress: show bytes and rate if the output is a terminal.
 
     Returns:
         The folder.
@@ -78,103 +83,131 @@ def merge_files(
         MergeError: lists what cannot be folded. Nothing was written.
     """
     call = f"merge_files({str(base)!r}, {str(adapter)!r}, {str(out)!r})"
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     folder = Path(out)
-    file, checkpoint, journal = _open(Path(base), Path(adapter), folder, dtype, untie, overwrite, call)
-    with closing(Sources()) as sources, _one_thread_each() as threads:
+    checkpoint, file, mark = _open(Path(base), Path(adapter), folder, dtype, untie, overwrite, call)
+    if _is_moving(folder, mark):
+        finish_moves(folder)
+        return folder
+    with closing(checkpoint):
         try:
             shell = make_shell(checkpoint, file, call, allow_other_base)
-            plan = make_plan(shell, sources, DTYPES.get(dtype or ""), untie, call)
-            whole = {shard.name for shard in plan.shards if journal.has(shard, sources)}
-            _check_space(plan, whole, folder, call)
-            folder.mkdir(parents=True, exist_ok=True)
-            journal.finished = {name: sums for name, sums in journal.finished.items() if name in whole}
-            journal.save()
-            with _bar(plan.size, progress) as bar:
-                for shard in plan.shards:
-                    if shard.name in whole:
-                        bar.update(shard.size)
-                        continue
-                    beside = folder / f".{shard.name}.part"
-                    sums = write_shard(plan, shard, beside, sources, bar.update, threads)
-                    beside.replace(folder / shard.name)
-                    journal.finished[shard.name] = sums
-                    journal.save()
-            _finish(plan, folder, journal, DTYPES.get(dtype or ""))
+            plan = make_plan(shell, DTYPES.get(dtype or ""), untie, call)
+            _write_all(plan, folder, mark, progress, call)
         except OSError as error:
             full = f" ({no_space(folder)})" if is_full(error) else ""
             raise AdapterFileError(
-                f"{call}: stopped{full}: {error}. What is finished stays; the same call goes on from there."
+                f"{call}: stopped{full}: {error}. Files that are whole are kept; the same call goes on after them."
             ) from error
     return folder
 
 
-def _finish(plan: Plan, folder: Path, journal: Journal, dtype: torch.dtype | None) -> None:
-    """Once all weights are written: the small files, of which the config comes last."""
-    carry_folders(plan, folder)
-    finish_moves(folder)
-    writers = writers_of(plan, dtype)
-    ours = tuple(f".{name.lstrip('.')}." for name in (*writers, MOVES_NAME, *(s.name for s in plan.shards)))
-    for left in [*folder.glob(".*.part"), *folder.glob(".*.tmp")]:  # of calls that were killed
-        if left.name.startswith(ours):
-            left.unlink()
-    replace_together(folder, writers)
-    journal.remove()
+def check_dtype(dtype: str | None) -> None:
+    """Refuse a name of a dtype that a merged model cannot be written in.
+
+    Raises:
+        ConfigError: names those that there are.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
+
+
+# Before anything is written ------------------------------------------------------------------------------------------
 
 
 def _open(
     base: Path, adapter: Path, folder: Path, dtype: str | None, untie: bool, overwrite: bool, call: str
-) -> tuple[AdapterFile, Checkpoint, Journal]:
-    """Read the headers and the adapter, and look at the three folders: all that is wrong with them is one error."""
-    faults = Faults(call)
-    file, checkpoint = None, Checkpoint(base)
-    if not base.is_dir():
-        faults.add(f"{base} is no folder")
-    else:
-        checkpoint = open_checkpoint(base, faults)
-        if not (base / "config.json").is_file():
-            faults.add(f"{base} holds no config.json")
-        elif _is_quantized(base):
-            faults.add(
-                f"{base} is quantised. Take the checkpoint that it was made from (allow_other_base=True if its name "
-                "differs), or load it and dequantise it in memory"
-            )
+) -> tuple[Checkpoint, AdapterFile, str]:
+    """Read the headers and the adapter, and look at the folders: all that is wrong with them is one error."""
+    faults, file = Faults(call), None
+    checkpoint = _open_base(base, faults)
     try:
         file = read_adapter(adapter)
     except LoraError as error:
         faults.add(str(error))
-    if folder.exists() and not folder.is_dir():
-        faults.add(f"{folder} is a file; name a folder")
-    elif folder.resolve() in (base.resolve(), adapter.resolve()) or (folder / CONFIG_NAME).exists():
-        faults.add(f"{folder} is the {'base' if folder.resolve() == base.resolve() else 'adapter'}'s own folder")
-    else:
-        foreign = {p.name for p in folder.glob("*.safetensors")} - {shard.path.name for shard in checkpoint.shards}
-        if foreign and overwrite:
-            faults.add(f"{folder} holds {', '.join(sorted(foreign)[:3])}, which would mix with the files written")
-    known = file is not None and checkpoint.shards and (base / "config.json").is_file()
-    inputs = inputs_of(checkpoint, adapter, {"dtype": dtype, "untie": untie}) if known else ""
-    journal = Journal(folder, inputs)
-    if not folder.exists() or (folder.is_dir() and folder.resolve() not in (base.resolve(), adapter.resolve())):
-        journal = open_journal(folder, inputs, overwrite, faults)
+    mark = "" if faults.found else _mark_of(checkpoint, adapter, dtype, untie)
+    _check_folder(folder, checkpoint, adapter, mark, overwrite, faults)
     faults.check(AdapterFileError, f"Nothing was written. A base without safetensors files: {IN_MEMORY}")
     assert file is not None
-    return file, checkpoint, journal
+    return checkpoint, file, mark
 
 
-def _is_quantized(base: Path) -> bool:
+def _open_base(base: Path, faults: Faults) -> Checkpoint:
+    if not base.is_dir():
+        faults.add(f"{base} is not a folder")
+        return Checkpoint(base)
     try:
-        return '"quantization_config"' in (base / "config.json").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
+        if '"quantization_config"' in (base / "config.json").read_text(encoding="utf-8"):
+            faults.add(
+                f"{base} is quantized. Take the checkpoint that it was made from (allow_other_base=True if its name "
+                "differs), or load it and dequantize it in memory"
+            )
+    except (OSError, UnicodeDecodeError) as error:
+        faults.add(f"{base} holds no config.json that can be read ({error})")
+    return open_checkpoint(base, faults)
+
+
+def _mark_of(checkpoint: Checkpoint, adapter: Path, dtype: str | None, untie: bool) -> str:
+    """A short name for what is merged with what, and how."""
+    from .. import __version__
+
+    digest = hashlib.sha256(json.dumps([__version__, dtype, untie]).encode())
+    for shard in checkpoint.shards:
+        digest.update(f"{shard.path.name} {shard.size} {shard.path.stat().st_mtime_ns}".encode() + shard.header)
+    for path in (checkpoint.folder / "config.json", *(adapter / n for n in (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME))):
+        if path.is_file():
+            with path.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _left_by_merges(folder: Path) -> Iterator[tuple[Path, str]]:
+    """(file, mark) of what merges that were cut off have left, whole or not."""
+    for path in folder.glob(".*"):
+        found = re.fullmatch(rf"\..+\.safetensors\.([0-9a-f]{{16}})\.tmp(?:{re.escape(PART)})?", path.name)
+        if found:
+            yield path, found[1]
+
+
+def _is_moving(folder: Path, mark: str) -> bool:
+    """Whether this very merge was cut off while its files took their places."""
+    moves = read_json(folder, JOURNAL_NAME) if folder.is_dir() else None
+    return any(f".{mark}." in str(beside) for beside in (moves or {}).values())
+
+
+def _check_folder(
+    folder: Path, checkpoint: Checkpoint, adapter: Path, mark: str, overwrite: bool, faults: Faults
+) -> None:
+    """Whether the result may be written to a folder."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        faults.add(f"{folder} is a file; name a folder")
+        return
+    if folder.resolve() in (checkpoint.folder.resolve(), adapter.resolve()) or (folder / CONFIG_NAME).exists():
+        whose = "base" if folder.resolve() == checkpoint.folder.resolve() else "adapter"
+        faults.add(f"{folder} is the {whose}'s own folder")
+        return
+    foreign = {p.name for p in folder.glob("[!.]*.safetensors")} - {shard.path.name for shard in checkpoint.shards}
+    if foreign and overwrite:
+        faults.add(f"{folder} holds {', '.join(sorted(foreign)[:3])}, which would mix with the files written")
+    marks = {found for _, found in _left_by_merges(folder)}
+    if overwrite or mark in marks or _is_moving(folder, mark):
+        return
+    if marks:
+        faults.add(
+            f"{folder} holds a merge of other files or options that was cut off: go on with that one, name another "
+            "folder, or pass overwrite=True (--overwrite)"
+        )
+    elif any(folder.iterdir()):
+        faults.add(f"{folder} is not empty: name a new folder, or pass overwrite=True (--overwrite)")
 
 
 def _check_space(plan: Plan, whole: set[str], folder: Path, call: str) -> None:
-    """A file that was there before goes when its new one is whole, so nothing of it counts as free."""
+    """Files that are there stay until the new ones are whole, so their space does not count as free."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     needed = sum(shard.size for shard in plan.shards if shard.name not in whole)
-    left = sum(p.stat().st_size for p in folder.glob(".*.part")) if folder.is_dir() else 0
-    free = shutil.disk_usage(there).free + left
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise AdapterFileError(
             f"{call}: {needed / 2**20:,.1f} MiB are to be written, and {free / 2**20:,.1f} MiB are free in {there}. "
@@ -182,32 +215,66 @@ def _check_space(plan: Plan, whole: set[str], folder: Path, call: str) -> None:
         )
 
 
-def write_shard(
-    plan: Plan, shard: OutShard, beside: Path, sources: Sources, report: Callable[[int], object], threads: int
-) -> dict[str, int]:
-    """Write one file; the check sums of the tensors in it that are no plain copies."""
-    places = {out.name: (out.start, out.end - out.start) for out in shard.outs}
-    words = {out.name: word_of(out.shape, out.dtype) for out in shard.outs}
-    file = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def _write_all(plan: Plan, folder: Path, mark: str, progress: bool, call: str) -> None:
+    """Write the files that are not whole yet; then all take their places together, the config last."""
+    ready = {shard.name: folder / beside_name(shard.name, mark) for shard in plan.shards}
+    whole = {s.name for s in plan.shards if ready[s.name].is_file() and ready[s.name].stat().st_size == s.size}
+    for path, _ in list(_left_by_merges(folder)):
+        if path not in [ready[name] for name in whole]:
+            path.unlink()
+    _check_space(plan, whole, folder, call)
+    folder.mkdir(parents=True, exist_ok=True)
+    total = sum(shard.size for shard in plan.shards)
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=None if progress else True)
+    with bar, _one_thread_each() as threads:
+        for shard in plan.shards:
+            if shard.name in whole:
+                bar.update(shard.size)
+                continue
+            path = ready[shard.name]
+            part = path.with_name(path.name + PART)
+            _write_shard(plan, shard, part, threads, bar.update)
+            part.replace(path)
+            sync_folder(folder)
+    carry_folders(plan, folder)
+    finish_moves(folder)
+    writers = writers_of(plan)
+    for name in (*writers, JOURNAL_NAME):  # of calls that were killed
+        for left in folder.glob(beside_name(name, "*")):
+            left.unlink()
+    replace_together(folder, writers, ready)
+
+
+def _write_shard(plan: Plan, shard: OutShard, part: Path, threads: int, report: Callable[[int], object]) -> None:
+    """Write one file, and see that it is on the disk."""
+    file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        reserve(file, shard.size)
-        os.pwrite(file, shard.header, 0)
+        os.ftruncate(file, shard.size)
+        write_from(file, shard.header, 0)
         report(len(shard.header))
-        sink = Sink(file, places, words, report)
-        copies = [
-            partial(sink.copy, sources[s.entry.file], s.entry.start, s.place, s.length) for s in shard.stretches()
-        ]
-        casts = [
-            partial(_cast, sink, sources, out, out.base) for out in shard.outs if out.touched and out.base is not None
-        ]
-        _together([*casts, *copies], threads)
-        _together([partial(_apply, part, sink) for part in _changes(plan, sink)], threads)
-        return sink.sums()
+        sink = Sink(file, {out.name: out.start for out in shard.outs})
+        kept = [out for out in shard.outs if out.base is not None]
+        made = {out.name: out.size for out in shard.outs if out.base is None}
+        _together([(out.size, partial(_carry, plan.shell.checkpoint, out, sink)) for out in kept], threads, report)
+        changes = plan.changes_in(shard)
+        sizes = [sum(made.get(name, 0) for name in change.storage.targets) for change in changes]
+        _together([(n, partial(_apply, c, sink)) for n, c in zip(sizes, changes, strict=True)], threads, report)
+        os.fsync(file)
     except BaseException:
-        beside.unlink()
+        part.unlink()
         raise
     finally:
         os.close(file)
+
+
+def _together(tasks: Sequence[_Task], threads: int, report: Callable[[int], object]) -> None:
+    """Run tasks on some threads. After an error none is begun any more."""
+    with ThreadPoolExecutor(threads) as pool:
+        for (size, _), _ in zip(tasks, pool.map(lambda task: task[1](), tasks), strict=True):
+            report(size)
 
 
 @contextmanager
@@ -221,63 +288,31 @@ def _one_thread_each() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _together(calls: Sequence[Callable[[], None]], threads: int) -> None:
-    """Run calls on some threads."""
-    if threads == 1 or len(calls) < 2:
-        for call in calls:
-            call()
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        started = [pool.submit(call) for call in calls]
-        try:
-            for future in started:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _changes(plan: Plan, sink: Sink) -> list[Folded | Put]:
-    """What the adapter changes in a file, in the order of its tensors."""
-    changes: list[tuple[int, Folded | Put]] = []
-    for part in plan.changes:
-        starts = [sink.places[key][0] for key in part.storage.targets if key in sink.places]
-        if starts:
-            changes.append((min(starts), part))
-    return [part for _, part in sorted(changes, key=lambda change: change[0])]
-
-
 @torch.no_grad()
-def _apply(part: Folded | Put, sink: Sink) -> None:
-    storage = part.storage
-    storage.sink = sink
-    if isinstance(part, Folded):
-        for rows, block in merged_rows(part.fold, reuse=True):
-            storage.write(part.fold.site, rows, block)
-    else:
-        values = part.values.reshape(-1) if part.values.dim() == 0 else part.values
-        step = max(1, CHUNK // max(1, values[:1].numel()))
-        for start in range(0, len(values), step):
-            rows = slice(start, min(start + step, len(values)))
-            storage.write(NO_LAYER, rows, values[rows])
-    storage.sink = None
-    storage.forget()
+def _apply(change: Change, sink: Sink) -> None:
+    """Write the rows of one tensor that belong to the file under way."""
+    change.storage.sink = sink
+    for rows, block in change.blocks():
+        change.storage.write(NO_LAYER, rows, block)
+    change.storage.sink = None
+    change.storage.forget()
 
 
-def _cast(sink: Sink, sources: Sources, out: Out, base: Entry) -> None:
-    """Write a tensor of the base in the dtype of the result; a fold may then write over parts of it."""
+def _carry(checkpoint: Checkpoint, out: Out, sink: Sink) -> None:
+    """Write a tensor of the base; a change may then write over some of its rows."""
+    base = out.base
+    assert base is not None
+    source = checkpoint.file_of(base)
+    if out.dtype == base.dtype:
+        copy_range(source, base.start, sink.file, out.start, out.size)
+        return
+    count = out.size // out.dtype.itemsize
     step = CHUNK // base.dtype.itemsize
     memory = torch.empty(step, dtype=base.dtype)
-    for start in range(0, (base.end - base.start) // base.dtype.itemsize, step):
-        at = base.start + start * base.dtype.itemsize
-        values = memory[: min(CHUNK, base.end - at) // base.dtype.itemsize]
-        read_into(sources[base.file], bytes_of(values), at)
+    for start in range(0, count, step):
+        values = memory[: min(step, count - start)]
+        read_into(source, bytes_of(values), base.start + start * base.dtype.itemsize)
         made = values.to(out.dtype)
-        if made.dtype != values.dtype and bool((torch.isfinite(values) & ~torch.isfinite(made)).any()):
+        if bool((torch.isfinite(values) & ~torch.isfinite(made)).any()):
             raise MergeError(f"{out.name}: a value is too large for {out.dtype}")
-        sink.write(out.name, start * out.dtype.itemsize, bytes_of(made))
-
-
-def _bar(total: int, progress: bool) -> Any:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    return tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=None if progress else True)
+        write_from(sink.file, bytes_of(made), out.start + start * out.dtype.itemsize)

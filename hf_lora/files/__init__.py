@@ -7,4 +7,5 @@ In: a model with adapters, or a folder. Out: a folder, or an adapter in the mode
 - `validate`: what the JSON of an adapter may say.
 - `identity`, `commit`: which base model an adapter belongs to.
 - `inspect`: what a file holds, without the base model.
+- `convert`: old files whose tensors are a pickle.
 """

@@ -4,7 +4,7 @@
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and so on, float32
     hf_lora.json                  base identity, architecture, labels, vocabulary, versions
 
-They take their places together (`together.py`): a failed or killed save leaves the old ones or the new ones.
+They take their places together: a failed or killed save leaves the old ones or the new ones.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from ..layers.parts import PARTS, Part
 from ..layers.shapes import SHAPES
 from ..layers.storages import fits
 from ..safe_io.atomic import finish_moves, replace_together
-from ..safe_io.reading import FLOATS, REPAIR, Entry, own_file, read_header, read_json
+from ..safe_io.headers import TensorFile, read_header
+from ..safe_io.reading import REPAIR, own_file, read_json
 from .validate import check_config, check_extras
 
 CONFIG_NAME = "adapter_config.json"
@@ -43,7 +44,8 @@ PREFIX = "base_model.model."
 _PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
 FULL_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
-Shapes = dict[str, tuple[int, ...]]
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The floating-point dtypes that an adapter's tensors may have."""
 
 
 @dataclass
@@ -68,7 +70,7 @@ def key_of(path: str, key: str) -> str:
 def split_key(key: str) -> tuple[str, str]:
     """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path).
 
-    What a kind of part from outside declares is told as a copy: it has no update of its own to sum up.
+    What a kind of part from outside declares counts as a copy: it has no update of its own to sum up.
     """
     path = key.removeprefix(PREFIX)
     if any(path.endswith(f".{suffix}") for kind in PARTS.values() for suffix in kind.keys):
@@ -211,7 +213,7 @@ def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
 
 
 def compare_kinds(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], faults: Faults) -> None:
-    """Add a fault for every tensor of whole numbers where others are expected, or the other way round."""
+    """Add a fault for every tensor of integers where floating-point numbers are expected, or the reverse."""
     for key, tensor in tensors.items():
         if key in expected and tensor.is_floating_point() != expected[key].is_floating_point():
             faults.add(f"kind: {key} holds {tensor.dtype} in the file, {expected[key].dtype} in the model")
@@ -233,31 +235,28 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
                 f"{path} holds {LEGACY_WEIGHTS_NAME}, a pickle. Convert it once: hf-lora convert {path} --out FOLDER"
             )
         raise AdapterFileError(f"{path} holds {CONFIG_NAME} and no {WEIGHTS_NAME}: the adapter is incomplete.")
-    entries = read_header(file, weights)
-    if not entries:
-        raise AdapterFileError(f"{weights} holds no tensors.")
-    _check_roles(entries, weights)
+    _check_entries(read_header(file, weights))
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
-        raise AdapterFileError(
-            f"{weights} is not a whole safetensors file ({error}). Copy or download it again."
-        ) from error
+        raise AdapterFileError(f"{weights} is not a whole safetensors file ({error}). {REPAIR}") from error
     own, copies = split_base_copies(tensors)
     return AdapterFile(config, own, read_extras(path), path, read_json(path, CONFIG_NAME) or {}, copies)
 
 
-def _check_roles(entries: Mapping[str, Entry], weights: Path) -> None:
-    """Factors are matrices of floating-point numbers."""
-    faults = Faults(str(weights))
-    for key, entry in entries.items():
+def _check_entries(file: TensorFile) -> None:
+    """Factors are matrices of floating-point numbers, and nothing is empty."""
+    if not file.entries:
+        raise AdapterFileError(f"{file.path} holds no tensors.")
+    faults = Faults(str(file.path))
+    for key, dtype, shape, *_ in file.entries:
         role = split_key(key)[1]
-        if role == "copy":
-            continue
-        if entry.dtype not in FLOATS:
-            faults.add(f"{key} holds {entry.dtype}, no floating-point numbers")
-        if role in matrices() and len(entry.shape) < 2:
-            faults.add(f"{key} {list(entry.shape)} is no matrix")
+        if 0 in shape:
+            faults.add(f"{key} {list(shape)} is empty")
+        if dtype not in FLOATS and (dtype.is_floating_point or role != "copy"):
+            faults.add(f"{key} holds {dtype}, not one of {', '.join(map(str, FLOATS))}")
+        if role in matrices() and len(shape) < 2:
+            faults.add(f"{key} {list(shape)} is not a matrix")
     faults.check(AdapterFileError, REPAIR)
 
 
@@ -269,7 +268,7 @@ def read_config(path: Path) -> LoraConfig:
     if values is None:
         inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}")) if path.is_dir() else []
         also = f" It holds the adapters {', '.join(inner)} in folders of their own: name one." if inner else ""
-        there = "is no adapter's folder" if path.is_dir() else "does not exist"
+        there = "is not an adapter's folder" if path.is_dir() else "does not exist"
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
     check_config(values, str(file))
     try:
@@ -312,7 +311,7 @@ def write_adapter(
     """Write an adapter's three files; they take their places together, when all are whole.
 
     Args:
-        allow_nonfinite: write NaN and infinity too, to look at them later. No reader of ours takes such a file.
+        allow_nonfinite: write NaN and infinity too, to look at them later. Loading refuses such a file.
 
     Raises:
         AdapterFileError: a tensor is not finite or empty (a parameter that was not gathered), or no space is left.
@@ -338,31 +337,6 @@ def write_adapter(
     }
     replace_together(path, writers)
     return path
-
-
-def convert_bin(folder: str | os.PathLike[str], out: str | os.PathLike[str]) -> AdapterFile:
-    """Rewrite an old adapter, whose tensors are a pickle, in today's format.
-
-    The pickle is read with `weights_only=True`: it can hold tensors and nothing that runs.
-
-    Raises:
-        AdapterFileError: the folder holds no such adapter, or its pickle holds more than tensors.
-    """
-    path = Path(folder)
-    read_config(path)
-    weights = path / LEGACY_WEIGHTS_NAME
-    file = own_file(path, LEGACY_WEIGHTS_NAME)
-    if file is None:
-        raise AdapterFileError(f"{path} holds no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError … by what is wrong
-        raise AdapterFileError(f"{weights} cannot be read as a file of tensors alone ({error}).") from error
-    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise AdapterFileError(f"{weights} holds more than tensors.")
-    values = read_json(path, CONFIG_NAME) or {}
-    write_adapter(out, values, tensors, read_extras(path))
-    return read_adapter(out)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

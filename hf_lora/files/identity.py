@@ -116,6 +116,8 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
             continue
         if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
             continue
+        if not any(weight.stride()):
+            continue  # one number that stands in for a weight
         if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
             return None  # packed or sharded: its elements are not the checkpoint's
         matrices[name.removeprefix(f"{prefix}.")] = weight
@@ -125,7 +127,7 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
 
 def _sample(weight: torch.Tensor) -> str:
     places = range(0, weight.numel(), max(1, weight.numel() // SAMPLED_ELEMENTS))[:SAMPLED_ELEMENTS]
-    look = getattr(weight, "look", None)  # a weight that lies in a file says how to read single elements: see shell.py
+    look = getattr(weight, "look", None)  # how to read single elements, of a weight that lies in a file
     elements = weight.detach().reshape(-1)[:: places.step][: len(places)] if look is None else look(places)
     return base64.b64encode(elements.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).decode()
 

@@ -45,7 +45,7 @@ class LayerSummary:
 
 @dataclass
 class AdapterSummary:
-    """What `inspect_adapter` found; `str()` is a table.
+    """What `inspect_adapter` found; `str()` of it is a table.
 
     Args:
         path: the adapter's folder.
@@ -110,7 +110,7 @@ class AdapterSummary:
         return plot_norms(self, Path(file))
 
 
-def inspect_adapter(path: str | os.PathLike[str]) -> AdapterSummary:
+def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
     """Read an adapter's folder and sum up its layers. No update is formed: its norm comes from R x R matrices.
 
     Raises:

@@ -53,9 +53,9 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
             faults.add(f"layers_pattern: {pattern!r} must be a name, such as 'layers'")
     base, revision = values.get("base_model_name_or_path"), values.get("revision")
     if base not in (None, "") and (not is_text(base) or base.startswith(("//", "\\\\")) or "://" in base):
-        faults.add(f"base_model_name_or_path={base!r} is no name")
+        faults.add(f"base_model_name_or_path={base!r} is not the name of a model")
     if revision is not None and not is_revision(revision):
-        faults.add(f"revision={revision!r} is no branch, tag or commit")
+        faults.add(f"revision={revision!r} is not a branch, tag or commit")
     faults.check(AdapterFileError, "Correct these fields, or load the adapter with the library that wrote it.")
 
 

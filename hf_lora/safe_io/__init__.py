@@ -1,7 +1,8 @@
-"""Bytes and files: reading files that nobody vouches for, and writing files that are whole or absent.
+"""Files: reading untrusted ones within bounds, and writing files that are whole or absent.
 
-In: paths. Out: JSON values and safetensors headers, each read within bounds; files that take their places together.
+In: paths. Out: JSON values and safetensors headers; files that take their places together.
 
-- `reading`: which files are opened, how much of them is read, and what a safetensors header may say.
-- `atomic`: several files that replace others as one, whatever happens in between.
+- `reading`: which files are opened, and JSON within bounds.
+- `headers`: safetensors headers: which tensor lies where.
+- `atomic`: several files that replace others together, or not at all.
 """

@@ -1,6 +1,6 @@
-"""Several files that take their places together, whatever happens in between.
+"""Several files that take their places together, or not at all.
 
-Each file is written beside its place. Once all are whole and on the disk, a journal that names the moves is put down:
+Each file is written beside its place. Once all are whole and on the disk, a journal that names the moves is written:
 from then on the new files count, and whoever reads the folder next finishes moves that were cut off. Before that the
 old files count. So a process may be killed at any moment, and no mixture of old and new is ever read.
 """
@@ -23,22 +23,29 @@ from .reading import is_name, read_json
 
 JOURNAL_NAME = ".hf_lora_moves.json"
 _STALE = 3600.0
-"""After so many seconds a half-written file beside its place belongs to no running process."""
+"""After so many seconds a half-written file beside its place is taken for that of a process that was killed."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = (
     *(os.strerror(code).lower() for code in _FULL),
-    *("pytorchstreamwriter failed", "inline_container.cc", "iostream error"),  # torch's words for it
+    *("pytorchstreamwriter failed", "inline_container.cc", "iostream error"),  # torch's own texts
 )
 
 
-def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]]) -> None:
+def replace_together(
+    folder: Path, writers: Mapping[str, Callable[[Path], Any]], ready: Mapping[str, Path] | None = None
+) -> None:
     """Let each writer make its file beside its place; once all are whole and on the disk, move them there.
+
+    Args:
+        ready: name -> a file of `beside_name` that is whole and on the disk already. It moves with the others, and
+            before them; if they cannot be written, it stays where it is.
 
     Raises:
         AdapterFileError: no space is left; the files that were there are unchanged, and nothing half-written is left.
     """
     finish_moves(folder)
     _sweep(folder, writers)
+    ready = ready or {}
     staged: dict[str, Path] = {}
     umask = os.umask(0)
     os.umask(umask)
@@ -53,7 +60,8 @@ def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]])
         name = JOURNAL_NAME
         staged[name] = _beside(folder, name)
         with staged[name].open("w", encoding="utf-8") as text:
-            json.dump({place: path.name for place, path in staged.items() if place != JOURNAL_NAME}, text)
+            moves = {**ready, **staged}
+            json.dump({place: path.name for place, path in moves.items() if place != JOURNAL_NAME}, text)
             text.flush()
             os.fsync(text.fileno())
         staged.pop(name).rename(folder / name)
@@ -70,7 +78,7 @@ def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]])
     try:
         finish_moves(folder)
     except OSError:
-        if all(path.exists() for path in staged.values()):  # none was moved: the old files go on to count
+        if all(path.exists() for path in (*ready.values(), *staged.values())):  # none was moved: the old files count
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
             for left in staged.values():
                 left.unlink(missing_ok=True)
@@ -78,7 +86,7 @@ def replace_together(folder: Path, writers: Mapping[str, Callable[[Path], Any]])
 
 
 def finish_moves(folder: str | os.PathLike[str]) -> None:
-    """Finish the moves of a save that was cut off among them; nothing happens where none was.
+    """Finish the moves of a save that was cut off during them, if there was one.
 
     Several processes may do so at once.
 
@@ -101,8 +109,8 @@ def finish_moves(folder: str | os.PathLike[str]) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Have the names in a folder on the disk, where the system can do so."""
-    with contextlib.suppress(OSError):  # not every file system knows it
+    """Write the names in a folder to the disk, where the system can do so."""
+    with contextlib.suppress(OSError):  # not every file system can
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -111,9 +119,9 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a write failed since the disk, the quota or the largest size of a file is used up.
+    """Whether a write failed because the disk, the quota or the largest size of a file is used up.
 
-    torch and safetensors hand on a text in place of the system's error, and torch not even that.
+    safetensors raises an error with the system's text, and torch one with a text of its own.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -125,7 +133,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def no_space(folder: str | os.PathLike[str]) -> str:
-    """ "no space is left", with what the system says is free."""
+    """The text "no space is left", with what the system says is free."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -133,8 +141,13 @@ def no_space(folder: str | os.PathLike[str]) -> str:
     return f"no space is left ({usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free)"
 
 
+def beside_name(name: str, middle: str) -> str:
+    """What a file is called while it waits beside its place."""
+    return f".{name.lstrip('.')}.{middle}.tmp"
+
+
 def _is_beside(beside: Any, name: str) -> bool:
-    """Whether `_beside` may have made this name."""
+    """Whether `beside_name` may have made this name."""
     return is_name(beside) and beside.startswith(f".{name.lstrip('.')}.") and beside.endswith(".tmp")
 
 

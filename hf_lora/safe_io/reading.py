@@ -1,4 +1,4 @@
-"""Reading the files of strangers: what is opened, how much of it, and what it may say.
+"""Reading untrusted files: which are opened, and JSON within bounds.
 
 An adapter's folder may come from anyone. Only JSON and safetensors are read from it, no name and no link leads out of
 it, and each size is bounded before memory is taken for it. Nothing here knows what the files mean.
@@ -11,43 +11,18 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..errors import AdapterFileError, Faults
+from ..errors import AdapterFileError
 
 MAX_JSON_BYTES = 4 * 2**20
 """Of adapter_config.json and hf_lora.json. Those of the largest models are a few hundred kB."""
 MAX_JSON_VALUES = 250_000
 MAX_JSON_DEPTH = 32
-HEADER_BYTES = 2**20
-"""A safetensors header may have so many bytes in any case …"""
-HEADER_SHARE = 16
-"""… and beyond that one for each 16 bytes of tensors …"""
-MAX_HEADER_BYTES = 64 * 2**20
-"""… up to here."""
-MAX_NAME = 1024
-"""Characters of a tensor's name."""
-MAX_DIMENSIONS = 8
-
-BYTES_OF = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""The dtypes that an adapter may hold: those of factors and heads, and of a head's counters."""
-FLOATS = ("F64", "F32", "F16", "BF16")
 REPAIR = "Copy or download it again."
 
 _JSON_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One tensor of a safetensors header; its bytes are counted from the end of the header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def is_name(name: Any) -> bool:
@@ -59,11 +34,11 @@ def own_file(folder: Path, name: str) -> Path | None:
     """A file of a folder, with links resolved; None where there is none.
 
     Raises:
-        AdapterFileError: it lies outside the folder, or is no regular file. The blobs of the Hub's cache, which its
+        AdapterFileError: it lies outside the folder, or is not a regular file. The blobs of the Hub's cache, which its
             snapshots consist of links to, belong to the folder.
     """
     if not is_name(name):
-        raise AdapterFileError(f"{folder}: {name!r} is no name of a file in this folder. {REPAIR}")
+        raise AdapterFileError(f"{folder}: {name!r} is not the name of a file in this folder. {REPAIR}")
     place = folder / name
     try:
         if not os.path.lexists(place):
@@ -75,7 +50,7 @@ def own_file(folder: Path, name: str) -> Path | None:
                 "there."
             )
         if not stat.S_ISREG(target.stat().st_mode):
-            raise AdapterFileError(f"{place} is no regular file. {REPAIR}")
+            raise AdapterFileError(f"{place} is not a regular file. {REPAIR}")
     except (OSError, RuntimeError, ValueError) as error:  # a broken link, a circle of links, a NUL in the path
         if isinstance(error, AdapterFileError):
             raise
@@ -117,7 +92,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """The object in a JSON file of a folder; None where there is no such file.
 
     Raises:
-        AdapterFileError: it is no JSON object, too large, nested too deep, or says a thing twice.
+        AdapterFileError: it is not a JSON object, too large, nested too deep, or has a name twice.
     """
     file = own_file(folder, name)
     if file is None:
@@ -131,7 +106,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     except OSError as error:
         raise AdapterFileError(f"{place} cannot be read ({error}).") from error
     if len(data) > MAX_JSON_BYTES:
-        raise AdapterFileError(f"{place} has more than {MAX_JSON_BYTES:,} bytes: it is no file of an adapter.")
+        raise AdapterFileError(f"{place} has more than {MAX_JSON_BYTES:,} bytes, the limit for a file of an adapter.")
     values = parse_json(data, str(place))
     if not isinstance(values, dict):
         raise AdapterFileError(f"{place} holds {type(values).__name__}, not an object.")
@@ -149,7 +124,7 @@ def parse_json(data: bytes, place: str, most: int = MAX_JSON_VALUES) -> Any:
             what = (
                 f"is nested more than {MAX_JSON_DEPTH} deep" if values <= most else f"holds more than {most:,} values"
             )
-            raise AdapterFileError(f"{place} {what}: it is no file of an adapter.")
+            raise AdapterFileError(f"{place} {what}, more than a file of an adapter may.")
     try:
         text = data.decode("utf-8")
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
@@ -164,12 +139,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice[:100]!r} stands twice in an object")
+        raise ValueError(f"{twice[:100]!r} is listed twice in an object")
     return found
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(number: str) -> float:
@@ -177,107 +152,3 @@ def _finite(number: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{number[:40]} is larger than any number that can be held")
     return value
-
-
-def read_header(file: Path, place: Path) -> dict[str, Entry]:
-    """The header of a safetensors file, of which every claim holds; the tensors are not touched.
-
-    Args:
-        place: how the file is called in messages.
-
-    Raises:
-        AdapterFileError: lists what is wrong.
-    """
-    broken = f"{place} is not a whole safetensors file"
-    data, behind = _header_bytes(file, place, broken)
-    if not data.startswith(b"{"):
-        raise AdapterFileError(f"{broken} (its header is no JSON object). {REPAIR}")
-    try:
-        values = parse_json(data, f"The header of {place}", most=len(data))
-    except AdapterFileError as error:
-        raise AdapterFileError(f"{broken}: {error} {REPAIR}") from error
-    del data
-    faults = Faults(broken)
-    _check_metadata(values.pop("__metadata__", None), faults)
-    entries: dict[str, Entry] = {}
-    while values:
-        name, value = values.popitem()
-        fault = _fault_of_name(name) or _fault_of_entry(value)
-        if fault:
-            faults.add(f"{name[:100]!r}: {fault}")
-        elif not faults.found:
-            dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-            entries[name] = Entry(dtype, tuple(shape), begin, end)
-    if not faults.found:
-        _check_places(entries, behind, faults)
-    faults.check(AdapterFileError, REPAIR)
-    return dict(reversed(entries.items()))
-
-
-def _header_bytes(file: Path, place: Path, broken: str) -> tuple[bytes, int]:
-    """(the header, how many bytes follow it)."""
-    try:
-        with open(file, "rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            start = opened.read(8)
-            length = int.from_bytes(start, "little")
-            behind = size - 8 - length
-            if len(start) < 8 or behind < 0:
-                raise AdapterFileError(f"{broken} (it ends in its header). {REPAIR}")
-            allowed = min(MAX_HEADER_BYTES, HEADER_BYTES + behind // HEADER_SHARE)
-            if length > allowed:
-                what = f"its header has {length:,} bytes, at most {allowed:,} here"
-                raise AdapterFileError(f"{broken} ({what}). {REPAIR}")
-            return opened.read(length), behind
-    except OSError as error:
-        raise AdapterFileError(f"{place} cannot be read ({error}).") from error
-
-
-def _check_metadata(metadata: Any, faults: Faults) -> None:
-    if metadata is None:
-        return
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        faults.add("__metadata__ must map names to texts")
-
-
-def _fault_of_name(name: str) -> str | None:
-    if not name or len(name) > MAX_NAME:
-        return f"a name has from 1 to {MAX_NAME} characters"
-    if not name.isprintable():
-        return "a name with characters that cannot be shown"
-    return None
-
-
-def _fault_of_entry(value: Any) -> str | None:
-    if not isinstance(value, Mapping) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        return "a tensor has dtype, shape and data_offsets"
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in BYTES_OF:
-        return f"dtype {str(dtype)[:40]!r} is not one of {', '.join(BYTES_OF)}"
-    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
-        return f"its shape must be a list of at most {MAX_DIMENSIONS} whole numbers"
-    if not _are_counts(offsets) or len(offsets) != 2:
-        return "its data_offsets must be two whole numbers"
-    if 0 in shape:
-        return f"it is empty ({shape})"
-    begin, end = offsets
-    if end - begin != math.prod(shape) * BYTES_OF[dtype]:
-        return f"{dtype} {shape} does not fill its bytes {begin} to {end}"
-    return None
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-
-def _check_places(entries: Mapping[str, Entry], size: int, faults: Faults) -> None:
-    """Tensors lie end to end: each byte behind the header belongs to one of them."""
-    at, before = 0, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
-        if entry.begin != at:
-            faults.add(f"{name}: {'overlaps with' if entry.begin < at else 'leaves a gap to'} {before}")
-        at, before = max(at, entry.end), name
-    if at > size:
-        faults.add(f"its tensors reach to byte {at:,} of {size:,}")
-    elif at < size and entries:
-        faults.add(f"{size - at:,} bytes at its end belong to no tensor")

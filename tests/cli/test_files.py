@@ -12,8 +12,8 @@ from helpers import run_command as run
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from hf_lora import LoraModel
-from hf_lora.files.inspect import inspect_adapter, singular_values
+from hf_lora import LoraModel, inspect_adapter
+from hf_lora.files.inspect import singular_values
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from hf_lora import (
     MergeError,
     apply_lora,
     merge_files,
+    merge_to_folder,
 )
 from hf_lora.errors import Faults
 from hf_lora.file_merge.ranges import open_checkpoint
@@ -317,7 +318,8 @@ def test_every_fault_of_the_files_is_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     said = refused(AdapterFileError, base, adapter, tmp_path / "out")
-    for part in (f"{first} is missing", f"{second} is", f"{third} is cut off", "is not JSON", "is not empty"):
+    torn = (f"{second} is not a whole safetensors file", f"{third} is not a whole safetensors file")
+    for part in (f"{first} is missing", *torn, "is not JSON", "is not empty"):
         assert part in said
 
 
@@ -340,7 +342,8 @@ def test_a_header_that_is_not_what_the_format_says(tmp_path: Path, written: str,
     assert written in header
     changed = header.replace(written, instead, 1).encode()
     file.write_bytes(len(changed).to_bytes(8, "little") + changed + data[8 + length :])
-    assert f"{file} has no safetensors header" in refused(AdapterFileError, base, adapter, tmp_path / "out")
+    said = refused(AdapterFileError, base, adapter, tmp_path / "out")
+    assert f"{file} is not a whole safetensors file" in said
 
 
 def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:
@@ -353,7 +356,7 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert "'float32'" in refused(ConfigError, base, adapter, tmp_path / "out", dtype="float23")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
-    assert "is quantised" in refused(AdapterFileError, base, adapter, tmp_path / "out")
+    assert "is quantized" in refused(AdapterFileError, base, adapter, tmp_path / "out")
 
 
 def test_an_adapter_that_does_not_fit(tmp_path: Path) -> None:
@@ -417,6 +420,42 @@ def test_space_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert "are free in" in refused(AdapterFileError, base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_with_counters_that_is_kept_whole(tmp_path: Path) -> None:
+    """A batch norm counts its batches in integers, which are written as they are."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=3, num_channels=1
+    )
+    base = save_base(ResNetForImageClassification(config), tmp_path)
+    model = ResNetForImageClassification.from_pretrained(base)
+    kept = "resnet.embedder.embedder.normalization"
+    apply_lora(model, LoraConfig(r=2, target_modules=["convolution"], modules_to_save=[kept]))
+    randomize(model)
+    model.train()(torch.randn(2, 1, 32, 32))
+    model.save_pretrained(tmp_path / "adapter")
+    out = merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    merged_in_memory(base, tmp_path / "adapter", tmp_path)
+    assert_same_bits(tensors_of(out), tensors_of(tmp_path / "memory"))
+    assert tensors_of(out)[f"{kept}.num_batches_tracked"] == 1
+
+
+def test_one_function_merges_in_memory_or_file_to_file(tmp_path: Path) -> None:
+    base = save_base(tiny_llama(), tmp_path, "20KB")
+    adapter = save_adapter(base, tmp_path, task_type="CAUSAL_LM")
+    by_file = merge_to_folder(adapter, tmp_path / "out", in_memory=False, progress=False)  # the base that it names
+    assert layout(by_file) == layout(base)
+    in_memory = merge_to_folder(adapter, tmp_path / "memory", base_model=str(base))
+    assert_same_bits(tensors_of(by_file), tensors_of(in_memory))
+    with pytest.raises(ConfigError, match="device_map: only with in_memory=True"):
+        merge_to_folder(adapter, tmp_path / "none", in_memory=False, device_map="cpu")
+    with pytest.raises(ConfigError, match="must be a folder or a repository"):
+        merge_to_folder(adapter, tmp_path / "none", in_memory=False, base_model=tiny_llama())
+    with pytest.raises(ConfigError, match="'float32'"):
+        merge_to_folder(adapter, tmp_path / "none", dtype="float23")
 
 
 def test_the_command_takes_three_names(tmp_path: Path) -> None:

@@ -6,21 +6,23 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from file_merge.test_stream import assert_same_bits, layout, save_adapter, save_base, tensors_of
+from file_merge.test_stream import assert_same_bits, save_adapter, save_base, tensors_of
 from helpers import tiny_llama
 
 from hf_lora import AdapterFileError, merge_files
-from hf_lora.file_merge import ranges, stream
-from hf_lora.file_merge.journal import JOURNAL_NAME
+from hf_lora.file_merge.ranges import copy_range
+from hf_lora.safe_io import atomic
 
 
 @pytest.fixture
@@ -40,86 +42,113 @@ def in_a_child(do: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def dying(method: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
-    """`Sink.<method>` that ends the process at its n-th call, without any clean-up."""
-    left = [calls]
-    original = getattr(stream.Sink, method)
+def cut_off(writes: int, base: Path, adapter: Path, out: Path, **options: Any) -> None:
+    """A merge whose process ends at its n-th write to a file, without any clean-up."""
+    left, own = [writes], os.pwrite
 
-    def maybe(self: object, *args: object) -> object:
+    def write(*args: Any) -> int:
         left[0] -= 1
         if left[0] < 0:
             os._exit(9)
-        return original(self, *args)
+        return own(*args)
 
-    monkeypatch.setattr(stream.Sink, method, maybe)
-    return maybe
+    def merge() -> None:
+        os.pwrite = write
+        merge_files(base, adapter, out, **options)
+
+    assert in_a_child(merge) == 9
+    assert not (out / "config.json").exists()
 
 
-def test_killed_three_times_and_continued(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def whole_files(out: Path) -> dict[str, Path]:
+    """Name -> the file of a merge that was cut off that is whole and waits beside its place."""
+    return {path.name.split(".safetensors")[0][1:] + ".safetensors": path for path in out.glob(".*.safetensors.*.tmp")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_killed_three_times_and_continued(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     expected = merge_files(base, adapter, tmp_path / "expected")
     out = tmp_path / "out"
     whole: list[set[str]] = []
-    for calls in (3, 12, 11):
-        with monkeypatch.context() as patch:
-            dying("write", calls, patch)
-            assert in_a_child(lambda: merge_files(base, adapter, out)) == 9
-        whole.append({p.name for p in out.glob("*.safetensors")})
-        assert not (out / "config.json").exists()
+    for writes in (4, 12, 12):
+        cut_off(writes, base, adapter, out)
+        whole.append(set(whole_files(out)))
+        assert not list(out.glob("[!.]*"))
     assert whole[0] < whole[1] < whole[2] < {p.name for p in base.glob("*.safetensors")}
-    kept = {p.name: p.stat().st_ino for p in out.glob("*.safetensors")}
+    kept = {name: path.stat().st_ino for name, path in whole_files(out).items()}
     merge_files(base, adapter, out)
     assert all((out / name).stat().st_ino == place for name, place in kept.items())  # they were not written again
     assert_same_bits(tensors_of(out), tensors_of(expected))
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in expected.iterdir()}
+    assert contents(out) == contents(expected)
 
 
-@pytest.mark.parametrize("harm", ["a folded byte", "a copied byte", "its end", "its header"])
-def test_a_file_that_is_present_and_not_whole_is_written_again(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
-) -> None:
+def test_a_file_that_lost_its_end_is_written_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     expected = merge_files(base, adapter, tmp_path / "expected")
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        dying("write", 20, patch)
-        assert in_a_child(lambda: merge_files(base, adapter, out)) == 9
-    found = stream.open_checkpoint(base, stream.Faults("test"))
-    name = next(n for n in sorted(json.loads((out / JOURNAL_NAME).read_text())["finished"]) if layout(base)[n][1:])
-    entries = {e.name: e for e in next(s for s in found.shards if s.path.name == name).entries}
-    folded = next(e for n, e in entries.items() if "_proj" in n)
-    copied = next((e for n, e in entries.items() if "_proj" not in n), None)
-    if harm == "a copied byte" and copied is None:
-        pytest.skip("the layout gave no copies here")
-    place = {
-        "a folded byte": folded.start + 5,
-        "a copied byte": copied.start + 5 if copied else 0,
-        "its header": 20,
-    }.get(harm)
-    content = bytearray((out / name).read_bytes())
-    if place is None:
-        content = content[:-4]
-    else:
-        content[place] ^= 255
-    (out / name).write_bytes(content)
-    merge_files(base, adapter, out)
-    assert (out / name).read_bytes() == (expected / name).read_bytes()
+    cut_off(20, base, adapter, tmp_path / "out")
+    torn = next(iter(whole_files(tmp_path / "out").values()))
+    torn.write_bytes(torn.read_bytes()[:-4])
+    merge_files(base, adapter, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(expected)
 
 
-def test_a_cut_off_merge_of_other_inputs_is_not_mixed_with(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_overwritten_is_whole_until_the_result_is(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed at every moment of the end: the folder holds the old model, or the same call leaves the new one."""
+    base, adapter = inputs
+    old, new = merge_files(base, adapter, tmp_path / "old"), tmp_path / "new"
+    expected = contents(merge_files(base, adapter, new, dtype="float32"))
+    changed = []
+    for end in range(200):
+        out = Path(shutil.copytree(old, tmp_path / f"out {end}"))
+        ended = in_a_child(lambda out=out, end=end: ending_at(end, lambda: merge_files(
+            base, adapter, out, dtype="float32", overwrite=True, progress=False
+        ))) == 0  # fmt: skip
+        seen = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+        changed.append((out / atomic.JOURNAL_NAME).exists() or seen == expected)
+        assert changed[-1] or seen == contents(old)
+        if not ended:
+            merge_files(base, adapter, out, dtype="float32", overwrite=True)
+        assert contents(out) == expected
+        shutil.rmtree(out)
+        if ended:
+            break
+    assert ended
+    assert changed == sorted(changed)  # the old model, then the new one: one moment decides
+    assert changed.count(True) > 4
+
+
+def ending_at(moment: int, do: Callable[[], object]) -> None:
+    """Do something, and end the process at a moment that is counted over moves, syncs and deletions."""
+    passed = [0]
+
+    def counted(own: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if passed[0] == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed[0] += 1
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "rename", "fsync", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    do()
+    os._exit(0)
+
+
+def test_a_cut_off_merge_of_other_inputs_is_not_mixed_with(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     base, adapter = inputs
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        dying("write", 20, patch)
-        assert in_a_child(lambda: merge_files(base, adapter, out)) == 9
+    cut_off(20, base, adapter, out)
+    assert whole_files(out)
     with pytest.raises(AdapterFileError, match="was cut off"):
         merge_files(base, adapter, out, dtype="float32")
     merge_files(base, adapter, out, dtype="float32", overwrite=True)
-    assert_same_bits(tensors_of(out), tensors_of(merge_files(base, adapter, tmp_path / "whole", dtype="float32")))
+    assert contents(out) == contents(merge_files(base, adapter, tmp_path / "whole", dtype="float32"))
 
 
 def test_threads_change_no_bit(inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -137,36 +166,41 @@ def test_threads_change_no_bit(inputs: tuple[Path, Path], tmp_path: Path) -> Non
 def test_files_between_which_the_system_copies_nothing(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two file systems, of which one reserves no place: the same bytes, and no position that threads would share."""
+    """As between two file systems: the same bytes, and no position that threads would share."""
     base, adapter = inputs
     expected = merge_files(base, adapter, tmp_path / "expected")
 
     def refuses(*args: object) -> int:
         raise OSError(errno.EXDEV, "other file systems")
 
-    monkeypatch.setattr(ranges, "_copy_file_range", refuses)
-    monkeypatch.setattr(ranges, "_fallocate", refuses)
+    monkeypatch.setattr(os, "copy_file_range", refuses)
     out = merge_files(base, adapter, tmp_path / "out")
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in expected.iterdir()}
+    assert contents(out) == contents(expected)
     (tmp_path / "source").write_bytes(bytes(range(256)))
     with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("wb") as target:
-        ranges.copy_range(source.fileno(), 50, target.fileno(), 20, 100)
+        copy_range(source.fileno(), 50, target.fileno(), 20, 100)
         assert os.lseek(source.fileno(), 0, os.SEEK_CUR) == os.lseek(target.fileno(), 0, os.SEEK_CUR) == 0
     assert (tmp_path / "target").read_bytes() == bytes(20) + bytes(range(50, 150))
 
 
-def test_a_full_disk_is_found_when_a_place_is_reserved(
-    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*args: int) -> None:
-        raise OSError(errno.ENOSPC, "nothing left")
-
-    monkeypatch.setattr(ranges, "_fallocate", full)
-    with pytest.raises(AdapterFileError, match="the same call goes on"):
-        merge_files(*inputs, tmp_path / "out")
-    assert not [p for p in (tmp_path / "out").iterdir() if p.name != JOURNAL_NAME]
-    monkeypatch.undo()
-    merge_files(*inputs, tmp_path / "out")
+def test_a_full_disk_keeps_the_files_that_are_whole(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    """No file may be larger than a limit that the second one exceeds."""
+    resource = pytest.importorskip("resource")
+    base, adapter = inputs
+    out, expected = tmp_path / "out", contents(merge_files(base, adapter, tmp_path / "expected"))
+    sizes = [len(expected[name]) for name in sorted(expected) if name.endswith(".safetensors")]
+    limit = min(size for size in sizes if size > sizes[0]) - 1
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(AdapterFileError, match=r"no space is left(.|\n)*the same call goes on"):
+            merge_files(base, adapter, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert whole_files(out)
+    assert set(out.iterdir()) == set(whole_files(out).values())
+    merge_files(base, adapter, out)
+    assert contents(out) == expected
 
 
 @pytest.mark.slow
@@ -191,11 +225,9 @@ def test_killed_at_random_ten_times(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         if turn % 4 == 3 or kills == 10:
-            if not (part / "config.json").exists() or (part / JOURNAL_NAME).exists():
+            if not (part / "config.json").exists() or (part / atomic.JOURNAL_NAME).exists():
                 merge_files(base, adapter, part)
-            files = {p.name: p.read_bytes() for p in part.iterdir()}
-            assert sorted(files) == sorted(p.name for p in expected.iterdir())
-            assert files == {p.name: p.read_bytes() for p in expected.iterdir()}
+            assert contents(part) == contents(expected)
     assert kills == 10
 
 

@@ -29,8 +29,9 @@ from hf_lora import (
     StateError,
     TargetError,
     apply_lora,
+    convert_adapter,
 )
-from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, convert_bin, read_adapter
+from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME, read_adapter
 
 PREFIX = "base_model.model.model.layers"
 TARGETS = ["q_proj", "down_proj"]
@@ -252,7 +253,7 @@ def test_an_old_pickled_file_is_converted_on_demand_only(folder: Path, saved: Pa
     (folder / EXTRAS_NAME).unlink()
     torch.save(tensors, folder / LEGACY_WEIGHTS_NAME)
     assert "hf-lora convert" in refused(folder)
-    converted = convert_bin(folder, tmp_path / "new")
+    converted = convert_adapter(folder, tmp_path / "new")
     assert converted.tensors.keys() == tensors.keys()
     batch = batch_of(tiny_llama())
     expected = LoraModel.from_pretrained(saved, base_model=tiny_llama())(**batch).logits
@@ -264,7 +265,7 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(folder: Path, tmp_path: 
     (folder / WEIGHTS_NAME).unlink()
     torch.save({"x": Attack(tmp_path / "pwned")}, folder / LEGACY_WEIGHTS_NAME)
     with pytest.raises(AdapterFileError, match="cannot be read as a file of tensors alone"):
-        convert_bin(folder, tmp_path / "new")
+        convert_adapter(folder, tmp_path / "new")
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "new").exists()
 
@@ -272,9 +273,9 @@ def test_a_malicious_pickle_is_refused_and_does_not_run(folder: Path, tmp_path: 
 def test_a_pickle_of_more_than_tensors(folder: Path, saved: Path, tmp_path: Path) -> None:
     torch.save({"x": 3}, folder / LEGACY_WEIGHTS_NAME)
     with pytest.raises(AdapterFileError, match="more than tensors"):
-        convert_bin(folder, tmp_path / "new")
+        convert_adapter(folder, tmp_path / "new")
     with pytest.raises(AdapterFileError, match="nothing to convert"):
-        convert_bin(saved, tmp_path / "new")
+        convert_adapter(saved, tmp_path / "new")
 
 
 # Bases ---------------------------------------------------------------------------------------------------------------

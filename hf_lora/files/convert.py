@@ -1,0 +1,73 @@
+"""Adapters of older versions of other libraries, whose tensors are a pickle, as today's files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from ..safe_io.reading import own_file, read_json
+from .format import (
+    CONFIG_NAME,
+    LEGACY_WEIGHTS_NAME,
+    AdapterFile,
+    read_adapter,
+    read_config,
+    read_extras,
+    write_adapter,
+)
+
+
+def convert_adapter(
+    folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False
+) -> AdapterFile:
+    """Rewrite an old adapter, whose tensors are a pickle, as safetensors.
+
+    The pickle is read with `weights_only=True`: it can hold tensors and nothing that runs.
+
+    Args:
+        folder: holds `adapter_model.bin` and `adapter_config.json`.
+        out: the folder to write.
+        overwrite: write into a folder that is not empty; one that holds an adapter is refused in any case.
+
+    Returns:
+        What was written: `path`, `config` and `tensors`.
+
+    Raises:
+        AdapterFileError: the folder holds no such adapter, its pickle holds more than tensors, or `out` is not empty.
+    """
+    check_new_folder(out, overwrite)
+    path = Path(folder)
+    read_config(path)
+    weights = path / LEGACY_WEIGHTS_NAME
+    file = own_file(path, LEGACY_WEIGHTS_NAME)
+    if file is None:
+        raise AdapterFileError(f"{path} holds no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError … by what is wrong
+        raise AdapterFileError(f"{weights} cannot be read as a file of tensors alone ({error}).") from error
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise AdapterFileError(f"{weights} holds more than tensors.")
+    values = read_json(path, CONFIG_NAME) or {}
+    write_adapter(out, values, tensors, read_extras(path))
+    return read_adapter(out)
+
+
+def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """See that a folder can be written without mixing its files with others.
+
+    Raises:
+        AdapterFileError: it is a file, it is not empty (unless `overwrite`), or it holds an adapter.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise AdapterFileError(f"{path} is a file. Name a folder.")
+    if (path / CONFIG_NAME).exists():
+        raise AdapterFileError(f"{path} holds an adapter ({CONFIG_NAME}). Name another folder.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise AdapterFileError(f"{path} is not empty. Name a new folder, or pass --overwrite (overwrite=True).")

@@ -1,0 +1,178 @@
+"""Safetensors headers, of which every claim is checked before anything is read by it.
+
+8 bytes     the header's length n, little endian
+n bytes     JSON: {"name": {"dtype", "shape", "data_offsets": [start, end]}, …, "__metadata__": {…}}
+the rest    the tensors, end to end; offsets count from here
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import AdapterFileError, Faults
+from .reading import REPAIR, parse_json
+
+HEADER_BYTES = 2**20
+"""A header may have so many bytes in any case …"""
+HEADER_SHARE = 16
+"""… and beyond that one for each 16 bytes of tensors …"""
+MAX_HEADER_BYTES = 64 * 2**20
+"""… up to here."""
+MAX_NAME = 1024
+"""Characters of a tensor's name."""
+MAX_DIMENSIONS = 8
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file. `start` and `end` count bytes from the beginning of the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    file: Path
+
+
+@dataclass
+class TensorFile:
+    """One safetensors file: its tensors in the order in which their bytes lie, and its header as it was read."""
+
+    path: Path
+    entries: list[Entry]
+    metadata: dict[str, str] | None
+    header: bytes
+    size: int
+
+
+def read_header(file: Path, place: Path | None = None) -> TensorFile:
+    """Read the header of a safetensors file; the tensors are not touched.
+
+    Args:
+        place: how the file is called in messages; default: `file`.
+
+    Raises:
+        AdapterFileError: lists what is wrong.
+    """
+    place = place or file
+    broken = f"{place} is not a whole safetensors file"
+    header, size = _header_bytes(file, place, broken)
+    if not header.startswith(b"{"):
+        raise AdapterFileError(f"{broken} (its header is not a JSON object). {REPAIR}")
+    try:
+        values = parse_json(header, f"The header of {place}", most=len(header))
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{broken}: {error} {REPAIR}") from error
+    faults = Faults(broken)
+    metadata = values.pop("__metadata__", None)
+    if metadata is not None and not _are_texts(metadata):
+        faults.add("__metadata__ must map names to texts")
+    entries: list[Entry] = []
+    begin = 8 + len(header)
+    while values:  # so that no more is held at once than has to be
+        name, value = values.popitem()
+        fault = _fault_of_name(name) or _fault_of_entry(value)
+        if fault:
+            faults.add(f"{name[:100]!r}: {fault}")
+        elif not faults.found:
+            start, end = (begin + offset for offset in value["data_offsets"])
+            entries.append(Entry(name, DTYPES[value["dtype"]], tuple(value["shape"]), start, end, file))
+    entries.reverse()
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    if not faults.found:
+        _check_places(entries, begin, size, faults)
+    faults.check(AdapterFileError, REPAIR)
+    return TensorFile(place, entries, metadata, header, size)
+
+
+def _header_bytes(file: Path, place: Path, broken: str) -> tuple[bytes, int]:
+    """(the header, the size of the file)."""
+    try:
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            start = opened.read(8)
+            length = int.from_bytes(start, "little")
+            behind = size - 8 - length
+            if len(start) < 8 or behind < 0:
+                raise AdapterFileError(f"{broken} (it ends in its header). {REPAIR}")
+            allowed = min(MAX_HEADER_BYTES, HEADER_BYTES + behind // HEADER_SHARE)
+            if length > allowed:
+                what = f"its header has {length:,} bytes, at most {allowed:,} here"
+                raise AdapterFileError(f"{broken} ({what}). {REPAIR}")
+            return opened.read(length), size
+    except OSError as error:
+        raise AdapterFileError(f"{place} cannot be read ({error}).") from error
+
+
+def _are_texts(metadata: Any) -> bool:
+    return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+
+
+def _fault_of_name(name: str) -> str | None:
+    if not name or len(name) > MAX_NAME:
+        return f"a name has from 1 to {MAX_NAME} characters"
+    if not name.isprintable():
+        return "a name with characters that cannot be shown"
+    return None
+
+
+def _fault_of_entry(value: Any) -> str | None:
+    if not isinstance(value, Mapping) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        return "a tensor has dtype, shape and data_offsets"
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}"
+    if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
+        return f"its shape must be a list of at most {MAX_DIMENSIONS} integers >= 0"
+    if not _are_counts(offsets) or len(offsets) != 2:
+        return "its data_offsets must be two integers >= 0"
+    start, end = offsets
+    if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
+        return f"{dtype} {shape} does not fill its bytes {start} to {end}"
+    return None
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _check_places(entries: Iterable[Entry], begin: int, size: int, faults: Faults) -> None:
+    """Tensors lie end to end: each byte behind the header belongs to one of them."""
+    at, before = begin, "the header"
+    for entry in entries:
+        if entry.start != at:
+            faults.add(f"{entry.name}: {'overlaps with' if entry.start < at else 'leaves a gap to'} {before}")
+        at, before = max(at, entry.end), entry.name
+    if at > size:
+        faults.add(f"its tensors reach to byte {at:,} of {size:,}")
+    elif at < size:
+        faults.add(f"{size - at:,} bytes at its end belong to no tensor")
+
+
+def header_of(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """The header of a file that holds these tensors in this order, without its length."""
+    table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    place = 0
+    for name, dtype, shape in tensors:
+        end = place + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
