@@ -111,7 +111,7 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Embedding) or module is head or f"{name}.".startswith(heads):
             continue
-        if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
+        if weight is None or weight.dim() < 2 or is_absent(weight) or not weight.dtype.is_floating_point:
             continue
         if not any(weight.stride()):
             continue  # one number that stands in for a weight
@@ -120,6 +120,11 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
         matrices[name.removeprefix(f"{prefix}.")] = weight
     chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED_TENSORS]
     return {name: _sample(matrices[name]) for name in sorted(chosen)} or None
+
+
+def is_absent(weight: torch.Tensor) -> bool:
+    """Whether the values of a weight are not there: it is on meta, or one number stands in for them."""
+    return weight.is_meta or not any(weight.stride())
 
 
 def _sample(weight: torch.Tensor) -> str:
