@@ -19,7 +19,9 @@ _WHERE = {
     "get_peft_model": "model",
     "pipeline": "pipelines",
     "write_card": "hub.card.write",
+    "load_for_generation": "generate.loading",
     "generate_texts": "generate.texts",
+    "generate_answers": "generate.texts",
     "Conversation": "generate.conversation",
     "explain_targets": "adapt.targets",
     "INITS": "layers.inits",
@@ -39,6 +41,7 @@ _WHERE = {
     "LoraSFTConfig": "train.sft",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
+    "evaluate": "evaluation.run",
     "build_compute_metrics": "evaluation.metrics",
     "register_adapter_hooks": "train.checkpoint.state_hooks",
     "LoraError": "errors",
@@ -83,10 +86,13 @@ __all__ = [
     "apply_lora",
     "build_compute_metrics",
     "check_adapter",
+    "evaluate",
     "explain_targets",
     "gathered_state",
+    "generate_answers",
     "generate_texts",
     "get_peft_model",
+    "load_for_generation",
     "merge_files",
     "pipeline",
     "register",
@@ -114,9 +120,11 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .evaluation.metrics import build_compute_metrics
+    from .evaluation.run import evaluate
     from .file_merge.stream import merge_files
     from .generate.conversation import Conversation
-    from .generate.texts import generate_texts
+    from .generate.loading import load_for_generation
+    from .generate.texts import generate_answers, generate_texts
     from .hub.card.write import write_card
     from .layers.inits import INITS
     from .layers.methods import METHODS

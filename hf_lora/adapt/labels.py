@@ -15,7 +15,7 @@ from ..errors import StateError, TargetError
 from ..layers.class_swap import plain
 from .embeddings import output_embedding
 from .heads import find_heads, outside_backbone
-from .match import matches
+from .match import matcher
 from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
 
@@ -106,8 +106,8 @@ def is_backbone(model: Any) -> bool:
 def own_heads(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
     """New heads for an adapter with labels of its own, and its configuration with them named."""
     if config.modules_to_save:
-        wanted = set(config.modules_to_save)
-        paths = [name for name, _ in original_modules(model) if matches(wanted, name)]
+        hits = matcher(config.modules_to_save)
+        paths = [name for name, _ in original_modules(model) if hits(name)]
     else:
         paths = list(find_heads(model)) or ([] if output_embedding(model) else outside_backbone(model))
         config = dataclasses.replace(config, modules_to_save=paths)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.inject import inject
 from ..adapt.labels import new_head, task_type_of, twin
-from ..adapt.match import matches
+from ..adapt.match import matcher
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, parts
@@ -288,7 +288,8 @@ def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: 
     if config.exclude_modules or config.layers_to_transform is not None:
         return False
     inside = tuple(f"{head}." for head in heads)
-    found = {p for p in everything if matches(config.target_modules, p) and not f"{p}.".startswith(inside)}
+    hits = matcher(config.target_modules)
+    found = {p for p in everything if hits(p) and not f"{p}.".startswith(inside)}
     return found == adapted
 
 
