@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Container
+from collections.abc import Callable, Collection
 from typing import Any
 
 from .patterns import Expressions, is_name, table_pattern
@@ -23,20 +23,18 @@ def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
         expressions = Expressions([pattern])
         return lambda name: [pattern] if expressions.match(pattern, name) else []
     wanted = frozenset(patterns)
-    return lambda name: _suffixes(name, wanted)
 
+    def ends(name: str) -> list[str]:
+        found, start = [], 0
+        while True:
+            if name[start:] in wanted:
+                found.append(name[start:])
+            dot = name.find(".", start)
+            if dot < 0:
+                return found
+            start = dot + 1
 
-def _suffixes(name: str, known: Container[str]) -> list[str]:
-    """Those of the name and its suffixes of whole components that are known, the longest first."""
-    found, start = [], 0
-    while True:
-        suffix = name[start:]
-        if suffix in known:
-            found.append(suffix)
-        dot = name.find(".", start)
-        if dot < 0:
-            return found
-        start = dot + 1
+    return ends
 
 
 def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
@@ -58,26 +56,30 @@ class PatternTable:
     """
 
     def __init__(self, table: dict[str, Any]) -> None:
-        self._table = table
-        self._order = {key: i for i, key in enumerate(table)}
-        self._patterns = {key: table_pattern(key) for key in table if not is_name(key)}
-        self._expressions = Expressions(self._patterns.values())
-        self._used: set[str] = set()
+        self._rows = list(table.items())
+        self._names = {key: i for i, key in enumerate(table) if is_name(key)}
+        self._components = max((key.count(".") + 1 for key in self._names), default=0)
+        self._patterns = [(i, table_pattern(key)) for i, key in enumerate(table) if key not in self._names]
+        self._expressions = Expressions(pattern for _, pattern in self._patterns)
+        self._used: set[int] = set()
 
     def get(self, name: str, default: Any) -> Any:
-        if not self._table:
+        if not self._rows:
             return default
-        found = min(_suffixes(name, self._order), key=self._order.__getitem__, default=None)
-        for key, pattern in self._patterns.items():
-            if found is not None and self._order[found] < self._order[key]:
+        found, start = len(self._rows), len(name)
+        for _ in range(self._components):
+            start = name.rfind(".", 0, max(start, 0))
+            found = min(found, self._names.get(name[start + 1 :], found))
+        for i, pattern in self._patterns:
+            if i > found:
                 break
             if self._expressions.match(pattern, name):
-                found = key
+                found = i
                 break
-        if found is None:
+        if found == len(self._rows):
             return default
         self._used.add(found)
-        return self._table[found]
+        return self._rows[found][1]
 
     def unused(self) -> list[str]:
-        return [key for key in self._table if key not in self._used]
+        return [key for i, (key, _) in enumerate(self._rows) if i not in self._used]
