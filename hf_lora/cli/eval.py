@@ -35,7 +35,9 @@ def eval_(
     predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the written answers."),
     limit: int | None = typer.Option(None, help="Rows to take from the file's beginning (default: all)."),
     text_column: str | None = typer.Option(None, help="Column of the texts, or prompts (default: found by name)."),
-    completion_column: str | None = typer.Option(None, help="Column of the answers (default: found by name)."),
+    completion_column: str | None = typer.Option(
+        None, help="Column of the answers, or labels (default: found by name)."
+    ),
     max_length: int | None = typer.Option(None, help="Tokens kept of a row (default: the model's window)."),
     as_json: bool = typer.Option(False, "--json", help="Print the metrics as JSON."),
     base_model: str | None = BASE_MODEL,

@@ -19,7 +19,7 @@ from ..data.formats import Form, recognise
 from ..data.prompts import check_output, read_answered, write_answers
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
-from ..data.tasks import choose_columns, classification_rows
+from ..data.tasks import MOST_TOKENS, Columns, choose_columns, classification_rows
 from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded
 from ..generate.texts import answering, evaluating, generate_texts, window_of
@@ -77,8 +77,8 @@ def evaluate(
         generate: let the model write the answers, and compare them with those of the file, without outer spaces.
         predictions: JSONL file for the rows with the written answers, if they are to be kept.
         limit: rows to take from the file's beginning; default: all.
-        text_column, completion_column: of the texts or prompts, and of the answers; default: found by name.
-        max_length: tokens kept of a row; default: the model's window.
+        text_column, completion_column: of the texts or prompts, and of the answers or labels; default: found by name.
+        max_length: tokens kept of a row; default: the model's window, of a classifier at most 512.
         system, max_new_tokens: for the written answers, see `generate_texts`.
         progress: called with the number of answers that are written, and of all.
         loading: see `load_for_generation`.
@@ -98,7 +98,8 @@ def evaluate(
     model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
     cut = 0
     if not model.can_generate():
-        result = Evaluation(score_classes(model, tokenizer, table, batch_size, text_column))
+        columns = choose_columns(table, text=text_column, label=completion_column)
+        result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
     elif generate:
         result = score_answers(
             model, tokenizer, table, recognise(table, text_column, completion_column), max_new_tokens=max_new_tokens,
@@ -226,16 +227,13 @@ def score_answers(
 
 @torch.no_grad()
 def score_classes(
-    model: Any, tokenizer: Any, table: Table, batch_size: int = 8, text: str | None = None
+    model: Any, tokenizer: Any, table: Table, columns: Columns, batch_size: int = 8, max_length: int | None = None
 ) -> dict[str, float]:
     """Accuracy and F1 of a text classifier on a table of texts with labels.
 
-    Args:
-        text: the column of the texts; default: found by name.
-
     Raises:
         StateError: the model is not a text classifier.
-        DataError: the columns cannot be told, or a label is not one of the model's.
+        DataError: a text is empty, or a label is not one of the model's; lists every such row.
     """
     from transformers import DataCollatorWithPadding
 
@@ -245,7 +243,8 @@ def score_classes(
             "Evaluate it with LoraTrainer.evaluate."
         )
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    rows = classification_rows(table, choose_columns(table, text=text), labels, tokenizer)
+    limit = max_length or min(int(tokenizer.model_max_length), window_of(model) or MOST_TOKENS, MOST_TOKENS)
+    rows = classification_rows(table, columns, labels, tokenizer, limit)
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)

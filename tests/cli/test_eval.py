@@ -16,6 +16,7 @@ from hf_lora import ConfigError, DataError, LoraModel, StateError, evaluate, gen
 from hf_lora.data.chat import chat_rows
 from hf_lora.data.formats import recognise
 from hf_lora.data.tables import read_table
+from hf_lora.data.tasks import choose_columns
 from hf_lora.evaluation import run as evaluation
 from hf_lora.evaluation.run import score_answers, score_rows
 
@@ -264,13 +265,18 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
     model.train()
     assert evaluate(model, file, tokenizer=tokenizer).metrics == pytest.approx(expected)
     assert model.training
-    other = [{"mine": row["text"], "text": "no", "label": row["label"]} for row in rows]
+    other = [{"mine": row["text"], "text": "no", "wanted": row["label"], "label": "LABEL_0"} for row in rows]
     write_lines(file, other)
-    assert evaluate(model, file, tokenizer=tokenizer, text_column="mine").metrics == pytest.approx(expected)
+    named: Any = {"text_column": "mine", "completion_column": "wanted"}
+    assert evaluate(model, file, tokenizer=tokenizer, **named).metrics == pytest.approx(expected)
+    write_lines(file, [row | {"mine": row["mine"] + " on" * 99} for row in other])  # more than the model's positions
+    window = evaluate(model, file, tokenizer=tokenizer, **named).metrics
+    assert window == evaluate(model, file, tokenizer=tokenizer, max_length=32, **named).metrics
 
 
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
+    table = read_table(file)
     with pytest.raises(StateError, match="language models and text classifiers"):
-        evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, read_table(file))
+        evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, table, choose_columns(table))
     assert evaluation.task_type_of(tiny_llama()) == "CAUSAL_LM"

@@ -52,6 +52,13 @@ def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str, text
     assert read_table(put(tmp_path, name, text)).columns == {"text": ["a, b", "c\nd"], "label": ["x", "y"]}
 
 
+def test_values_of_csv_stay_text(tmp_path: Path) -> None:
+    assert read_table(put(tmp_path, "a.csv", "text,label\n1e3,01\nNA,\n")).columns == {
+        "text": ["1e3", "NA"],
+        "label": ["01", ""],
+    }
+
+
 def test_parquet_and_a_datasets_folder(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
