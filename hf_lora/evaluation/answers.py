@@ -96,7 +96,7 @@ def whole_object(text: str) -> dict[str, Any] | None:
     """The JSON object that a text is, or None."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
