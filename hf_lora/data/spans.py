@@ -7,6 +7,7 @@ model learns to stop; white space after that is never generated and not learned.
 
 from __future__ import annotations
 
+import os.path
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -135,7 +136,7 @@ class Template:
     def _begin(self, before: list[Message], tools: list[Any] | None, text: str) -> int:
         """Where the messages before a turn end; templates may add something at the end of a chat."""
         try:
-            return _agreed(self.render(before, tools), text) if before else 0
+            return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0
         except LabelError:  # such as a template that wants a user's message in every chat
             return 0
 
@@ -188,13 +189,6 @@ class Template:
             ends.append(content_end + token.end())
             token = self.tokens.match(closing, token.end())
         return ends
-
-
-def _agreed(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    if other.startswith(one):
-        return len(one)
-    return next(i for i, (a, b) in enumerate(zip(one, other + "\0", strict=False)) if a != b)
 
 
 def _refused(error: Exception) -> LabelError:
