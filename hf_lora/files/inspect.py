@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapt.match import PatternTable
 from ..config import LoraConfig
-from ..errors import AdapterFileError, Faults
+from ..errors import AdapterFileError, Faults, TargetError
 from ..layers.storages import fits
 from ..safe_io.reading import REPAIR
 from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
@@ -166,7 +166,10 @@ def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
         _check_factors(name, found, faults)
     faults.check(AdapterFileError, REPAIR)
     alphas = PatternTable(file.config.alpha_pattern)
-    layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
+    try:
+        layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
+    except TargetError as error:  # a pattern that takes too long
+        raise AdapterFileError(f"{file.path}: {error}") from error
     return AdapterSummary(
         file.path,
         file.config,
