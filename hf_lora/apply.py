@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,13 +19,13 @@ M = TypeVar("M", bound=nn.Module)
 
 def apply_lora(
     model: M,
-    config: Any = None,
+    config: object = None,
     adapter_name: str = "default",
     *,
     num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
     allow_bypassed: bool = False,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[object] | None = None,
     original: Callable[[str], Tensor] | None = None,
 ) -> M:
     """Add a LoRA adapter to `model` in place, and freeze everything else.

@@ -21,7 +21,7 @@ MAX_NUMBER = 1e9
 
 # Fields of PEFT's adapter_config.json that are ignored if they have the value at which they do nothing. Another value
 # changes what the adapter computes, so it is an error.
-_DEFAULTS_OF_OTHERS: dict[str, tuple[Any, ...]] = {
+_DEFAULTS_OF_OTHERS: dict[str, tuple[object, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
@@ -225,7 +225,7 @@ class LoraConfig:
         return config
 
     @classmethod
-    def from_any(cls, config: LoraConfig | Mapping[str, Any] | Any | None) -> LoraConfig:
+    def from_any(cls, config: object) -> LoraConfig:
         """A `LoraConfig` from a `LoraConfig` (copied), a mapping, a `peft.LoraConfig`, or None for the defaults."""
         if config is None:
             return cls()
@@ -243,25 +243,25 @@ class LoraConfig:
         )
 
 
-def _peft_type(method: Any, parts: Iterable[Any]) -> str:
+def _peft_type(method: object, parts: Iterable[object]) -> str:
     """The `peft_type` in files. PEFT refuses unknown types, instead of ignoring a method or part that it lacks."""
     others = [name for name in (method, *sorted(map(str, parts))) if name not in (None, "lora")]
     return "_".join(["LORA", *map(str, others)]).upper()
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -MAX_NUMBER < value < MAX_NUMBER
 
 
-def _is_list_of(value: Any, kind: type) -> bool:
+def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
 
 
-def _is_inert(name: str, value: Any) -> bool:
+def _is_inert(name: str, value: object) -> bool:
     """Whether an unknown field has a value at which it does nothing."""
     return value is None or value is False or value in ({}, [], "", ()) or value in _DEFAULTS_OF_OTHERS.get(name, ())
 

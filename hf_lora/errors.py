@@ -85,7 +85,7 @@ class Faults:
         self.found.append(fault if len(fault) <= self.LENGTH else f"{fault[: self.LENGTH]} …")
 
     def include(self, error: LoraError) -> None:
-        """Add each fault that another error lists, or its message where it lists none."""
+        """Add each fault that another error lists, or its message if it lists none."""
         for fault in error.faults or (str(error),):
             self.add(fault)
 

@@ -61,8 +61,8 @@ def load_lora(
     subfolder: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
-    dtype: Any = None,
-    device_map: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: object = None,
     **base_kwargs: Any,
 ) -> Any:
     """Load an adapter with its base: `LoraModel.from_pretrained`.
@@ -128,7 +128,7 @@ def load_lora(
         return requantized(model, afterwards) if afterwards else model
 
 
-def find_processor(auto: str, folder: Path, base: Any) -> Any:
+def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None) -> Any:
     """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none."""
     names = {"AutoTokenizer": ("tokenizer_config.json", "tokenizer.json")}
     wanted = names.get(auto, ("preprocessor_config.json", "processor_config.json"))
@@ -205,7 +205,7 @@ def _class_of(file: AdapterFile) -> Any:
     return getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
 
 
-def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> None:
+def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
     """Resize the base's vocabulary to its size in training, if the adapter contains the whole embedding."""
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
@@ -228,13 +228,21 @@ def _fit_vocabulary(model: Any, file: AdapterFile, allow_other_base: bool) -> No
         )
 
 
-def sources_of(adapter: Any) -> list[str | os.PathLike[str]]:
+def sources_of(
+    adapter: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str | os.PathLike[str]]:
     """One adapter, or a sequence of them, as a list."""
     return [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
 
 
 def check_merge_arguments(
-    call: str, count: int, weights: Sequence[float] | None, merge: bool, base_model: Any, quantized: bool, untie: bool
+    call: str,
+    count: int,
+    weights: Sequence[float] | None,
+    merge: bool,
+    base_model: object,
+    quantized: bool,
+    untie: bool,
 ) -> None:
     """Check the arguments for merging at load.
 
@@ -261,7 +269,7 @@ def check_merge_arguments(
     faults.check(ConfigError, "Nothing was loaded.")
 
 
-def requantized(model: Any, afterwards: Mapping[str, Any]) -> Any:
+def requantized(model: PreTrainedModel, afterwards: Mapping[str, Any]) -> PreTrainedModel:
     """The model that transformers would load from a dense model's tensors with a `quantization_config`."""
     config, generation = model.config, getattr(model, "generation_config", None)
     made = type(model).from_pretrained(

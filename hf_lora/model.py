@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -300,7 +300,7 @@ class LoraModel(Extension, PreTrainedModel):
 
     # Overridden methods of transformers ------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         """PyTorch's method. A frozen BatchNorm stays in eval mode: adapters do not save its running statistics."""
         state = state_of(self)
         if state is not None and mode and state.activity.merged:

@@ -59,11 +59,11 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep_memory() -> bool:
-    """Let glibc keep what it frees, for all that this process measures; see docs/performance.md."""
+    """Make glibc keep freed memory, for all measurements of this process; see docs/performance.md."""
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    trim_threshold, mmap_max = -1, -4  # the names of malloc.h
+    trim_threshold, mmap_max = -1, -4  # as in malloc.h
     return mallopt is not None and bool(mallopt(mmap_max, 0)) and bool(mallopt(trim_threshold, -1))
 
 

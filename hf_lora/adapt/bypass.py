@@ -12,7 +12,6 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
@@ -86,7 +85,7 @@ def _path_below_self(node: ast.AST) -> str | None:
     return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" and names else None
 
 
-def _is_harmless(node: Any, parent: ast.AST) -> bool:
+def _is_harmless(node: ast.Attribute, parent: ast.AST) -> bool:
     if isinstance(parent, ast.Attribute):
         return parent.attr in _HARMLESS_ATTRIBUTES
     if isinstance(parent, ast.Call) and isinstance(parent.func, ast.Name):

@@ -54,7 +54,7 @@ class AdapterCheck:
 
 
 @torch.no_grad()
-def check_adapter(model: nn.Module, batch: Mapping[str, Any]) -> AdapterCheck:
+def check_adapter(model: nn.Module, batch: Mapping[str, object]) -> AdapterCheck:
     """Run `batch` through the model unmerged and merged, and compare the outputs.
 
     During the call the weights are float32; afterwards every bit is restored. If the outputs differ, each layer is
@@ -98,7 +98,7 @@ class _Adapted(NamedTuple):
     folds: list[Fold]
 
 
-def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, Any]) -> AdapterCheck:
+def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, object]) -> AdapterCheck:
     batch = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
     called: set[str] = set()
     hooks = [
@@ -125,7 +125,7 @@ def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, 
     return report
 
 
-def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+def _output(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
     with torch.random.fork_rng(devices=used_devices()):
         torch.manual_seed(0)  # some losses sample points, which must be the same in every run
         output = model(**batch)
@@ -133,7 +133,7 @@ def _output(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     return torch.cat([leaf.detach().double().flatten() for leaf in leaves if leaf.is_floating_point()])
 
 
-def _items(output: Any) -> Iterator[tuple[str, Any]]:
+def _items(output: object) -> Iterator[tuple[str, object]]:
     if isinstance(output, Mapping):
         yield from ((k, v) for k, v in output.items() if k != "past_key_values")
     else:
@@ -143,7 +143,7 @@ def _items(output: Any) -> Iterator[tuple[str, Any]]:
 @contextmanager
 def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
     """Within, the modules act as plain ones whose tensors have the adapters folded in."""
-    kept: list[tuple[Any, Any]] = []
+    kept: list[tuple[Any, Tensor]] = []
     held = [(state, state.names) for adapted in found.values() for state in states_of(adapted.module)]
     try:
         for adapted in found.values():

@@ -46,13 +46,13 @@ def release_input_grads(model: nn.Module) -> None:
             module.__dict__[_CHECKPOINT] = function.args[0]
 
 
-def _require_gradients(_module: nn.Module, _args: Any, output: Any) -> None:
+def _require_gradients(_module: nn.Module, _args: object, output: object) -> None:
     for tensor in output if isinstance(output, (tuple, list)) else (output,):
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
             tensor.requires_grad_(True)
 
 
-def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **kwargs: Any) -> Any:
+def _with_gradient(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `checkpoint(function, *args)` such that a floating-point argument requires a gradient."""
     floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
@@ -61,7 +61,7 @@ def _with_gradient(checkpoint: Callable[..., Any], function: Any, *args: Any, **
     return checkpoint(function, *args, **kwargs)
 
 
-def refuse_checkpointed(model: Any, _args: Any) -> None:
+def refuse_checkpointed(model: nn.Module, _args: object) -> None:
     if model.training and torch.is_grad_enabled() and is_checkpointing(model):
         raise StateError(
             "disable_adapter: with activation checkpointing, the backward runs the forward again after the block, "

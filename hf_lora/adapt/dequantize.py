@@ -99,7 +99,7 @@ def dequantization_faults(model: nn.Module) -> Iterator[str]:
 
 
 @torch.no_grad()
-def dequantize_with(model: Any, folds: dict[str, Callable[[], Update]]) -> None:
+def dequantize_with(model: nn.Module, folds: dict[str, Callable[[], Update]]) -> None:
     """`dequantize` without the check. `folds`: name of a layer -> returns its update when that layer is converted.
 
     Raises:
@@ -163,7 +163,7 @@ def read_rows(storage: Storage, layer: Any, reuse: bool = False) -> Iterator[tup
         yield rows, storage.read(layer, rows, into if reuse else torch.empty_like(into))
 
 
-def dense_dtype(model: Any) -> torch.dtype:
+def dense_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of most floating-point elements that are not quantized; without any, the config's dtype."""
     counts: dict[torch.dtype, int] = {}
     for _, module in original_modules(model):
@@ -176,7 +176,7 @@ def dense_dtype(model: Any) -> torch.dtype:
     return named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
-def _is_tied(model: Any, key: str) -> bool:
+def _is_tied(model: nn.Module, key: str) -> bool:
     """Whether transformers treats a quantized weight as tied; once dense, it is separate from its source."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     return key in ties or key in ties.values()
@@ -196,7 +196,7 @@ def forget_quantization(model: nn.Module, dtype: torch.dtype) -> None:
             config.dtype = dtype
 
 
-def _without_quantizers(conversions: Any) -> Any:
+def _without_quantizers(conversions: list[Any] | None) -> list[Any] | None:
     """The conversions from files to tensors that transformers recorded (a save reverses them), without packing."""
     kept = []
     for conversion in conversions or ():

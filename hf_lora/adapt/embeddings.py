@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 
-def output_embedding(model: Any) -> nn.Module | None:
+def output_embedding(model: nn.Module) -> nn.Module | None:
     """The output embedding of a language model, or None."""
     return _embedding(model, "get_output_embeddings")
 
 
-def input_embedding(model: Any) -> nn.Module | None:
+def input_embedding(model: nn.Module) -> nn.Module | None:
     """The token embedding of a transformers model, or None."""
     return _embedding(model, "get_input_embeddings")
 
 
-def _embedding(model: Any, getter: str) -> nn.Module | None:
+def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
     get = getattr(model, getter, None)
     try:
         found = get() if get else None
@@ -34,12 +33,12 @@ def output_embeddings(model: nn.Module) -> list[nn.Module]:
     return [m for m in found if m is not None]
 
 
-def vocabulary_of(model: Any) -> int | None:
+def vocabulary_of(model: nn.Module) -> int | None:
     """Rows of the model's input embedding, or None."""
     return getattr(input_embedding(model), "num_embeddings", None)
 
 
-def checkpoint_vocabulary(model: Any) -> int | None:
+def checkpoint_vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding in the model's checkpoint, if its config is on this machine."""
     from transformers.utils.hub import cached_file
 

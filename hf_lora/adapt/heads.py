@@ -7,16 +7,14 @@ outside the backbone (`base_model_prefix`), except the output embedding of a lan
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.distributed import whole_numel
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .walk import module_at, original_modules
 
 
-def is_marked(parameter: Any) -> bool:
+def is_marked(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
@@ -25,13 +23,13 @@ def has_marks(model: nn.Module) -> bool:
     return any(is_marked(p) for p in model.parameters())
 
 
-def is_random(model: Any) -> bool:
+def is_random(model: nn.Module) -> bool:
     """Whether a transformers model was created from a config, so that the weights of its base are random."""
     config = getattr(model, "config", None)
     return config is not None and not getattr(config, "_name_or_path", "") and not has_marks(model)
 
 
-def outside_backbone(model: Any) -> list[str]:
+def outside_backbone(model: nn.Module) -> list[str]:
     """Names of the model's children with parameters outside its backbone; empty if it has no separate backbone.
 
     A backbone with less than half of the parameters does not count as one.
@@ -40,12 +38,11 @@ def outside_backbone(model: Any) -> list[str]:
     backbone = model._modules.get(prefix) if prefix else None
     if backbone is None:
         return []
-    names = [
-        n for n, m in model._modules.items() if m is not None and n != prefix and any(True for _ in m.parameters())
-    ]
     inside = sum(whole_numel(p) for p in backbone.parameters())
-    outside = sum(whole_numel(p) for n in names for p in model._modules[n].parameters())
-    return names if inside >= outside else []
+    children = {name: m for name, m in model._modules.items() if m is not None and name != prefix}
+    outside = {name: [whole_numel(p) for p in m.parameters()] for name, m in children.items()}
+    names = [name for name, sizes in outside.items() if sizes]
+    return names if inside >= sum(map(sum, outside.values())) else []
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:

@@ -6,7 +6,6 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -37,7 +36,7 @@ def inject(
     plan: Explanation | None = None,
     heads: dict[str, nn.Module] | None = None,
     task: Task | None = None,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[object] | None = None,
     original: Callable[[str], Tensor] | None = None,
     call: str = "apply_lora(model, config)",
 ) -> Explanation:
@@ -142,7 +141,7 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
 
 def _planned(
     model: nn.Module, plan: Explanation, name: str, heads: dict[str, nn.Module]
-) -> Iterator[tuple[Part, Any]]:
+) -> Iterator[tuple[Part, object]]:
     """Every part of a plan, unattached, with its own plan. Each module is looked up only when its part is needed,
     because an earlier part may have replaced it."""
     for target in plan.layers:
@@ -173,7 +172,7 @@ def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -
             put(model, part.path, instead)
 
 
-def _check_name(name: Any) -> None:
+def _check_name(name: object) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"{name!r} is not a valid adapter name: it must not contain a dot, slash or white space, or be the "

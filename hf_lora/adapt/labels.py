@@ -21,7 +21,7 @@ from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
 
 
-def model_on_meta(model: Any, num_labels: int, cls: type | None = None) -> Any:
+def model_on_meta(model: Any, num_labels: int | None, cls: type | None = None) -> PreTrainedModel:
     """A model on meta with the class (or `cls`) and config of `model`, except for the number of labels."""
     config = copy.deepcopy(model.config)
     config.num_labels = num_labels
@@ -29,7 +29,7 @@ def model_on_meta(model: Any, num_labels: int, cls: type | None = None) -> Any:
         return (cls or unwrap_class(type(model)))(config)
 
 
-def new_head(meta_model: Any, path: str, like: nn.Module) -> nn.Module:
+def new_head(meta_model: PreTrainedModel, path: str, like: nn.Module) -> nn.Module:
     """The head `path` of a model on meta, moved to the device of `like` and initialized by its class."""
     head: nn.Module = meta_model.get_submodule(path)
     device = next((p.device for p in like.parameters()), torch.device("cpu"))
@@ -76,7 +76,7 @@ AUTO_CLASSES = {
 CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
-def task_type_of(model: Any) -> str | None:
+def task_type_of(model: nn.Module) -> str | None:
     """PEFT's task type for a transformers class, according to the auto classes of transformers."""
     import transformers
 
@@ -89,12 +89,12 @@ def task_type_of(model: Any) -> str | None:
     return None
 
 
-def is_backbone(model: Any) -> bool:
+def is_backbone(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or state_of(model) is not None:
         return False
     from transformers import AutoModel
 
-    mapping = AutoModel._model_mapping
+    mapping: Any = AutoModel._model_mapping
     config = type(model.config)
     return type(model) in as_tuple(mapping.get(config, ()))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -57,7 +57,12 @@ def explanation_table(plan: Any) -> str:
     return _table(rows, whole, plan.skipped, plan.notes)
 
 
-def _table(rows: list[Any], whole: list[Any], skipped: dict[str, str], notes: Iterable[str]) -> str:
+def _table(
+    rows: list[tuple[str, str, int, float, int]],
+    whole: Sequence[tuple[str, str, int | None]],
+    skipped: dict[str, str],
+    notes: Iterable[str],
+) -> str:
     cells: list[tuple[str, ...]] = [("layer", "shape", "r", "alpha", "parameters")]
     cells += [(n, s, str(r), f"{a:g}", f"{c:,}") for n, s, r, a, c in rows]
     cells.append((f"{len(rows)} layers", "", "", "", f"{sum(row[4] for row in rows):,}"))

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..errors import Faults, StateError
 from ..layers.base import LoraLayer
 from ..layers.class_swap import mixins_of
 from ..layers.copies import Replacement
 from ..layers.hosts import Host
-from .embeddings import output_embedding, vocabulary_of
+from .embeddings import input_embedding, output_embedding, vocabulary_of
 from .state import require_state, state_of, update_requires_grad
 from .walk import adapter_layers, original_modules, parts, put, replacements
 
 
 @contextmanager
-def resizing(model: Any) -> Iterator[None]:
+def resizing(model: PreTrainedModel) -> Iterator[None]:
     """Put plain embeddings in place, which transformers resizes in the `with` block; then fit the adapters to them."""
     state = require_state(model, "resize_token_embeddings")
     state.refuse_merged("resize_token_embeddings")
@@ -53,7 +53,7 @@ def resizing(model: Any) -> Iterator[None]:
         update_requires_grad(model, state, state.adapters)  # transformers freezes a whole frozen embedding again
 
 
-def _refuse_joined(model: Any) -> None:
+def _refuse_joined(model: PreTrainedModel) -> None:
     """Refuse embeddings that share a weight: transformers merges them into one module when it resizes them."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     held = {n: m for n, m in original_modules(model) if isinstance(m, nn.Embedding) and m.weight is weight}
@@ -66,7 +66,7 @@ def _refuse_joined(model: Any) -> None:
         )
 
 
-def _refuse_parts(model: Any, weights: set[int]) -> None:
+def _refuse_parts(model: PreTrainedModel, weights: set[int]) -> None:
     """Refuse to resize an embedding with a part that cannot be resized."""
     faults = Faults("resize_token_embeddings")
     for part in parts(model):
@@ -75,7 +75,7 @@ def _refuse_parts(model: Any, weights: set[int]) -> None:
     faults.check(StateError, "Nothing was changed. Resize the vocabulary before apply_lora.")
 
 
-def _matrices(model: Any) -> list[Any]:
+def _matrices(model: PreTrainedModel) -> list[nn.Linear | nn.Embedding]:
     """The adapted layers whose weight may be resized through a tie to the embeddings."""
     return [m for m in adapter_layers(model).values() if isinstance(m, (nn.Linear, nn.Embedding))]
 
@@ -92,7 +92,7 @@ def _move_adapters(old: nn.Module, new: nn.Module) -> None:
     new.train(old.training)
 
 
-def frozen_new_rows(model: Any) -> tuple[int, int] | None:
+def frozen_new_rows(model: nn.Module) -> tuple[int, int] | None:
     """(rows in the checkpoint, rows now) if the vocabulary has grown and no active adapter trains the embedding.
 
     No file would contain such rows, so a reloaded model would have other values.
@@ -101,6 +101,6 @@ def frozen_new_rows(model: Any) -> tuple[int, int] | None:
     now = vocabulary_of(model)
     if state is None or state.vocabulary is None or now is None or now <= state.vocabulary:
         return None
-    embedding = model.get_input_embeddings()
+    embedding = input_embedding(model)
     kept = isinstance(embedding, Replacement) and any(n in embedding._names for n in state.activity.active)
     return None if kept else (state.vocabulary, now)

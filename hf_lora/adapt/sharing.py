@@ -16,7 +16,7 @@ from .state import require_state
 from .walk import adapter_layers
 
 
-def share_inputs(model: nn.Module, *args: Any, **batch: Any) -> list[tuple[str, ...]]:
+def share_inputs(model: nn.Module, *args: object, **batch: object) -> list[tuple[str, ...]]:
     """Compute the updates of adapted layers that read the same tensor, such as query, key and value, together.
 
     One forward on a batch, without gradients and with the random state restored afterwards, shows which children of
@@ -58,18 +58,18 @@ class _EndOfRecording(Exception):
     """Ends the recorded call before the output layer, whose scores may be larger than all tensors before it."""
 
 
-def _stop(module: nn.Module, args: Any) -> None:
+def _stop(module: nn.Module, args: object) -> None:
     raise _EndOfRecording
 
 
 def _record(
-    model: nn.Module, layers: Mapping[LoraLayer, str], args: tuple[Any, ...], batch: dict[str, Any]
+    model: nn.Module, layers: Mapping[LoraLayer, str], args: tuple[object, ...], batch: dict[str, object]
 ) -> list[frozenset[LoraLayer]]:
     """The sets of at least two children of a module that always get the same tensor."""
     open_sets: dict[str, tuple[weakref.ref[Tensor], set[LoraLayer]]] = {}
     closed: dict[str, list[set[LoraLayer]]] = {}
 
-    def record(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def record(layer: Any, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
         parent = layers[layer].rpartition(".")[0]
         last = open_sets.pop(parent, None)

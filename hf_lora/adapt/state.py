@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ class Task:
     problem_type: str | None = None
 
     @classmethod
-    def of(cls, model: Any) -> Task:
+    def of(cls, model: nn.Module) -> Task:
         config = getattr(model, "config", None)
         if config is None or getattr(config, "id2label", None) is None:
             return cls()
@@ -152,7 +153,7 @@ def require_state(model: nn.Module, call: str) -> LoraState:
     return state
 
 
-def update_requires_grad(model: nn.Module, state: LoraState, names: Any) -> None:
+def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str]) -> None:
     """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable."""
     wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
     if not wanted:

@@ -26,7 +26,7 @@ def informed(
     model: nn.Module,
     plan: Explanation,
     config: LoraConfig,
-    batches: Iterable[Any] | None,
+    batches: Iterable[object] | None,
     original: Callable[[str], Tensor] | None,
     call: str,
 ) -> LoraConfig:
@@ -69,7 +69,7 @@ def informed(
 
 
 def collect(
-    model: nn.Module, targets: Iterable[Target], init: Init, batches: Iterable[Any] | None, call: str
+    model: nn.Module, targets: Iterable[Target], init: Init, batches: Iterable[object] | None, call: str
 ) -> dict[str, Any]:
     """Name of a target -> its statistics; empty if `init` needs none.
 
@@ -109,12 +109,12 @@ def collect(
         return {name: collector.result() for name, collector in collectors.items()}
 
 
-def _put_back(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+def _put_back(hooks: dict[int, Callable[..., Any]], before: dict[int, Callable[..., Any]]) -> None:
     hooks.clear()
     hooks.update(before)
 
 
-def _run(model: nn.Module, batch: Any, weights: list[Any]) -> None:
+def _run(model: nn.Module, batch: object, weights: list[Tensor]) -> None:
     with torch.set_grad_enabled(bool(weights)):
         output = model(**batch) if isinstance(batch, Mapping) else model(batch)
         if weights:

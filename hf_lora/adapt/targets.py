@@ -105,7 +105,7 @@ class Explanation:
         return explanation_table(self)
 
 
-def explain_targets(model: nn.Module, config: Any = None) -> Explanation:
+def explain_targets(model: nn.Module, config: object = None) -> Explanation:
     """Every layer that `config` would adapt, with shape, rank, alpha and parameters, and what it would skip.
 
     The model does not change.

@@ -23,7 +23,7 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def untie_adapted(model: Any, folds: Iterable[Fold]) -> None:
+def untie_adapted(model: nn.Module, folds: Iterable[Fold]) -> None:
     """Untie every tensor that will be merged, in memory and in the config."""
     users = tensor_users(model)
     shared = [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
@@ -67,7 +67,7 @@ def forward_reads_tie_flag(model: nn.Module) -> bool:
     return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
-def _configs(model: Any) -> Iterator[Any]:
+def _configs(model: nn.Module) -> Iterator[Any]:
     config = getattr(model, "config", None)
     if config is not None:
         yield config

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -36,6 +35,6 @@ def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, Any]:
+def _contents(module: nn.Module) -> dict[str, object]:
     """A module's attributes, with copies of its dicts (parameters, children, hooks)."""
     return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}

@@ -7,17 +7,19 @@ if several do, they differ in other files, and the last known `main` is chosen.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+
+Sample = Callable[[torch.Tensor], str]
+Same = Callable[[Mapping[str, str], Mapping[str, str]], bool]
 
 COMPARED = 2
 """How many matrices are read from the files."""
 
 
-def cached_commit(name: str, samples: Mapping[str, Any] | None, sample: Any, same: Any) -> str | None:
+def cached_commit(name: str, samples: Mapping[str, str] | None, sample: Sample, same: Same) -> str | None:
     """The commit; None if the cache does not show it.
 
     Args:
@@ -44,11 +46,11 @@ def cached_commit(name: str, samples: Mapping[str, Any] | None, sample: Any, sam
     return main if main in certain else (certain[0] if len(certain) == 1 else None)
 
 
-def _holds(files: list[Path], samples: Mapping[str, Any], sample: Any, same: Any) -> bool | None:
+def _holds(files: list[Path], samples: Mapping[str, str], sample: Sample, same: Same) -> bool | None:
     """Whether the files contain the sampled weights; None if they contain none of the names."""
     from safetensors import SafetensorError, safe_open
 
-    read: dict[str, Any] = {}
+    read: dict[str, str] = {}
     try:
         for path in files:
             with safe_open(path, framework="pt") as file:

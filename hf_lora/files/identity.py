@@ -68,7 +68,7 @@ def differs(saved: Identity, found: Identity) -> str | None:
     return f"this is another base model: {listed} differ {names}"
 
 
-def _quantized_files(model: Any) -> str | None:
+def _quantized_files(model: nn.Module) -> str | None:
     """How the weights in the checkpoint's files are quantized; None if they are dense."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if not getattr(quantizer, "pre_quantized", False):

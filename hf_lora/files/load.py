@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
@@ -21,6 +22,7 @@ from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
+from ..layers.site import Site
 from .format import (
     AdapterFile,
     compare,
@@ -35,7 +37,7 @@ COMPARED_ROWS = 1024
 """Of a base weight that are made float32 at a time."""
 
 COMPARED_ROWS = 1024
-"""Of a base weight that are made float32 at a time."""
+"""Rows of a base weight that are compared, as float32, at a time."""
 
 
 def load_adapter(
@@ -141,7 +143,7 @@ def load_adapter_weights(
 
 
 def _compare_scalings(
-    own: LoraConfig, saved: LoraConfig, layers: Mapping[str, Any], name: str, faults: Faults
+    own: LoraConfig, saved: LoraConfig, layers: Mapping[str, Site], name: str, faults: Faults
 ) -> None:
     """Add a fault for the layers whose scaling differs in the file's configuration."""
     found: dict[tuple[float, float], list[str]] = {}
@@ -165,7 +167,7 @@ def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
         own[_alias(key, own)].put(tensor)
 
 
-def _whole_embeddings(model: Any, file: AdapterFile) -> dict[str, str]:
+def _whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
     """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
     if file.extras:
         return {}
@@ -197,7 +199,7 @@ def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bo
         )
 
 
-def _alias(key: str, own: Mapping[str, Any]) -> str:
+def _alias(key: str, own: Container[str]) -> str:
     """The key in `own` for a file key: the bias of an adapted layer may be named with or without `base_layer`."""
     if key in own:
         return key
@@ -228,7 +230,7 @@ def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
     return None
 
 
-def _model_on_meta(model: Any, plan: Explanation, task: Task | None) -> Any:
+def _model_on_meta(model: nn.Module, plan: Explanation, task: Task | None) -> PreTrainedModel | None:
     """A model on meta for an adapter whose number of labels differs from the model's; None if it does not."""
     labels = task.num_labels if task is not None else None
     present = base_task(model).num_labels
@@ -237,7 +239,7 @@ def _model_on_meta(model: Any, plan: Explanation, task: Task | None) -> Any:
     return model_on_meta(model, labels)
 
 
-def _heads(model: Any, plan: Explanation, other: Any) -> dict[str, nn.Module]:
+def _heads(model: nn.Module, plan: Explanation, other: PreTrainedModel | None) -> dict[str, nn.Module]:
     """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}

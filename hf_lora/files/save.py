@@ -135,7 +135,7 @@ def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
     return sorted(unique) + sorted(path for path in adapted if path.rpartition(".")[2] not in unique)
 
 
-def extras_of(model: Any, name: str) -> dict[str, Any]:
+def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     """The content of hf_lora.json for one adapter."""
     import transformers
 
@@ -154,7 +154,7 @@ def extras_of(model: Any, name: str) -> dict[str, Any]:
     }
 
 
-def _label(value: Any) -> Any:
+def _label(value: object) -> object:
     """A label as a JSON value; tables have NaN where a label is missing."""
     is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_json else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
@@ -42,7 +42,7 @@ class LoraLayer(Site, Host):
         held: Any = self._modules[kind]
         return cast(Tensor, held._modules[name].weight)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         if mode and self._lora.activity.merged:
             raise StateError(MERGED_TRAINING)
         return super().train(mode)

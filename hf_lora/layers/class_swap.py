@@ -8,7 +8,7 @@ An object of class `C` becomes an instance of a subclass `(Mixin, C)` with the n
 from __future__ import annotations
 
 import types
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 from torch import nn
 
@@ -43,7 +43,7 @@ class Extension(nn.Module):
         _rewire(module)
         return module
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickle and deepcopy rebuild the class: it cannot be imported by its name, which is the name of the base."""
         chain: list[type] = []
         cls = type(self)
@@ -110,7 +110,7 @@ def _without(mixin: type, cls: type) -> type:
     return type(cls)(cls.__name__, bases, namespace)
 
 
-def _rebuild(cls: type, *mixins: type) -> Any:
+def _rebuild(cls: type, *mixins: type) -> object:
     for mixin in mixins:
         cls = extended(mixin, cls)
     return object.__new__(cls)

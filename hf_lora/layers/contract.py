@@ -13,7 +13,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,31 @@ class FactorSpec:
 
 _spec = functools.lru_cache(maxsize=256)(FactorSpec)
 """Layers of the same size (a model has hundreds) share their declarations."""
+
+
+class AdaptedLayer(Protocol):
+    """A weight with factors, as shapes and methods see it. `site.Site` implements it.
+
+    Attributes that are not listed are those of the layer's own class.
+    """
+
+    @property
+    def _lora(self) -> Any: ...
+
+    @property
+    def weight(self) -> Any: ...
+
+    @property
+    def bias(self) -> Any: ...
+
+    @property
+    def training(self) -> bool: ...
+
+    def product(self, x: Tensor) -> Tensor: ...
+
+    def factor(self, kind: str, name: str) -> Tensor: ...
+
+    def __getattr__(self, name: str, /) -> Any: ...
 
 
 class Shape(ABC):
@@ -116,10 +141,10 @@ class Shape(ABC):
         """(I, O) for reports."""
 
     @abstractmethod
-    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+    def update(self, layer: AdaptedLayer, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         """scaling · B A x without base product and bias; scaled at width R, in the dtype of its products."""
 
-    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+    def weight(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         """The weight (O, I), if the whole forward of the layer is `F.linear(x, weight, bias)`.
 
         None if the forward differs or the weight is not a plain tensor in memory: then the layer's forward must run.
@@ -127,10 +152,10 @@ class Shape(ABC):
         return None
 
     @abstractmethod
-    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         """Two matrices whose product is B A in the layout of the weight, flattened after its first axis."""
 
-    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+    def delta(self, layer: AdaptedLayer, name: str, rows: slice) -> Tensor:
         """Rows of B A in the layout of the weight; float64 if the device supports it."""
         left, right = self.factors(layer, name)
         return to_float64(left[rows]) @ to_float64(right)
@@ -140,11 +165,11 @@ class Shape(ABC):
         """The norm of the weights of each output, (O,)."""
 
     @abstractmethod
-    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+    def on_weight(self, layer: AdaptedLayer, v: Tensor, rows: slice) -> Tensor:
         """v (O,) as a factor that multiplies rows of the weight by outputs."""
 
     @abstractmethod
-    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+    def on_output(self, layer: AdaptedLayer, v: Tensor) -> Tensor:
         """v (O,) as a factor that multiplies the layer's output."""
 
 
@@ -162,7 +187,7 @@ class Method(ABC):
         """Why this method cannot act on a layer; None if it can."""
         return None
 
-    def refuse_resizing(self, layer: Any) -> str | None:
+    def refuse_resizing(self, layer: AdaptedLayer) -> str | None:
         """Why the layer cannot change its number of rows while it has an adapter of this method; None if it can.
 
         New rows get the values that `start` returns for the new size.
@@ -180,27 +205,27 @@ class Method(ABC):
             return specs
         return {n: s if s.key is None else replace(s, key=prefix + s.key) for n, s in specs.items()}
 
-    def refuse_folding(self, layer: Any) -> str | None:
+    def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         """Why an adapter of this method cannot be folded into the layer's weight; None if it can."""
         return None
 
-    def start(self, layer: Any, name: str) -> dict[str, Tensor]:
+    def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
         """Initial values of factors that are computed from the weight; A and B of the new adapter exist already."""
         return {}
 
     @abstractmethod
-    def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    def forward(self, layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
         """The output of the layer with the adapters `names`; `layer.product(x)` is the output without them."""
 
     @abstractmethod
-    def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
+    def fold(self, layer: AdaptedLayer, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         """Rows of the weight with the adapters folded in. May overwrite `block` (float64 if the device has it)."""
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
+    def folding(self, layer: AdaptedLayer, names: tuple[str, ...]) -> Update:
         """`fold` of one layer as a function of (block, rows), called for each block."""
         return lambda block, rows: self.fold(layer, block, names, rows)
 
-    def folding_bias(self, layer: Any, names: tuple[str, ...]) -> Update | None:
+    def folding_bias(self, layer: AdaptedLayer, names: tuple[str, ...]) -> Update | None:
         """The same for the bias (O,); None if the adapters do not change it.
 
         `refuse_folding` must refuse a layer without a bias.

@@ -23,7 +23,7 @@ class _Copies(nn.ModuleDict):
         super()._apply(device_only(fn), recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, object], prefix: str, *args: Any) -> None:
         # The copies are loaded after this, from the same dict.
         state_dict.update(as_masters({k: v for k, v in state_dict.items() if k.startswith(prefix)}))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -107,7 +107,7 @@ class Replacement(nn.Module):
             super().__setattr__(name, value)
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -132,7 +132,7 @@ class BiasLayer(Host):
         return y
 
 
-def _dims_after_channel(layer: Any, y: Tensor) -> int:
+def _dims_after_channel(layer: nn.Module, y: Tensor) -> int:
     """How many dimensions of the output y follow the channel dimension."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return len(layer.kernel_size)

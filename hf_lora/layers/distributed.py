@@ -8,47 +8,49 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(tensor: Any) -> bool:
+
+def is_dtensor(tensor: object) -> TypeGuard[DTensor]:
     return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
 
 
-def is_partitioned(tensor: Any) -> bool:
+def is_partitioned(tensor: object) -> bool:
     """Whether ZeRO-3 manages the parameter, which is then empty outside of forwards."""
     return hasattr(tensor, "ds_id")
 
 
-def is_sharded(tensor: Any) -> bool:
+def is_sharded(tensor: object) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
-def has_master(tensor: Any) -> bool:
+def has_master(tensor: Tensor) -> bool:
     """Whether DeepSpeed trains a float32 copy of the parameter, which is then authoritative."""
     return tensor.requires_grad and (hasattr(tensor, "_z3_optimizer") or hasattr(tensor, "_hp_mapping"))
 
 
-def whole_shape(tensor: Any) -> tuple[int, ...]:
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
     """The shape of the tensor over all processes."""
     return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
-def whole_numel(tensor: Any) -> int:
+def whole_numel(tensor: Tensor) -> int:
     return torch.Size(whole_shape(tensor)).numel()
 
 
-def local_part(tensor: Any) -> Any:
+def local_part(tensor: Tensor) -> Tensor:
     """The part that this process holds; a plain tensor is returned unchanged."""
     if is_dtensor(tensor):
         return tensor.to_local()
-    if is_partitioned(tensor) and not tensor.numel() and getattr(tensor, "ds_tensor", None) is not None:
-        return tensor.ds_tensor
-    return tensor
+    shard: Tensor | None = getattr(tensor, "ds_tensor", None)
+    return shard if is_partitioned(tensor) and not tensor.numel() and shard is not None else tensor
 
 
 def has_peers() -> bool:
@@ -57,7 +59,7 @@ def has_peers() -> bool:
 
 
 def of_all_ranks(item: Any) -> list[Any]:
-    """Every process's `item`, by rank. All processes call it; objects travel over every backend."""
+    """The `item` of every process, by rank. All processes call it; objects work with every backend and device."""
     found: list[Any] = [item]
     if has_peers():
         found = [None] * dist.get_world_size()
@@ -105,7 +107,7 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def scatter(tensor: Any, value: Tensor) -> None:
+def scatter(tensor: Tensor, value: Tensor) -> None:
     """Write a whole value, which every process has, to a tensor that may be sharded. All processes call it."""
     if is_dtensor(tensor):
         tensor.to_local().copy_(shard_like(value, tensor).to_local())
@@ -120,7 +122,7 @@ def scatter(tensor: Any, value: Tensor) -> None:
         _write_master(tensor, value, None)
 
 
-def shard_like(value: Tensor, like: Any) -> Any:
+def shard_like(value: Tensor, like: DTensor) -> DTensor:
     """A whole value as a DTensor with the placement of `like`; every process takes its part from its own copy."""
     from torch.distributed.tensor import distribute_tensor
 
@@ -128,13 +130,13 @@ def shard_like(value: Tensor, like: Any) -> Any:
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def gather_state(parameter: Any, key: str) -> Tensor:
+def gather_state(parameter: Tensor, key: str) -> Tensor:
     """One float32 optimizer-state tensor of DeepSpeed for a parameter, whole. All processes call it."""
     found = _deepspeed().utils.safe_get_full_optimizer_state(parameter, key)
     return cast(Tensor, found).to("cpu", copy=True).contiguous()
 
 
-def scatter_state(parameter: Any, key: str, value: Tensor) -> None:
+def scatter_state(parameter: Tensor, key: str, value: Tensor) -> None:
     """Restore the result of `gather_state`. All processes call it."""
     _write_master(parameter, value, key)
 

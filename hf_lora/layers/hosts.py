@@ -32,7 +32,7 @@ class Activity:
         self.shared_outputs: SharedOutputs | None = None
         """Outputs that one layer of a group computed for the others: see sharing.py."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"shared_outputs": None}  # they belong to a running call, never to a copy
 
     def set(
@@ -76,12 +76,12 @@ class Factor(nn.Module):
         super()._apply(device_only(fn), recurse)
         return self
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, object], prefix: str, *args: Any) -> None:
         # With assign=True the tensor of the file becomes the parameter, so it must be float32.
         super()._load_from_state_dict(as_masters(state_dict), prefix, *args)
 
 
-def as_masters(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def as_masters(state_dict: Mapping[str, object]) -> dict[str, object]:
     """A copy of `state_dict` whose floating-point tensors are float32."""
     return {
         key: value.to(torch.float32) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -9,10 +9,12 @@ changed tensor costs time but never gives a wrong value.
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .contract import AdaptedLayer
 
 
 class SharedOutputs(NamedTuple):
@@ -22,11 +24,11 @@ class SharedOutputs(NamedTuple):
     version: int
     names: tuple[str, ...]
     dtype: torch.dtype | None
-    outputs: dict[int, tuple[Any, Tensor]]
+    outputs: dict[int, tuple[AdaptedLayer, Tensor]]
     """id of a layer -> the layer (a reference, so that the id stays unique) and its output."""
 
 
-def pop_output(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+def pop_output(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     """Remove and return the output for `x` that another layer of the group computed; None if there is none."""
     activity = layer._lora.activity
     shared: SharedOutputs | None = activity.shared_outputs
@@ -40,7 +42,9 @@ def pop_output(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor | None:
     return y
 
 
-def store_outputs(layer: Any, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[Any, Tensor]]) -> None:
+def store_outputs(
+    layer: AdaptedLayer, x: Tensor, names: tuple[str, ...], outputs: dict[int, tuple[AdaptedLayer, Tensor]]
+) -> None:
     """Store the outputs of the other layers of the group until they are called."""
     layer._lora.activity.shared_outputs = SharedOutputs(weakref.ref(x), x._version, names, _autocast(x), outputs)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -78,6 +78,10 @@ class Site:
     weight: Any
     bias: Any
     training: bool
+
+    if TYPE_CHECKING:  # a layer has the attributes of its own class
+
+        def __getattr__(self, name: str, /) -> Any: ...
 
     def host(self) -> nn.Module:
         """The module that holds the factors."""

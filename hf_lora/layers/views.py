@@ -8,7 +8,7 @@ storages treat a `View` like any layer.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,12 +60,12 @@ class View(Site):
         return self.module.training
 
     @property
-    def _parameters(self) -> dict[str, Any]:
+    def _parameters(self) -> dict[str, Tensor | None]:
         """The tensors of the view under the names that a layer uses."""
         return {"weight": self.weight, "bias": self.bias}
 
     @property
-    def _buffers(self) -> dict[str, Any]:
+    def _buffers(self) -> dict[str, Tensor | None]:
         return {}
 
 
@@ -101,7 +101,7 @@ class LoraViews(Host):
         if not views:
             cls.leave(module)
 
-    def train(self, mode: bool = True) -> Any:
+    def train(self, mode: bool = True) -> Self:
         if mode and any(state.activity.merged for state in self._lora_views.values()):
             raise StateError(MERGED_TRAINING)
         return super().train(mode)

@@ -114,7 +114,7 @@ class LocalHub:
         from huggingface_hub import constants
 
         cache, url = str(Path(home, "hub")), self.url
-        values: dict[str, Any] = {
+        values: dict[str, object] = {
             "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True,
             "HF_HOME": str(home), "HF_HUB_CACHE": cache, "HUGGINGFACE_HUB_CACHE": cache,

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 from .server import Reply, Request, answer
-from .store import Blob, Repo, User, is_large, new_repo
+from .store import Blob, Commit, Repo, User, is_large, new_repo
 
 _VERBS = {
     "revision", "tree", "preupload", "commit", "commits", "branch", "tag", "refs", "discussions", "paths-info",
@@ -190,7 +190,7 @@ class Api:
         def listed(names: dict[str, str], kind: str) -> list[dict[str, str]]:
             return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": oid} for n, oid in names.items()]
 
-        values: dict[str, Any] = {"branches": listed(repo.branches, "heads"), "tags": listed(repo.tags, "tags")}
+        values: dict[str, object] = {"branches": listed(repo.branches, "heads"), "tags": listed(repo.tags, "tags")}
         values["converts"] = []
         if with_pulls:
             values["pullRequests"] = listed({str(n): oid for n, oid in repo.pull_heads.items()}, "pr")
@@ -279,10 +279,10 @@ class Api:
         objects = []
         for wanted in request.json()["objects"]:
             oid, size = wanted["oid"], wanted["size"]
-            entry: dict[str, Any] = {"oid": oid, "size": size}
+            entry: dict[str, object] = {"oid": oid, "size": size}
             if oid not in self.large:
                 href = f"{self.url}/large-files/{oid}"
-                upload: dict[str, Any] = {"href": href}
+                upload: dict[str, object] = {"href": href}
                 if self.chunk_size is not None and size > self.chunk_size:
                     count = -(-size // self.chunk_size)
                     urls = {f"{i:05d}": f"{href}/part/{i}" for i in range(1, count + 1)}
@@ -341,7 +341,7 @@ class Api:
         if not as_pull and revision not in repo.branches and not revision.startswith("refs/pr/"):
             raise Refusal(400, f"{revision} is not a branch")
         oid = repo.add(head, tree, header["summary"], header.get("description", ""), user.name)
-        values: dict[str, Any] = {"success": True, "commitOid": oid}
+        values: dict[str, object] = {"success": True, "commitOid": oid}
         values["commitUrl"] = f"{self.url}/{repo.repo_id}/commit/{oid}"
         if as_pull:
             pull = repo.open_pull(header["summary"], user.name, oid, revision)
@@ -380,19 +380,19 @@ def _safe(path: str) -> str:
     return path
 
 
-def _blob(blob: Blob) -> dict[str, Any]:
+def _blob(blob: Blob) -> dict[str, object]:
     lfs = {"sha256": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)} if blob.lfs else None
     return {"size": len(blob.data), "blobId": blob.oid, "lfs": lfs}
 
 
-def _entry(path: str, blob: Blob) -> dict[str, Any]:
-    entry: dict[str, Any] = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
+def _entry(path: str, blob: Blob) -> dict[str, object]:
+    entry: dict[str, object] = {"type": "file", "path": path, "oid": blob.oid, "size": len(blob.data)}
     if blob.lfs:
         entry["lfs"] = {"oid": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)}
     return entry
 
 
-def _described(commit: Any) -> dict[str, Any]:
+def _described(commit: Commit) -> dict[str, object]:
     return {
         "id": commit.oid, "title": commit.title, "message": commit.message, "date": commit.date,
         "authors": [{"user": commit.author}],

@@ -59,7 +59,7 @@ class Logged:
         return f"{self.method} {self.path}"
 
 
-def answer(values: Any, status: int = 200, **headers: str) -> Reply:
+def answer(values: object, status: int = 200, **headers: str) -> Reply:
     """A JSON reply."""
     return Reply(status, json.dumps(values).encode(), {"Content-Type": "application/json", **headers})
 
@@ -85,7 +85,7 @@ class Server(ThreadingHTTPServer):
         with self.lock:
             return next((fault for fault in list(self.faults) if fault.strikes(method, path)), None)
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """Ignored: a client that disconnects is not an error of the server."""
 
 
@@ -94,7 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     server: Server
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """Ignored: the log is `Server.log`."""
 
     def _handle(self) -> None:

@@ -59,7 +59,7 @@ class InitCall(NamedTuple):
 class Collector(Protocol):
     """Observes one site while batches run. Its constructor registers the hooks."""
 
-    def result(self) -> Any:
+    def result(self) -> object:
         """Remove the hooks and return the statistics."""
 
 
@@ -101,7 +101,7 @@ class Init(ABC):
             found[taken(kind)] = replace(specs[kind], key=key, trainable=False, joins=joins)
         return found
 
-    def collect(self, layer: Any) -> Collector:
+    def collect(self, layer: nn.Module) -> Collector:
         """Begin to observe one site."""
         raise NotImplementedError(f"{type(self).__name__} needs {self.needs} and has no collector")
 

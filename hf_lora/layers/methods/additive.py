@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import LoraLayer
-from ..contract import Method, Update
+from ..contract import AdaptedLayer, Method, Update
 from ..ops import Operand, can_use_functions, lora_products, to_compute_dtype, to_float64
 from ..sharing import pop_output, store_outputs
 
@@ -18,7 +15,7 @@ class Additive(Method):
     kind = "lora"
     additive = True
 
-    def forward(self, layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    def forward(self, layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
         state = layer._lora
         # Reentrant checkpointing runs a training forward without gradients first, which must give the same values.
         if (layer.training or torch.is_grad_enabled()) and state.shape.is_matrix and can_use_functions():
@@ -31,10 +28,10 @@ class Additive(Method):
             y = _plain(layer, name, x, y)
         return y
 
-    def fold(self, layer: Any, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
+    def fold(self, layer: AdaptedLayer, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
         return self.folding(layer, names)(block, rows)
 
-    def folding(self, layer: Any, names: tuple[str, ...]) -> Update:
+    def folding(self, layer: AdaptedLayer, names: tuple[str, ...]) -> Update:
         state = layer._lora
         # Each block needs some rows of the left factor and all of the right one, which is cast to float64 once.
         factors = [(*state.shape.factors(layer, name), state.adapters[name].scaling) for name in names]
@@ -48,7 +45,7 @@ class Additive(Method):
         return add
 
 
-def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
+def _plain(layer: AdaptedLayer, name: str, x: Tensor, y: Tensor) -> Tensor:
     """y plus the update of one adapter, with ordinary PyTorch operations."""
     state = layer._lora
     adapter = state.adapters[name]
@@ -61,7 +58,7 @@ def _plain(layer: Any, name: str, x: Tensor, y: Tensor) -> Tensor:
     return y + state.shape.update(layer, name, x, scaling).to(y.dtype)
 
 
-def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+def _for_training(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
     """The output with the updates of all adapters, saving little for the backward: see ops.py."""
     group = layer._lora.group
     if group and not layer._lora.taken and not x.is_inference():
@@ -87,7 +84,9 @@ def _for_training(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
     return y
 
 
-def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: tuple[str, ...]) -> Tensor | None:
+def _together(
+    layer: AdaptedLayer, group: tuple[AdaptedLayer, ...], x: Tensor, names: tuple[str, ...]
+) -> Tensor | None:
     """This layer's output, computed together with those of the layers that read the same x; None if that is not
     possible and each layer must be computed alone."""
     if len(names) > 1:
@@ -111,7 +110,7 @@ def _together(layer: LoraLayer, group: tuple[LoraLayer, ...], x: Tensor, names: 
     return y
 
 
-def _operand(layer: Any, name: str, x: Tensor) -> Operand | None:
+def _operand(layer: AdaptedLayer, name: str, x: Tensor) -> Operand | None:
     weight = layer._lora.shape.weight(layer, x)
     if weight is None:
         return None
@@ -119,5 +118,5 @@ def _operand(layer: Any, name: str, x: Tensor) -> Operand | None:
     return Operand(weight, layer.bias, a, b, layer._lora.adapters[name].scaling)
 
 
-def _dropout(layer: Any, name: str) -> float:
+def _dropout(layer: AdaptedLayer, name: str) -> float:
     return layer._lora.adapters[name].dropout if layer.training else 0.0

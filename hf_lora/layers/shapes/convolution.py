@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contract import Shape
+from ..contract import AdaptedLayer, Shape
 from ..ops import weight_like
 from .matrix import runs_forward_of
 
@@ -42,7 +42,7 @@ class ConvShape(Shape):
         ones = (1,) * len(layer.kernel_size)
         return (r, layer.in_channels, *layer.kernel_size), (layer.out_channels, r // layer.groups, *ones)
 
-    def _hidden(self, layer: Any, name: str, x: Tensor) -> Tensor:
+    def _hidden(self, layer: AdaptedLayer, name: str, x: Tensor) -> Tensor:
         padding = layer.padding
         if layer.padding_mode != "zeros":
             x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -51,24 +51,24 @@ class ConvShape(Shape):
         weight = weight_like(layer.factor("lora_A", name), x)
         return convolve(x, weight, None, layer.stride, padding, layer.dilation)
 
-    def _output(self, layer: Any, name: str, h: Tensor) -> Tensor:
+    def _output(self, layer: AdaptedLayer, name: str, h: Tensor) -> Tensor:
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
         return convolve(h, weight_like(layer.factor("lora_B", name), h), groups=layer.groups)
 
-    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+    def update(self, layer: AdaptedLayer, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
-    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         return layer.factor("lora_B", name).flatten(1), layer.factor("lora_A", name).flatten(1)
 
-    def delta(self, layer: Any, name: str, rows: slice) -> Tensor:
+    def delta(self, layer: AdaptedLayer, name: str, rows: slice) -> Tensor:
         return super().delta(layer, name, rows).unflatten(1, layer.factor("lora_A", name).shape[1:])
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.flatten(1).norm(dim=1)
 
-    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+    def on_weight(self, layer: AdaptedLayer, v: Tensor, rows: slice) -> Tensor:
         return v[rows].view(-1, *[1] * (1 + len(layer.kernel_size)))
 
-    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+    def on_output(self, layer: AdaptedLayer, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * len(layer.kernel_size))

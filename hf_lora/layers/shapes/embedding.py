@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..contract import AdaptedLayer
 from ..ops import weight_like
 from .matrix import MatrixByInput, runs_forward_of
 
@@ -35,7 +36,7 @@ class EmbeddingShape(MatrixByInput):
         layer = cast(nn.Embedding, layer)
         return layer.num_embeddings, layer.embedding_dim
 
-    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+    def update(self, layer: AdaptedLayer, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
         h = F.embedding(x, a.t(), layer.padding_idx, scale_grad_by_freq=layer.scale_grad_by_freq)
         h = (h * scaling).to(layer.weight.dtype)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..class_swap import unwrap_class
+from ..contract import AdaptedLayer
 from ..storages import quantization_of
 from .matrix import Matrix, runs_forward_of
 
@@ -18,7 +19,7 @@ class LinearShape(Matrix):
 
     plain_forward = staticmethod(nn.Linear.forward)
 
-    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+    def weight(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         weight = self._parameter(layer, x)
         return weight if weight is not None and weight.shape[-1] == x.shape[-1] else None
 
@@ -35,13 +36,13 @@ class LinearShape(Matrix):
             return layer.in_features, max(layer.out_features, weight.shape[0])
         return layer.in_features, layer.out_features
 
-    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         return layer.factor("lora_B", name), layer.factor("lora_A", name)
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=1)
 
-    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+    def on_weight(self, layer: AdaptedLayer, v: Tensor, rows: slice) -> Tensor:
         return v[rows, None]
 
 

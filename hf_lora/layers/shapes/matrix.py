@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..base import LoraLayer
 from ..class_swap import unwrap_class
-from ..contract import Shape
+from ..contract import AdaptedLayer, Shape
 from ..ops import weight_like
 
 
@@ -26,7 +26,7 @@ class Matrix(Shape):
     is_matrix = True
     plain_forward: Any = None
 
-    def _parameter(self, layer: Any, x: Tensor) -> Tensor | None:
+    def _parameter(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         """The layer's weight, if it is an ordinary parameter on the device of `x` that only `plain_forward` reads."""
         if not isinstance(layer, LoraLayer):
             return None  # the product of a view may differ
@@ -39,7 +39,7 @@ class Matrix(Shape):
             return None
         return cast(Tensor, weight)
 
-    def update(self, layer: Any, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
+    def update(self, layer: AdaptedLayer, name: str, x: Tensor, scaling: float = 1.0) -> Tensor:
         h = F.linear(x, weight_like(layer.factor("lora_A", name), x))
         return F.linear(h if scaling == 1.0 else h * scaling, weight_like(layer.factor("lora_B", name), x))
 
@@ -47,18 +47,18 @@ class Matrix(Shape):
         i, o = self.features(layer)
         return (r, i), (o, r)
 
-    def on_output(self, layer: Any, v: Tensor) -> Tensor:
+    def on_output(self, layer: AdaptedLayer, v: Tensor) -> Tensor:
         return v
 
 
 class MatrixByInput(Matrix):
     """Base of shapes whose weight has one row per input: (I, O)."""
 
-    def factors(self, layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         return layer.factor("lora_A", name).t(), layer.factor("lora_B", name).t()
 
     def norm(self, weight: Tensor) -> Tensor:
         return weight.norm(dim=0)
 
-    def on_weight(self, layer: Any, v: Tensor, rows: slice) -> Tensor:
+    def on_weight(self, layer: AdaptedLayer, v: Tensor, rows: slice) -> Tensor:
         return v[None, :]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..contract import AdaptedLayer
 from .matrix import MatrixByInput, runs_forward_of
 
 
@@ -16,7 +17,7 @@ class TransposedShape(MatrixByInput):
     fan_in_fan_out = True
     plain_forward = staticmethod(Conv1D.forward)
 
-    def weight(self, layer: Any, x: Tensor) -> Tensor | None:
+    def weight(self, layer: AdaptedLayer, x: Tensor) -> Tensor | None:
         weight = self._parameter(layer, x)
         return weight.t() if weight is not None and weight.shape[0] == x.shape[-1] else None
 

@@ -36,7 +36,7 @@ class TorchaoStorage(QuantizedStorage):
         dtype = getattr(weight, "target_dtype", getattr(getattr(weight, "qdata", None), "dtype", None))
         return f"torchao {str(dtype).removeprefix('torch.') if dtype else type(weight).__name__}"
 
-    def dense_class(self, layer: Any) -> type[nn.Module]:
+    def dense_class(self, layer: nn.Module) -> type[nn.Module]:
         return unwrap_class(type(layer))
 
     def block_rows(self, layer: nn.Module, wanted: int) -> int:
@@ -67,7 +67,7 @@ class TorchaoStorage(QuantizedStorage):
         return comes_from(type(parameter), TORCHAO)  # they fail under `fully_shard`
 
 
-def _rounds_activations(weight: Any) -> bool:
+def _rounds_activations(weight: object) -> bool:
     """Whether a torchao weight also quantizes its inputs: no gradient then passes to them."""
     chosen = getattr(weight, "act_quant_kwargs", None), getattr(weight, "activation_quantization", None)
     return any(each is not None for each in chosen)

@@ -42,7 +42,7 @@ class Bits4Storage(QuantizedStorage):
     def form(self, layer: nn.Module) -> str:
         return f"bitsandbytes {str(_state_of(layer).quant_type).upper()}"
 
-    def dense_class(self, layer: Any) -> type[nn.Module]:
+    def dense_class(self, layer: nn.Module) -> type[nn.Module]:
         return _source_class(layer)
 
     def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ class Bits4Storage(QuantizedStorage):
                 module.__dict__[_PACKS] = before
 
 
-def _state_of(layer: Any) -> Any:
+def _state_of(layer: nn.Module) -> Any:
     """The quantization state of a 4-bit weight; if a copy of the weight lost it, that of the layer."""
     state = getattr(layer._parameters["weight"], "quant_state", None)
     return layer.__dict__.get("quant_state") if state is None else state
@@ -133,7 +133,7 @@ class Int8Storage(QuantizedStorage):
             return False
         return _row_scales(layer) is not None and tuple(weight.shape) == features(layer)
 
-    def dense_class(self, layer: Any) -> type[nn.Module]:
+    def dense_class(self, layer: nn.Module) -> type[nn.Module]:
         return _source_class(layer)
 
     def read(self, layer: nn.Module, rows: slice, into: Tensor | None = None) -> Tensor:
@@ -145,13 +145,13 @@ class Int8Storage(QuantizedStorage):
         return is_a(layer, BITSANDBYTES, "Linear8bitLt") and not layer.state.has_fp16_weights
 
 
-def _row_scales(layer: Any) -> Tensor | None:
+def _row_scales(layer: nn.Module) -> Tensor | None:
     """The scales, which move from the weight to the layer's state in the first forward."""
     scales = getattr(layer._parameters["weight"], "SCB", None)
     return getattr(layer.state, "SCB", None) if scales is None else scales
 
 
-def _source_class(layer: Any) -> type[nn.Module]:
+def _source_class(layer: nn.Module) -> type[nn.Module]:
     """The class that transformers replaced by the bitsandbytes layer."""
     source = layer.__dict__.get("source_cls", nn.Linear)
     return source if issubclass(source, (nn.Linear, Conv1D)) else nn.Linear

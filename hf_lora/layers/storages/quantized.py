@@ -49,7 +49,7 @@ class QuantizedStorage(Storage):
         dtype = layer.__dict__.get("compute_dtype")  # several backends use this name
         return dtype if isinstance(dtype, torch.dtype) else None
 
-    def dense_class(self, layer: Any) -> type[nn.Module]:
+    def dense_class(self, layer: nn.Module) -> type[nn.Module]:
         """The class of the layer after it becomes dense."""
         return nn.Linear
 
@@ -126,20 +126,20 @@ def features(layer: Any) -> tuple[int, int]:
     return layer.out_features, layer.in_features
 
 
-def is_a(value: Any, library: str, name: str) -> bool:
+def is_a(value: object, library: str, name: str) -> bool:
     """Whether `value` is an instance of the class `name` of a library that may not be installed."""
     return comes_from(type(value), library, name)
 
 
-def comes_from(cls: Any, library: str, name: str | None = None) -> bool:
+def comes_from(cls: type, library: str, name: str | None = None) -> bool:
     """Whether `cls` is a class of `library` (with that `name`, if given) or derived from one."""
     return _comes_from(cls, library, name)
 
 
 @functools.lru_cache(maxsize=1024)  # a model has thousands of layers but few classes
-def _comes_from(cls: Any, library: str, name: str | None) -> bool:
+def _comes_from(cls: type, library: str, name: str | None) -> bool:
     return any(c.__module__.partition(".")[0] == library and name in (None, c.__name__) for c in cls.__mro__)
 
 
-def _library(value: Any) -> str:
+def _library(value: object) -> str:
     return str(getattr(value, "__module__", "")).partition(".")[0]
