@@ -110,8 +110,10 @@ def test_a_models_name_is_that_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_accelerates_optimizer_shows_its_scaler() -> None:
+    from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
+    Accelerator(cpu=True)  # without its state an optimizer cannot be made
     plain = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     for scaler in (None, object()):
         optimizer = AcceleratedOptimizer(plain, device_placement=False, scaler=scaler)  # type: ignore[arg-type]
