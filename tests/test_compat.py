@@ -109,7 +109,7 @@ def test_accelerates_optimizer_shows_its_scaler() -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    Accelerator(cpu=True)  # it reads the state that this makes
+    Accelerator(cpu=True)  # without its state an optimizer cannot be made
     plain = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     for scaler in (None, object()):
         optimizer = AcceleratedOptimizer(plain, device_placement=False, scaler=scaler)  # type: ignore[arg-type]
