@@ -59,12 +59,17 @@ def why_invalid(pattern: str) -> str | None:
 class Expressions:
     """Regular expressions that share one time limit.
 
-    Args:
-        patterns: none of which `why_invalid` has something to say about.
+    Raises:
+        TargetError: a pattern cannot be used, see `why_invalid`.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        self._compiled = {pattern: regex.compile(pattern) for pattern in patterns}
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        for pattern in patterns:
+            why = why_invalid(pattern)
+            if why is not None:
+                raise TargetError(f"The pattern {pattern[:200]!r} cannot be matched: {why}. Correct it.")
+            self._compiled[pattern] = regex.compile(pattern)
         self._left = SECONDS
 
     def match(self, pattern: str, name: str) -> bool:

@@ -136,7 +136,7 @@ class Template:
     def _begin(self, before: list[Message], tools: list[Any] | None, text: str) -> int:
         """Where the messages before a turn end; templates may add something at the end of a chat."""
         try:
-            return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071 - of texts, not paths
+            return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071
         except LabelError:  # such as a template that wants a user's message in every chat
             return 0
 

@@ -135,3 +135,5 @@ def test_a_pattern_as_published_adapters_have_it() -> None:
 )
 def test_a_pattern_that_cannot_be_used_says_why(pattern: str, why: str) -> None:
     assert why in str(why_invalid(pattern))
+    with pytest.raises(TargetError, match=why):
+        matcher(f"{pattern}|")
