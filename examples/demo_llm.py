@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hf_lora import LoraModel, LoraSFTConfig, LoraSFTTrainer, generate_texts, write_card
 from hf_lora.adapt.report import trainable_parameters
-from hf_lora.evaluation.answers import ExactMatch, FieldF1
+from hf_lora.evaluation.answers import exact_match, field_f1
 
 OUT = Path("out/demo-llm")
 SHOWN = [0, 3, 7]
@@ -41,8 +41,8 @@ def scores(written: list[str], chats: Chats) -> dict[str, float]:
     """The fraction of exactly correct answers, and the F1 of their fields."""
     pair = {"predictions": written, "references": [chat[-1]["content"] for chat in chats]}
     return {
-        "field F1": FieldF1().compute(**pair)["field_f1"],
-        "exact match": ExactMatch().compute(**pair)["exact_match"],
+        "field F1": field_f1(**pair)["field_f1"],
+        "exact match": exact_match(**pair)["exact_match"],
     }
 
 

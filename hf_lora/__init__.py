@@ -19,7 +19,11 @@ _WHERE = {
     "get_peft_model": "apply",
     "pipeline": "pipelines",
     "write_card": "hub.card.write",
+    "push": "hub.upload",
+    "pull": "hub.download",
+    "load_for_generation": "generate.loading",
     "generate_texts": "generate.texts",
+    "generate_answers": "generate.texts",
     "Conversation": "generate.conversation",
     "explain_targets": "adapt.targets",
     "INITS": "layers.inits",
@@ -43,6 +47,7 @@ _WHERE = {
     "LoraSFTConfig": "train.sft",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
+    "evaluate": "evaluation.run",
     "build_compute_metrics": "evaluation.metrics",
     "register_adapter_hooks": "train.checkpoint.state_hooks",
     "LoraError": "errors",
@@ -88,15 +93,20 @@ __all__ = [
     "build_compute_metrics",
     "check_adapter",
     "convert_adapter",
+    "evaluate",
     "explain_targets",
     "finetune",
     "gathered_state",
+    "generate_answers",
     "generate_texts",
     "get_peft_model",
     "inspect_adapter",
+    "load_for_generation",
     "merge_files",
     "merge_to_folder",
     "pipeline",
+    "pull",
+    "push",
     "register",
     "register_adapter_hooks",
     "share_inputs",
@@ -123,12 +133,16 @@ if TYPE_CHECKING:
         TrainingError,
     )
     from .evaluation.metrics import build_compute_metrics
+    from .evaluation.run import evaluate
     from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
     from .files.convert import convert_adapter
     from .generate.conversation import Conversation
-    from .generate.texts import generate_texts
+    from .generate.loading import load_for_generation
+    from .generate.texts import generate_answers, generate_texts
     from .hub.card.write import write_card
+    from .hub.download import pull
+    from .hub.upload import push
     from .layers.inits import INITS
     from .layers.methods import METHODS
     from .layers.parts import PARTS

@@ -58,6 +58,42 @@ LOADING: dict[str, tuple[str, ...]] = {
 """What reads names of checkpoints as transformers' loader does -> its first parameters after self."""
 
 
+ATTRIBUTES: dict[str, str] = {
+    "_BatchNorm": "torch.nn.modules.batchnorm",
+    "_IncompatibleKeys": "torch.nn.modules.module",
+    "_are_functorch_transforms_active": "torch._C",
+    "_backward_hooks": "torch.nn.modules.module",
+    "_buffers": "torch.nn.modules.module",
+    "_forward_hooks": "torch.nn.modules.module",
+    "_forward_pre_hooks": "torch.nn.modules.module",
+    "_load_from_state_dict": "torch.nn.modules.module",
+    "_load_state_dict_pre_hooks": "torch.nn.modules.module",
+    "_modules": "torch.nn.modules.module",
+    "_parameters": "torch.nn.modules.module",
+    "_reversed_padding_repeated_twice": "torch.nn.modules.conv",
+    "_save_to_state_dict": "torch.nn.modules.module",
+    "_unsafe_view": "torch.ops.aten",
+    "_version": "torch.Tensor",
+    "_pytree": "torch.utils",
+    "_commit_hash": "transformers.configuration_utils",
+    "_name_or_path": "transformers.configuration_utils",
+    "_gradient_checkpointing_func": "transformers.modeling_layers",
+    "_hf_peft_config_loaded": "transformers.modeling_utils",
+    "_init_weights": "transformers.modeling_utils",
+    "_is_hf_initialized": "transformers.modeling_utils",
+    "_is_quantized": "transformers.modeling_utils",
+    "_loss_function": "transformers.modeling_utils",
+    "_require_grads_hooks": "transformers.modeling_utils",
+    "_weight_conversions": "transformers.core_model_loading",
+    "_model_mapping": "transformers.models.auto.auto_factory",
+    "_hf_hook": "accelerate.hooks",
+    "_old_forward": "accelerate.hooks",
+    "_hp_mapping": "deepspeed.utils.tensor_fragment",
+    "_z3_optimizer": "deepspeed.runtime.zero.stage3",
+}
+"""Private attributes that are used elsewhere in the package -> the module or class where each was seen."""
+
+
 @contextlib.contextmanager
 def held_load_report() -> Iterator[Callable[[], None]]:
     """Keep back the table of missing keys that `from_pretrained` logs; calling what is yielded logs it after all.

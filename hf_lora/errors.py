@@ -9,20 +9,25 @@ LoraError
 │   ├── BaseMismatchError   the adapter was trained on another base model
 │   └── HubError            a repository on the Hub cannot be reached, read or written
 ├── DataError          a file of training data is missing, broken, or does not fit the task
-└── TrainingError      training cannot start, or cannot have worked
+└── TrainingError      training would have no effect, or failed
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 
 class LoraError(Exception):
-    """Base of all errors of this library."""
+    """Base of all errors of this library.
 
-    faults: tuple[str, ...] = ()
-    """Each fault, if the message lists faults."""
+    Args:
+        faults: each thing that is wrong, where the message lists several.
+    """
+
+    def __init__(self, message: str = "", faults: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class ConfigError(LoraError, ValueError):
@@ -91,9 +96,7 @@ class Faults:
         lines = [f"  - {fault}" for fault in self.found[: self.LISTED]]
         if len(self.found) > self.LISTED:
             lines.append(f"  … and {len(self.found) - self.LISTED} more")
-        raised = error("\n".join([f"{self.call}:", *lines, next_step]))
-        raised.faults = tuple(self.found)
-        raise raised
+        raise error("\n".join([f"{self.call}:", *lines, next_step]), self.found)
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

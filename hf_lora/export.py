@@ -12,7 +12,7 @@ from .files.convert import check_new_folder
 from .files.format import read_config
 from .files.inspect import AdapterSummary, inspect_folder
 from .hub.base import local_base
-from .hub.pull import local_adapter
+from .hub.download import local_adapter
 from .layers.storages import fits
 from .load import PROCESSORS, find_processor
 from .model import LoraModel

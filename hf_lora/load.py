@@ -28,8 +28,8 @@ from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, Hu
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
 from .files.load import load_adapter
 from .hub.base import commit_in_training
+from .hub.download import local_adapter
 from .hub.network import scrub
-from .hub.pull import local_adapter
 from .layers.ops import used_devices
 
 PROCESSORS = {

@@ -26,7 +26,7 @@ from .errors import AdapterFileError, StateError, listed
 from .files.format import PREFIX, AdapterFile
 from .files.load import load_adapter, load_adapter_weights
 from .files.save import adapter_state_dict, save_adapters
-from .hub.pull import local_adapter
+from .hub.download import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
 from .layers.class_swap import Extension, unwrap_class

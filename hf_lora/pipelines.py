@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-from .hub.pull import local_adapter
+from .hub.download import local_adapter
 from .load import PROCESSORS, find_processor
 from .model import LoraModel
 

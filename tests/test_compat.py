@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import pkgutil
+import re
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,60 @@ import hf_lora
 from hf_lora import LoraTrainerMixin, compat
 
 TRAIN = Path(hf_lora.__file__).parent / "train"
+
+
+# Everywhere.
+
+PACKAGE = Path(hf_lora.__file__).parent
+OUR_OWN = {"_hf_lora", "_hf_lora_outer", "_hf_lora_packs_for_cpu", "_hf_lora_causal", "_loss", "_runtime", "_C"}
+"""Attributes and keys that we set on others' objects, names of metrics, and torch's compiled module."""
+METHODS_OF_INITIALIZATION = ("adapt", "bypass.py")
+"""Lists names of methods that models may have; a name that is gone does no harm."""
+
+
+def private_names(file: Path) -> set[str]:
+    """Private attributes, and texts that look like one, in a file."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    found = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    found |= {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+    return {
+        name for name in found if name.isidentifier() and name[0] == "_" and not name.startswith("__") and name[1:]
+    }
+
+
+def defined_names(file: Path) -> set[str]:
+    """What a file defines or sets."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    return found
+
+
+def test_private_names_of_other_libraries_are_listed() -> None:
+    files = [f for f in PACKAGE.rglob("*.py") if f.relative_to(PACKAGE).parts[0] not in ("testing", "compat.py")]
+    ours = OUR_OWN.union(*(defined_names(f) for f in files)) - compat.ATTRIBUTES.keys()
+    listed = {*compat.OVERRIDDEN, *compat.CALLED, *compat.ATTRIBUTES}
+    used: set[str] = set()
+    for file in files:
+        if file.relative_to(PACKAGE).parts != METHODS_OF_INITIALIZATION:
+            used |= private_names(file) | (defined_names(file) & compat.ATTRIBUTES.keys())
+    assert used - ours - listed == set()
+    assert compat.ATTRIBUTES.keys() - used == set(), "listed and not used"
+
+
+@pytest.mark.parametrize("name", compat.ATTRIBUTES)
+def test_private_attributes_are_where_they_were_seen(name: str) -> None:
+    place = compat.ATTRIBUTES[name]
+    if place.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    owner = pkgutil.resolve_name(place)
+    assert hasattr(owner, name) or re.search(rf"\b{name}\b", inspect.getsource(owner))
 
 
 # Trainer.
@@ -109,7 +165,7 @@ def test_accelerates_optimizer_shows_its_scaler() -> None:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
 
-    Accelerator(cpu=True)  # it reads the state that this makes
+    Accelerator(cpu=True)  # without its state an optimizer cannot be made
     plain = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
     for scaler in (None, object()):
         optimizer = AcceleratedOptimizer(plain, device_placement=False, scaler=scaler)  # type: ignore[arg-type]
@@ -139,7 +195,7 @@ def test_what_is_asked_of_trls_trainer() -> None:
     assert "padding_free" in inspect.getsource(SFTTrainer.__init__)
 
 
-def private_names(file: Path) -> set[str]:
+def names_of_others(file: Path) -> set[str]:
     """Private attributes of anything but `self`, and private names that are imported from other packages."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -158,4 +214,4 @@ OWN = {"_lora", "_bare_model", "_parameters"}
 
 @pytest.mark.parametrize("file", sorted(TRAIN.rglob("*.py")), ids=lambda f: str(f.relative_to(TRAIN)))
 def test_training_uses_no_other_private_names(file: Path) -> None:
-    assert private_names(file) - OWN <= {"_build_accelerator_args"}
+    assert names_of_others(file) - OWN <= {"_build_accelerator_args"}

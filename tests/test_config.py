@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 
-from hf_lora import ConfigError, LoraConfig
+from hf_lora import AdapterFileError, ConfigError, LoraConfig, inspect_adapter
 from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(
@@ -60,6 +60,13 @@ def test_an_error_holds_every_fault_that_it_lists() -> None:
     again.include(many.value)
     again.include(ConfigError("a message"))
     assert again.found == [*faults.found, "a message"]
+
+
+def test_the_error_of_a_file_holds_the_faults_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 0, "bias": "some", "target_modules": ["x"]}))
+    with pytest.raises(AdapterFileError) as caught:
+        inspect_adapter(tmp_path)
+    assert len(caught.value.faults) == 2
 
 
 def test_the_default_round_trip_resolves_alpha() -> None:

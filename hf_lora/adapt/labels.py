@@ -16,7 +16,7 @@ from ..layers.class_swap import unwrap_class
 from .embeddings import output_embedding
 from .heads import find_heads, outside_backbone
 from .inject import inject
-from .match import matches
+from .match import matcher
 from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
 
@@ -102,8 +102,8 @@ def is_backbone(model: nn.Module) -> bool:
 def heads_for_task(model: Any, config: LoraConfig, task: Task, call: str) -> tuple[dict[str, nn.Module], LoraConfig]:
     """New heads for an adapter with its own labels, and its configuration with the heads in `modules_to_save`."""
     if config.modules_to_save:
-        wanted = set(config.modules_to_save)
-        paths = [name for name, _ in original_modules(model) if matches(wanted, name)]
+        hits = matcher(config.modules_to_save)
+        paths = [name for name, _ in original_modules(model) if hits(name)]
     else:
         paths = list(find_heads(model)) or ([] if output_embedding(model) else outside_backbone(model))
         config = dataclasses.replace(config, modules_to_save=paths)

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from .patterns import matcher, table_pattern
+from .patterns import Expressions, is_name, table_pattern
 
 
-def matches(patterns: str | Iterable[str], name: str) -> list[str]:
-    """The patterns that match `name`: itself or a suffix of whole components, or one regular expression in full."""
+def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
+    """A function from a name to the patterns that match it.
+
+    Args:
+        patterns: a list, each of which matches a name itself or a suffix of whole components; or one regular
+            expression, which matches names in full.
+    """
     if isinstance(patterns, str):
-        return [patterns] if matcher(patterns)(name) else []
-    wanted = patterns if isinstance(patterns, (set, frozenset, dict)) else set(patterns)
-    found, start = [], 0
-    while True:
-        if name[start:] in wanted:
-            found.append(name[start:])
-        dot = name.find(".", start)
-        if dot < 0:
-            return found
-        start = dot + 1
+        pattern = patterns
+        if is_name(pattern) and "." not in pattern:
+            return lambda name: [pattern] if name == pattern else []
+        expressions = Expressions([pattern])
+        return lambda name: [pattern] if expressions.match(pattern, name) else []
+    wanted = frozenset(patterns)
+
+    def ends(name: str) -> list[str]:
+        found, start = [], 0
+        while True:
+            if name[start:] in wanted:
+                found.append(name[start:])
+            dot = name.find(".", start)
+            if dot < 0:
+                return found
+            start = dot + 1
+
+    return ends
 
 
 def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
@@ -37,18 +50,36 @@ def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
 
 
 class PatternTable:
-    """Values by pattern (`rank_pattern`, `alpha_pattern`): the first that matches a suffix of the name counts."""
+    """Values by pattern (`rank_pattern`, `alpha_pattern`): the first that matches a suffix of the name counts.
+
+    A key of letters, digits, `_`, `-` and dots is a name, whose dots are dots; any other is a regular expression.
+    """
 
     def __init__(self, table: dict[str, Any]) -> None:
-        self.rows = [(key, matcher(table_pattern(key)), value) for key, value in table.items()]
-        self.used: set[str] = set()
+        self._rows = list(table.items())
+        self._names = {key: i for i, key in enumerate(table) if is_name(key)}
+        self._components = max((key.count(".") + 1 for key in self._names), default=0)
+        self._patterns = [(i, table_pattern(key)) for i, key in enumerate(table) if key not in self._names]
+        self._expressions = Expressions(pattern for _, pattern in self._patterns)
+        self._used: set[int] = set()
 
     def get(self, name: str, default: Any) -> Any:
-        for key, hits, value in self.rows:
-            if hits(name):
-                self.used.add(key)
-                return value
-        return default
+        if not self._rows:
+            return default
+        found, start = len(self._rows), len(name)
+        for _ in range(self._components):
+            start = name.rfind(".", 0, max(start, 0))
+            found = min(found, self._names.get(name[start + 1 :], found))
+        for i, pattern in self._patterns:
+            if i > found:
+                break
+            if self._expressions.match(pattern, name):
+                found = i
+                break
+        if found == len(self._rows):
+            return default
+        self._used.add(found)
+        return self._rows[found][1]
 
     def unused(self) -> list[str]:
-        return [key for key, _, _ in self.rows if key not in self.used]
+        return [key for i, (key, _) in enumerate(self._rows) if i not in self._used]

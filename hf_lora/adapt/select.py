@@ -17,7 +17,7 @@ from ..layers.storages import quantization_of, storage_of, why_no_storage
 from .bypass import bypassed_modules
 from .embeddings import output_embeddings
 from .heads import outside_backbone
-from .match import layer_index, matches
+from .match import layer_index, matcher
 
 ONLY_WHOLE = "matches only modules that are trained whole; pass modules_to_save=[] to adapt them instead"
 ONLY_OUTSIDE = "matches only modules outside layers_to_transform"
@@ -60,6 +60,7 @@ class Selection:
         self._from_file = from_file
         self._preset = config.target_modules in PRESETS
         self._layers = None if config.layers_to_transform is None else as_tuple(config.layers_to_transform)
+        self._excludes = matcher(config.exclude_modules or [])
         self._bypassed = {} if from_file else bypassed_modules(modules[""])
         # Patterns with an effect so far, and what is wrong with the modules that a pattern matched.
         self._hit: set[str] = set()
@@ -111,7 +112,7 @@ class Selection:
             self._faults.add(f"{name}: {reason}")
 
     def _is_excluded(self, name: str) -> bool:
-        hit = matches(self._config.exclude_modules, name) if self._config.exclude_modules else []
+        hit = self._excludes(name)
         self._excluded.update(hit)
         return bool(hit)
 
@@ -191,8 +192,8 @@ def last_names(names: Iterable[str]) -> list[str]:
 def _matcher(model: nn.Module, config: LoraConfig) -> Matcher:
     if config.target_modules in PRESETS:
         return _preset(model, str(config.target_modules))
-    targets = config.target_modules if isinstance(config.target_modules, str) else frozenset(config.target_modules)
-    return lambda name, module: matches(targets, name)
+    hits = matcher(config.target_modules)
+    return lambda name, module: hits(name)
 
 
 def _preset(model: nn.Module, preset: str) -> Matcher:

@@ -25,7 +25,7 @@ from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
 from .bypass import bypassed_modules
 from .heads import find_heads
-from .match import PatternTable, matches
+from .match import PatternTable, matcher
 from .select import Selection, all_names, last_names
 from .walk import original_modules
 
@@ -207,9 +207,9 @@ def _saved_modules(
         saved = {} if from_file else find_heads(model)
         _refuse_packed(modules, saved, faults)
         return saved
-    unmatched = set(config.modules_to_save)
+    unmatched, hits = set(config.modules_to_save), matcher(config.modules_to_save)
     for name in modules:
-        hit = matches(set(config.modules_to_save), name)
+        hit = hits(name)
         if hit and not any(name.startswith(s + ".") for s in saved):
             saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)

@@ -9,15 +9,15 @@ from typing import Any
 
 import typer
 
-from ..errors import ConfigError, LoraError, nearest
+from ..errors import LoraError, nearest
 
 SOURCE = typer.Argument(..., help="Folder or Hub name of an adapter, or of a full model.", show_default=False)
-BASE_MODEL = typer.Option(None, help="The adapter's base model; not given: the one that the adapter names.")
+BASE_MODEL = typer.Option(None, help="The adapter's base model (default: the one that the adapter names).")
 MERGE = typer.Option(False, "--merge", help="Fold the adapter into the weights first.")
 REVISION = typer.Option(None, help="Branch, tag or commit of SOURCE.")
 SUBFOLDER = typer.Option(None, help="Folder in SOURCE that holds the adapter.")
-DTYPE = typer.Option(None, help="float32, bfloat16 or float16; not given: the checkpoint's.")
-DEVICE = typer.Option(None, help="Such as cuda:1; not given: the accelerator if there is one.")
+DTYPE = typer.Option(None, help="float32, bfloat16 or float16 (default: the checkpoint's).")
+DEVICE = typer.Option(None, help="Such as cuda:1 (default: the accelerator if there is one).")
 MAX_NEW_TOKENS = typer.Option(256, help="Most tokens of an answer.")
 BATCH_SIZE = typer.Option(8, help="Prompts at a time.")
 TEMPERATURE = typer.Option(0.0, help="0 takes the likeliest token; above it, tokens are drawn.")
@@ -59,7 +59,7 @@ def chat(
     Answers appear word by word, and the conversation is kept. /base and /adapter switch who answers.
     """
     from ..generate.conversation import Conversation
-    from ..generate.texts import load_for_generation
+    from ..generate.loading import load_for_generation
 
     model, tokenizer = load_for_generation(
         source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
@@ -139,8 +139,8 @@ def generate(
     file: Path | None = typer.Option(
         None, help="Prompts: a .txt file with one a line, or CSV, TSV, JSON, JSONL or parquet."
     ),
-    out: Path | None = typer.Option(None, help="JSONL file for the rows with their answers; not given: printed."),
-    column: str | None = typer.Option(None, help="Column of the prompts; not given: found by name."),
+    out: Path | None = typer.Option(None, help="JSONL file for the rows with their answers (default: printed)."),
+    column: str | None = typer.Option(None, help="Column of the prompts (default: found by name)."),
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
     revision: str | None = REVISION,
@@ -160,34 +160,24 @@ def generate(
 
     They are given here or in a file; the answers are printed or written to a JSONL file beside the columns they had.
     """
-    if bool(prompt) == (file is not None):
-        raise ConfigError("hf-lora generate: give the prompts either with --prompt or in a --file.")
-    if file is None and (out is not None or column is not None):
-        raise ConfigError("hf-lora generate: --out and --column belong to a --file. Leave them out.")
-    from ..data.prompts import check_output, read_prompt_table, read_prompts, write_answers
-    from ..generate.texts import generate_texts, load_for_generation
+    from ..generate.texts import generate_answers
 
-    table = None if file is None else read_prompt_table(file)
-    prompts = prompt if table is None else read_prompts(table, column)
-    if table is not None and out is not None:
-        check_output(out, table)
-    model, tokenizer = load_for_generation(
-        source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
-    )
-    answers = generate_texts(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
-        top_p=top_p, seed=seed, system=system, use_chat_template=False if raw else None, stop=stop,
-        progress=counter(len(prompts)),
+    answers = generate_answers(
+        source, prompt or None, file=file, out=out, column=column, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, temperature=temperature, top_p=top_p, seed=seed, system=system,
+        use_chat_template=False if raw else None, stop=stop, progress=progress_line(), base_model=base_model,
+        merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device,
     )  # fmt: skip
-    if table is not None and out is not None:
-        write_answers(table, answers, out)
-        typer.echo(f"{len(answers):,} answers: {out}")
-    else:
-        typer.echo("\n\n".join(answers))
+    typer.echo("\n\n".join(answers) if out is None else f"{len(answers):,} answers: {out}")
 
 
-def counter(total: int) -> Callable[[int], None] | None:
-    """Counts on the terminal how many prompts are answered; None where nobody watches."""
-    if total < 2 or not sys.stderr.isatty():
+def progress_line() -> Callable[[int, int], None] | None:
+    """Shows on a terminal how many prompts are answered; None where there is none."""
+    if not sys.stderr.isatty():
         return None
-    return lambda done: typer.echo(f"\r{done:,} of {total:,}", err=True, nl=done == total)
+
+    def show(done: int, total: int) -> None:
+        if total > 1:
+            typer.echo(f"\r{done:,} of {total:,}", err=True, nl=done == total)
+
+    return show

@@ -9,7 +9,8 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LoraError
-from . import evaluate, files, generate, hub, train
+from . import eval as eval_command
+from . import files, generate, hub, train
 
 
 class _Commands(TyperGroup):
@@ -34,7 +35,7 @@ app = typer.Typer(
 )
 train.register(app)
 generate.register(app)
-evaluate.register(app)
+eval_command.register(app)
 files.register(app)
 hub.register(app)
 

@@ -1,4 +1,4 @@
-"""From the rows of a table to labelled tokens for causal language models, and a look at what is learned.
+"""From the rows of a table to labeled tokens for causal language models, and a look at what is learned.
 
 A row is `{"input_ids", "labels"}`, two lists of one length; labels are the tokens, or -100 where nothing is learned.
 """
@@ -9,12 +9,12 @@ import warnings
 from typing import Any
 
 from ..errors import ConfigError, DataError, Faults
-from .formats import RAW, Example, Form, Message, read_examples
+from .formats import PAIR, TEXT, Example, Form, Message, read_examples
 from .spans import IGNORED, LabelError, Labelled, Template, label_spans, special_ids
 from .tables import Table
 
 LEARNED = ("⟦", "⟧")
-"""What stands around learned text in `show_batch`."""
+"""What is put around learned text in `show_batch`."""
 
 
 def label_chat(
@@ -62,7 +62,7 @@ def _label_chat(
 def label_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """A prompt's tokens, not learned, then those of a completion and the end token, learned.
 
-    The two are tokenised apart, with nothing put between them; the prompt gets the token for the beginning where the
+    The two are tokenized apart, with nothing put between them; the prompt gets the token for the beginning where the
     tokenizer puts one.
 
     Raises:
@@ -110,7 +110,7 @@ def is_templated(form: Form, tokenizer: Any, use_chat_template: bool | None = No
             none.
     """
     has = bool(getattr(tokenizer, "chat_template", None))
-    if use_chat_template and form.kind == "text":
+    if use_chat_template and form.kind == TEXT:
         raise ConfigError(
             f"use_chat_template=True, but {form.columns[0]!r} holds texts without turns. Leave it out, or name the "
             "columns of prompts and answers."
@@ -124,7 +124,7 @@ def is_templated(form: Form, tokenizer: Any, use_chat_template: bool | None = No
         if use_chat_template is False:
             raise ConfigError(f"{form.name} holds chats, which have no form without a template: leave it on.")
         return True
-    return form.kind == "pair" and has if use_chat_template is None else use_chat_template
+    return form.kind == PAIR and has if use_chat_template is None else use_chat_template
 
 
 def chat_rows(
@@ -136,7 +136,7 @@ def chat_rows(
     use_chat_template: bool | None = None,
     last_turn_only: bool = False,
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Tokenise and label the rows of a table.
+    """Tokenize and label the rows of a table.
 
     Args:
         form: see `recognise`.
@@ -188,18 +188,11 @@ def chat_rows(
 def _label(tokenizer: Any, template: Template | None, form: Form, example: Example, last_turn_only: bool) -> Labelled:
     if example.text is not None:
         return Labelled(*label_text(tokenizer, example.text))
-    messages = example.messages
+    messages, prompt, completion = example.messages, str(example.prompt), str(example.completion)
+    if template is None:
+        return Labelled(*label_pair(tokenizer, prompt + form.between, completion))
     if messages is None:
-        assert example.prompt is not None
-        assert example.completion is not None
-        if template is None:
-            between = "" if form.kind == RAW else "\n"
-            return Labelled(*label_pair(tokenizer, example.prompt + between, example.completion))
-        messages = [
-            {"role": "user", "content": example.prompt},
-            {"role": "assistant", "content": example.completion},
-        ]
-    assert template is not None
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     return _label_chat(template, messages, example.tools, last_turn_only, example.learned_from)
 
 

@@ -22,17 +22,16 @@ def encode_prompts(
 
     Raises:
         ConfigError: a chat template is needed and the tokenizer has none.
-        DataError: lists every prompt that is empty, no chat, or longer than `window`.
+        DataError: lists every prompt that is empty, not a chat, or longer than `window`.
     """
     template = tokenizer.chat_template is not None
-    chats = any(not isinstance(prompt, str) for prompt in prompts)
-    if not template and (use_chat_template or chats or system is not None):
+    chats = system is not None or any(not isinstance(prompt, str) for prompt in prompts)
+    if not template and (use_chat_template or chats):
         raise ConfigError(
             "The tokenizer has no chat template, which messages, a system message and use_chat_template=True need. "
             "Give the prompts as plain texts, or set tokenizer.chat_template to the one of the training."
         )
-    raw = use_chat_template is False or not template
-    if raw and (chats or system is not None):
+    if use_chat_template is False and chats:
         raise ConfigError(
             "use_chat_template=False takes plain texts; messages and a system message need the template. Leave one of "
             "them out."
@@ -40,17 +39,18 @@ def encode_prompts(
     faults = Faults("The prompts")
     encoded = []
     for i, prompt in enumerate(prompts):
-        fault, ids = "", []
+        ids: list[int] = []
         try:
-            ids = _raw_ids(tokenizer, str(prompt)) if raw else _chat_ids(tokenizer, prompt, system)
-            if not ids:
-                fault = "is empty"
+            if use_chat_template is False or not template:
+                ids = _raw_ids(tokenizer, str(prompt))
+            else:
+                ids = _chat_ids(tokenizer, prompt, system)
+            if window is not None and len(ids) >= window:
+                raise DataError(
+                    f"has {len(ids):,} tokens; the model's window holds {window:,}, and an answer needs some of them"
+                )
         except DataError as error:
-            fault = str(error)
-        if window is not None and len(ids) >= window:
-            fault = f"has {len(ids):,} tokens; the model's window holds {window:,}, and an answer needs some of them"
-        if fault:
-            faults.add(f"prompt {i} {fault}")
+            faults.add(f"prompt {i} {error}")
         encoded.append(ids)
     faults.check(DataError, "Nothing was generated. Shorten or correct these; prompts count from 0.")
     return encoded
@@ -61,6 +61,8 @@ def _raw_ids(tokenizer: Any, text: str) -> list[int]:
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
         ids = ids[:-1]  # some tokenizers end every text themselves; an answer goes on from it
+    if not ids:
+        raise DataError("is empty")
     return ids
 
 
@@ -69,7 +71,7 @@ def _chat_ids(tokenizer: Any, prompt: Prompt, system: str | None) -> list[int]:
 
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise DataError("holds a message that is no mapping with 'role' and 'content'")
+        raise DataError("holds a message that is not a mapping with 'role' and 'content'")
     if not messages or messages[-1]["role"] == "assistant":
         raise DataError("ends with the assistant, so there is nothing to answer" if messages else "holds no messages")
     if isinstance(prompt, str) and not prompt.strip():
@@ -80,4 +82,6 @@ def _chat_ids(tokenizer: Any, prompt: Prompt, system: str | None) -> list[int]:
         made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     except TemplateError as error:
         raise DataError(f"does not fit the tokenizer's chat template: {error}") from error
+    if not made["input_ids"]:
+        raise DataError("is empty")
     return list(made["input_ids"])

@@ -4,39 +4,28 @@
 - `conversations`: a list of `{"from", "value"}`; the same.
 - `prompt` and `completion`: two texts that are put together as they are, or two lists of messages; the completion is
   learned.
-- a pair: `instruction` (with `input`, if any) and `output` or `response`; `question` and `answer`; or two columns
-  that the user names. The second is learned: as the assistant's turn where the tokenizer has a chat template, else
-  after the first and a line break.
+- a pair, such as `instruction` (with `input`, if any) and `output`, or two columns that the user names (see
+  columns.py). The second is learned: as the assistant's turn where the tokenizer has a chat template, else after the
+  first and a line break.
 - `text` or `content`: every token is learned.
 
-A list of messages may also stand in its cell as JSON text, as it must in CSV. A column `tools` goes to the template of
-a chat.
+A list of messages may also be JSON text in its cell, as it must be in CSV. A column `tools` goes to the template of a
+chat.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import DataError, Faults, nearest
+from . import columns
+from .columns import pair_of, with_more
 from .tables import Table
 
 CHAT, PAIR, RAW, TEXT = "chat", "pair", "raw", "text"
-
-CHAT_COLUMNS = ("messages", "conversations")
-PAIR_COLUMNS = (
-    ("prompt", "completion"), ("instruction", "output"), ("instruction", "response"), ("question", "answer")
-)  # fmt: skip
-PROMPT_COLUMNS = ("prompt", "instruction", "question", "input")
-COMPLETION_COLUMNS = ("completion", "response", "output", "answer")
-TEXT_COLUMNS = ("text", "content")
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-ALIASES = {"human": "user"} | dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
-MAY_BE_EMPTY = ("system", "developer", "tool")
-"""An empty system message is how a chat says that it has none, and a tool may return nothing."""
 
 Message = dict[str, Any]
 
@@ -68,6 +57,11 @@ class Form:
     def chat(self) -> bool:
         """Whether the cells hold messages already."""
         return self.kind == CHAT
+
+    @property
+    def between(self) -> str:
+        """What is put between a prompt and its answer where there is no chat template."""
+        return "" if self.kind == RAW else columns.ANSWER
 
 
 @dataclass
@@ -101,28 +95,24 @@ def recognise(table: Table, text: str | None = None, completion: str | None = No
         if name is not None:
             table.column(name)
     if text is not None or completion is not None:
-        return _named(table, text, completion)
+        return _complete(table, _named(table, text, completion))
     candidates = _candidates(table)
     # A column that is empty in every row says nothing, unless there is no other.
     found = [form for form in candidates if any(_filled(table, form, row) for row in range(len(table)))] or candidates
     if not found:
         raise DataError(
             f"{table.source}: cannot tell what its columns {', '.join(map(repr, table.columns))} are. The forms are: "
-            "'messages'; 'conversations'; 'prompt' and 'completion'; 'instruction', perhaps 'input', and 'output' or "
-            "'response'; 'question' and 'answer'; 'text'. Name the columns so, or name them with text_column and "
-            "completion_column."
+            f"{_known_forms()}. Name the columns so, or name them with text_column and completion_column."
         )
     _check_one_form(table, found)
-    chosen, others = found[0], found[1:]
-    if chosen.kind in (PAIR, RAW):
-        rivals = [form for form in others if form.kind in (PAIR, RAW)]
-        if rivals:
-            several = "; or ".join(" and ".join(map(repr, form.columns[:2])) for form in (chosen, *rivals))
-            raise DataError(
-                f"{table.source}: the columns could be {several}. Name those that are meant with text_column and "
-                "completion_column."
-            )
-    return _complete(table, chosen)
+    pairs = [form for form in found if form.kind in (PAIR, RAW)]
+    if found[0] in pairs[:1] and len(pairs) > 1:
+        several = "; or ".join(" and ".join(map(repr, form.columns[:2])) for form in pairs)
+        raise DataError(
+            f"{table.source}: the columns could be {several}. Name those that are meant with text_column and "
+            "completion_column."
+        )
+    return _complete(table, found[0])
 
 
 def describe(form: Form, templated: bool = False) -> str:
@@ -150,7 +140,7 @@ def read_examples(table: Table, form: Form) -> list[Example]:
     """The rows of a table in their form.
 
     Raises:
-        DataError: lists every cell that is no JSON, no text or empty, every message without a known role or content,
+        DataError: lists every cell that is empty or of the wrong kind, every message without a known role or content,
             and every chat in which the assistant never speaks.
     """
     faults = Faults(f"reading {table.source} as {form.name}")
@@ -159,7 +149,7 @@ def read_examples(table: Table, form: Form) -> list[Example]:
         faults.check(
             DataError,
             'Correct or remove these rows. A message is {"role": "user", "content": "..."}; the roles are '
-            f"{', '.join(ROLES)}.",
+            f"{', '.join(columns.ROLES)}.",
         )
         return examples
     if form.kind == TEXT:
@@ -168,65 +158,61 @@ def read_examples(table: Table, form: Form) -> list[Example]:
         return [Example(text=text) for text in texts]
     prompts = table.texts(form.columns[0], faults, empty=form.kind == RAW)
     completions = table.texts(form.columns[1], faults)
-    inputs: list[Any] = [None] * len(table)
-    if len(form.columns) > 2:
-        inputs = table.column(form.columns[2])
-        for row, value in enumerate(inputs):
-            if value is not None and not isinstance(value, str):
-                faults.add(f"{table.at(row)}, column {form.columns[2]!r}: {value!r} is no text")
+    inputs: list[Any] = table.column(form.columns[2]) if len(form.columns) > 2 else [None] * len(table)
+    for row, value in enumerate(inputs):
+        if value is not None and not isinstance(value, str):
+            faults.add(f"{table.at(row)}, column {form.columns[2]!r}: {value!r} is not a text")
     faults.check(DataError, "Correct or remove these rows.")
-    prompts = [f"{p}\n\n{i}" if i and i.strip() else p for p, i in zip(prompts, inputs, strict=True)]
-    return [Example(prompt=p, completion=c) for p, c in zip(prompts, completions, strict=True)]
+    triples = zip(prompts, inputs, completions, strict=True)
+    return [Example(prompt=with_more(prompt, more), completion=answer) for prompt, more, answer in triples]
+
+
+def _known_forms() -> str:
+    pairs = [f"{p.prompt!r}{f' (with {p.more!r})' if p.more else ''} and {p.answer!r}" for p in columns.PAIRS]
+    return "; ".join([*map(repr, columns.CHATS), *pairs, *map(repr, columns.TEXTS)])
 
 
 def _named(table: Table, text: str | None, completion: str | None) -> Form:
     if completion is None:
         assert text is not None
-        return _complete(table, Form(text, CHAT if _holds_messages(table, text) else TEXT, (text,)))
+        return Form(text, CHAT if _holds_messages(table, text) else TEXT, (text,))
+    text = text or next((name for name in columns.PROMPTS if name in table.columns and name != completion), None)
     if text is None:
-        prompts = [name for name in PROMPT_COLUMNS if name in table.columns and name != completion]
-        if not prompts:
-            raise DataError(
-                f"{table.source}: cannot tell which column holds the prompts for {completion!r}. It has "
-                f"{', '.join(map(repr, table.columns))}. Name it with text_column."
-            )
-        text = prompts[0]
-    return _complete(table, _pair(table, text, completion))
+        raise DataError(
+            f"{table.source}: cannot tell which column holds the prompts for {completion!r}. It has "
+            f"{', '.join(map(repr, table.columns))}. Name it with text_column."
+        )
+    return _pair(table, text, completion)
 
 
 def _candidates(table: Table) -> list[Form]:
     """The forms that the table has the columns of, the surest first."""
-    found = [Form(name, CHAT, (name,)) for name in CHAT_COLUMNS if name in table.columns]
-    pairs = [pair for pair in PAIR_COLUMNS if all(name in table.columns for name in pair)]
+    found = [Form(name, CHAT, (name,)) for name in columns.CHATS if name in table.columns]
+    pairs = [(p.prompt, p.answer) for p in columns.PAIRS if p.prompt in table.columns and p.answer in table.columns]
     if not pairs:
-        prompts = [name for name in PROMPT_COLUMNS if name in table.columns]
-        if "instruction" in prompts and "input" in prompts:
-            prompts.remove("input")
-        pairs = [(p, c) for p in prompts for c in COMPLETION_COLUMNS if c in table.columns]
+        prompts = [name for name in columns.PROMPTS if name in table.columns]
+        added = {pair_of(name).more for name in prompts}
+        pairs = [(p, a) for p in prompts if p not in added for a in columns.ANSWERS if a in table.columns]
     found += [_pair(table, *pair) for pair in pairs]
-    return found + [Form(name, TEXT, (name,)) for name in TEXT_COLUMNS if name in table.columns]
+    return found + [Form(name, TEXT, (name,)) for name in columns.TEXTS if name in table.columns]
 
 
 def _pair(table: Table, prompt: str, completion: str) -> Form:
     name = f"{prompt}+{completion}"
     if _holds_messages(table, prompt) and _holds_messages(table, completion):
         return Form(name, CHAT, (prompt, completion))
-    if (prompt, completion) == ("prompt", "completion"):
-        return Form(name, RAW, (prompt, completion))
-    more = ("input",) if prompt == "instruction" and "input" in table.columns and completion != "input" else ()
-    return Form(name, PAIR, (prompt, completion, *more))
+    pair = pair_of(prompt, completion)
+    more = (pair.more,) if pair.more in table.columns and pair.more != completion else ()
+    return Form(name, RAW if pair.as_is else PAIR, (prompt, completion, *more))
 
 
 def _complete(table: Table, form: Form) -> Form:
     """The form with what is only printed of it."""
-    tools = "tools" if form.chat and "tools" in table.columns else None
-    used = {*form.columns, tools}
-    turns = 0
-    if form.chat:
-        lists = (_parsed(value) for name in form.columns for value in table.column(name))
-        turns = sum(len(value) for value in lists if isinstance(value, list))
-    unused = tuple(name for name in table.columns if name not in used)
-    return Form(form.name, form.kind, form.columns, tools, len(table), turns / max(len(table), 1), unused)
+    tools = columns.TOOLS if form.chat and columns.TOOLS in table.columns else None
+    lists = [_parsed(value) for name in form.columns for value in table.column(name)] if form.chat else []
+    turns = sum(len(value) for value in lists if isinstance(value, list)) / max(len(table), 1)
+    unused = tuple(name for name in table.columns if name not in {*form.columns, tools})
+    return replace(form, tools=tools, rows=len(table), turns=turns, unused=unused)
 
 
 def _filled(table: Table, form: Form, row: int) -> bool:
@@ -238,15 +224,14 @@ def _check_one_form(table: Table, found: list[Form]) -> None:
     chosen = found[0]
     first = next((row for row in range(len(table)) if _filled(table, chosen, row)), 0)
     for other in found[1:]:
-        strays = (r for r in range(len(table)) if _filled(table, other, r) and not _filled(table, chosen, r))
-        stray = next(strays, None)
-        if stray is not None:
-            kinds = [" and ".join(map(repr, form.columns[:2])) for form in (chosen, other)]
-            raise DataError(
-                f"{table.source} mixes forms: {table.unit} {table.positions[first]} fills {kinds[0]}, "
-                f"{table.unit} {table.positions[stray]} fills {kinds[1]} alone. Write every row in one form, or make "
-                "a file of each."
-            )
+        for row in range(len(table)):
+            if _filled(table, other, row) and not _filled(table, chosen, row):
+                kinds = [" and ".join(map(repr, form.columns[:2])) for form in (chosen, other)]
+                raise DataError(
+                    f"{table.source} mixes forms: {table.unit} {table.positions[first]} fills {kinds[0]}, "
+                    f"{table.unit} {table.positions[row]} fills {kinds[1]} alone. Write every row in one form, or "
+                    "make a file of each."
+                )
 
 
 def _holds_messages(table: Table, column: str) -> bool:
@@ -272,13 +257,12 @@ def _read_chat(table: Table, form: Form, row: int, faults: Faults) -> Example:
     for name in form.columns:
         learned_from = len(messages)
         where = f"{table.at(row)}, column {name!r}"
-        cell = read_list(table.columns[name][row], where, faults)
-        messages += read_messages(cell, where, faults)
+        messages += read_messages(read_list(table.columns[name][row], where, faults), where, faults)
     if len(faults.found) == before and all(m["role"] != "assistant" for m in messages[learned_from:]):
         faults.add(f"{table.at(row)}, column {form.columns[-1]!r}: the assistant never speaks")
-    tools = None
-    if form.tools is not None and table.columns[form.tools][row] not in (None, "", []):
-        tools = read_list(table.columns[form.tools][row], f"{table.at(row)}, column {form.tools!r}", faults)
+    tools = table.columns[form.tools][row] if form.tools is not None else None
+    if tools not in (None, "", []):
+        tools = read_list(tools, f"{table.at(row)}, column {form.tools!r}", faults)
     return Example(messages=messages, tools=tools or None, learned_from=learned_from)
 
 
@@ -288,42 +272,44 @@ def read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError as error:
-            faults.add(f"{where}: no JSON ({error.msg} at character {error.pos + 1})")
+            faults.add(f"{where}: not JSON ({error.msg} at character {error.pos + 1})")
             return []
     if cell is None or cell in ("", []):
         faults.add(f"{where}: it is empty")
-        return []
-    if not isinstance(cell, list):
+    elif not isinstance(cell, list):
         faults.add(f"{where}: a {type(cell).__name__} where a list is needed")
-        return []
-    return cell
+    return cell if isinstance(cell, list) else []
 
 
 def read_messages(cell: list[Any], where: str, faults: Faults) -> Iterator[Message]:
+    """The messages of a cell, each with `role` and `content`; those that cannot be read are added to the faults."""
     for number, message in enumerate(cell, 1):
-        at = f"{where}, message {number}"
         if not isinstance(message, dict):
-            faults.add(f"{at}: a {type(message).__name__} where an object is needed")
+            faults.add(f"{where}, message {number}: a {type(message).__name__} where an object is needed")
             continue
         message = {key: value for key, value in message.items() if value is not None}  # parquet fills with nulls
-        role = message.pop("from", None) if "role" not in message else message["role"]
-        content = message.pop("value", None) if "content" not in message else message["content"]
-        if not isinstance(role, str):
-            faults.add(f"{at}: no role")
-            continue
-        known = ALIASES.get(role, role)
-        if known not in ROLES:
-            faults.add(f"{at}: the role {role!r} is unknown{nearest(role, (*ROLES, *ALIASES))}")
-            continue
-        if content is None and known == "assistant" and message.get("tool_calls"):
+        role = message["role"] if "role" in message else message.pop("from", None)
+        content = message["content"] if "content" in message else message.pop("value", None)
+        role = columns.ALIASES.get(role, role) if isinstance(role, str) else None
+        calls = message.get("tool_calls")
+        if content is None and role == "assistant" and calls:
             content = ""
-        elif content is None:
-            faults.add(f"{at}: no content")
-            continue
-        elif not isinstance(content, str):
-            faults.add(f"{at}: the content is a {type(content).__name__}, not text")
-            continue
-        elif not content.strip() and known not in MAY_BE_EMPTY and not message.get("tool_calls"):
-            faults.add(f"{at}: the content is empty")
-            continue
-        yield {**message, "role": known, "content": content}
+        fault = _fault_of(role, content, bool(calls))
+        if fault:
+            faults.add(f"{where}, message {number}: {fault}")
+        else:
+            yield {**message, "role": role, "content": content}
+
+
+def _fault_of(role: str | None, content: Any, calls: bool) -> str | None:
+    if role is None:
+        return "no role"
+    if role not in columns.ROLES:
+        return f"the role {role!r} is unknown{nearest(role, (*columns.ROLES, *columns.ALIASES))}"
+    if content is None:
+        return "no content"
+    if not isinstance(content, str):
+        return f"the content is a {type(content).__name__}, not text"
+    if not content.strip() and role not in columns.MAY_BE_EMPTY and not calls:
+        return "the content is empty"
+    return None

@@ -1,4 +1,4 @@
-"""From a table to prompts that a model answers, and back to a file with the answers."""
+"""From a table to prompts that a model answers, with the right answers where they are known, and back to a file."""
 
 from __future__ import annotations
 
@@ -10,38 +10,14 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Faults
 from ..safe_io.atomic import replace_together
-from .formats import CHAT_COLUMNS, read_list, read_messages
-from .tables import Table, read_table
-
-COLUMNS = (*CHAT_COLUMNS, "prompt", "question", "instruction", "text")
-"""Where prompts usually stand, the surest first."""
-
-GENERATED = "generated"
-"""The column that answers are written to."""
+from .chat import is_templated
+from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, pair_of, with_more
+from .encode import Prompt
+from .formats import TEXT, Form, read_examples, read_list, read_messages
+from .tables import Table
 
 
-def read_prompt_table(file: str | os.PathLike[str]) -> Table:
-    """`read_table`, which also takes a .txt file with a prompt on each line that is not blank.
-
-    Raises:
-        DataError: the file is absent, empty or broken.
-    """
-    path = Path(file)
-    if path.suffix.lower() != ".txt":
-        return read_table(file)
-    if not path.is_file():
-        raise DataError(f"{path} does not exist.")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: the bytes are not UTF-8 ({error.reason}). Save it as UTF-8.") from error
-    kept = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not kept:
-        raise DataError(f"{path} holds no prompts: each line is one.")
-    return Table(str(path), {"prompt": [line for _, line in kept]}, [number for number, _ in kept], "line", {})
-
-
-def read_prompts(table: Table, column: str | None = None) -> list[Any]:
+def read_prompts(table: Table, column: str | None = None) -> list[Prompt]:
     """The prompt of each row: a text, or a chat up to its last turn of the user.
 
     Args:
@@ -51,33 +27,31 @@ def read_prompts(table: Table, column: str | None = None) -> list[Any]:
     Raises:
         DataError: no column can be told, or a row holds no prompt; lists every such row.
     """
-    if column is None:
-        column = next((c for c in COLUMNS if c in table.columns), None)
+    column = column or next((c for c in TO_ANSWER if c in table.columns), None)
     if column is None:
         raise DataError(
             f"{table.source}: cannot tell which column holds the prompts. It has "
-            f"{', '.join(map(repr, table.columns))}; usual are {', '.join(COLUMNS)}. Name it with --column."
+            f"{', '.join(map(repr, table.columns))}; usual are {', '.join(TO_ANSWER)}. Name it with --column."
         )
     faults = Faults(f"reading {table.source}")
-    more = table.columns.get("input") if column == "instruction" else None
-    prompts: list[Any] = []
+    more = table.columns.get(pair_of(column).more or "", [None] * len(table))
+    tools = table.columns.get(TOOLS, [None] * len(table))
+    prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
         where = f"{table.at(row)}, column {column!r}"
-        if isinstance(value, list) or column in CHAT_COLUMNS:
-            prompts.append(_chat(value, where, faults))
-            if table.columns.get("tools", [None] * len(table))[row]:
-                faults.add(f"{table.at(row)}, column 'tools': tools are not handed on to the template here")
+        if isinstance(value, list) or column in CHATS:
+            prompts.append(_question(value, where, faults))
+            if tools[row]:
+                faults.add(f"{table.at(row)}, column {TOOLS!r}: tools are not handed on to the template here")
             continue
         if not isinstance(value, str) or not value.strip():
-            faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is no text'}")
-        elif more is not None and str(more[row] or "").strip():
-            value = f"{value}\n\n{more[row]}"  # as in training
-        prompts.append(value)
+            faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not a text'}")
+        prompts.append(with_more(value, more[row]))
     faults.check(DataError, "Correct or remove these rows.")
     return prompts
 
 
-def _chat(cell: Any, where: str, faults: Faults) -> list[Any]:
+def _question(cell: Any, where: str, faults: Faults) -> list[Any]:
     before = len(faults.found)
     messages = list(read_messages(read_list(cell, where, faults), where, faults))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -86,12 +60,45 @@ def _chat(cell: Any, where: str, faults: Faults) -> list[Any]:
     return messages[: last + 1]
 
 
+def read_answered(table: Table, form: Form, tokenizer: Any) -> tuple[list[Prompt], list[str], bool]:
+    """(prompts, right answers, whether prompts go through the chat template), as the training has them.
+
+    Of a chat, the assistant's last turn is the answer, and what comes before it the prompt.
+
+    Raises:
+        DataError: the form has no answers, or a row has no prompt; lists every such row.
+    """
+    if form.kind == TEXT:
+        raise DataError(
+            f"{table.source}: {form.columns[0]!r} holds whole texts, in which no answer can be told from its prompt. "
+            "Give columns such as 'prompt' and 'completion', or leave --generate out."
+        )
+    templated = is_templated(form, tokenizer)
+    faults = Faults(f"reading {table.source}")
+    prompts: list[Prompt] = []
+    answers: list[str] = []
+    for row, example in enumerate(read_examples(table, form)):
+        if example.messages is None:
+            prompts.append(f"{example.prompt}{'' if templated else form.between}")
+            answers.append(str(example.completion))
+            continue
+        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
+        if last == 0:
+            faults.add(f"{table.at(row)}: the assistant speaks first, so there is nothing to answer")
+        if example.tools:
+            faults.add(f"{table.at(row)}: it has tools, which are not handed on to the template here")
+        prompts.append(example.messages[:last])
+        answers.append(example.messages[last]["content"])
+    faults.check(DataError, "Correct or remove these rows.")
+    return prompts, answers, templated
+
+
 def check_output(out: str | os.PathLike[str], table: Table) -> Path:
     """See, before anything is generated, that answers can be written beside the rows of `table`.
 
     Raises:
-        ConfigError: `out` is the input itself or a folder, its folder is not there, or the input has a column of the
-            answers' name; lists every fault.
+        ConfigError: `out` is the input itself or a folder, its folder does not exist, or the input has a column of
+            the answers' name; lists every fault.
     """
     path = Path(out)
     faults = Faults(f"writing {path}")

@@ -1,4 +1,4 @@
-"""Where the assistant's turns stand in a rendered chat, and which tokens those are.
+"""Where the assistant's turns are in a rendered chat, and which tokens those are.
 
 A template with `{% generation %}` marks says it. Any other is asked: the chat up to a turn, with the generation
 prompt, must be how the whole chat begins, and the turn follows it. It ends with the token that closes it, so that the
@@ -7,6 +7,7 @@ model learns to stop; white space after that is never generated and not learned.
 
 from __future__ import annotations
 
+import os.path
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -133,9 +134,9 @@ class Template:
         return text, spans
 
     def _begin(self, before: list[Message], tools: list[Any] | None, text: str) -> int:
-        """Where the messages end that stand before a turn; templates may add something at the end of a chat."""
+        """Where the messages before a turn end; templates may add something at the end of a chat."""
         try:
-            return _agreed(self.render(before, tools), text) if before else 0
+            return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071
         except LabelError:  # such as a template that wants a user's message in every chat
             return 0
 
@@ -190,13 +191,6 @@ class Template:
         return ends
 
 
-def _agreed(one: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
-    if other.startswith(one):
-        return len(one)
-    return next(i for i, (a, b) in enumerate(zip(one, other + "\0", strict=False)) if a != b)
-
-
 def _refused(error: Exception) -> LabelError:
     return LabelError(
         f"the chat template refuses the chat ({type(error).__name__}: {error})",
@@ -211,7 +205,7 @@ def special_ids(tokenizer: Any) -> set[int]:
 
 
 def label_spans(tokenizer: Any, text: str, spans: list[Span]) -> Labelled:
-    """Tokenise a text once and label the tokens that lie wholly inside a span.
+    """Tokenize a text once and label the tokens that lie wholly inside a span.
 
     Raises:
         LabelError: nothing of a turn is learned, or only special tokens are.
@@ -268,7 +262,7 @@ def _first_token(tokenizer: Any, text: str, ids: list[int], span: Span, after: i
 
 
 def _label_pieces(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labelled, set[int]]:
-    """Without offsets: the text between the borders of the spans, each piece tokenised alone."""
+    """Without offsets: the text between the borders of the spans, each piece tokenized alone."""
     row = Labelled([], [])
     special, learned = special_ids(tokenizer), set[int]()
     at = 0

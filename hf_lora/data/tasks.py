@@ -1,7 +1,4 @@
-"""From tables of text to tokenised data sets: which task the columns are for, and text classification.
-
-The rows of causal language models are read in forms.py and labelled in chat.py.
-"""
+"""Which task the columns of a table are for, and the rows of a text classification."""
 
 from __future__ import annotations
 
@@ -9,19 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from ..errors import DataError, Faults, nearest
-from .formats import CHAT_COLUMNS, COMPLETION_COLUMNS
+from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
 from .tables import Table
 
 CLASSIFICATION = "text-classification"
 CAUSAL_LM = "causal-lm"
 TASKS = (CLASSIFICATION, CAUSAL_LM)
-
-# Names that columns usually have, the surest first. Any other column is named by the user.
-TEXT_COLUMNS = ("text", "sentence", "utterance", "content", "review", "question")
-LABEL_COLUMNS = ("label", "labels", "intent", "category", "class", "sentiment", "topic", "target")
+MOST_TOKENS = 512
+"""Tokens kept of a text that is classified where no limit is given, or fewer where the tokenizer has a lower one."""
 
 
 @dataclass
@@ -47,10 +40,10 @@ def choose_task(table: Table, *, label: str | None = None, completion: str | Non
             table.column(name)
     if label is not None or completion is not None:
         return CLASSIFICATION if completion is None else CAUSAL_LM
-    if any(name in table.columns for name in CHAT_COLUMNS):
-        return CAUSAL_LM  # nothing else is called so, whatever stands beside it
-    has_label = any(c in table.columns for c in LABEL_COLUMNS)
-    has_pair = any(c in table.columns for c in COMPLETION_COLUMNS)
+    if any(name in table.columns for name in CHATS):
+        return CAUSAL_LM  # nothing else has these names, whatever is beside it
+    has_label = any(c in table.columns for c in LABELS)
+    has_pair = any(c in table.columns for c in ANSWERS)
     if has_label and has_pair:
         raise DataError(
             f"{table.source}: the columns {', '.join(map(repr, table.columns))} would do for classification and for a "
@@ -70,8 +63,8 @@ def choose_columns(
     for name in (text, pair, label):
         if name is not None:
             table.column(name)
-    label = label or _find(table, LABEL_COLUMNS, "label_column", "the labels")
-    text = text or _find(table, TEXT_COLUMNS, "text_column", "the texts", skip=(label, pair))
+    label = label or _find(table, LABELS, "label_column", "the labels")
+    text = text or _find(table, CLASSIFIED, "text_column", "the texts", skip=(label, pair))
     return Columns(text, label, pair)
 
 
@@ -96,48 +89,40 @@ def find_labels(table: Table, column: str) -> list[str]:
         if value is None or value == "":
             faults.add(f"{table.unit} {table.positions[row]}: no label")
         elif not isinstance(value, (str, int)):
-            faults.add(f"{table.unit} {table.positions[row]}: {value!r} is neither a name nor a whole number")
-    faults.check(DataError, "Every row needs one label: a name or a whole number.")
+            faults.add(f"{table.unit} {table.positions[row]}: {value!r} is neither a name nor an integer")
+    faults.check(DataError, "Every row needs one label: a name or an integer.")
     if column in table.names:
         return table.names[column]
     found = {str(value) for value in table.column(column)}
     if len(found) < 2:
         raise DataError(
-            f"{table.source}: column {column!r} holds one label alone ({next(iter(found))!r}) in all {len(table)} "
+            f"{table.source}: column {column!r} holds only one label ({next(iter(found))!r}) in all {len(table)} "
             "rows, so there is nothing to tell apart. Name the right column with label_column."
         )
-    return sorted(found, key=lambda name: (0, int(name), name) if name.lstrip("-").isdecimal() else (1, 0, name))
+    return sorted(found, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name))
 
 
-class TokenRows(Dataset[dict[str, Any]]):
-    """Tokenised rows for Trainer: dicts of lists of different lengths, which the collator pads.
+class TokenRows(list[dict[str, Any]]):
+    """Tokenized rows for Trainer: lists of different lengths, which the collator pads.
 
-    Args:
+    Attributes:
         cut: how many rows reach the limit of tokens, so that they may have lost their end.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], cut: int = 0) -> None:
-        self.rows = rows
-        self.cut = cut
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.rows[index])
+    cut = 0
 
 
 def classification_rows(
     table: Table, columns: Columns, labels: list[str], tokenizer: Any, max_length: int | None = None
 ) -> TokenRows:
-    """Tokenise texts with their class indices.
+    """Tokenize texts with their class indices.
 
     Args:
         labels: the classes in their order: see `find_labels`.
-        max_length: tokens kept of a text; None for `length_limit(tokenizer)`.
+        max_length: tokens kept of a text; default: the tokenizer's limit, at most `MOST_TOKENS`.
 
     Raises:
-        DataError: lists every text that is empty or no text, and every label that is none of `labels`.
+        DataError: lists every text that is empty or not a text, and every label that is none of `labels`.
     """
     faults = Faults(f"reading {table.source}")
     texts = table.texts(columns.text, faults)
@@ -151,18 +136,16 @@ def classification_rows(
             name = table.names[columns.label][value]
         if name not in index:
             known = nearest(name, labels) or f"; there are {', '.join(map(repr, labels[:10]))}"
-            faults.add(f"{table.at(row)}, column {columns.label!r}: {value!r} is no label of the training data{known}")
+            faults.add(
+                f"{table.at(row)}, column {columns.label!r}: {value!r} is not a label of the training data{known}"
+            )
         targets.append(index.get(name, 0))
     faults.check(DataError, "Correct or remove these rows.")
-    limit = max_length or length_limit(tokenizer)
+    limit = max_length or min(int(tokenizer.model_max_length), MOST_TOKENS)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
-    rows = [
+    rows = TokenRows(
         {**{name: values[row] for name, values in encoded.items()}, "labels": target}
         for row, target in enumerate(targets)
-    ]
-    return TokenRows(rows, sum(len(row["input_ids"]) == limit for row in rows))
-
-
-def length_limit(tokenizer: Any, most: int = 512) -> int:
-    """Tokens kept of a text where nothing is said: the tokenizer's limit, at most 512."""
-    return min(int(tokenizer.model_max_length), most)
+    )
+    rows.cut = sum(len(row["input_ids"]) == limit for row in rows)
+    return rows

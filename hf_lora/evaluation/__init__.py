@@ -2,7 +2,7 @@
 
 In: a model or the outputs of one, and rows. Out: numbers and predictions.
 
-- `metrics`: from names of metrics to the function that Trainer calls after an evaluation.
-- `answers`, `fallbacks`: metrics of written answers, and those that need no network.
-- `run`: the loss over answers, the answers themselves, or the classes of a whole table.
+- `metrics`: the table of metrics by name, and the function of them that Trainer calls after an evaluation.
+- `classes`, `answers`: the metrics themselves, of numbers and of written answers.
+- `run`: `evaluate`: the loss over answers, the answers themselves, or the classes of a whole file.
 """

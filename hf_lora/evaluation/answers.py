@@ -1,6 +1,6 @@
 """Metrics of written answers: `exact_match`, and `field_f1` where the answers are JSON objects.
 
-As in `fallbacks`, they are `evaluate.Metric`s made in this process. Fields are compared as pairs of name and value:
+Fields are compared as pairs of name and value:
 
 - a value is compared as text without outer spaces and letter case; a number by its value, so 5 is 5.0 and "5";
 - a list gives one pair for each element, in any order; an object in an object gives pairs of its own, `outer.inner`;
@@ -16,10 +16,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import datasets
-import evaluate
-import numpy as np
-
 from ..errors import DataError, Faults
 
 Pairs = Counter[tuple[str, str]]
@@ -28,34 +24,27 @@ _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.ASCII)
 """What is compared by value. 007 and +49 30 are names."""
 
 
-class ExactMatch(evaluate.Metric):
-    """The share of texts that equal their references. Keys, arguments and values are those of `exact_match`."""
+def exact_match(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    regexes_to_ignore: Sequence[str] | None = None,
+    ignore_case: bool = False,
+    ignore_punctuation: bool = False,
+    ignore_numbers: bool = False,
+) -> dict[str, float]:
+    """The share of texts that equal their references, with the arguments and values of `evaluate`'s metric."""
+    ignored = (string.punctuation if ignore_punctuation else "") + (string.digits if ignore_numbers else "")
+    table = str.maketrans("", "", ignored)
 
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("Share of equal texts.")
+    def compared(text: str) -> str:
+        for regex in regexes_to_ignore or ():
+            text = re.sub(regex, "", text)
+        return (text.lower() if ignore_case else text).translate(table)
 
-    def _compute(
-        self,
-        predictions: Any,
-        references: Any,
-        regexes_to_ignore: Sequence[str] | None = None,
-        ignore_case: bool = False,
-        ignore_punctuation: bool = False,
-        ignore_numbers: bool = False,
-    ) -> dict[str, float]:
-        ignored = (string.punctuation if ignore_punctuation else "") + (string.digits if ignore_numbers else "")
-        table = str.maketrans("", "", ignored)
-
-        def compared(text: str) -> str:
-            for regex in regexes_to_ignore or ():
-                text = re.sub(regex, "", text)
-            return (text.lower() if ignore_case else text).translate(table)
-
-        pairs = zip(predictions, references, strict=True)
-        return {"exact_match": float(np.mean([compared(found) == compared(true) for found, true in pairs]))}
+    return {"exact_match": _mean([compared(a) == compared(b) for a, b in zip(predictions, references, strict=True)])}
 
 
-class FieldF1(evaluate.Metric):
+def field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """How many fields of JSON objects are right: F1 = 2 TP / (2 TP + FP + FN) over all pairs of field and value.
 
     Of a prediction the object that begins at its first `{` is taken; where there is none, or it is broken, the
@@ -66,26 +55,20 @@ class FieldF1(evaluate.Metric):
         valid_json: the share of predictions that hold an object.
 
     Raises:
-        DataError: a reference is no JSON object; lists them.
+        DataError: a reference is not a JSON object; lists them.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return _info("F1 of the fields of JSON objects.")
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        counts = sum(field_counts(predictions, references).values(), Counter[str]())
-        valid = float(np.mean([first_object(text) is not None for text in predictions]))
-        scores = _scores(counts)
-        return {f"field_{name}": scores[name] for name in ("f1", "precision", "recall")} | {"valid_json": valid}
+    scores = _scores(sum(field_counts(predictions, references).values(), Counter[str]()))
+    valid = _mean([first_object(text) is not None for text in predictions])
+    return {f"field_{name}": scores[name] for name in ("f1", "precision", "recall")} | {"valid_json": valid}
 
 
 def field_table(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
     """The scores of each field: name -> `f1`, `precision`, `recall` and `count`, its pairs in the references.
 
-    Fields that stand in predictions alone have the count 0. The most frequent come first.
+    Fields that are only in predictions have the count 0. The most frequent come first.
 
     Raises:
-        DataError: a reference is no JSON object; lists them.
+        DataError: a reference is not a JSON object; lists them.
     """
     counts = field_counts(predictions, references)
     ordered = sorted(counts, key=lambda name: (-counts[name]["wanted"], name))
@@ -99,7 +82,7 @@ def field_counts(predictions: Sequence[str], references: Sequence[str]) -> dict[
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
         wanted = whole_object(reference)
         if wanted is None:
-            faults.add(f"reference {row}: {reference[:60]!r} is no JSON object")
+            faults.add(f"reference {row}: {reference[:60]!r} is not a JSON object")
             continue
         true, found = pairs_of(wanted), pairs_of(first_object(prediction) or {})
         for kind, pairs in (("right", true & found), ("found", found), ("wanted", true)):
@@ -113,7 +96,7 @@ def whole_object(text: str) -> dict[str, Any] | None:
     """The JSON object that a text is, or None."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -165,6 +148,5 @@ def _scores(counts: Counter[str]) -> dict[str, float]:
     }
 
 
-def _info(description: str) -> evaluate.MetricInfo:
-    columns = datasets.Features({name: datasets.Value("string") for name in ("predictions", "references")})
-    return evaluate.MetricInfo(description=description, citation="", features=columns)
+def _mean(values: list[bool]) -> float:
+    return sum(values) / len(values) if values else float("nan")

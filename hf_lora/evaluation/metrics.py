@@ -1,34 +1,63 @@
-"""`build_compute_metrics`: what Trainer calls after an evaluation, made from the names of metrics.
+"""The table of metrics, and `build_compute_metrics`: what Trainer calls after an evaluation, made from their names.
 
-Metrics come from `evaluate`. Where the Hub cannot be reached, accuracy, F1 and exact match are computed here, with the
-same keys and values. Perplexity always is, from the model's own losses, and so is the F1 of JSON fields.
+A new metric is a function and its entry in `METRICS`. Any other name or path is loaded by `evaluate`.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-import socket
-import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.utils import logging
 
 from ..data.spans import IGNORED
 from ..errors import ConfigError
 from ..loss.frozen_head import Scores
+from .answers import exact_match, field_f1
+from .classes import accuracy, f1, perplexity
 
+METRICS: dict[str, Callable[..., dict[str, Any]]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "perplexity": perplexity,
+    "exact_match": exact_match,
+    "field_f1": field_f1,
+}
+"""Name -> a function of `predictions` and `references`; that of perplexity takes each row's loss as `predictions`."""
 PERPLEXITY = "perplexity"
-OURS = (PERPLEXITY, "field_f1")
-"""Always computed in this process: the Hub's perplexity runs another model, and it has no F1 of fields."""
 
-logger = logging.get_logger(__name__)
+
+@dataclass(frozen=True)
+class Metric:
+    """An entry of `METRICS`, used as the modules of `evaluate` are."""
+
+    name: str
+    compute: Callable[..., dict[str, Any]]
+
+
+def load_metric(name: str | os.PathLike[str]) -> Any:
+    """The metric of a name: that of `METRICS`, else what `evaluate` loads. Its method `compute` gives its values.
+
+    Raises:
+        ConfigError: it could not be loaded.
+    """
+    name = os.fspath(name)
+    if name in METRICS:
+        return Metric(name, METRICS[name])
+    import evaluate
+
+    try:
+        return evaluate.load(name)
+    except Exception as error:  # what the Hub, the proxy or the metric's own imports may raise is not one class
+        raise ConfigError(
+            f"The metric {name!r} could not be loaded ({type(error).__name__}: {error}). Without network there are "
+            f"{', '.join(METRICS)}; a path to a metric's script and a function of an EvalPrediction work too."
+        ) from error
 
 
 def build_compute_metrics(
@@ -45,15 +74,16 @@ def build_compute_metrics(
     by itself; hand it to another Trainer as its argument of that name.
 
     Args:
-        metric: `"accuracy"`, `"f1"`, `"perplexity"`, another name or path that `evaluate.load` takes, an
-            `evaluate.EvaluationModule`, a list of these, or a function of an `EvalPrediction`, which is returned.
+        metric: a name of `METRICS` such as `"accuracy"`, `"f1"` or `"perplexity"`, another name or path that
+            `evaluate.load` takes, an `evaluate.EvaluationModule`, a list of these, or a function of an
+            `EvalPrediction`, which is returned.
         shift_labels: whether the logits at position t belong to the label at t + 1, as in a causal language model.
             `None`: LoraTrainer finds out from its model; elsewhere True for perplexity alone.
         average: how F1 is averaged over classes; `"auto"` is `"binary"` for two classes, else `"macro"`.
         compute_kwargs: handed to every metric's `compute`.
 
     Raises:
-        ConfigError: a metric cannot be loaded.
+        ConfigError: a metric could not be loaded.
     """
     if callable(metric) and not hasattr(metric, "compute"):
         return metric
@@ -93,8 +123,10 @@ class ComputeMetrics:
         self.average = average
         self.compute_kwargs = compute_kwargs
         self._classes = 0
-        self._labelled = [m for m in self.metrics if m.name != PERPLEXITY]
-        self._losses = [m for m in self.metrics if m.name == PERPLEXITY]
+        self._losses = any(_name(m) == PERPLEXITY for m in self.metrics)
+        self._labelled = not all(_name(m) == PERPLEXITY for m in self.metrics)
+        self._seen: dict[str, list[Any]] = {}
+        """Of each batch `predictions` and `references`, the classes that count, and `losses` (B, 2)."""
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
         """Keep what the metrics need of the logits (B, …, C): class indices (B, …) and, for perplexity, (B, 2).
@@ -102,7 +134,7 @@ class ComputeMetrics:
         Token ids from `generate` and the outputs of regression pass unchanged.
         """
         if isinstance(logits, Kept):
-            parts = [logits.predictions] * bool(self._labelled) + [logits.losses] * bool(self._losses)
+            parts = [logits.predictions] * self._labelled + [logits.losses] * self._losses
             return parts[0] if len(parts) == 1 else tuple(parts)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if not logits.is_floating_point():
@@ -136,15 +168,23 @@ class ComputeMetrics:
             chosen, wanted = self._aligned(_array(parts[0]), _array(labels))
             if wanted.size and np.issubdtype(wanted.dtype, np.integer):
                 self._classes = max(self._classes, int(wanted.max()) + 1, int(chosen.max()) + 1)
-            for metric in self._labelled:
-                metric.add_batch(predictions=chosen, references=wanted)
-        for metric in self._losses:
-            metric.add_batch(predictions=_array(parts[-1]))
-        if not compute_result:
-            return {}
-        results: dict[str, float] = {}
+            self._seen.setdefault("predictions", []).append(chosen)
+            self._seen.setdefault("references", []).append(wanted)
+        if self._losses:
+            self._seen.setdefault("losses", []).append(_array(parts[-1]))
+        return self._results() if compute_result else {}
+
+    def _results(self) -> dict[str, float]:
+        """The values over all batches; the next evaluation begins anew."""
+        seen = {name: np.concatenate(parts) for name, parts in self._seen.items()}
+        self._seen = {}
+        results: dict[str, Any] = {}
         for metric in self.metrics:
-            results |= metric.compute(**self._arguments(metric))
+            if _name(metric) == PERPLEXITY:
+                data = {"predictions": seen["losses"]}
+            else:
+                data = {name: seen[name] for name in ("predictions", "references")}
+            results |= metric.compute(**data, **self._arguments(metric))
         return {name: value.item() if isinstance(value, np.generic) else value for name, value in results.items()}
 
     def _is_kept(self, predictions: Any, labels: Any) -> bool:
@@ -173,67 +213,10 @@ class ComputeMetrics:
 
     def _arguments(self, metric: Any) -> dict[str, Any]:
         arguments = dict(self.compute_kwargs)
-        if metric.name == "f1":
+        if _name(metric) == "f1":
             automatic = "binary" if self._classes <= 2 else "macro"
             arguments["average"] = automatic if self.average == "auto" else self.average
         return arguments
-
-
-def load_metric(name: str | os.PathLike[str]) -> Any:
-    """The `evaluate` module of a name or path; those of `FALLBACKS` without network too.
-
-    Raises:
-        ConfigError: it cannot be loaded.
-    """
-    import evaluate
-
-    from .fallbacks import FALLBACKS, fallback
-
-    name = os.fspath(name)
-    known = name in FALLBACKS
-    if name in OURS or (known and not hub_is_reachable()):
-        return fallback(name)
-    try:
-        return evaluate.load(name)
-    except Exception as error:  # what the Hub, the proxy or the metric's own imports may raise is not one class
-        if known:
-            logger.info(f"evaluate.load({name!r}) failed ({error}); the metric is computed in this process.")
-            return fallback(name)
-        raise ConfigError(
-            f"The metric {name!r} cannot be loaded ({type(error).__name__}: {error}). Without network there are "
-            f"{', '.join(FALLBACKS)}; a path to a metric's script and a function of an EvalPrediction work too."
-        ) from error
-
-
-@functools.cache
-def hub_is_reachable(timeout: float = 2.0) -> bool:
-    """Whether the Hub answers, found out once and without the retries of an HTTP client.
-
-    Behind a proxy it is taken to be, since only the HTTP client knows the way.
-    """
-    import evaluate
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or getattr(evaluate.config, "HF_EVALUATE_OFFLINE", False):
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True
-    endpoint = urlsplit(constants.ENDPOINT)
-    answered: list[bool] = []
-
-    def knock() -> None:
-        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
-        try:
-            socket.create_connection((endpoint.hostname or "", port), timeout).close()
-            answered.append(True)
-        except OSError:
-            pass
-
-    # Looking up the name knows no timeout, so it is done where it need not be waited for.
-    thread = threading.Thread(target=knock, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answered)
 
 
 def _row_loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
@@ -246,3 +229,7 @@ def _row_loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
 
 def _array(value: Any) -> Any:
     return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _name(metric: Any) -> str:
+    return str(getattr(metric, "name", ""))

@@ -3,50 +3,117 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..adapt.labels import task_type_of
-from ..data.chat import is_templated
-from ..data.encode import Prompt
-from ..data.formats import RAW, Form, read_examples
+from ..data.chat import chat_rows
+from ..data.formats import Form, recognise
+from ..data.prompts import check_output, read_answered, write_answers
 from ..data.spans import IGNORED
-from ..data.tables import Table
-from ..data.tasks import choose_columns, classification_rows
-from ..errors import ConfigError, DataError, Faults, StateError
-from ..generate.texts import answering, generate_texts
+from ..data.tables import Table, read_table
+from ..data.tasks import MOST_TOKENS, Columns, choose_columns, classification_rows
+from ..errors import ConfigError, DataError, StateError
+from ..generate.loading import Loading, loaded
+from ..generate.texts import answering, evaluating, generate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
-from .metrics import build_compute_metrics, load_metric
+from .answers import exact_match, field_f1, field_table, whole_object
+from .classes import accuracy, f1
 
 
 @dataclass
-class Answers:
-    """What a model wrote, and how good it is.
+class Evaluation:
+    """How good a model is on a file.
 
     Args:
-        texts: the answers, one a row.
-        metrics: `exact_match`; where all references are JSON objects, those of `field_f1` too.
-        fields: field -> its scores, see `field_table`; empty where the references are no JSON objects.
+        metrics: of a language model `loss`, `perplexity`, `token_accuracy` and `tokens`, or of its written answers
+            `exact_match` and, where all references are JSON objects, those of `field_f1`; of a classifier `accuracy`
+            and `f1`.
+        rows: how many rows were looked at.
+        cut: those of them that were longer than the limit of tokens and lost their end.
+        answers: what the model wrote, one a row; empty where it was not asked to.
+        fields: field -> its scores, see `field_table`; empty where the references are not JSON objects.
     """
 
-    texts: list[str]
     metrics: dict[str, float]
-    fields: dict[str, dict[str, float]]
+    rows: int = 0
+    cut: int = 0
+    answers: list[str] = field(default_factory=list)
+    fields: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
-def first_rows(table: Table, limit: int | None) -> Table:
-    """The table's first rows; all of them where `limit` is None."""
-    if limit is None or limit >= len(table):
-        return table
-    if limit < 1:
-        raise ConfigError(f"limit={limit} must be at least 1.")
-    columns = {name: values[:limit] for name, values in table.columns.items()}
-    return Table(table.source, columns, table.positions[:limit], table.unit, table.names)
+def evaluate(
+    source: Any,
+    file: str | os.PathLike[str],
+    *,
+    generate: bool = False,
+    predictions: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    text_column: str | None = None,
+    completion_column: str | None = None,
+    max_length: int | None = None,
+    tokenizer: Any = None,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+    **loading: Unpack[Loading],
+) -> Evaluation:
+    """Measure a trained model on a file: what `hf-lora eval` does.
+
+    A language model's perplexity and token accuracy over the answers; with `generate`, how many of the answers that
+    it writes are right, and where they are JSON, how many of their fields. A classifier's accuracy and F1.
+
+    Args:
+        source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
+        file: CSV, TSV, JSON, JSONL or parquet, with the columns of a training file.
+        generate: let the model write the answers, and compare them with those of the file, without outer spaces.
+        predictions: JSONL file for the rows with the written answers, if they are to be kept.
+        limit: rows to take from the file's beginning; default: all.
+        text_column, completion_column: of the texts or prompts, and of the answers or labels; default: found by name.
+        max_length: tokens kept of a row; default: the model's window, of a classifier at most 512.
+        system, max_new_tokens: for the written answers, see `generate_texts`.
+        progress: called with the number of answers that are written, and of all.
+        loading: see `load_for_generation`.
+
+    Raises:
+        ConfigError: arguments do not go together.
+        DataError: the file is absent or broken, or does not fit the model; lists every such row.
+        AdapterFileError, StateError: the model could not be loaded, or is of a kind that cannot be measured here.
+    """
+    if not generate and (predictions is not None or system is not None):
+        raise ConfigError("evaluate: predictions and system belong to generate=True (--generate). Leave them out.")
+    if batch_size < 1:
+        raise ConfigError(f"evaluate: batch_size={batch_size} must be at least 1.")
+    table = read_table(file).first(limit)
+    if predictions is not None:
+        check_output(predictions, table)
+    model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
+    cut = 0
+    if not model.can_generate():
+        columns = choose_columns(table, text=text_column, label=completion_column)
+        result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
+    elif generate:
+        result = score_answers(
+            model, tokenizer, table, recognise(table, text_column, completion_column), max_new_tokens=max_new_tokens,
+            batch_size=batch_size, system=system,
+            progress=None if progress is None else lambda done: progress(done, len(table)),
+        )  # fmt: skip
+        if predictions is not None:
+            write_answers(table, result.answers, predictions)
+    else:
+        form = recognise(table, text_column, completion_column)
+        rows, cut = chat_rows(table, form, tokenizer, max_length or window_of(model) or 2**31)
+        result = Evaluation(score_rows(model, rows, batch_size))
+    result.rows, result.cut = len(table), cut
+    return result
 
 
 # The loss over the answers -------------------------------------------------------------------------------------------
@@ -64,12 +131,12 @@ def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int
         token, given those before it; `tokens`: how many have a label.
 
     Raises:
-        StateError: the model is no causal language model.
+        StateError: the model is not a causal language model.
     """
     head = find_frozen_head(model)
     if head is None:
         raise StateError(
-            f"score_rows: {type(model).__name__} is no causal language model, whose loss over an answer this is. "
+            f"score_rows: {type(model).__name__} is not a causal language model, whose loss over an answer this is. "
             "Compare what it writes instead (hf-lora eval --generate)."
         )
     total, hits, tokens = 0.0, 0, 0
@@ -99,14 +166,12 @@ def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: Any) -> Ite
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
     for start in range(0, len(ordered), size):
         part = ordered[start : start + size]
-        shape = (len(part), len(part[0]["input_ids"]))
-        batch = {"input_ids": torch.zeros(shape, dtype=torch.long), "labels": torch.full(shape, IGNORED)}
-        batch["attention_mask"] = torch.zeros_like(batch["input_ids"])
-        for i, row in enumerate(part):
-            length = len(row["input_ids"])
-            batch["input_ids"][i, :length] = torch.tensor(row["input_ids"])
-            batch["labels"][i, :length] = torch.tensor(row["labels"])
-            batch["attention_mask"][i, :length] = 1
+        ids, labels = ([torch.tensor(row[name]) for row in part] for name in ("input_ids", "labels"))
+        batch = {
+            "input_ids": pad_sequence(ids, True),
+            "labels": pad_sequence(labels, True, IGNORED),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
+        }
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
@@ -128,40 +193,6 @@ def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
-def questions_of(table: Table, form: Form, tokenizer: Any) -> tuple[list[Prompt], list[str], bool]:
-    """(prompts, right answers, whether prompts go through the chat template), as the training has them.
-
-    Of a chat, the assistant's last turn is the answer, and what stands before it the prompt.
-
-    Raises:
-        DataError: the form has no answers, or a row has no prompt; lists every such row.
-    """
-    if form.kind == "text":
-        raise DataError(
-            f"{table.source}: {form.columns[0]!r} holds whole texts, in which no answer can be told from its prompt. "
-            "Give columns such as 'prompt' and 'completion', or leave --generate out."
-        )
-    templated = is_templated(form, tokenizer)
-    faults = Faults(f"reading {table.source}")
-    prompts: list[Prompt] = []
-    answers: list[str] = []
-    for row, example in enumerate(read_examples(table, form)):
-        if example.messages is None:
-            between = "" if templated or form.kind == RAW else "\n"  # as in training
-            prompts.append(f"{example.prompt}{between}")
-            answers.append(str(example.completion))
-            continue
-        last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
-        if last == 0:
-            faults.add(f"{table.at(row)}: the assistant speaks first, so there is nothing to answer")
-        if example.tools:
-            faults.add(f"{table.at(row)}: it has tools, which are not handed on to the template here")
-        prompts.append(example.messages[:last])
-        answers.append(example.messages[last]["content"])
-    faults.check(DataError, "Correct or remove these rows.")
-    return prompts, answers, templated
-
-
 def score_answers(
     model: Any,
     tokenizer: Any,
@@ -172,57 +203,56 @@ def score_answers(
     batch_size: int = 8,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
-) -> Answers:
+) -> Evaluation:
     """Let a model answer each row of a table, greedily, and compare with the answers there, without outer spaces.
 
     Raises:
-        DataError: see `questions_of`, and `generate_texts` for prompts that are too long.
+        DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
-    from .answers import field_table, whole_object
-
-    prompts, references, templated = questions_of(table, form, tokenizer)
+    prompts, references, templated = read_answered(table, form, tokenizer)
     texts = generate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
         use_chat_template=templated, progress=progress,
     )  # fmt: skip
     found, true = [t.strip() for t in texts], [r.strip() for r in references]
-    metrics = dict(load_metric("exact_match").compute(predictions=found, references=true))
-    fields: dict[str, dict[str, float]] = {}
+    result = Evaluation(exact_match(found, true), answers=texts)
     if all(whole_object(text) is not None for text in true):
-        metrics |= load_metric("field_f1").compute(predictions=found, references=true)
-        fields = field_table(found, true)
-    return Answers(texts, {name: float(value) for name, value in metrics.items()}, fields)
+        result.metrics |= field_f1(found, true)
+        result.fields = field_table(found, true)
+    return result
 
 
 # Classes -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score_classes(model: Any, tokenizer: Any, table: Table, batch_size: int = 8) -> dict[str, float]:
+def score_classes(
+    model: Any, tokenizer: Any, table: Table, columns: Columns, batch_size: int = 8, max_length: int | None = None
+) -> dict[str, float]:
     """Accuracy and F1 of a text classifier on a table of texts with labels.
 
     Raises:
-        StateError: the model is no text classifier.
-        DataError: the columns cannot be told, or a label is none of the model's.
+        StateError: the model is not a text classifier.
+        DataError: a text is empty, or a label is not one of the model's; lists every such row.
     """
-    from transformers import DataCollatorWithPadding, EvalPrediction
+    from transformers import DataCollatorWithPadding
 
     if task_type_of(model) != "SEQ_CLS":
         raise StateError(
-            f"hf-lora eval: this is an adapter of a {type(model).__name__}; language models and text classifiers can "
-            "be evaluated here. Evaluate it with LoraTrainer.evaluate."
+            f"evaluate: this is a {type(model).__name__}; language models and text classifiers can be evaluated here. "
+            "Evaluate it with LoraTrainer.evaluate."
         )
     labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-    rows = classification_rows(table, choose_columns(table), labels, tokenizer)
+    limit = max_length or min(int(tokenizer.model_max_length), window_of(model) or MOST_TOKENS, MOST_TOKENS)
+    rows = classification_rows(table, columns, labels, tokenizer, limit)
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)
-    metric = build_compute_metrics(["accuracy", "f1"])
-    results: dict[str, float] = {}
-    for start in range(0, len(rows), batch_size):
-        end = min(start + batch_size, len(rows))
-        batch = {name: t.to(model.device) for name, t in collate([rows[i] for i in range(start, end)]).items()}
-        wanted = batch.pop("labels")
-        kept = metric.preprocess_logits_for_metrics(model(**batch).logits, wanted)
-        results = metric(EvalPrediction(kept.cpu().numpy(), wanted.cpu().numpy()), compute_result=end == len(rows))
-    return results
+    picked: list[int] = []
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            batch = {name: t.to(model.device) for name, t in collate(rows[start : start + batch_size]).items()}
+            del batch["labels"]
+            picked += model(**batch).logits.argmax(-1).tolist()
+    true = [row["labels"] for row in rows]
+    return accuracy(picked, true) | f1(picked, true, average="binary" if len(labels) <= 2 else "macro")

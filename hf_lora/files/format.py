@@ -274,7 +274,7 @@ def read_config(path: Path) -> LoraConfig:
     try:
         config = LoraConfig.from_dict(values, call=str(file))
     except ConfigError as error:
-        raise AdapterFileError(str(error)) from error
+        raise AdapterFileError(str(error), error.faults) from error
     faults = Faults(str(file))
     check_names(config, faults)
     faults.check(AdapterFileError, "Import the package that registers these, or load the adapter with what wrote it.")

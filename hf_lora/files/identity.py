@@ -111,7 +111,7 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
         weight = module._parameters.get("weight")
         if isinstance(module, nn.Embedding) or module is head or f"{name}.".startswith(heads):
             continue
-        if weight is None or weight.dim() < 2 or weight.is_meta or not weight.dtype.is_floating_point:
+        if weight is None or weight.dim() < 2 or is_absent(weight) or not weight.dtype.is_floating_point:
             continue
         if not any(weight.stride()):
             continue  # one number that stands in for a weight
@@ -122,9 +122,14 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
     return {name: _sample(matrices[name]) for name in sorted(chosen)} or None
 
 
+def is_absent(weight: torch.Tensor) -> bool:
+    """Whether the values of a weight are not there: it is on meta, or one number stands in for them."""
+    return weight.is_meta or not any(weight.stride())
+
+
 def _sample(weight: torch.Tensor) -> str:
     places = range(0, weight.numel(), max(1, weight.numel() // SAMPLED_ELEMENTS))[:SAMPLED_ELEMENTS]
-    look = getattr(weight, "look", None)  # a weight that lies in a file reads single elements
+    look = getattr(weight, "look", None)  # how to read single elements, of a weight that lies in a file
     elements = weight.detach().reshape(-1)[:: places.step][: len(places)] if look is None else look(places)
     return base64.b64encode(elements.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).decode()
 

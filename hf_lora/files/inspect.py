@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapt.match import PatternTable
 from ..config import LoraConfig
-from ..errors import AdapterFileError, Faults
+from ..errors import AdapterFileError, Faults, TargetError
 from ..layers.storages import fits
 from ..safe_io.reading import REPAIR
 from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
@@ -107,7 +107,36 @@ class AdapterSummary:
         Raises:
             AdapterFileError: matplotlib is not installed, cannot write that kind of file, or the place is not there.
         """
-        return plot_norms(self, Path(file))
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
+        except ImportError as error:
+            raise AdapterFileError("Drawing needs matplotlib. Run: pip install matplotlib") from error
+        kinds: dict[str, list[tuple[int, float]]] = {}
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for layer in self.layers:
+            kind, depth = _kind(layer.path)
+            if depth is None:
+                axes.axhline(layer.norm, linestyle="--", color=f"C{len(axes.lines) % 10}", label=kind)
+            else:
+                kinds.setdefault(kind, []).append((depth, layer.norm))
+        markers = "osD^v<>pP*Xh"
+        for i, (kind, points) in enumerate(kinds.items()):
+            depths, norms = zip(*sorted(points), strict=True)
+            axes.plot(depths, norms, marker=markers[i // 10 % len(markers)], color=f"C{i % 10}", label=kind)
+        axes.set_xlabel("layer of the model")
+        axes.set_ylabel("norm of the update, ‖scaling · B A‖")
+        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"{self.path.name}: r={self.config.r}, {len(self.layers)} layers", fontsize="medium")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+        try:
+            figure.savefig(file, dpi=150)
+        except (OSError, ValueError) as error:
+            raise AdapterFileError(f"{file} cannot be drawn ({error}).") from error
+        return Path(file)
 
 
 def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
@@ -137,7 +166,10 @@ def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
         _check_factors(name, found, faults)
     faults.check(AdapterFileError, REPAIR)
     alphas = PatternTable(file.config.alpha_pattern)
-    layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
+    try:
+        layers = [_summary(file, name, factors[name], alphas) for name in sorted(factors, key=_natural)]
+    except TargetError as error:  # a pattern that takes too long
+        raise AdapterFileError(f"{file.path}: {error}") from error
     return AdapterSummary(
         file.path,
         file.config,
@@ -189,59 +221,12 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def plot_norms(summary: AdapterSummary, file: Path) -> Path:
-    """See `AdapterSummary.plot`."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError as error:
-        raise AdapterFileError("Drawing needs matplotlib. Run: pip install matplotlib") from error
-    kinds: dict[str, list[tuple[int, float]]] = {}
-    alone: dict[str, float] = {}
-    for layer in summary.layers:
-        kind, depth = _kind(layer.path)
-        if depth is None:
-            alone[kind] = layer.norm
-        else:
-            kinds.setdefault(kind, []).append((depth, layer.norm))
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    short = _shortened([*kinds, *alone])
-    markers = "osD^v<>pP*Xh"
-    for i, (kind, points) in enumerate(kinds.items()):
-        depths, norms = zip(*sorted(points), strict=True)
-        axes.plot(depths, norms, marker=markers[i // 10 % len(markers)], color=f"C{i % 10}", label=short[kind])
-    for i, (kind, norm) in enumerate(alone.items(), start=len(kinds)):
-        axes.axhline(norm, linestyle="--", color=f"C{i % 10}", label=short[kind])
-    axes.set_xlabel("layer of the model")
-    axes.set_ylabel("norm of the update, ‖scaling · B A‖")
-    axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{summary.path.name}: r={summary.config.r}, {len(summary.layers)} layers", fontsize="medium")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{file} cannot be drawn ({error}).") from error
-    return file
-
-
 def _kind(path: str) -> tuple[str, int | None]:
     """A layer's name with its first number left open, and that number."""
     found = re.search(r"(?:^|\.)(\d+)\.", path)
     if found is None:
         return path, None
     return f"{path[: found.start(1)]}*{path[found.end(1) :]}", int(found[1])
-
-
-def _shortened(names: list[str]) -> dict[str, str]:
-    """The fewest last components that tell the names apart."""
-    for count in range(1, 1 + max((n.count(".") + 1 for n in names), default=1)):
-        short = {name: ".".join(name.split(".")[-count:]) for name in names}
-        if len(set(short.values())) == len(set(names)):
-            return short
-    return {name: name for name in names}
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

@@ -31,7 +31,10 @@ from .format import (
     read_adapter,
     stored,
 )
-from .identity import differs, identify
+from .identity import differs, identify, is_absent
+
+COMPARED_ROWS = 1024
+"""Of a base weight that are made float32 at a time."""
 
 COMPARED_ROWS = 1024
 """Rows of a base weight that are compared, as float32, at a time."""
@@ -64,7 +67,7 @@ def load_adapter(
     try:
         plan = resolve(model, file.config, call, from_file=True)
     except TargetError as error:
-        raise AdapterFileError(str(error)) from error
+        raise AdapterFileError(str(error), error.faults) from error
     task = _task_in(file, model)
     expected = {
         key_of(path, spec.key): spec.shape_on_disk
@@ -179,7 +182,7 @@ def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bo
     modules = dict(original_modules(model)) if file.base_copies else {}
     for path, copied in file.base_copies.items():
         weight = modules[path]._parameters.get("weight") if path in modules else None
-        if weight is None or weight.is_meta or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        if weight is None or is_absent(weight) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             continue
         if is_sharded(weight):
             continue

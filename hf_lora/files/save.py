@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..adapt.embeddings import vocabulary_of
 from ..adapt.labels import task_type_of
-from ..adapt.match import matches
+from ..adapt.match import matcher
 from ..adapt.state import require_state
 from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
 from ..config import PRESETS, LoraConfig
@@ -165,5 +165,6 @@ def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: 
     if config.exclude_modules or config.layers_to_transform is not None:
         return False
     inside = tuple(f"{head}." for head in heads)
-    found = {p for p in everything if matches(config.target_modules, p) and not f"{p}.".startswith(inside)}
+    hits = matcher(config.target_modules)
+    found = {p for p in everything if hits(p) and not f"{p}.".startswith(inside)}
     return found == adapted

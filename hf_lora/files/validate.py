@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..adapt.patterns import table_pattern, why_unbounded
+from ..adapt.patterns import is_name, table_pattern, why_invalid
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
 
@@ -96,13 +96,13 @@ def _check_rank(faults: Faults, name: str, value: Any) -> None:
 
 
 def _check_pattern(faults: Faults, name: str, shown: str, pattern: str) -> None:
-    why = why_unbounded(pattern)
+    why = why_invalid(pattern)
     if why is not None:
         faults.add(f"{name}: {shown[:100]!r} cannot be matched: {why}")
 
 
 def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
-    expressions = sum(_NAME.fullmatch(key) is None for key in table)
+    expressions = sum(not is_name(key) for key in table)
     if len(table) > MAX_PATTERNS or expressions > MAX_EXPRESSIONS:
         faults.add(
             f"{name} has {len(table):,} rows, {expressions:,} of them more than a name (at most {MAX_PATTERNS:,} and "
@@ -110,7 +110,7 @@ def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
         )
         return
     for key, value in table.items():
-        _check_pattern(faults, name, key, table_pattern(key))
+        _check_pattern(faults, name, key, key if is_name(key) else table_pattern(key))
         _check_rank(faults, f"{name}[{key[:100]!r}]", value if name == "rank_pattern" else None)
 
 

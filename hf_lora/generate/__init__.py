@@ -2,6 +2,7 @@
 
 In: a model or an adapter, and prompts. Out: answers.
 
-- `texts`: loading for generation, and `generate_texts` for a list of prompts.
+- `loading`: a model and its tokenizer, from an adapter or a full model.
+- `texts`: answers to a list of prompts, or to a file of them.
 - `conversation`: a chat that keeps what was said.
 """

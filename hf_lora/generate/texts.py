@@ -1,4 +1,4 @@
-"""Text from a language model: load it with its tokenizer, and let it answer a list of prompts."""
+"""Answers of a language model: to a list of prompts, or to a file of them."""
 
 from __future__ import annotations
 
@@ -6,147 +6,19 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-import transformers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteria
 
-from ..adapt.labels import task_type_of
 from ..data.encode import Prompt, encode_prompts
-from ..errors import AdapterFileError, ConfigError, Faults, StateError, nearest
-from ..export import DTYPES
-from ..files.format import CONFIG_NAME, read_config
-from ..hub.pull import FullModelError, local_adapter
+from ..data.prompts import check_output, read_prompts, write_answers
+from ..data.tables import read_table
+from ..errors import ConfigError, Faults, StateError
 from ..layers.ops import used_devices
-from ..load import find_processor
-from ..model import LoraModel
-
-PIPELINES = {
-    "SEQ_CLS": "text-classification",
-    "TOKEN_CLS": "token-classification",
-    "QUESTION_ANS": "question-answering",
-    "FEATURE_EXTRACTION": "feature-extraction",
-}
-
-
-# Loading -------------------------------------------------------------------------------------------------------------
-
-
-def load_for_generation(
-    source: str | os.PathLike[str],
-    *,
-    base_model: str | os.PathLike[str] | None = None,
-    merge: bool = False,
-    revision: str | None = None,
-    subfolder: str | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    token: str | None = None,
-    any_task: bool = False,
-) -> tuple[Any, Any]:
-    """Load a language model that writes text, and its tokenizer.
-
-    Args:
-        source: an adapter or a full (merged) model: its folder, or its name on the Hub.
-        base_model: folder or name of an adapter's base; None takes the one that the adapter names.
-        merge: fold the adapter into the weights.
-        revision: branch, tag or commit of `source`.
-        subfolder: of an adapter that does not lie in the root of `source`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps the checkpoint's.
-        device: such as `"cuda:1"`; None takes the accelerator if there is one, else the CPU.
-        token: for the Hub.
-        any_task: load an adapter of another kind too, such as a classifier's.
-
-    Returns:
-        (model, tokenizer). The model is in eval mode: a `LoraModel`, or a plain one if merged. The tokenizer is the
-        one saved with the adapter, else the base's.
-
-    Raises:
-        ConfigError: an argument cannot be used.
-        AdapterFileError: nothing can be loaded from `source`, or it has no tokenizer.
-        StateError: the model is of a kind that writes no text, such as a classifier.
-    """
-    call = f"load_for_generation({os.fspath(source)!r})"
-    place = _check_arguments(call, dtype, device)
-    try:
-        folder = local_adapter(source, revision, token, subfolder=subfolder)
-    except FullModelError:
-        folder = Path(source)
-    if (folder / CONFIG_NAME).is_file():
-        model = LoraModel.from_pretrained(folder, base_model=base_model, merge=merge, dtype=dtype, token=token)
-        base: Any = base_model or model.config._name_or_path
-    else:
-        if base_model is not None or merge:
-            raise ConfigError(
-                f"{call}: this is no adapter (no {CONFIG_NAME}), so there is nothing to put on a base model or to "
-                "merge. Leave base_model and merge out."
-            )
-        base = source
-        model = _load_whole(call, source, folder, revision, dtype, token)
-    if not model.can_generate() and not any_task:
-        task = PIPELINES.get(task_type_of(model) or "")
-        what = f"a {task} model" if task else f"a {type(model).__name__}"
-        use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
-        raise StateError(f"{call}: this is an adapter of {what}, which writes no text. Use it through {use}.")
-    tokenizer = find_processor("AutoTokenizer", folder, base)
-    if tokenizer is None:
-        raise AdapterFileError(
-            f"{call}: there is no tokenizer in {folder}, nor with {str(base)!r}. Save the one of the training there: "
-            "tokenizer.save_pretrained(folder)."
-        )
-    if not getattr(model, "is_quantized", False):  # a quantised one lies where it was loaded
-        model.to(place)
-    return model.eval(), tokenizer
-
-
-def _check_arguments(call: str, dtype: str | None, device: str | None) -> torch.device:
-    faults = Faults(call)
-    if dtype is not None and dtype not in DTYPES:
-        faults.add(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; it is one of {', '.join(DTYPES)}")
-    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    if device is not None:
-        try:
-            place = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:  # unknown words, and kinds that this PyTorch was not built for
-            faults.add(f"device={device!r} cannot be used: {str(error).splitlines()[0]}")
-    faults.check(ConfigError, "Correct these, or leave them out.")
-    return place
-
-
-def _load_whole(
-    call: str,
-    source: str | os.PathLike[str],
-    folder: Path,
-    revision: str | None,
-    dtype: str | None,
-    token: str | None,
-) -> Any:
-    """A full model, if its checkpoint is one that writes text: a head drawn at random would answer, too."""
-    if Path(source).is_dir() and not (folder / "config.json").is_file():
-        read_config(folder)  # says what is there instead
-    given = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **given)
-        for name in config.architectures or []:
-            cls = getattr(transformers, name, None)
-            if cls is not None and not cls.can_generate():
-                raise StateError(
-                    f"{call}: this is a {name}, which writes no text. Name a language model, or an adapter of one."
-                )
-        auto: Any = getattr(
-            transformers, "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
-        )
-        return auto.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(
-            f"{call}: it holds no adapter, and no language model could be loaded from it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name."
-        ) from error
-
-
-# Answering -----------------------------------------------------------------------------------------------------------
+from .loading import Loading, loaded
 
 
 def generate_texts(
@@ -205,6 +77,63 @@ def generate_texts(
     return answers
 
 
+def generate_answers(
+    source: Any,
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    file: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    column: str | None = None,
+    tokenizer: Any = None,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    system: str | None = None,
+    use_chat_template: bool | None = None,
+    stop: str | Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **loading: Unpack[Loading],
+) -> list[str]:
+    """Load a trained model and let it answer prompts, given here or in a file: what `hf-lora generate` does.
+
+    Args:
+        source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
+        file: in place of `prompts`, a .txt with a prompt on each line, or CSV, TSV, JSON, JSONL or parquet.
+        out: JSONL file for the rows of `file` with their answers in a column `generated`; it is replaced once all
+            answers are there.
+        column: of `file`, that of the prompts; default: found by its usual name.
+        progress: called with the number of prompts that are done, and of all.
+        loading: see `load_for_generation`; all others: see `generate_texts`.
+
+    Returns:
+        The answers in the order of the prompts.
+
+    Raises:
+        ConfigError: arguments do not go together, or `out` could not be written beside the input.
+        DataError: the file is absent or broken, or a prompt cannot be used; lists every such row.
+        AdapterFileError, StateError: see `load_for_generation`.
+    """
+    if (prompts is None) == (file is None):
+        raise ConfigError("generate_answers: give either prompts (--prompt) or a file of them (--file).")
+    if file is None and (out is not None or column is not None):
+        raise ConfigError("generate_answers: out and column belong to a file (--file). Leave them out.")
+    table = None if file is None else read_table(file, prompts=True)
+    asked = list(prompts or []) if table is None else read_prompts(table, column)
+    if table is not None and out is not None:
+        check_output(out, table)
+    model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
+    answers = generate_texts(
+        model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
+        top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template, stop=stop,
+        progress=None if progress is None else lambda done: progress(done, len(asked)),
+    )  # fmt: skip
+    if table is not None and out is not None:
+        write_answers(table, answers, out)
+    return answers
+
+
 def _check_settings(
     prompts: Any, max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stops: list[str]
 ) -> None:
@@ -254,26 +183,35 @@ def sampling(model: Any, tokenizer: Any, temperature: float, top_p: float) -> di
 
 
 @contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without dropout; afterwards the model trains as before."""
+    trained = model.training
+    if trained:
+        model.eval()
+    try:
+        yield
+    finally:
+        if trained:
+            model.train()
+
+
+@contextmanager
 def answering(model: Any, seed: int | None = None) -> Iterator[None]:
     """Without dropout and, given a seed, with random numbers of its own; afterwards all is as it was.
 
     A `max_length` in the model's own settings is put away meanwhile: transformers warns of it at every call.
     """
-    trained, settings = model.training, model.generation_config
+    settings = model.generation_config
     alone = nullcontext() if seed is None else torch.random.fork_rng(devices=used_devices())
-    with alone:
+    with alone, evaluating(model):
         if seed is not None:
             torch.manual_seed(seed)
-        if trained:
-            model.eval()
         model.generation_config = copy.deepcopy(settings)
         model.generation_config.max_length = None
         try:
             yield
         finally:
             model.generation_config = settings
-            if trained:
-                model.train()
 
 
 def room_for(model: Any, prompt_length: int, max_new_tokens: int) -> int:
@@ -305,30 +243,25 @@ def _answer(
     model: Any, tokenizer: Any, prompts: list[list[int]], room: int, options: dict[str, Any], stops: list[str]
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to its end token. Padding goes before the prompts."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), options["pad_token_id"])
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    start = 1 if model.config.is_encoder_decoder else width
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, True, options["pad_token_id"], padding_side="left").to(model.device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left").to(model.device)
+    start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     if stops:
         options = options | {"stopping_criteria": [_StopsAt(tokenizer, stops, start)]}
     written = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=room, **options)
     return new_tokens(written, start, options["eos_token_id"])
 
 
-class _StopsAt(transformers.StoppingCriteria):
+class _StopsAt(StoppingCriteria):
     """Ends the rows whose answer holds one of the texts.
 
-    transformers' own criterion reads the vocabulary, and fails on a tokenizer whose tokens are words.
+    `generate(stop_strings=…)` also counts what is in the prompt, fails on a tokenizer whose tokens are words and on a
+    text with characters that no token has, and first reads the whole vocabulary.
     """
 
     def __init__(self, tokenizer: Any, stops: list[str], start: int) -> None:
-        self.tokenizer = tokenizer
-        self.stops = stops
-        self.start = start
+        self.tokenizer, self.stops, self.start = tokenizer, stops, start
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         # A token adds a character or more in nearly every case, so a stop that just came lies in the last few.
@@ -338,7 +271,7 @@ class _StopsAt(transformers.StoppingCriteria):
 
 
 def new_tokens(written: Tensor, start: int, ends: list[int] | None) -> list[list[int]]:
-    """What stands in rows (B, T) from `start` on, each up to its first end token."""
+    """The tokens of rows (B, T) from `start` on, each up to its first end token."""
     rows = []
     for row in written[:, start:].tolist():
         stop = next((i for i, token in enumerate(row) if ends and token in ends), len(row))

@@ -1,10 +1,11 @@
-"""Bring a base model's files from the Hub, as they are: nothing is loaded."""
+"""Download a base model's files from the Hub as they are: nothing is loaded."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from ..config import LoraConfig
 from ..file_merge.ranges import INDEX_NAME, SINGLE_NAME
 from ..files.format import read_config, read_extras
 from .names import check_repository, chosen, is_folder
-from .place import Listing, Place
+from .network import Repository
+from .snapshot import Snapshot, fetch, in_cache
 
 BESIDE = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What is brought beside the weights. Other folders in a repository hold other forms of the model."""
+"""What is downloaded beside the weights. Other folders in a repository hold other forms of the model."""
 
 
 def local_base(
@@ -33,7 +35,7 @@ def local_base(
     """The folder of a base model: itself where it is one, else the safetensors files of the Hub's repository.
 
     Args:
-        revision: branch, tag or commit. None: the commit that `adapter` was trained on, else `main`.
+        revision: branch, tag or commit. Default: the commit that `adapter` was trained on, else `main`.
         adapter: the folder of the adapter that it is for.
 
     Raises:
@@ -43,40 +45,42 @@ def local_base(
     name = os.fspath(base)
     if is_folder(name):
         return Path(name)
-    call = f"pulling the base {name!r}"
-    check_repository(name, f"{name!r} is no folder here, and")
+    call = f"{name!r} is not a folder here; pulling the base {name!r}"
+    check_repository(name, f"{call}: {name!r} is")
     if revision is None and adapter is not None:
         revision = commit_in_training(read_config(adapter), read_extras(adapter), name)
-    place = Place(
-        name, revision or "main", token, None, Path(constants.HF_HUB_CACHE), call, _is_whole, f"hf download {name}",
-        trusting=True,
-    )  # fmt: skip
-
-    def needed(listing: Listing) -> list[str]:
-        weights = [SINGLE_NAME]
-        if INDEX_NAME in listing.files:
-            weights = _shards(place.bring(listing, INDEX_NAME))
-        return [*chosen(listing.files, BESIDE), *(path for path in weights if path in listing.files)]
-
-    return place.fetch(needed)
+    repo = Repository(name, revision, token, None, call)
+    cache = Path(constants.HF_HUB_CACHE)
+    return fetch(repo, cache, _download, partial(_cached, repo, cache), f"hf download {name}")
 
 
 def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str) -> str | None:
-    """The commit of base `name` in the adapter's training; None where that was another base, or nobody noted it."""
+    """The commit of base `name` in the adapter's training; None where that was another base, or is not recorded."""
     noted = extras.get("base")
     if isinstance(noted, dict) and noted.get("name") == name and isinstance(noted.get("commit"), str):
         return str(noted["commit"])
     return config.revision if config.base_model_name_or_path == name else None
 
 
-def _is_whole(folder: Path) -> bool:
-    index = folder / INDEX_NAME
+def _download(snapshot: Snapshot) -> Path:
+    weights = [SINGLE_NAME]
+    if INDEX_NAME in snapshot.files:
+        weights = _shards(snapshot.download([INDEX_NAME], trusting=True) / INDEX_NAME)
+    names = [*chosen(snapshot.files, BESIDE), *(name for name in weights if name in snapshot.files)]
+    return snapshot.download(names, trusting=True)
+
+
+def _cached(repo: Repository, cache: Path) -> Path | None:
+    found = in_cache(repo, cache, "config.json")
+    if found is None:
+        return None
+    index = found / INDEX_NAME
     weights = _shards(index) if index.is_file() else [SINGLE_NAME]
-    return all((folder / name).is_file() for name in ("config.json", *weights))
+    return found if all((found / name).is_file() for name in weights) else None
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; none where it cannot be read, which is said by who merges."""
+    """The files that an index names; none where it cannot be read, which the merge then reports."""
     try:
         return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

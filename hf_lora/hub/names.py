@@ -25,11 +25,11 @@ PROCESSING = (
     "sentencepiece.*", "source.spm", "target.spm", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-"""Tokenizers and processors, where they lie beside the adapter."""
+"""Tokenizers and processors beside the adapter."""
 
 
 def is_folder(name: str) -> bool:
-    """Whether it is one here; what the system cannot look for is none."""
+    """Whether it is a folder on this machine."""
     try:
         return Path(name).is_dir()
     except OSError:  # longer than a path may be
@@ -37,37 +37,18 @@ def is_folder(name: str) -> bool:
 
 
 def check_repository(name: str, opening: str) -> None:
-    """Refuse what no repository can be called.
+    """Refuse what cannot be the name of a repository.
 
     Args:
         opening: the beginning of the message.
 
     Raises:
-        HubError: it is no name.
+        HubError: it is not a valid name.
     """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"{opening} no repository can have that name ({str(error).splitlines()[0]}).") from error
-
-
-def chosen(paths: Iterable[str], patterns: Iterable[str], subfolder: str = "") -> list[str]:
-    """The paths in `subfolder` (and no deeper than a pattern says) that match; they stay whole."""
-    prefix = f"{subfolder}/" if subfolder else ""
-    found = []
-    for path in paths:
-        inside = path.removeprefix(prefix)
-        if path.startswith(prefix) and any(
-            inside.count("/") == pattern.count("/") and fnmatch.fnmatchcase(inside, pattern) for pattern in patterns
-        ):
-            found.append(path)
-    return found
-
-
-def inner_adapters(paths: Iterable[str]) -> list[str]:
-    """Folders of a repository, besides its root, that hold an adapter; checkpoints are none."""
-    folders = {path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}")}
-    return sorted(f for f in folders if not f.startswith(("checkpoint-", "last-checkpoint")))
+        raise HubError(f"{opening} not a valid name of a repository ({str(error).splitlines()[0]}).") from error
 
 
 def check_subfolder(subfolder: str | None, call: str) -> str:
@@ -79,5 +60,30 @@ def check_subfolder(subfolder: str | None, call: str) -> str:
     plain = (subfolder or "").strip("/")
     out = plain and any(part in ("", ".", "..") for part in plain.split("/"))
     if out or not plain.isprintable() or "\\" in plain or (subfolder or "").startswith("/"):
-        raise HubError(f"{call}: subfolder={subfolder!r} is no folder inside a repository. Name one like 'mine'.")
+        raise HubError(f"{call}: subfolder={subfolder!r} is not a folder inside a repository. Use one like 'mine'.")
     return plain
+
+
+def chosen(paths: Iterable[str], patterns: Iterable[str], subfolder: str = "") -> list[str]:
+    """The paths in `subfolder` that match one of the patterns, at the pattern's own depth."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    return [
+        path
+        for path in paths
+        if path.startswith(prefix) and any(_matches(path.removeprefix(prefix), pattern) for pattern in patterns)
+    ]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return path.count("/") == pattern.count("/") and fnmatch.fnmatchcase(path, pattern)
+
+
+def files_below(folder: Path) -> list[str]:
+    """The paths of all files below a folder, relative to it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+
+
+def inner_adapters(paths: Iterable[str]) -> list[str]:
+    """Folders of a repository, besides its root, that hold an adapter; checkpoints do not count."""
+    folders = {path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}")}
+    return sorted(f for f in folders if not f.startswith(("checkpoint-", "last-checkpoint")))

@@ -14,7 +14,7 @@ from ..adapt.state import require_state
 from ..files.format import CONFIG_NAME
 from ..files.save import save_adapter
 from .card.write import write_card
-from .push import push_folder
+from .upload import push
 
 
 def push_model(
@@ -42,12 +42,12 @@ def push_model(
 
     Args:
         repo_id, private, revision, create_pr, commit_message, commit_description, token, endpoint, subfolder: see
-            `hub.push.push_folder`.
+            `hub.upload.push`.
         adapter_name: push this one alone, to the root.
         tokenizer: a tokenizer or processor to push beside it.
         card: write README.md; what somebody wrote on the Hub around our part is kept.
         tags: more tags of the card.
-        max_shard_size: taken because transformers' `push_to_hub` has it; an adapter is one file.
+        max_shard_size: accepted because transformers' `push_to_hub` has it; an adapter is one file.
 
     Raises:
         AdapterFileError: a tensor is empty or not finite; the network was not asked.
@@ -62,7 +62,7 @@ def push_model(
             tokenizer.save_pretrained(root)
         if card and (root / CONFIG_NAME).is_file():
             write_card(root, repo_id=repo_id, tags=tags)
-        return push_folder(
+        return push(
             root, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=commit_message,
             commit_description=commit_description, token=token, endpoint=endpoint, subfolder=subfolder,
             call=f"push_to_hub({repo_id!r})",

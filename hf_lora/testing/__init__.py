@@ -1,7 +1,7 @@
 """A Hugging Face Hub on the loopback interface, for tests of code that pushes and pulls adapters.
 
     with LocalHub() as hub:
-        push_folder("out/adapter", "user/adapter", token=hub.token, endpoint=hub.url)
+        push("out/adapter", "user/adapter", token=hub.token, endpoint=hub.url)
         assert "adapter_model.safetensors" in hub.files("user/adapter")
 
 It keeps everything in memory, listens only on 127.0.0.1, needs only the standard library, and works with the real

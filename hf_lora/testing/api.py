@@ -145,7 +145,7 @@ class Api:
         repo = self._repo(request, repo_id)
         verb, rest = (rest[0], rest[1:]) if rest else ("revision", [])
         if verb == "revision":
-            return self._info(repo, self._at(repo, "/".join(rest) or "main"))
+            return self._info(repo, self._at(repo, "/".join(rest) or "main"), "blobs" in request.query)
         if verb == "tree":
             commit = repo.commits[self._at(repo, rest[0])]
             inside = "".join(f"{part}/" for part in rest[1:])
@@ -174,14 +174,15 @@ class Api:
             return answer({"private": repo.private})
         raise Refusal(404, f"{request.path} is not part of this server")
 
-    def _info(self, repo: Repo, oid: str) -> Reply:
+    def _info(self, repo: Repo, oid: str, with_blobs: bool) -> Reply:
         tree = repo.commits[oid].tree
+        siblings = [{"rfilename": path, **(_blob(tree[path]) if with_blobs else {})} for path in sorted(tree)]
         return answer(
             {
                 "_id": repo.repo_id, "id": repo.repo_id, "modelId": repo.repo_id, "author": repo.owner, "sha": oid,
                 "private": repo.private, "gated": "manual" if repo.gated else False, "disabled": False,
                 "lastModified": repo.commits[oid].date, "createdAt": repo.commits[oid].date, "tags": [],
-                "downloads": 0, "likes": 0, "siblings": [{"rfilename": path} for path in sorted(tree)],
+                "downloads": 0, "likes": 0, "siblings": siblings,
             }
         )  # fmt: skip
 
@@ -377,6 +378,11 @@ def _safe(path: str) -> str:
     if not path or path.startswith("/") or any(part in ("", ".", "..") for part in path.split("/")):
         raise Refusal(400, f"{path!r} is not a valid path in a repository")
     return path
+
+
+def _blob(blob: Blob) -> dict[str, object]:
+    lfs = {"sha256": blob.sha256, "size": len(blob.data), "pointerSize": len(blob.pointer)} if blob.lfs else None
+    return {"size": len(blob.data), "blobId": blob.oid, "lfs": lfs}
 
 
 def _entry(path: str, blob: Blob) -> dict[str, object]:

@@ -193,15 +193,11 @@ class LoraTrainingArguments(LoraArguments, TrainingArguments):
 
 @dataclass
 class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
-    """`transformers.Seq2SeqTrainingArguments` with the LoRA fields: takes its place in an existing script.
-
-    Raises:
-        ConfigError: lists every LoRA field with a wrong value.
-    """
+    """`transformers.Seq2SeqTrainingArguments` with the LoRA fields; see `LoraTrainingArguments`."""
 
 
 def _as_flag(fault: str) -> str:
-    """LoraConfig's word on one of its fields, under the name of the flag."""
+    """What LoraConfig says of one of its fields, under the name of the flag."""
     fault = fault.replace("init_lora_weights", "init", 1)
     return fault if fault.startswith("lora_") else f"lora_{fault}"
 

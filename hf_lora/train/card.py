@@ -38,14 +38,9 @@ class CardWriter:
         self.words: dict[str, Any] = {}
 
     def write(self, trainer: Any, model: nn.Module, given: Mapping[str, Any]) -> None:
-        """Write the card of the adapter to `output_dir`.
+        """Write the card of the adapter to `output_dir`; `given` are the arguments of `Trainer.create_model_card`.
 
-        Args:
-            model: without what Accelerate puts around it.
-            given: the arguments of `Trainer.create_model_card`; None where one was not given.
-
-        Raises:
-            AdapterFileError: `output_dir` holds a README that cannot be kept. During the training it is a warning.
+        A README there that cannot be kept is an AdapterFileError, and during the training a warning.
         """
         ordered = sorted(given.items(), key=lambda entry: entry[0] == "dataset")  # it wins over TRL's word for it
         self.words |= {_WORDS.get(name, name): value for name, value in ordered if value is not None}
@@ -84,13 +79,7 @@ _CARD = {"language", "license", "tags", "model_name", "task", "base_model", "dat
 def run_of(
     trainer: Any, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
 ) -> Run:
-    """What a Trainer knows of its run.
-
-    Args:
-        data: what the evaluation data are called; default: the prefix of their metrics.
-        split: of them.
-        datasets: their names on the Hub; default: what the data sets themselves say.
-    """
+    """What a Trainer knows of its run. By default the names of the data are those of their metrics and of the sets."""
     named = [name for name in datasets if is_repository(name)]
     trained, evaluated = _source(trainer.train_dataset), _source(trainer.eval_dataset)
     found = [source[0] for source in (trained, evaluated) if source is not None]

@@ -20,17 +20,7 @@ from transformers.utils import logging
 from ..adapt.state import require_state
 from ..compat import link_states, zero_partitions
 from ..errors import ConfigError, StateError, TrainingError
-from ..layers.distributed import (
-    gather,
-    gather_state,
-    has_peers,
-    how_sharded,
-    is_dtensor,
-    of_all_ranks,
-    scatter_state,
-    shard_like,
-    whole_shape,
-)
+from ..layers import distributed as ranks
 from ..layers.storages import unshardable
 
 logger = logging.get_logger(__name__)
@@ -84,7 +74,7 @@ def check_engine(args: Any, accelerator: Any, model: Any, accept_ddp_fallback: b
             "with DDP, which is the same without DeepSpeed."
         )
     if model is not None:
-        present = how_sharded(model.modules())
+        present = ranks.how_sharded(model.modules())
         if present is not None:
             raise StateError(
                 f"{call}: the model is sharded already ({present}). Hand it over whole, loaded without tp_plan and "
@@ -118,11 +108,11 @@ def check_same_adapters(model: nn.Module, call: str) -> None:
     Raises:
         TrainingError: lists what differs from the first process.
     """
-    mine = {n: f"{list(whole_shape(p))}" for n, p in model.named_parameters() if p.requires_grad}
+    mine = {n: f"{list(ranks.whole_shape(p))}" for n, p in model.named_parameters() if p.requires_grad}
     for name, record in require_state(model, call).adapters.items():
         config = record.config
         mine[f"adapter {name!r}"] = f"r={config.r}, alpha={config.alpha:g}, dropout={config.lora_dropout:g}"
-    tables: list[dict[str, str]] = of_all_ranks(mine)
+    tables: list[dict[str, str]] = ranks.of_all_ranks(mine)
     if all(table == tables[0] for table in tables):
         return
     lines = [f"{call}: the processes do not hold the same adapters:"]
@@ -142,8 +132,8 @@ def broadcast_trainable(model: nn.Module, device: torch.device) -> None:
     All processes call it, before the model is sharded. Tensors travel from and to `device`.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    plain = not any(p.is_meta or is_dtensor(p) for p in trained)
-    if not has_peers() or not all(of_all_ranks(plain)):
+    plain = not any(p.is_meta or ranks.is_dtensor(p) for p in trained)
+    if not ranks.has_peers() or not all(ranks.of_all_ranks(plain)):
         return  # where a process holds no values (memory-efficient loading), Accelerate sends them
     for parameter in trained:
         value = parameter.detach().to(device)
@@ -169,8 +159,11 @@ def optimizer_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
     inner = getattr(optimizer, "optimizer", optimizer)
     parts = zero_partitions(inner)
     if parts is None:
-        state = optimizer.state_dict()
-        whole = {i: _whole(values) for i, values in state["state"].items()}
+        state = optimizer.state_dict()  # whose inner dicts are the optimizer's own
+        tensors = {
+            i: {k: v for k, v in values.items() if isinstance(v, Tensor)} for i, values in state["state"].items()
+        }
+        whole = {i: {**values, **ranks.gather(tensors[i])} for i, values in state["state"].items()}
         return {"state": whole, "param_groups": state["param_groups"]}
     keys, single = _kinds(inner.optimizer, parts)
     whole, numbered, count = {}, [], 0
@@ -181,7 +174,7 @@ def optimizer_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
         numbered.append({**options, "params": list(range(count, count + len(group["params"])))})
         for parameter in group["params"]:
             own = {key: _copied(value) for key, value in single.items()}  # each counts its steps by itself
-            whole[count] = {**own, **{key: gather_state(parameter, key) for key in keys}}
+            whole[count] = {**own, **{key: ranks.gather_state(parameter, key) for key in keys}}
             count += 1
     return {"state": whole if keys or single else {}, "param_groups": numbered}
 
@@ -215,7 +208,7 @@ def load_optimizer_state(optimizer: Any, groups: Groups, state: Mapping[str, Any
     for index, parameter in enumerate(members):
         for key, value in state["state"].get(index, {}).items():
             if isinstance(value, Tensor) and value.dim() > 0:
-                scatter_state(parameter, key, value)
+                ranks.scatter_state(parameter, key, value)
 
 
 def _kinds(inner: Any, parts: Sequence[Tensor]) -> tuple[list[str], dict[str, Any]]:
@@ -245,19 +238,22 @@ def schedule_state(scheduler: Any, optimizer: Any, groups: Groups) -> dict[str, 
     for group in groups:
         places.append(min(last, count - 1))
         last += bool(group["params"])
-    return {k: [v[i] for i in places] if _is_list(v, count) else v for k, v in state.items()}
+    return _at(places, state, count)
 
 
 def load_schedule_state(scheduler: Any, optimizer: Any, groups: Groups, state: Mapping[str, Any]) -> None:
     """Put in what `schedule_state` gave, or an ordinary schedule's `state_dict`."""
     if zero_partitions(getattr(optimizer, "optimizer", optimizer)) is not None:
-        places = [i for i, group in enumerate(groups) if group["params"]]
-        state = {k: [v[i] for i in places] if _is_list(v, len(groups)) else v for k, v in state.items()}
+        state = _at([i for i, group in enumerate(groups) if group["params"]], state, len(groups))
     scheduler.load_state_dict(state)
 
 
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length
+def _at(places: list[int], state: Mapping[str, Any], length: int) -> dict[str, Any]:
+    """A schedule's state in which every list of `length` values, one a group, has those at `places`."""
+    return {
+        key: [value[i] for i in places] if isinstance(value, list) and len(value) == length else value
+        for key, value in state.items()
+    }
 
 
 def _live_groups(zero: Any, groups: Groups) -> list[dict[str, Any]]:
@@ -269,16 +265,10 @@ def _live_groups(zero: Any, groups: Groups) -> list[dict[str, Any]]:
     return found
 
 
-def _whole(values: Mapping[str, Any]) -> dict[str, Any]:
-    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
-    return {**values, **gather(tensors)}
-
-
 def _placed(value: Any, parameter: Any) -> Any:
     """A saved value as the optimizer keeps it for `parameter`: cut into parts where that is."""
-    if is_dtensor(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape:
-        return shard_like(value, parameter)
-    return value
+    many = ranks.is_dtensor(parameter) and isinstance(value, Tensor) and value.shape == parameter.shape
+    return ranks.shard_like(value, parameter) if many else value
 
 
 def _copied(value: Any) -> Any:

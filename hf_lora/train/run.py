@@ -14,18 +14,11 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..data import tasks
 from ..data.chat import chat_rows, is_templated, show_batch
 from ..data.formats import describe, recognise
 from ..data.tables import Table, read_table
-from ..data.tasks import (
-    CAUSAL_LM,
-    CLASSIFICATION,
-    TASKS,
-    choose_columns,
-    choose_task,
-    classification_rows,
-    find_labels,
-)
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
 from ..errors import ConfigError, Faults, nearest
 from .parsing import Parsed, RunArguments, parse_arguments
 from .start import start_lines
@@ -107,11 +100,7 @@ def finetune(
 
 
 def first_batch(parsed: Parsed) -> str:
-    """The first training batch of a causal language model as text: what of it is learned, and what is not.
-
-    Raises:
-        As `finetune`; ConfigError also where the task is another.
-    """
+    """The first training batch of a causal language model as text: what of it is learned, and what is not."""
     ready = prepare(parsed)
     batch = next(iter(ready.trainer.get_train_dataloader()))
     if batch["labels"].dim() != 2:
@@ -120,17 +109,13 @@ def first_batch(parsed: Parsed) -> str:
 
 
 def prepare(parsed: Parsed) -> Prepared:
-    """All that comes before the first step of training.
-
-    Raises:
-        As `finetune`.
-    """
+    """All that comes before the first step of training."""
     from transformers import AutoTokenizer
 
     run, training = parsed.run, parsed.training
     _check(parsed)
     tables = _read_tables(run)
-    task = run.task or choose_task(tables["train"], label=run.label_column, completion=run.completion_column)
+    task = run.task or tasks.choose_task(tables["train"], label=run.label_column, completion=run.completion_column)
     if "learning_rate" not in parsed.given:
         training.learning_rate = LEARNING_RATES[task]
     if "dataloader_pin_memory" not in parsed.given:
@@ -144,16 +129,15 @@ def prepare(parsed: Parsed) -> Prepared:
 def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
-    from ..evaluation.metrics import build_compute_metrics
     from .trainer import LoraTrainer
 
     run, training = parsed.run, parsed.training
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    columns = choose_columns(tables["train"], text=run.text_column, pair=run.pair_column, label=run.label_column)
-    labels = find_labels(tables["train"], columns.label)
+    columns = tasks.choose_columns(tables["train"], text=run.text_column, pair=run.pair_column, label=run.label_column)
+    labels = tasks.find_labels(tables["train"], columns.label)
     rows = {
-        split: classification_rows(table, columns, labels, tokenizer, run.max_length)
+        split: tasks.classification_rows(table, columns, labels, tokenizer, run.max_length)
         for split, table in tables.items()
     }
     used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
@@ -162,27 +146,17 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Pre
     lines += _cut(sum(r.cut for r in rows.values()), "texts")
 
     set_seed(training.seed)  # a new head draws random numbers
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     model = AutoModelForSequenceClassification.from_pretrained(
-        str(run.model),
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={name: i for i, name in enumerate(labels)},
-        ignore_mismatched_sizes=True,  # a head for another task is replaced
-        **_loading(run),
-    )
+        str(run.model), num_labels=len(labels), **names, ignore_mismatched_sizes=True, **_loading(run)
+    )  # a head for another task is replaced
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if training.lora_modules_to_save is None and not find_heads(model):
         # The checkpoint held a head for as many labels. Nothing says that they are these, so it is trained too.
         training.lora_modules_to_save = outside_backbone(model)
     trainer = LoraTrainer(
-        model,
-        training,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("eval", rows.get("test")),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=build_compute_metrics(["accuracy", "f1"]),
+        model, training, DataCollatorWithPadding(tokenizer), **_given(rows, tokenizer, ["accuracy", "f1"])
     )
     return Prepared(trainer, rows, lines)
 
@@ -197,8 +171,6 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
         ) from error
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..evaluation.metrics import build_compute_metrics
 
     run, training = parsed.run, parsed.training
     settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
@@ -223,12 +195,18 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     trainer = LoraSFTTrainer(
         AutoModelForCausalLM.from_pretrained(str(run.model), **_loading(run)),
         LoraSFTConfig.of(training, packing=run.packing, max_length=length),
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("eval", rows.get("test")),
-        processing_class=tokenizer,
-        compute_metrics=build_compute_metrics(["accuracy", "perplexity"]),
+        **_given(rows, tokenizer, ["accuracy", "perplexity"]),
     )
     return Prepared(trainer, rows, lines)
+
+
+def _given(rows: dict[str, Any], tokenizer: Any, metrics: list[str]) -> dict[str, Any]:
+    """What every Trainer is given."""
+    from ..evaluation.metrics import build_compute_metrics
+
+    evaluated = rows.get("eval", rows.get("test"))
+    return {"train_dataset": rows["train"], "eval_dataset": evaluated, "processing_class": tokenizer,
+            "compute_metrics": build_compute_metrics(metrics)}  # fmt: skip
 
 
 def _check(parsed: Parsed) -> None:

@@ -153,8 +153,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         first = {key: data[:1][key] for key in data.column_names}
         if not any(_is_chat(values[0]) for values in first.values()):
             return data
-        table = table_of(data, name)
-        limit = self._label_config.max_length or sys.maxsize
+        table, limit = table_of(data, name), self._label_config.max_length or sys.maxsize
         rows, cut = chat_rows(table, recognise(table), self._label_tokenizer, limit)
         if cut:
             logger.warning(

@@ -12,20 +12,13 @@ import pytest
 import torch
 from helpers import run_command, tiny_bert, tiny_llama, tiny_t5, write_lines
 
-from hf_lora import DataError, LoraModel, StateError, generate_texts
+from hf_lora import ConfigError, DataError, LoraModel, StateError, evaluate, generate_texts, load_for_generation
 from hf_lora.data.chat import chat_rows
 from hf_lora.data.formats import recognise
 from hf_lora.data.tables import read_table
-from hf_lora.evaluation import metrics as metrics_module
+from hf_lora.data.tasks import choose_columns
 from hf_lora.evaluation import run as evaluation
-from hf_lora.evaluation.run import first_rows, score_answers, score_rows
-from hf_lora.generate.texts import load_for_generation
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "hub_is_reachable", lambda: False)
-
+from hf_lora.evaluation.run import score_answers, score_rows
 
 run = functools.partial(run_command, "eval")
 
@@ -124,7 +117,7 @@ def test_only_labelled_tokens_meet_the_head(
 
 def test_eval_prints_the_scores(chat_adapter: str, loaded: tuple[Any, Any], chats: Path) -> None:
     model, tokenizer = loaded
-    table = first_rows(read_table(chats), 2)
+    table = read_table(chats).first(2)
     rows, _ = chat_rows(table, recognise(table), tokenizer, 64)
     loss, accuracy, tokens = own_scores(model, rows)
     found = json.loads(run(chat_adapter, "--file", chats, "--limit", 2, "--json").stdout)
@@ -209,14 +202,40 @@ def test_rows_without_a_question_or_an_answer(loaded: tuple[Any, Any], tmp_path:
     assert "line 1: it has tools" in failing(chat("a", "b") | {"tools": [{"name": "x"}]})
 
 
+def test_a_model_in_memory_is_evaluated_as_its_folder_is(
+    chat_adapter: str, loaded: tuple[Any, Any], chats: Path, tmp_path: Path
+) -> None:
+    model, tokenizer = loaded
+    seen: list[tuple[int, int]] = []
+    options: Any = {"generate": True, "max_new_tokens": 4, "batch_size": 2, "system": "please"}
+    out = tmp_path / "out.jsonl"
+    written = evaluate(
+        model, chats, tokenizer=tokenizer, predictions=out, progress=lambda *n: seen.append(n), **options
+    )
+    assert seen == [(2, 3), (3, 3)]
+    assert (written.rows, len(written.answers), written.cut) == (3, 3, 0)
+    assert [json.loads(line)["generated"] for line in out.read_text().splitlines()] == written.answers
+    assert evaluate(chat_adapter, chats, **options).answers == written.answers
+    model.train()
+    scores = evaluate(model, chats, tokenizer=tokenizer, limit=2)
+    assert model.training
+    model.eval()
+    assert scores.metrics == pytest.approx(evaluate(chat_adapter, chats, limit=2).metrics, rel=1e-4)
+    with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is for a model that is loaded here"):
+        evaluate(model, chats, dtype="float32")
+
+
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
 def test_words_that_do_not_go_together(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [chat("a", "b")])
-    assert "belong to --generate" in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
+    assert (
+        "belong to generate=True (--generate)"
+        in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
+    )
     assert "limit=0" in run("nowhere", "--file", file, "--limit", 0, code=2).stderr
-    assert "--batch-size 0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
+    assert "batch_size=0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
     assert "this is the input itself" in run(
         "nowhere", "--file", file, "--generate", "--predictions", file, code=2
     ).stderr  # fmt: skip
@@ -243,10 +262,21 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
         found = json.loads(run(adapter_folder, "--file", file, "--batch-size", size, "--json").stdout)
         assert found == pytest.approx({"rows": 5, **expected})
     assert "writes no text" in run(adapter_folder, "--file", file, "--generate", code=2).stderr
+    model.train()
+    assert evaluate(model, file, tokenizer=tokenizer).metrics == pytest.approx(expected)
+    assert model.training
+    other = [{"mine": row["text"], "text": "no", "wanted": row["label"], "label": "LABEL_0"} for row in rows]
+    write_lines(file, other)
+    named: Any = {"text_column": "mine", "completion_column": "wanted"}
+    assert evaluate(model, file, tokenizer=tokenizer, **named).metrics == pytest.approx(expected)
+    write_lines(file, [row | {"mine": row["mine"] + " on" * 99} for row in other])  # more than the model's positions
+    window = evaluate(model, file, tokenizer=tokenizer, **named).metrics
+    assert window == evaluate(model, file, tokenizer=tokenizer, max_length=32, **named).metrics
 
 
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
+    table = read_table(file)
     with pytest.raises(StateError, match="language models and text classifiers"):
-        evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, read_table(file))
+        evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, table, choose_columns(table))
     assert evaluation.task_type_of(tiny_llama()) == "CAUSAL_LM"

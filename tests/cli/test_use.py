@@ -15,10 +15,10 @@ from helpers import write_lines
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from hf_lora import Conversation, DataError, generate_texts
+from hf_lora import Conversation, DataError, generate_texts, load_for_generation
 from hf_lora.cli.main import app
-from hf_lora.data.prompts import read_prompt_table, read_prompts
-from hf_lora.generate.texts import load_for_generation
+from hf_lora.data.prompts import read_prompts
+from hf_lora.data.tables import read_table
 from hf_lora.testing import LocalHub
 
 
@@ -175,7 +175,7 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_
 
 @pytest.mark.parametrize("words", [[], ["--prompt", "a", "--file", "f.txt"], ["--prompt", "a", "--out", "o.jsonl"]])
 def test_words_that_do_not_go_together(words: list[str]) -> None:
-    assert "hf-lora generate: " in run("generate", "nowhere", *words, code=2).stderr
+    assert "generate_answers: " in run("generate", "nowhere", *words, code=2).stderr
 
 
 USER, ASSISTANT = {"role": "user", "content": "door"}, {"role": "assistant", "content": "now"}
@@ -193,39 +193,41 @@ USER, ASSISTANT = {"role": "user", "content": "door"}, {"role": "assistant", "co
         ({"instruction": "open", "input": "door", "output": "x"}, "open\n\ndoor"),
         ({"instruction": "open", "input": "", "output": "x"}, "open"),
         ({"text": "door"}, "door"),
+        ({"text": "door", "input": "no"}, "door"),
+        ({"input": "door", "output": "x"}, "door"),
     ],
 )
 def test_the_prompts_of_each_form(row: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    table = read_prompt_table(write_lines(tmp_path / "rows.jsonl", [row] * 2))
+    table = read_table(write_lines(tmp_path / "rows.jsonl", [row] * 2))
     assert read_prompts(table) == [expected] * 2
 
 
 def test_prompts_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffopen\n\n the door\n", encoding="utf-8")
-    assert read_prompts(read_prompt_table(tmp_path / "a.txt")) == ["open", " the door"]
+    assert read_prompts(read_table(tmp_path / "a.txt", prompts=True)) == ["open", " the door"]
     (tmp_path / "a.csv").write_text("mine,text\nopen,no\n", encoding="utf-8")
-    assert read_prompts(read_prompt_table(tmp_path / "a.csv"), "mine") == ["open"]
+    assert read_prompts(read_table(tmp_path / "a.csv", prompts=True), "mine") == ["open"]
     pyarrow.parquet.write_table(pyarrow.table({"messages": [[USER, ASSISTANT]]}), tmp_path / "a.parquet")
-    assert read_prompts(read_prompt_table(tmp_path / "a.parquet")) == [[USER]]
+    assert read_prompts(read_table(tmp_path / "a.parquet", prompts=True)) == [[USER]]
 
 
 def test_rows_without_a_prompt_are_all_named(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": " "}, {"prompt": 3}])
-    with pytest.raises(DataError, match=r"(?s)line 2, column 'prompt': the text is empty.*line 3.*no text"):
-        read_prompts(read_prompt_table(file))
+    with pytest.raises(DataError, match=r"(?s)line 2, column 'prompt': the text is empty.*line 3.*not a text"):
+        read_prompts(read_table(file, prompts=True))
     file = write_lines(tmp_path / "b.jsonl", [{"messages": [ASSISTANT]}, {"messages": "[{"}, {"messages": [USER]}])
-    with pytest.raises(DataError, match=r"(?s)line 1.*user never speaks.*line 2.*no JSON") as error:
-        read_prompts(read_prompt_table(file))
+    with pytest.raises(DataError, match=r"(?s)line 1.*user never speaks.*line 2.*not JSON") as error:
+        read_prompts(read_table(file, prompts=True))
     assert str(error.value).count("  - ") == 2
     file = write_lines(tmp_path / "g.jsonl", [{"messages": [USER], "tools": [{"name": "x"}]}])
     with pytest.raises(DataError, match="line 1, column 'tools'"):
-        read_prompts(read_prompt_table(file))
+        read_prompts(read_table(file, prompts=True))
     file = write_lines(tmp_path / "c.jsonl", [{"a": "b"}])
     with pytest.raises(DataError, match=r"It has 'a'; usual are messages.*--column"):
-        read_prompts(read_prompt_table(file))
-    for name, content, fault in (("d.txt", b"\n \n", "no prompts"), ("e.txt", b"\xff\xfe\xfa", "UTF-8")):
+        read_prompts(read_table(file, prompts=True))
+    for name, content, fault in (("d.txt", b"\n \n", "no rows"), ("e.txt", b"\xff\xfe\xfa", "UTF-8")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=fault):
-            read_prompt_table(tmp_path / name)
+            read_table(tmp_path / name, prompts=True)
     with pytest.raises(DataError, match="does not exist"):
-        read_prompt_table(tmp_path / "f.txt")
+        read_table(tmp_path / "f.txt", prompts=True)

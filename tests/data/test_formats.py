@@ -149,7 +149,7 @@ def test_lists_of_messages_may_be_json_text_in_their_cells(tmp_path: Path) -> No
     file.write_text('messages\n"[{]"\n"[{""role"": ""user""}]"\n', encoding="utf-8")
     with pytest.raises(DataError) as error:
         read(read_table(file))
-    assert f"{file}, line 2, column 'messages': no JSON (Expecting property name" in str(error.value)
+    assert f"{file}, line 2, column 'messages': not JSON (Expecting property name" in str(error.value)
     assert "at character 3)" in str(error.value)
     assert f"{file}, line 3, column 'messages', message 1: no content" in str(error.value)
 
@@ -178,7 +178,7 @@ def test_all_faults_of_chats_are_listed_with_their_places() -> None:
         "line 8, column 'messages': a dict where a list is needed",
         "line 9, column 'messages', message 2: a str where an object is needed",
         "line 10, column 'messages', message 1: no role",
-        "line 3, column 'tools': no JSON",
+        "line 3, column 'tools': not JSON",
         "the roles are system, developer, user, assistant, tool",
     ):
         assert part in str(error.value)
@@ -191,8 +191,8 @@ def test_faults_of_texts_are_listed_with_their_places() -> None:
     pair = table(instruction=["a", "", "c", "d"], input=[None, "", 3, ""], output=["x", "y", "z", None])
     with pytest.raises(DataError) as error:
         read(pair)
-    for part in ("line 3, column 'instruction': the text is empty", "line 4, column 'input': 3 is no text",
-                 "line 5, column 'output': None is no text"):  # fmt: skip
+    for part in ("line 3, column 'instruction': the text is empty", "line 4, column 'input': 3 is not a text",
+                 "line 5, column 'output': None is not a text"):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(DataError, match=r"line 3, column 'text': the text is empty"):
         read(table(text=["a", " "]))

@@ -52,6 +52,13 @@ def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str, text
     assert read_table(put(tmp_path, name, text)).columns == {"text": ["a, b", "c\nd"], "label": ["x", "y"]}
 
 
+def test_values_of_csv_stay_text(tmp_path: Path) -> None:
+    assert read_table(put(tmp_path, "a.csv", "text,label\n1e3,01\nNA,\n")).columns == {
+        "text": ["1e3", "NA"],
+        "label": ["01", ""],
+    }
+
+
 def test_parquet_and_a_datasets_folder(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
@@ -71,16 +78,16 @@ def test_parquet_and_a_datasets_folder(tmp_path: Path) -> None:
         ("a.csv", "text,label\na,x\nb\nc,y,z\n", "line 3: 1 fields, but line 1 names 2 columns\n  - line 4: 3 fields"),
         ("a.csv", 'text,label\n"a\nb",x\nc\n', "line 4: 1 fields"),
         ("a.csv", 'text,label\n"a,x\n', "line 2: unexpected end of data"),
-        ("a.csv", "text,text\na,b\n", "'text' stand there more than once"),
+        ("a.csv", "text,text\na,b\n", "'text' are listed more than once"),
         ("a.csv", b"text,label\na,x\n\xff\xfe,y\n", "a.csv, line 3: the bytes are not UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": }\n[1]\n{"a"', "line 2, column 10: Expecting value\n  - line 4, column"),
-        ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2: [1] is no JSON object"),
+        ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2: [1] is not a JSON object"),
         ("a.jsonl", "\n", "a.jsonl holds no rows"),
         ("a.json", "", "a.json is empty"),
         ("a.json", '[{"text": "a"},\n {"text": "b",}]', "a.json, line 2, column"),
         ("a.json", "3", "holds a int"),
-        ("a.json", "[3]", "item 1: 3 is no JSON object"),
-        ("a.parquet", "PAR", "is no whole parquet file"),
+        ("a.json", "[3]", "item 1: 3 is not a JSON object"),
+        ("a.parquet", "PAR", "is not a whole parquet file"),
         ("a.txt", "text", "cannot tell what kind of file"),
     ],
 )
@@ -132,9 +139,10 @@ def test_columns_that_cannot_be_told(columns: dict[str, list[Any]], named: dict[
 def test_labels_have_a_natural_order_and_faults_have_lines() -> None:
     assert find_labels(table(label=["b", "a", "b"]), "label") == ["a", "b"]
     assert find_labels(table(label=[10, 9, 2]), "label") == ["2", "9", "10"]
+    assert find_labels(table(label=["10", "-9", "01", "--5"]), "label") == ["-9", "01", "10", "--5"]
     declared = Table("d", {"label": [0, 0]}, [1, 2], "row", {"label": ["no", "yes"]})
     assert find_labels(declared, "label") == ["no", "yes"]
-    with pytest.raises(DataError, match=r"one label alone .'a'. in all 2 rows"):
+    with pytest.raises(DataError, match=r"only one label .'a'. in all 2 rows"):
         find_labels(table(label=["a", "a"]), "label")
     with pytest.raises(DataError) as error:
         find_labels(table(label=["a", None, "", 0.5]), "label")
@@ -151,8 +159,8 @@ def test_classification_rows() -> None:
     bad = table(text=["a", " ", 3], label=["x", "yy", "x"])
     with pytest.raises(DataError) as error:
         classification_rows(bad, choose_columns(bad), ["x", "y"], Words())
-    for part in ("line 3, column 'text': the text is empty", "line 4, column 'text': 3 is no text",
-                 "line 3, column 'label': 'yy' is no label of the training data (did you mean 'y'?)"):  # fmt: skip
+    for part in ("line 3, column 'text': the text is empty", "line 4, column 'text': 3 is not a text",
+                 "line 3, column 'label': 'yy' is not a label of the training data (did you mean 'y'?)"):  # fmt: skip
         assert part in str(error.value)
 
 

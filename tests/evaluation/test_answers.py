@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from hf_lora.errors import DataError
-from hf_lora.evaluation import metrics as module
 from hf_lora.evaluation.answers import field_table, first_object, pairs_of
 from hf_lora.evaluation.metrics import load_metric
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
 
 
 def compute(name: str, found: list[str], true: list[str], **options: Any) -> Any:

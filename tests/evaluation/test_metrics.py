@@ -1,8 +1,7 @@
-"""Metrics without network against scikit-learn, and perplexity against float64."""
+"""Metrics against scikit-learn, and perplexity against float64."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import evaluate
@@ -14,27 +13,20 @@ from tiny import tiny_gpt2
 from transformers import EvalPrediction
 
 from hf_lora.errors import ConfigError
-from hf_lora.evaluation import metrics as module
-from hf_lora.evaluation.fallbacks import fallback
-from hf_lora.evaluation.metrics import build_compute_metrics, load_metric
+from hf_lora.evaluation.metrics import METRICS, build_compute_metrics, load_metric
 
 RNG = np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "hub_is_reachable", lambda: False)
-
-
 @pytest.mark.parametrize("weights", [None, RNG.random(50)])
 @pytest.mark.parametrize("classes", [2, 5])
-def test_fallbacks_equal_sklearn(classes: int, weights: Any) -> None:
+def test_accuracy_and_f1_equal_sklearn(classes: int, weights: Any) -> None:
     found, true = RNG.integers(0, classes, 50), RNG.integers(0, classes, 50)
-    result = fallback("accuracy").compute(predictions=found, references=true, sample_weight=weights)
+    result = load_metric("accuracy").compute(predictions=found, references=true, sample_weight=weights)
     assert list(result) == ["accuracy"]
     assert result["accuracy"] == pytest.approx(accuracy_score(true, found, sample_weight=weights), abs=1e-12)
     for average in ["micro", "macro", "weighted", None, *(["binary"] if classes == 2 else [])]:
-        result = fallback("f1").compute(predictions=found, references=true, average=average, sample_weight=weights)
+        result = load_metric("f1").compute(predictions=found, references=true, average=average, sample_weight=weights)
         assert list(result) == ["f1"]
         expected = f1_score(true, found, average=average, sample_weight=weights)
         np.testing.assert_allclose(result["f1"], expected, atol=1e-12)
@@ -45,21 +37,21 @@ def test_fallbacks_equal_sklearn(classes: int, weights: Any) -> None:
 )
 @pytest.mark.parametrize("average", ["micro", "macro", "weighted"])
 def test_f1_where_classes_are_missing(found: list[int], true: list[int], average: str) -> None:
-    result = fallback("f1").compute(predictions=found, references=true, average=average)
+    result = load_metric("f1").compute(predictions=found, references=true, average=average)
     assert result["f1"] == pytest.approx(f1_score(true, found, average=average, zero_division=0))
 
 
 def test_binary_f1_of_many_classes_is_refused_as_by_sklearn() -> None:
     with pytest.raises(ValueError, match="macro"):
-        fallback("f1").compute(predictions=[0, 1, 2], references=[0, 1, 2])
+        load_metric("f1").compute(predictions=[0, 1, 2], references=[0, 1, 2])
 
 
 def test_f1_labels_and_pos_label() -> None:
     found, true = RNG.integers(0, 4, 60), RNG.integers(0, 4, 60)
-    result = fallback("f1").compute(predictions=found, references=true, labels=[1, 3], average="macro")
+    result = load_metric("f1").compute(predictions=found, references=true, labels=[1, 3], average="macro")
     assert result["f1"] == pytest.approx(f1_score(true, found, labels=[1, 3], average="macro"))
     found, true = found % 2, true % 2
-    result = fallback("f1").compute(predictions=found, references=true, pos_label=0)
+    result = load_metric("f1").compute(predictions=found, references=true, pos_label=0)
     assert result["f1"] == pytest.approx(f1_score(true, found, pos_label=0))
 
 
@@ -144,17 +136,26 @@ def test_a_function_is_returned_and_a_script_is_loaded(tmp_path: Any) -> None:
     assert metric(EvalPrediction(np.array([0, 1, 0]), np.array([0, 0, 0]))) == {"zeros": 2}
 
 
-def test_an_unreachable_hub_is_found_out_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.undo()
-    for name in ("HTTPS_PROXY", "https_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(evaluate.config, "HF_EVALUATE_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "https://192.0.2.1")  # an address that nobody has (RFC 5737)
-    module.hub_is_reachable.cache_clear()
-    start = time.monotonic()
+def test_metrics_of_the_table_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "load", lambda name: pytest.fail(f"{name} was looked for"))
+    for name in METRICS:
+        assert load_metric(name).name == name
     assert load_metric("accuracy").compute(predictions=[1], references=[1]) == {"accuracy": 1.0}
-    assert time.monotonic() - start < 4
-    module.hub_is_reachable.cache_clear()
+    with pytest.raises(ValueError, match="one shape"):
+        load_metric("accuracy").compute(predictions=[1, 1], references=[1])
+
+
+def test_an_entry_of_the_table_is_a_metric_of_the_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        METRICS, "wrong", lambda predictions, references: {"wrong": int((predictions != references).sum())}
+    )
+    logits, labels = RNG.normal(size=(9, 3)).astype("float32"), RNG.integers(0, 3, 9)
+    result = build_compute_metrics(["accuracy", "wrong"])(EvalPrediction(logits, labels))
+    assert result["wrong"] == round(9 * (1 - result["accuracy"]))
+
+
+def test_a_metric_that_fails_leaves_nothing_for_the_next_evaluation() -> None:
+    metric = build_compute_metrics("f1", average="binary")
+    with pytest.raises(ValueError, match="macro"):
+        metric(EvalPrediction(np.array([0, 1, 2]), np.array([0, 1, 2])))
+    assert metric(EvalPrediction(np.array([0, 1]), np.array([0, 1]))) == {"f1": 1.0}

@@ -142,7 +142,7 @@ BAD_VALUES: dict[str, list[Any]] = {
                        ".*" * 300, "x" * 100_000, "no_such_module", ["../q_proj"], ["no_such_module"]],
     "exclude_modules": [5, [1], "(", r"(.*)*(b|c)*\1", "q" * 100_000],
     "rank_pattern": [[1], "x", 5, {"q": 0}, {"q": "3"}, {"q": 2**40}, {"q": None}, {"q": 10**400}, {"(": 2},
-                     {"(?i)q_proj": 2}, {r"(.*)*(a|b)\1": 3}, {"a{99999999999}": 1}, {"a)|(b": 1},
+                     {"(?i)q_proj": 2}, {"a{99999999999}": 1}, {"(?:^){4294967294}": 1}, {"a)|(b": 1},
                      {f"m{i}": 1 for i in range(30_000)}, {f"m{i}.*": 1 for i in range(1000)}, {".*": 2**20}],
     "alpha_pattern": [[1], {"q": 0}, {"q": "3"}, {"q": -1}, {"q": 10**400}, {"(": 2}, {"(?x)q": 2}],
     "bias": ["some", 3, None, ["none"]],
@@ -177,7 +177,7 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "revision": [None, "main", "refs/pr/1"],
     "base_model_name_or_path": ["../../../etc", "/etc/passwd", "nobody/nothing", None],
     "exclude_modules": [BOMB, r"(a+)+$"],
-    "rank_pattern": [{"no_such_module": 3}, {BOMB: 3}],
+    "rank_pattern": [{"no_such_module": 3}, {BOMB: 3}, {r"(.*)*(a|b)\1": 3}, {"(a|a|.)*(.|b)*$": 4}],
 }  # fmt: skip
 BAD_EXTRAS: dict[str, list[Any]] = {
     "base": [5, [], "x"],

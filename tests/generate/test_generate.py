@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +24,11 @@ from hf_lora import (
     LoraModel,
     StateError,
     apply_lora,
+    generate_answers,
     generate_texts,
+    load_for_generation,
 )
 from hf_lora.data.encode import encode_prompts
-from hf_lora.generate.texts import load_for_generation
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('who?') }}"
@@ -257,6 +259,27 @@ def test_settings_that_cannot_be_used_are_all_named(adapted: Any, tokenizer: Any
         generate_texts(tiny_bert(), tokenizer, ["w9"])
 
 
+def test_a_file_is_answered_by_a_model_in_memory(adapted: Any, tokenizer: Any, tmp_path: Path) -> None:
+    file, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    file.write_text("\n".join(PROMPTS) + "\n\n")
+    seen: list[tuple[int, int]] = []
+    options: Any = {"tokenizer": tokenizer, "max_new_tokens": 4}
+    expected = generate_texts(adapted, tokenizer, PROMPTS, max_new_tokens=4)
+    found = generate_answers(adapted, file=file, out=out, progress=lambda *n: seen.append(n), **options)
+    assert found == expected == generate_answers(adapted, PROMPTS, **options)
+    assert seen == [(5, 5)]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == [
+        {"prompt": prompt, "generated": answer} for prompt, answer in zip(PROMPTS, expected, strict=True)
+    ]
+    before = out.read_bytes()
+    file.write_text("w9 " * 70)
+    with pytest.raises(DataError, match="prompt 0 has"):
+        generate_answers(adapted, file=file, out=out, **options)
+    assert out.read_bytes() == before
+    with pytest.raises(ConfigError, match="tokenizer= is missing"):
+        generate_answers(adapted, PROMPTS)
+
+
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
@@ -283,7 +306,7 @@ def test_the_tokenizer_of_the_training_comes_first(folders: Path, tmp_path: Path
 
 
 def test_what_cannot_be_loaded_is_said(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="no folder here"):
+    with pytest.raises(AdapterFileError, match="not a folder here"):
         load_for_generation("nobody/no-such-model")
     with pytest.raises(AdapterFileError, match=r"no adapter_config\.json"):
         load_for_generation(tmp_path)

@@ -90,18 +90,18 @@ def test_without_a_network_the_cache_is_used(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (local_base("user/base") / "model.safetensors").is_file()
     (local_base("user/base") / "model.safetensors").unlink()
-    with pytest.raises(HubError, match=r"does not hold it at 'main'. Pull it once .*hf download user/base"):
+    with pytest.raises(HubError, match=r"does not hold user/base at 'main'. Download it once .*hf download user/base"):
         local_base("user/base")
 
 
-def test_a_base_that_cannot_be_had(with_base: LocalHub) -> None:
+def test_a_base_that_could_not_be_loaded(with_base: LocalHub) -> None:
     with_base.add_repo("user/gated", {"config.json": b"{}"}, gated=True)
     for name, revision, words in [
         ("user/none", None, "no model repository user/none"),
         ("user/base", "v9", "no branch, tag or commit 'v9'. It has main."),
         ("user/gated", None, "gated. Ask for access"),
-        ("a/b/c", None, "no repository can have that name"),
-        ("x" * 300, None, "no repository can have that name"),
+        ("a/b/c", None, "not a valid name of a repository"),
+        ("x" * 300, None, "not a valid name of a repository"),
     ]:
         token = with_base.add_user("guest") if name == "user/gated" else None
         with pytest.raises(HubError, match=words):

@@ -335,7 +335,7 @@ def test_a_readme_that_cannot_be_kept_does_not_stop_a_training(tmp_path: Path, c
     trainer.is_in_train = True
     trainer.create_model_card()
     trainer.is_in_train = False
-    with pytest.raises(AdapterFileError, match="no YAML"):
+    with pytest.raises(AdapterFileError, match="not valid YAML"):
         trainer.create_model_card()
     assert content(tmp_path) == "---\na: [\n---\ntext"
 

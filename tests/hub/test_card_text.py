@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from helpers import randomize, tiny_bert
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, ModelCard, constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -123,8 +123,8 @@ def test_a_readme_with_the_lines_of_windows_keeps_them(readme: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (b"---\na: [\n---\n", "no YAML"),
-        (b"---\n- a\n- b\n---\n", "no mapping"),
+        (b"---\na: [\n---\n", "not valid YAML"),
+        (b"---\n- a\n- b\n---\n", "not a mapping"),
         (b"---\nmodel-index: [1]\n---\n", "model-index cannot be read"),
         (b"text \xff\xfe", "not UTF-8"),
         (b"<!-- hf_lora:begin -->\ntext", "not one pair"),
@@ -241,6 +241,10 @@ def test_no_home_directory_stands_in_a_card(home: str) -> None:
     assert clean("/home-made/x /rooted") == "/home-made/x /rooted"
 
 
-def test_the_token_of_the_environment_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_in_use_is_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "not-of-the-usual-form")
     assert clean("a not-of-the-usual-form b") == "a *** b"
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("that-of-the-login")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert clean("a that-of-the-login b hf_" + "x" * 20) == "a *** b ***"

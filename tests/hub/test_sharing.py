@@ -17,9 +17,19 @@ from hub.conftest import EXPECTED, contents
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from hf_lora import AdapterFileError, BaseMismatchError, HubError, LoraModel, StateError, apply_lora
-from hf_lora.hub.pull import fetch_adapter, local_adapter, pull_adapter
-from hf_lora.hub.push import push_folder, pushed_files
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    HubError,
+    LoraModel,
+    StateError,
+    apply_lora,
+    pull,
+    push,
+    write_card,
+)
+from hf_lora.hub.download import local_adapter
+from hf_lora.hub.upload import pushed_files
 from hf_lora.testing import LocalHub
 
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
@@ -130,29 +140,29 @@ def test_only_the_adapter_s_files_go_up(hub: LocalHub, adapter_folder: Path) -> 
 
 def test_large_uploads_go_in_parts(adapter_folder: Path, tmp_path: Path) -> None:
     with LocalHub(chunk_size=10_000) as hub, hub.active(tmp_path):
-        push_folder(adapter_folder, "user/ad")
+        push(adapter_folder, "user/ad")
         weights = (adapter_folder / "adapter_model.safetensors").read_bytes()
         assert hub.files("user/ad")["adapter_model.safetensors"] == weights
         assert len(hub.asked("PUT */part/*")) == -(-len(weights) // 10_000) > 1
 
 
 def test_branches_and_pull_requests(hub: LocalHub, adapter_folder: Path, tmp_path: Path) -> None:
-    push_folder(adapter_folder, "user/ad", revision="v2")  # neither repository nor branch is there
+    push(adapter_folder, "user/ad", revision="v2")  # neither repository nor branch is there
     assert hub.files("user/ad") == {}
     assert hub.files("user/ad", "v2").keys() == EXPECTED
-    done = push_folder(adapter_folder, "user/ad", create_pr=True)
+    done = push(adapter_folder, "user/ad", create_pr=True)
     assert done.pr_url == f"{hub.url}/user/ad/discussions/1"
     assert hub.files("user/ad") == {}
-    pulled = pull_adapter("user/ad", tmp_path / "pr", revision="refs/pr/1")
+    pulled = pull("user/ad", tmp_path / "pr", revision="refs/pr/1")
     assert contents(pulled).keys() == EXPECTED
     hub.repo("user/ad").merge_pull(1)
     assert hub.files("user/ad").keys() == EXPECTED
     with pytest.raises(HubError, match="no branch, tag or commit 'refs/pr/7'"):
-        push_folder(adapter_folder, "user/ad", revision="refs/pr/7")
+        push(adapter_folder, "user/ad", revision="refs/pr/7")
     guest = hub.add_user("guest")
     with pytest.raises(HubError, match="create_pr=True"):
-        push_folder(adapter_folder, "user/ad", token=guest, revision="v3")
-    assert push_folder(adapter_folder, "user/ad", token=guest, create_pr=True).oid
+        push(adapter_folder, "user/ad", token=guest, revision="v3")
+    assert push(adapter_folder, "user/ad", token=guest, create_pr=True).oid
 
 
 def test_several_adapters_go_to_folders_of_their_names(model: Any, hub: LocalHub) -> None:
@@ -168,8 +178,8 @@ def test_several_adapters_go_to_folders_of_their_names(model: Any, hub: LocalHub
     with pytest.raises(AdapterFileError, match="holds the adapters a/b in folders of their own: pass subfolder="):
         LoraModel.from_pretrained("user/in")
     for out in ("../x", "/x", "a/../b", "a\0b"):
-        with pytest.raises(HubError, match="no folder inside a repository"):
-            fetch_adapter("user/in", subfolder=out)
+        with pytest.raises(HubError, match="not a folder inside a repository"):
+            pull("user/in", subfolder=out)
 
 
 def test_what_somebody_wrote_on_the_hub_is_kept(model: Any, hub: LocalHub) -> None:
@@ -188,6 +198,32 @@ def test_what_somebody_wrote_on_the_hub_is_kept(model: Any, hub: LocalHub) -> No
     assert len(hub.commits("user/ad")) == 4, "nothing has changed"
 
 
+def test_text_around_our_part_counts_where_it_was_changed_last(
+    hub: LocalHub, adapter_folder: Path, tmp_path: Path, caplog: Any
+) -> None:
+    folder = shutil.copytree(adapter_folder, tmp_path / "mine")
+    (folder / "README.md").unlink()
+    card = write_card(folder)
+
+    def there() -> str:
+        return hub.files("user/ad")["README.md"].decode()
+
+    card.write_text(card.read_text() + "\n## Limits\n")
+    push(folder, "user/ad")
+    assert there().endswith("\n## Limits\n"), "also in the first push"
+    card.write_text(card.read_text().replace("## Limits", "## Known limits"))
+    push(folder, "user/ad")
+    assert there().endswith("\n## Known limits\n")
+    hub.add_files("user/ad", {"README.md": there().replace("## Known limits", "## On the Hub").encode()})
+    push(folder, "user/ad")
+    assert there().endswith("\n## On the Hub\n")
+    assert "differs here and on the Hub" not in caplog.text
+    card.write_text(card.read_text().replace("## Known limits", "## Here"))
+    push(folder, "user/ad")
+    assert there().endswith("\n## On the Hub\n")
+    assert "differs here and on the Hub" in caplog.text
+
+
 def test_what_is_checked_before_the_network_is_asked(
     model: Any, hub: LocalHub, adapter_folder: Path, tmp_path: Path
 ) -> None:
@@ -198,11 +234,11 @@ def test_what_is_checked_before_the_network_is_asked(
     (tmp_path / "none").mkdir()
     model.merge_adapter()
     refusals: list[tuple[Any, type[Exception], str]] = [
-        (lambda: push_folder(tmp_path / "cut", "user/x"), AdapterFileError, "cannot be read"),
-        (lambda: push_folder(tmp_path / "none", "user/x"), AdapterFileError, "holds no adapter"),
-        (lambda: push_folder(tmp_path / "absent", "user/x"), AdapterFileError, "is no folder"),
-        (lambda: push_folder(adapter_folder, "a b/c"), HubError, "no repository can have that name"),
-        (lambda: push_folder(adapter_folder, "user/x/y"), HubError, "no repository can have that name"),
+        (lambda: push(tmp_path / "cut", "user/x"), AdapterFileError, "not a whole safetensors file"),
+        (lambda: push(tmp_path / "none", "user/x"), AdapterFileError, "holds no adapter"),
+        (lambda: push(tmp_path / "absent", "user/x"), AdapterFileError, "is not a folder"),
+        (lambda: push(adapter_folder, "a b/c"), HubError, "not a valid name of a repository"),
+        (lambda: push(adapter_folder, "user/x/y"), HubError, "not a valid name of a repository"),
         (lambda: model.push_to_hub("user/x"), StateError, "merged"),
     ]
     for call, error, words in refusals:
@@ -220,11 +256,11 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(
     secret.write_text("a secret")
     (folder / "vocab.json").symlink_to(secret)
     with pytest.raises(AdapterFileError, match=r"vocab.json is a link that leads out .*id_rsa"):
-        push_folder(folder, "user/ad")
+        push(folder, "user/ad")
     (folder / "vocab.json").unlink()
     (folder / "other").symlink_to(adapter_folder)
     with pytest.raises(AdapterFileError, match="other is a link that leads out") as caught:
-        push_folder(folder, "user/ad")
+        push(folder, "user/ad")
     assert str(caught.value).count("leads out") == 1
     assert not hub.requests
     with pytest.raises(AdapterFileError, match="other is a link that leads out"):
@@ -233,17 +269,17 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(
     (folder / "vocab.json").symlink_to(folder / "hf_lora.json")  # this one stays within
     assert "vocab.json" in pushed_files(folder, "here")
     assert local_adapter(folder, subfolder="none") == folder / "none"
-    cached = fetch_adapter("user/ad") if push_folder(folder, "user/ad") else folder
+    cached = pull("user/ad") if push(folder, "user/ad") else folder
     assert pushed_files(cached, "of the cache, which consists of links").keys() >= ADAPTER
 
 
 def test_a_full_model_on_the_hub_is_left_alone(with_base: LocalHub, adapter_folder: Path) -> None:
     before = with_base.files("user/base")
     with pytest.raises(HubError, match=r"holds a full model there \(config.json, model.safetensors\)"):
-        push_folder(adapter_folder, "user/base")
+        push(adapter_folder, "user/base")
     assert with_base.files("user/base") == before
-    with pytest.raises(AdapterFileError, match=r"is no adapter .* full model \(config.json, model.safetensors\)"):
-        fetch_adapter("user/base")
+    with pytest.raises(AdapterFileError, match=r"is not an adapter .* full model \(config.json, model.safetensors\)"):
+        pull("user/base")
 
 
 def test_no_token_is_ever_told(
@@ -253,17 +289,17 @@ def test_no_token_is_ever_told(
     echoed = {"X-Error-Message": f"the token {secret} is of no use"}
     hub.fail("POST /api/repos/create", "status", status=403, headers=echoed)
     with pytest.raises(HubError) as caught:
-        push_folder(adapter_folder, "reader/ad", token=secret)
+        push(adapter_folder, "reader/ad", token=secret)
     import traceback
 
     told = "".join(traceback.format_exception(caught.value))
     assert "the token *** is of no use" in told
     assert secret not in told
     with pytest.raises(HubError) as caught:
-        push_folder(adapter_folder, "user/ad", token="no\ntoken")
+        push(adapter_folder, "user/ad", token="no\ntoken")
     assert "Bearer ***" in str(caught.value)
     assert not waits, "it cannot stand in a header, now or later"
-    push_folder(adapter_folder, "user/ad")
+    push(adapter_folder, "user/ad")
     out = capfd.readouterr()
     assert "no\\ntoken" not in out.err
     for text in (out.out, out.err, *(str(c) for c in hub.files("user/ad").values())):
@@ -279,15 +315,15 @@ def test_one_commit_and_only_what_an_adapter_needs(hub: LocalHub, adapter_folder
     hub.add_files("user/ad", {"model.bin": b"x", "optimizer.pt": b"x", "checkpoint-3/adapter_config.json": b"{}"})
     hub.clear()
     commit = hub.commits("user/ad")[0].oid
-    folder = fetch_adapter("user/ad")
+    folder = pull("user/ad")
     assert folder.name == commit
     assert contents(folder).keys() == EXPECTED - {"README.md"}
     files = hub.asked("* /user/ad/resolve/*")
     assert files
     assert all(f"/resolve/{commit}/" in line.path for line in files)
     hub.clear()
-    fetch_adapter("user/ad")
-    assert len(hub.requests) == 2, "what the revision is, and what files it has"
+    pull("user/ad")
+    assert len(hub.requests) == 1, "what the revision is, and what files it has"
 
 
 def test_without_a_network_the_cache_is_used(
@@ -303,10 +339,10 @@ def test_without_a_network_the_cache_is_used(
     assert not hub.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert torch.equal(logits(LoraModel.from_pretrained("user/ad")), expected)
-    with pytest.raises(HubError, match=r"does not hold it at 'main'. Pull it once"):
+    with pytest.raises(HubError, match=r"does not hold user/other at 'main'. Download it once"):
         LoraModel.from_pretrained("user/other")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    assert fetch_adapter("user/ad").is_dir()  # the Hub does not answer: a warning, and the cache
+    assert pull("user/ad").is_dir()  # the Hub does not answer: a warning, and the cache
 
 
 def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits: list[float]) -> None:
@@ -324,12 +360,12 @@ def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits
         ("user/gated", {"token": guest}, f"gated. Ask for access at {hub.url}/user/gated"),
         ("user/ad", {"token": "hf_wrong_token"}, "401.*the token is not valid"),
         ("user/ad", {"revision": "v9"}, "no branch, tag or commit 'v9'. It has main."),
-        ("user/empty", {}, r"is no adapter \(no adapter_config.json\). It holds .*notes.txt"),
+        ("user/empty", {}, r"is not an adapter \(no adapter_config.json\). It holds .*notes.txt"),
         ("user/half", {}, "no adapter_model.safetensors: the adapter is incomplete"),
-        ("user/old", {}, "a pickle, which is not fetched.*hf-lora convert"),
-        ("user/huge", {}, "adapter_config.json has more than 4,194,304 bytes. It is not fetched."),
-        ("no/such/name", {}, "no repository can have that name"),
-        ("x" * 300, {}, "no repository can have that name"),
+        ("user/old", {}, "a pickle, which is not downloaded.*hf-lora convert"),
+        ("user/huge", {}, "adapter_config.json has more than 4,194,304 bytes. It was not downloaded."),
+        ("no/such/name", {}, "not a valid name of a repository"),
+        ("x" * 300, {}, "not a valid name of a repository"),
     ]
     for repo_id, kwargs, words in cases:
         with pytest.raises(AdapterFileError, match=words):
@@ -337,12 +373,12 @@ def test_each_refusal_says_what_to_do(hub: LocalHub, adapter_folder: Path, waits
     assert not hub.asked("GET */user/huge/resolve/*")
     assert not waits, "none of these passes"
     hub.repo("user/gated").readers.add("guest")
-    assert fetch_adapter("user/gated", token=guest).is_dir()
+    assert pull("user/gated", token=guest).is_dir()
     with (
         pytest.raises(HubError, match=r"no token was given. .*hf auth login"),
         hub.active(adapter_folder.parent, None),
     ):
-        fetch_adapter("user/secret", token=False)
+        pull("user/secret", token=False)
 
 
 def test_the_base_is_that_of_the_training(model: Any, hub: LocalHub, base_folder: Path, tmp_path: Path) -> None:
@@ -391,8 +427,8 @@ def test_pull_into_a_folder(hub: LocalHub, adapter_folder: Path, tmp_path: Path)
     assert "is not empty" in run_command("pull", "user/ad", tmp_path / "out", code=2).stderr
     run_command("pull", "user/ad", tmp_path / "out", "--overwrite")
     assert "snapshots" in run_command("pull", "user/ad", "--offline").output
-    with pytest.raises(AdapterFileError, match=r"cannot be made .*Name another folder"):
-        pull_adapter("user/ad", adapter_folder / "README.md" / "out")
+    with pytest.raises(AdapterFileError, match=r"could not be made .*Name another folder"):
+        pull("user/ad", adapter_folder / "README.md" / "out")
 
 
 def test_nothing_is_left_of_an_adapter_that_is_replaced(hub: LocalHub, adapter_folder: Path, tmp_path: Path) -> None:
@@ -400,13 +436,13 @@ def test_nothing_is_left_of_an_adapter_that_is_replaced(hub: LocalHub, adapter_f
     theirs = {name: (adapter_folder / name).read_bytes() for name in ADAPTER - {"hf_lora.json"}}
     hub.add_repo("user/theirs", theirs)
     put(hub, adapter_folder)
-    out = pull_adapter("user/ad", tmp_path / "out")
+    out = pull("user/ad", tmp_path / "out")
     (out / "mine.txt").write_text("mine")
-    pull_adapter("user/theirs", out, overwrite=True)
+    pull("user/theirs", out, overwrite=True)
     assert contents(out).keys() == theirs.keys() | {"mine.txt", "README.md"}
-    pull_adapter("user/theirs", tmp_path / "theirs")
-    push_folder(tmp_path / "theirs", "user/ad")
+    pull("user/theirs", tmp_path / "theirs")
+    push(tmp_path / "theirs", "user/ad")
     assert hub.files("user/ad").keys() == EXPECTED - {"hf_lora.json"}
-    push_folder(adapter_folder, "user/ad", subfolder="inner")
-    push_folder(tmp_path / "theirs", "user/ad")
+    push(adapter_folder, "user/ad", subfolder="inner")
+    push(tmp_path / "theirs", "user/ad")
     assert "inner/hf_lora.json" in hub.files("user/ad"), "another adapter's"

@@ -10,11 +10,14 @@ import pytest
 import torch
 from helpers import assert_same_tensors, randomize
 from tiny import adapter_values, texts, tiny_bert, tiny_llama
+from transformers import TrainerState
 
 from hf_lora import LoraConfig, TrainingError, apply_lora
 from hf_lora.errors import AdapterFileError
+from hf_lora.testing import LocalHub
 from hf_lora.train.checkpoint.fields import FIELDS, Field
 from hf_lora.train.checkpoint.manifest import last_checkpoint, read_manifest, why_incomplete
+from hf_lora.train.checkpoint.pushing import Pusher, make_repository
 from hf_lora.train.checkpoint.store import CheckpointStore, save_adapters
 from hf_lora.train.head_loss import HeadLoss
 from hf_lora.train.watch.finite import FiniteWatch
@@ -71,6 +74,26 @@ def test_one_more_field_of_a_checkpoint_is_one_entry(tmp_path: Path, monkeypatch
         store.load_adapters(str(folder), model)
     (folder / "size.txt").unlink()
     assert why_incomplete(folder) == ["size.txt is missing"]
+
+
+def test_a_pusher_pushes_what_lies_in_the_folders(tmp_path: Path, arguments: Any) -> None:
+    args, model = arguments(save_strategy="steps", hub_strategy="checkpoint"), apply_lora(tiny_bert())
+    folder = Path(args.output_dir) / "checkpoint-3"
+    write(CheckpointStore(), folder, model, 3)
+    (folder / "training_args.bin").write_bytes(b"the token")
+    save_adapters(randomize(model), args.output_dir)
+    state = TrainerState(global_step=3)
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        args.hub_token = hub.token
+        name, pusher = make_repository(args), Pusher()
+        job = pusher.push_checkpoint(args, name, state, folder, None)
+        pusher.push_output(args, name, "Mine").result(timeout=60)
+        assert job is not None
+        assert job.done()  # one push after the other
+        assert [commit.title for commit in hub.commits(name)][:2] == ["Mine", "Training in progress, step 3"]
+        files = hub.files(name)
+    assert "last-checkpoint/adapter_model.safetensors" in files
+    assert not any("training_args" in file for file in files)
 
 
 def test_the_loss_over_the_head_is_the_models_own() -> None:

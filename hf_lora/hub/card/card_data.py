@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import EvalResult
@@ -17,25 +19,11 @@ from torch import nn
 
 from ...config import LoraConfig
 from ...errors import AdapterFileError, HubError
-from ...files.format import CONFIG_NAME, WEIGHTS_NAME, read_config, read_extras, split_key
+from ...files.format import WEIGHTS_NAME, read_config, read_extras, split_key
 from ...files.save import adapter_state_dict, config_on_disk, extras_of
+from ...safe_io.headers import read_header
 from ..names import check_repository
 from .escape import clean
-
-PIPELINES = {
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForMaskedLM": "fill-mask",
-    "ForQuestionAnswering": "question-answering",
-    "ForImageClassification": "image-classification",
-    "ForSemanticSegmentation": "image-segmentation",
-    "ForObjectDetection": "object-detection",
-    "ForAudioClassification": "audio-classification",
-    "ForCTC": "automatic-speech-recognition",
-}
-"""How the name of a model's class ends -> its task on the Hub."""
 
 TASK_TYPES = {
     "SEQ_CLS": "text-classification",
@@ -50,51 +38,64 @@ TASK_TYPES = {
 
 @dataclass
 class Adapter:
-    """An adapter without its numbers: its configuration, and which tensors it has."""
+    """An adapter without its numbers.
+
+    Attributes:
+        shapes: of its tensors, by their keys in the file.
+        bytes, digest: of the file with the tensors; None where the card is written before it.
+    """
 
     config: LoraConfig
     extras: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
     bytes: int | None = None
     digest: str | None = None
-    """Of the file with the tensors; None where the card is written before it."""
 
     @property
     def layers(self) -> list[str]:
         """The adapted layers, by path."""
-        return sorted({path for key in self.shapes for path, role in [split_key(key)] if role not in ("bias", "copy")})
+        return sorted({path for path, role in map(split_key, self.shapes) if role not in ("bias", "copy")})
 
     @property
     def whole(self) -> list[str]:
         """The modules that are kept whole, by path."""
-        return sorted({p.rpartition(".")[0] for key in self.shapes for p, role in [split_key(key)] if role == "copy"})
+        return sorted({path.rpartition(".")[0] for path, role in map(split_key, self.shapes) if role == "copy"})
 
     @property
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
+    def versions(self) -> dict[str, Any]:
+        """Library -> its version at the save."""
+        found = self.extras.get("versions")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def base_is_on_hub(self) -> bool:
         """Whether the base came from the Hub under the name in the configuration, rather than from a folder."""
         identity = self.extras.get("base")
-        name = self.config.base_model_name_or_path
-        if isinstance(identity, dict) and self.extras:
-            return bool(identity.get("commit")) and is_repository(name)
-        return is_repository(name)  # another library's file: there a name that is no folder is one on the Hub
+        found = is_repository(self.config.base_model_name_or_path)
+        return found and (not isinstance(identity, dict) or bool(identity.get("commit")))
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class."""
+        return str(self.extras.get("architecture") or "")
 
     @property
     def classifies(self) -> bool:
         """Whether the model gives texts, images … or parts of them classes that have names."""
-        architecture = str(self.extras.get("architecture") or "")
-        return "Classification" in architecture or self.config.task_type in ("SEQ_CLS", "TOKEN_CLS")
+        return "Classification" in self.architecture or self.config.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
     @property
     def labels(self) -> list[str]:
-        """The names of a classifier's classes, in their order."""
+        """The names of a classifier's classes, in their order; none where nobody has named them."""
         id2label = self.extras.get("id2label")
         if not self.classifies or not isinstance(id2label, dict):
             return []
-        return [str(id2label[key]) for key in sorted(id2label, key=lambda key: (len(key), key))]
+        found = [str(id2label[key]) for key in sorted(id2label, key=lambda key: (len(key), key))]
+        return [] if all(re.fullmatch(r"LABEL_\d+", label) for label in found) else found
 
     @property
     def unit(self) -> str:
@@ -108,9 +109,11 @@ class Adapter:
     @property
     def task(self) -> str | None:
         """The Hub's name of the task that the adapter was trained for."""
-        architecture = str(self.extras.get("architecture") or "")
-        found = next((task for end, task in PIPELINES.items() if architecture.endswith(end)), None)
-        return found or TASK_TYPES.get(self.config.task_type or "")
+        from transformers.modelcard import TASK_MAPPING
+
+        known = cast(dict[str, dict[str, str]], TASK_MAPPING)
+        found = (task for task, names in known.items() if self.architecture in names.values())
+        return next(found, None) or TASK_TYPES.get(self.config.task_type or "")
 
 
 def read_facts(folder: Path) -> Adapter:
@@ -122,31 +125,23 @@ def read_facts(folder: Path) -> Adapter:
     config, file = read_config(folder), folder / WEIGHTS_NAME
     if not file.is_file():
         raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}: save the adapter first, then write its card.")
-    try:
-        with safe_open(str(file), "pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise AdapterFileError(f"{file} is not a whole safetensors file ({error}).") from error
+    shapes = {entry.name: entry.shape for entry in read_header(file).entries}
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
     return Adapter(config, read_extras(folder), shapes, file.stat().st_size, digest)
 
 
 def facts_of(model: nn.Module, name: str, folders: Iterable[Path]) -> Adapter:
-    """The adapter of a model; as it lies in one of the folders, where a file there holds the same values.
+    """The adapter of a model; with its file, where one of the folders holds the same values.
 
-    Values that lie on many devices are not compared: this is called by one process alone.
+    Values that are spread over devices are not compared: this is called by one process alone.
     """
     tensors = adapter_state_dict(model, name)
-    cut_up = any(t.numel() == 0 or hasattr(t, "to_local") or t.is_meta for t in tensors.values())
+    spread = any(t.numel() == 0 or hasattr(t, "to_local") or t.is_meta for t in tensors.values())
     for folder in folders:
-        if not all((folder / n).is_file() for n in (CONFIG_NAME, WEIGHTS_NAME)):
-            continue
-        try:
-            if cut_up or _same_values(folder, tensors):
+        with contextlib.suppress(AdapterFileError, SafetensorError, OSError):  # absent, or broken
+            if spread or _same_values(folder, tensors):
                 return read_facts(folder)
-        except (AdapterFileError, SafetensorError, OSError):
-            continue  # left over from something else, and broken
     config = LoraConfig.from_dict(config_on_disk(model, name))
     return Adapter(config, extras_of(model, name), {key: tuple(t.shape) for key, t in tensors.items()})
 
@@ -192,7 +187,7 @@ class Score:
 
 @dataclass
 class Run:
-    """What is known of the training. All values are plain, so that they can stand in a README as JSON."""
+    """What is known of the training, in plain values, so that a README can hold it as JSON; `unit`: of the loss."""
 
     scores: list[Score] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
@@ -201,7 +196,6 @@ class Run:
     datasets: list[str] = field(default_factory=list)
     picture: bool = False
     unit: str = ""
-    """Of the loss."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -212,20 +206,16 @@ class Run:
         try:
             run = cls(**values)
             run.scores = [Score(**score) for score in values["scores"]]
-            strings = [*run.settings.items(), *run.versions.items(), *zip(run.datasets, run.datasets, strict=True)]
-            whole = all(isinstance(part, str) for pair in strings for part in pair)
-            whole &= all(_is_score(score) for score in run.scores) and isinstance(run.picture, bool)
-            return run if whole and isinstance(run.command, str | None) and isinstance(run.unit, str) else None
+            texts = [*run.settings.items(), *run.versions.items(), run.datasets, [run.unit, run.command or ""]]
+            texts += [(s.metric, *(v or "" for k, v in asdict(s).items() if k not in NUMBERS)) for s in run.scores]
         except (TypeError, KeyError, AttributeError):
             return None
+        numbers = all(isinstance(s.value, float | str) and isinstance(s.step, int | None) for s in run.scores)
+        return run if numbers and all(isinstance(part, str) for group in texts for part in group) else None
 
 
-def _is_score(score: Score) -> bool:
-    texts = [getattr(score, f.name) for f in fields(score) if f.name not in ("value", "step")]
-    known = isinstance(score.metric, str) and all(isinstance(t, str | None) for t in texts)
-    return known and isinstance(score.value, float | str) and isinstance(score.step, int | None)
-
-
+NUMBERS = ("value", "step")
+"""The fields of a score that are not texts."""
 TIMES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time", "compilation_time", "num_tokens")
 """How the names of what `evaluate` measures of itself, and not of the model, end."""
 
@@ -237,19 +227,18 @@ def scores_of(metrics: Mapping[str, Any], prefix: str = "", **where: Any) -> lis
         prefix: `eval`, where the names begin with it.
         **where: further fields of `Score`.
     """
-    found = []
-    for key, value in metrics.items():
-        name = key.removeprefix(f"{prefix}_") if prefix else key
-        if (prefix and name == key) or name in ("epoch", "step") or name.endswith(TIMES):
-            continue
-        if isinstance(value, bool) or not hasattr(value, "__float__"):
-            continue
-        found.append(Score(clean(name), _number(value), **where))
-    return found
+    start = f"{prefix}_" if prefix else ""
+    named = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
+    return [
+        Score(clean(name), _number(value), **where)
+        for name, value in named.items()
+        if name not in ("epoch", "step") and not name.endswith(TIMES)
+        if hasattr(value, "__float__") and not isinstance(value, bool)
+    ]
 
 
 def _number(value: Any) -> float | str:
-    """A number as it can stand in JSON; a text where it is not finite, or was one."""
+    """A number as JSON can hold it; a text where it is not finite, or was one."""
     number = value if isinstance(value, str) else float(value)
     return number if isinstance(number, str) or math.isfinite(number) else str(number)
 

@@ -1,7 +1,7 @@
-"""Names and words that others chose, made safe to stand in a card: as Markdown, as code, or as a command line.
+"""Names that others chose, made safe for a card: as Markdown, as code, or as a command line.
 
-A name may hold anything. In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the
-character and never reads as markup. Paths of home directories and secrets are taken out of everything.
+In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the character and never reads as
+markup. Home directories and secrets are removed from everything.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..network import scrub
+
 HIDDEN = "***"
 _SECRETS = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"\b(?:api_org_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_\w{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})|(?<=://)[^/\s@]+(?=@)"
 )
 _HOMES = re.compile(r"(?:[A-Za-z]:[\\/]Users[\\/]|/home/|/Users/)[^/\\\s\"']+|/root(?=/|$)")
@@ -26,7 +28,7 @@ _SECRET_FLAG = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"""[!"#$&'*:;<>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
-"""ASCII that may be markup; brackets alone are none without their square ones."""
+"""ASCII that may be markup; round brackets are not without square ones."""
 _PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
@@ -34,11 +36,7 @@ _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 def clean(value: Any) -> str:
     """One line without control characters, lone surrogates, secrets and home directories."""
     line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
-    line = line.encode("utf-8", "replace").decode("utf-8")
-    for secret in (os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")):
-        if secret:
-            line = line.replace(secret, HIDDEN)
-    line = _SECRETS.sub(HIDDEN, line)
+    line = _SECRETS.sub(HIDDEN, scrub(line.encode("utf-8", "replace").decode("utf-8")))
     home = str(Path.home())
     if len(home) > 1:
         line = re.sub(re.escape(home) + r"(?=$|[/\\\s\"',:;])", "~", line)
@@ -51,7 +49,7 @@ def text(value: Any) -> str:
 
 
 def code(value: Any) -> str:
-    """A value in a code span; one that backticks cannot hold in a table stands in `<code>` as entities."""
+    """A value in a code span; one that backticks cannot hold in a table is in `<code>` as entities."""
     line = clean(value)
     if not line or _PLAIN_CODE.fullmatch(line):
         return f"`{line}`" if line else ""
@@ -64,7 +62,7 @@ def literal(value: Any) -> str:
 
 
 def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: int = 1) -> str | None:
-    """The command that started this program, as one line of a shell; None where there was none to type again.
+    """The command that started this program, as one line of a shell; None in a notebook or an interactive session.
 
     Paths below the working directory become relative, others lose their folders; the values of flags such as
     `--hub_token` are left out.
@@ -83,19 +81,18 @@ def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: i
         head = [*start, "-m", module]
     elif program.endswith(".py"):
         head = [*start, _short(program)]
-    else:  # a command that an installed package brings
+    else:  # the command of an installed package
         head = [*start, "--no-python", Path(program).name] if processes > 1 else [Path(program).name]
-    shown: list[str] = []
-    hides = False
+    shown, hides = list[str](), False
     for word in words:
         name, equals, _ = word.partition("=")
         if hides and not word.startswith("--"):
             shown.append(HIDDEN)
             hides = False
             continue
-        hides = _SECRET_FLAG.fullmatch(name) is not None and not equals
-        secret = _SECRET_FLAG.fullmatch(name) is not None and equals
-        shown.append(f"{name}={HIDDEN}" if secret else _short(word))
+        secret = _SECRET_FLAG.fullmatch(name) is not None
+        hides = secret and not equals
+        shown.append(f"{name}={HIDDEN}" if secret and equals else _short(word))
     return shlex.join([*head, *(clean(word) for word in shown)])
 
 

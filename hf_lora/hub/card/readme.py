@@ -1,12 +1,7 @@
-"""A README of which one part is ours: written anew each time, while the rest stays as its author left it.
+"""A README of which one part is ours: replaced at each writing, while the rest stays as its author left it.
 
-Our part of the text stands between two marks. Of the metadata at the top, ours is what we wrote last time; a record of
-that, in the second mark, tells the author's changes from our own old values: what an author added, changed or took out
-stays so.
-
-Of two cards, the one here has the newer part of ours, the one on the Hub what somebody may have written there. Text of
-a person counts where it was written last. Each push notes a hash of it in the card, so it is known whether it was
-changed on the Hub since, here since, or both.
+Our part of the text is between two markers. Of the metadata at the top, ours are set; the second marker holds a record
+of what we wrote, which tells an author's change from our own older value. What an author added or changed stays.
 """
 
 from __future__ import annotations
@@ -19,10 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from huggingface_hub.utils._fixes import yaml_dump
+from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index, model_index_to_eval_results
 from transformers.utils import logging
 
 from ...errors import AdapterFileError
@@ -30,11 +23,10 @@ from ...errors import AdapterFileError
 logger = logging.get_logger(__name__)
 
 BEGIN = "<!-- hf_lora:begin. From here to the other mark hf_lora writes; all else is kept. -->"
-_BEGIN = re.compile(r"^<!-- hf_lora:begin\b.*-->[ \t]*(?=\r?$)", re.MULTILINE)
-_END = re.compile(r"^<!-- hf_lora:end\b(.*)-->[ \t]*(?=\r?$)", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- hf_lora:(begin|end)\b(.*)-->[ \t]*(?=\r?$)", re.MULTILINE)
 INDEX = "model-index"
-_NOTE = "outside"
-"""Where the record keeps the hash of what is not ours."""
+NOTHING = "\n\0"
+"""The author's text where there is none."""
 REPAIR = "Nothing was written. Repair the file, or move it away and call again."
 
 Metadata = dict[str, Any]
@@ -42,24 +34,33 @@ Metadata = dict[str, Any]
 
 @dataclass
 class Readme:
-    """A README in its parts. Of one without marks, all text comes before the part that is ours."""
+    """A README in its parts. Without markers, all text is before our part.
+
+    Attributes:
+        front: the metadata as they were written, with the lines around them.
+        ours: what is between the markers; None where there are none.
+        record: what we noted last time; empty where it cannot be read.
+    """
 
     metadata: Metadata = field(default_factory=dict)
-    front: str | None = None
-    """The metadata as they were written, with the lines around them."""
+    front: str = ""
     before: str = ""
+    ours: str | None = None
     after: str = ""
     record: dict[str, Any] = field(default_factory=dict)
-    """What we wrote down last time; empty where there is nothing, or nothing that can be read."""
-    marked: bool = False
     newline: str = "\n"
+
+    @property
+    def outside(self) -> str:
+        """The author's text."""
+        return f"{self.before.strip()}{NOTHING}{self.after.strip()}".replace("\r\n", "\n")
 
 
 def split_readme(content: str, where: str) -> Readme:
     """The parts of a README.
 
     Raises:
-        AdapterFileError: its metadata are no YAML mapping, or its marks are not one pair in their order.
+        AdapterFileError: its metadata are not a YAML mapping, or its markers are not one pair in their order.
     """
     readme = Readme(newline="\r\n" if "\r\n" in content else "\n")
     content = content.removeprefix("\ufeff")
@@ -69,25 +70,26 @@ def split_readme(content: str, where: str) -> Readme:
         try:
             metadata = yaml.safe_load(match[2])
         except yaml.YAMLError as error:
-            raise AdapterFileError(f"{where}: its metadata are no YAML ({error}). {REPAIR}") from error
+            raise AdapterFileError(f"{where}: its metadata are not valid YAML ({error}). {REPAIR}") from error
         if not isinstance(metadata or {}, dict):
-            raise AdapterFileError(f"{where}: its metadata are no mapping of names to values. {REPAIR}")
+            raise AdapterFileError(f"{where}: its metadata are not a mapping of names to values. {REPAIR}")
         readme.metadata = metadata or {}
-    begins, ends = list(_BEGIN.finditer(content)), list(_END.finditer(content))
-    if not begins and not ends:
-        readme.before = content
+    markers = list(_MARKER.finditer(content))
+    readme.before = content
+    if not markers:
         return readme
-    if len(begins) != 1 or len(ends) != 1 or begins[0].start() > ends[0].start():
+    if [marker[1] for marker in markers] != ["begin", "end"]:
         raise AdapterFileError(
-            f"{where}: the marks around the part that hf_lora writes are not one pair ({len(begins)} at its begin, "
-            f"{len(ends)} at its end). {REPAIR}"
+            f"{where}: the markers around the part that hf_lora writes are not one pair but "
+            f"{', '.join(marker[1] for marker in markers)}. {REPAIR}"
         )
-    readme.marked = True
-    readme.before, readme.after = content[: begins[0].start()], content[ends[0].end() :]
+    begin, end = markers
+    readme.before, readme.after = content[: begin.start()], content[end.end() :]
+    readme.ours = content[begin.end() : end.start()].replace("\r\n", "\n")
     try:
-        record = json.loads(ends[0][1])
+        record = json.loads(end[2])
     except (ValueError, RecursionError):
-        record = {}
+        return readme
     readme.record = record if isinstance(record, dict) else {}
     return readme
 
@@ -98,74 +100,49 @@ def join_readme(old: Readme, metadata: Metadata, body: str, record: Mapping[str,
     Raises:
         AdapterFileError: a `model-index` that somebody else wrote cannot be read.
     """
-    merged, written = _merge(old, metadata, where)
+    was = old.record.get("metadata")
+    merged, written = _merge(old.metadata, metadata, was if isinstance(was, dict) else {}, where)
     front = old.front
-    if front is None or merged != old.metadata:
-        dumped: str = yaml_dump(merged, sort_keys=False, width=100, line_break="\n")
+    if not front or merged != old.metadata:
+        dumped = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=100)
         front = f"---\n{dumped.strip()}\n---\n".replace("\n", old.newline)
     kept = json.dumps({**record, "metadata": written}).replace("--", "-\\u002d").replace(">", "\\u003e")
     ours = f"{BEGIN}\n{body.strip()}\n<!-- hf_lora:end {kept} -->".replace("\n", old.newline)
-    between = ""
-    if not old.marked:
-        ends = len(old.before) - len(old.before.rstrip("\r\n"))
-        between = old.newline * max(0, 2 - ends // len(old.newline)) if old.before.strip() else old.newline
-    return front + old.before + between + ours + (old.after if old.marked else old.newline)
+    if old.ours is not None:
+        return front + old.before + ours + old.after
+    text = old.before.rstrip("\r\n")
+    return front + old.before + old.newline * (2 if text == old.before and text else 1) + ours + old.newline
 
 
-def _merge(old: Readme, metadata: Metadata, where: str) -> tuple[Metadata, Metadata]:
-    """(the metadata to write, the record of what of them is ours): a merge of three."""
-    last = old.record.get("metadata")
-    last = last if isinstance(last, dict) else {}
-    merged = dict(old.metadata)
-    written: Metadata = {}
-    for key in list(dict.fromkeys([*last, *metadata])):
+def _merge(old: Metadata, ours: Metadata, was: Metadata, where: str) -> tuple[Metadata, Metadata]:
+    """(the metadata to write, the record of what of them is ours).
+
+    Of each key, our values but for those that the author removed, then those that the author added; where there can be
+    one value alone, the author's.
+    """
+    merged, written = dict(old), dict[str, Any]()
+    for key in {**was, **ours}:
         if key == INDEX:
+            merged[key], written[key] = _merge_results(old.get(key), ours.get(key), _listed(was.get(key)), where)
             continue
-        now, before, there = metadata.get(key), last.get(key), old.metadata.get(key)
-        if isinstance(now, list) or isinstance(before, list):
-            value: Any = _merge_lists(_listed(now), _listed(before), _listed(there))
-        elif key in last and there == before:
-            value = now  # nobody has touched it
-        elif key in last or there is not None:
-            value = there  # an author changed it, took it out, or wrote it first
-        else:
-            value = now
-        if isinstance(now, list):
-            written[key] = [item for item in now if item in _listed(before) or item not in _listed(there)]
-        elif now is not None and (key in last or there is None):
-            written[key] = now  # and not what an author had written before us
-        if value is None or (value == [] and there != []):
-            merged.pop(key, None)
-        else:
-            merged[key] = value
-    index, written_results = _merge_results(old, metadata.get(INDEX), _listed(last.get(INDEX)), where)
-    merged.pop(INDEX, None)
-    if index:
-        merged[INDEX] = index
-    if written_results:
-        written[INDEX] = written_results
-    return merged, written
+        mine, last, theirs = _listed(ours.get(key)), _listed(was.get(key)), _listed(old.get(key))
+        kept = [item for item in mine if item in theirs or item not in last]
+        kept += [item for item in theirs if item not in mine and item not in last]
+        several = isinstance(ours.get(key), list) or isinstance(old.get(key), list)
+        merged[key] = kept if several else kept[-1] if kept else None
+        written[key] = [item for item in mine if item in last or item not in theirs]
+    merged = {k: v for k, v in merged.items() if v not in (None, []) or (k in old and old[k] == v)}
+    return merged, {key: items for key, items in written.items() if items}
 
 
-def _merge_lists(now: list[Any], before: list[Any], there: list[Any]) -> list[Any]:
-    """Ours but for what an author took out, then what an author added."""
-    ours = [item for item in now if not (item in before and item not in there)]
-    return ours + [item for item in there if item not in before and item not in ours]
-
-
-def _merge_results(old: Readme, now: Any, before: list[Any], where: str) -> tuple[Any, list[str]]:
-    """(the model index with results of others kept, the marks of our results)."""
-    there = old.metadata.get(INDEX)
-    if not there and not now:
-        return None, []
+def _merge_results(there: Any, now: Any, before: list[Any], where: str) -> tuple[Any, list[str]]:
+    """(the model index with the results of others kept after ours, the marks of ours)."""
     try:
         name, present = model_index_to_eval_results(there) if there else ("", [])
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{where}: its {INDEX} cannot be read ({error!r}). {REPAIR}") from error
+    name, ours = model_index_to_eval_results(now) if now else (name, [])
     others = [result for result in present if _mark(result) not in before]
-    ours: list[EvalResult] = []
-    if now:
-        name, ours = model_index_to_eval_results(now)
     others = [result for result in others if not any(result.is_equal_except_value(own) for own in ours)]
     if not ours and others == present:
         return there, []
@@ -174,7 +151,10 @@ def _merge_results(old: Readme, now: Any, before: list[Any], where: str) -> tupl
 
 
 def _mark(result: EvalResult) -> str:
-    text = json.dumps(asdict(result), sort_keys=True, default=str)
+    return _hash(json.dumps(asdict(result), sort_keys=True, default=str))
+
+
+def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -184,54 +164,29 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-# Here and on the Hub -------------------------------------------------------------------------------------------------
-
-
-def one_of_two(here: str, there: str, where: str) -> str:
-    """The card to push.
+def card_to_push(here: str, there: str, where: str) -> str:
+    """The card to push: our part from here; the text around it from where it was changed since the last push.
 
     Args:
-        here: the text of the file here. One without our marks was written by hand and is pushed as it is.
+        here: the text of the file here. Without our markers it was written by hand and is pushed as it is.
         there: the text on the Hub; empty where there is no file.
         where: names them in errors.
 
     Raises:
-        AdapterFileError: one of them cannot be kept: broken metadata, or marks that are no pair.
+        AdapterFileError: one of them has broken metadata, or markers that are not a pair.
     """
     mine = split_readme(here, f"{where}, here")
-    body = _ours(here, mine)
-    if body is None or here == there:
+    if mine.ours is None or here == there:
         return here
     theirs = split_readme(there, f"{where}, on the Hub")
-    if not _is_blank(mine) and _text(mine) != _text(theirs):
-        noted = theirs.record.get(_NOTE)
-        if _is_blank(theirs) or _hash(theirs) == noted:
-            theirs.before, theirs.after = mine.before, mine.after  # nobody has written there since
-        elif _hash(mine) != noted:
+    pushed = theirs.record.get("outside")  # the hash of the author's text when both were the same
+    if mine.outside not in (NOTHING, theirs.outside):
+        if theirs.outside == NOTHING or _hash(theirs.outside) == pushed:  # not edited there since
+            theirs.before, theirs.ours, theirs.after = mine.before, mine.ours, mine.after
+        elif _hash(mine.outside) != pushed:
             logger.warning(
                 f"{where}: the text around the generated part differs here and on the Hub, where somebody changed it. "
                 "That of the Hub is kept; edit it there, or pull it first."
             )
-    record = {**{k: v for k, v in mine.record.items() if k != "metadata"}, _NOTE: _hash(theirs)}
-    return join_readme(theirs, mine.metadata, body, record, where)
-
-
-def _ours(content: str, readme: Readme) -> str | None:
-    """Our part of a card without its marks; None where there is none."""
-    rest = content.removeprefix("\ufeff")[len(readme.front or "") + len(readme.before) :]
-    rest = rest[: len(rest) - len(readme.after)] if readme.after else rest
-    lines = rest.splitlines()
-    marked = len(lines) >= 2 and lines[0].startswith("<!-- hf_lora:begin") and "<!-- hf_lora:end" in lines[-1]
-    return "\n".join(lines[1:-1]) if marked else None
-
-
-def _is_blank(readme: Readme) -> bool:
-    return not (readme.before.strip() or readme.after.strip())
-
-
-def _text(readme: Readme) -> str:
-    return f"{readme.before.strip()}\n\0{readme.after.strip()}".replace("\r\n", "\n")
-
-
-def _hash(readme: Readme) -> str:
-    return hashlib.sha256(_text(readme).encode()).hexdigest()[:16]
+    record = {**mine.record, "outside": _hash(mine.outside) if mine.outside == theirs.outside else pushed}
+    return join_readme(theirs, mine.metadata, mine.ours, record, where)

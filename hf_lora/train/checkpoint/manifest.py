@@ -181,23 +181,23 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     skipped: list[str] = []
     chosen = None
     for folder in checkpoints(output_dir):
-        faults = why_incomplete(folder, contents=True) or _outdated(folder)
+        faults = why_incomplete(folder, contents=True)
+        if not faults and folder.name.endswith(ASIDE):  # it counts only while nothing has taken its place
+            faults = [f"{later.name} was written after it" for later in _written_after(folder)[:1]]
         if not faults:
-            chosen = str(folder)
+            chosen = folder
             break
         skipped.append(f"  - {folder}: {'; '.join(faults)}")
     if skipped:
         then = f"Going on from {chosen}." if chosen else "No complete checkpoint is left."
         logger.warning("\n".join(["These checkpoints are not complete and are skipped:", *skipped, then]))
-    if chosen is not None:
-        found = [p for p in checkpoints(output_dir) if not p.name.endswith(ASIDE) and not why_incomplete(p)]
-        later = [p for p in found if _written(p)[0] > _written(Path(chosen))[0]]
-        if later:
-            logger.warning(
-                f"{chosen} has the highest step and is resumed from, but {later[0]} was written after it: is "
-                "it an earlier run's? Then name the other, and give each run a folder of its own."
-            )
-    return chosen
+    later = [path for path in _written_after(chosen) if not path.name.endswith(ASIDE)] if chosen else []
+    if later:
+        logger.warning(
+            f"{chosen} has the highest step and is resumed from, but {later[0]} was written after it: is it of an "
+            "earlier run? Then name the other, and give each run a folder of its own."
+        )
+    return str(chosen) if chosen else None
 
 
 def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
@@ -240,7 +240,8 @@ def rotate_checkpoints(
     # By the time of writing and not by step: the folder may hold an earlier run of more steps.
     ordered = sorted(checkpoints(output_dir), key=lambda p: (p == just, *_written(p)), reverse=True)
     complete = [path for path in ordered if not why_incomplete(path)]
-    complete = [path for path in complete if not path.name.endswith(ASIDE) or _in_place(path) not in complete]
+    replaced = [_aside(path) for path in complete]
+    complete = [path for path in complete if path not in replaced]
     if not complete:
         return
     best = Path(best_model_checkpoint).resolve() if best_model_checkpoint else None
@@ -273,16 +274,9 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(folder.name + ASIDE)
 
 
-def _outdated(folder: Path) -> list[str]:
-    """Why a complete checkpoint that was set aside does not count: it is an earlier run's."""
-    if not folder.name.endswith(ASIDE):
-        return []
-    later = [p for p in checkpoints(folder.parent) if _written(p)[0] > _written(folder)[0] and not why_incomplete(p)]
-    return [f"{later[0].name} was written after it"] if later else []
-
-
-def _in_place(folder: Path) -> Path:
-    return folder.with_name(folder.name.removesuffix(ASIDE))
+def _written_after(folder: Path) -> list[Path]:
+    """The complete checkpoints in the same place that were finished later."""
+    return [p for p in checkpoints(folder.parent) if _written(p)[0] > _written(folder)[0] and not why_incomplete(p)]
 
 
 def _abandon(folder: Path) -> None:

@@ -21,7 +21,8 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ...hub.names import CARD_NAME, PICTURES
-from ...hub.push import Target, ensure_repository, pushed_files
+from ...hub.network import Repository
+from ...hub.upload import commit_files, ensure_repository, pushed_files
 from .manifest import finish_copy
 
 logger = logging.get_logger(__name__)
@@ -86,23 +87,25 @@ class Pusher:
         at = f"step {state.global_step}" if by_steps else f"epoch {int(state.epoch or 0)}"
         return self._push(stage, _target(args, repo_id), f"Training in progress, {at}")
 
-    def _push(self, stage: Path, target: Target, message: str) -> Future[CommitInfo]:
+    def _push(self, stage: Path, target: Repository, message: str) -> Future[CommitInfo]:
         """Push the files of a folder, which then goes away, as one commit."""
 
         def work() -> CommitInfo:
             try:
                 paths = sorted(path for path in stage.rglob("*") if path.is_file())
-                return target.commit({path.relative_to(stage).as_posix(): path for path in paths}, message)
+                return commit_files(target, {path.relative_to(stage).as_posix(): path for path in paths}, message)
             finally:
                 shutil.rmtree(stage, ignore_errors=True)
 
         return self._queue.run_as_future(work)
 
 
-def _target(args: TrainingArguments, repo_id: str, token: str | None = None, revision: str | None = None) -> Target:
+def _target(
+    args: TrainingArguments, repo_id: str, token: str | None = None, revision: str | None = None
+) -> Repository:
     call = f"pushing {str(args.output_dir)!r} to {repo_id!r}"
     revision, token = revision or args.hub_revision, token or args.hub_token
-    return Target(repo_id, revision, False, args.hub_private_repo, token, None, call)
+    return Repository(repo_id, revision, token, None, call, args.hub_private_repo)
 
 
 def reported(job: Future[Any]) -> Future[Any]:

@@ -1,0 +1,86 @@
+"""`hf-lora eval`: how good a trained model is on a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .generate import (
+    BASE_MODEL,
+    BATCH_SIZE,
+    DEVICE,
+    DTYPE,
+    MAX_NEW_TOKENS,
+    MERGE,
+    REVISION,
+    SOURCE,
+    SUBFOLDER,
+    SYSTEM,
+    progress_line,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add this file's command to `app`."""
+    app.command("eval")(eval_)
+
+
+def eval_(
+    source: str = SOURCE,
+    file: str = typer.Option(..., help="CSV, TSV, JSON, JSONL or parquet file.", show_default=False),
+    generate: bool = typer.Option(False, "--generate", help="Let the model write the answers, and compare them."),
+    predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the written answers."),
+    limit: int | None = typer.Option(None, help="Rows to take from the file's beginning (default: all)."),
+    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts (default: found by name)."),
+    completion_column: str | None = typer.Option(
+        None, help="Column of the answers, or labels (default: found by name)."
+    ),
+    max_length: int | None = typer.Option(None, help="Tokens kept of a row (default: the model's window)."),
+    as_json: bool = typer.Option(False, "--json", help="Print the metrics as JSON."),
+    base_model: str | None = BASE_MODEL,
+    merge: bool = MERGE,
+    revision: str | None = REVISION,
+    subfolder: str | None = SUBFOLDER,
+    dtype: str | None = DTYPE,
+    device: str | None = DEVICE,
+    system: str | None = SYSTEM,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
+) -> None:
+    """Measure a trained model on a file.
+
+    A language model's perplexity and token accuracy over the answers; with --generate, how many of the answers that it
+    writes are right, and where they are JSON, how many of their fields. A classifier's accuracy and F1.
+    """
+    from ..evaluation.run import evaluate
+
+    found = evaluate(
+        source, file, generate=generate, predictions=predictions, limit=limit, text_column=text_column,
+        completion_column=completion_column, max_length=max_length, system=system, max_new_tokens=max_new_tokens,
+        batch_size=batch_size, progress=progress_line(), base_model=base_model, merge=merge, revision=revision,
+        subfolder=subfolder, dtype=dtype, device=device,
+    )  # fmt: skip
+    if found.cut:
+        typer.echo(f"{found.cut:,} rows are longer than the limit of tokens and lost their end.", err=True)
+    metrics = {"rows": found.rows, **found.metrics}
+    if as_json:
+        typer.echo(json.dumps(metrics | ({"fields": found.fields} if found.fields else {})))
+        return
+    typer.echo(_readable(metrics, found.fields))
+    if predictions is not None:
+        typer.echo(f"the answers: {predictions}")
+
+
+def _readable(metrics: dict[str, Any], fields: dict[str, dict[str, float]]) -> str:
+    lines = [f"{name}: {value:,{'.4g' if isinstance(value, float) else ''}}" for name, value in metrics.items()]
+    if fields:
+        width = max(len("field"), *map(len, fields))
+        lines += ["", f"{'field':<{width}}  {'f1':>6}  {'precision':>9}  {'recall':>6}  {'count':>6}"]
+    for name, s in fields.items():
+        lines.append(
+            f"{name:<{width}}  {s['f1']:>6.3f}  {s['precision']:>9.3f}  {s['recall']:>6.3f}  {s['count']:>6,}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,169 @@
+"""A language model with its tokenizer, loaded from an adapter or a full model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from ..adapt.labels import task_type_of
+from ..errors import AdapterFileError, ConfigError, Faults, StateError, nearest
+from ..export import DTYPES
+from ..files.format import CONFIG_NAME, read_config
+from ..hub.download import FullModelError, local_adapter
+from ..load import find_processor
+from ..model import LoraModel
+
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
+
+
+class Loading(TypedDict, total=False):
+    """The options of `load_for_generation`."""
+
+    base_model: str | os.PathLike[str] | None
+    merge: bool
+    revision: str | None
+    subfolder: str | None
+    dtype: str | None
+    device: str | None
+    token: str | None
+
+
+def load_for_generation(
+    source: str | os.PathLike[str],
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    merge: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    token: str | None = None,
+    any_task: bool = False,
+) -> tuple[Any, Any]:
+    """Load a language model that writes text, and its tokenizer.
+
+    Args:
+        source: an adapter or a full (merged) model: its folder, or its name on the Hub.
+        base_model: folder or name of an adapter's base; None takes the one that the adapter names.
+        merge: fold the adapter into the weights.
+        revision: branch, tag or commit of `source`.
+        subfolder: of an adapter that is not in the root of `source`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps the checkpoint's.
+        device: such as `"cuda:1"`; None takes the accelerator if there is one, else the CPU.
+        token: for the Hub.
+        any_task: load an adapter of another kind too, such as a classifier's.
+
+    Returns:
+        (model, tokenizer). The model is in eval mode: a `LoraModel`, or a plain one if merged. The tokenizer is the
+        one saved with the adapter, else the base's.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+        AdapterFileError: nothing can be loaded from `source`, or it has no tokenizer.
+        StateError: the model is of a kind that writes no text, such as a classifier.
+    """
+    call = f"load_for_generation({os.fspath(source)!r})"
+    place = _check_arguments(call, dtype, device)
+    try:
+        folder = local_adapter(source, revision, token, subfolder=subfolder)
+    except FullModelError:
+        folder = Path(source)
+    if (folder / CONFIG_NAME).is_file():
+        model = LoraModel.from_pretrained(folder, base_model=base_model, merge=merge, dtype=dtype, token=token)
+        base: Any = base_model or model.config._name_or_path
+    else:
+        if base_model is not None or merge:
+            raise ConfigError(
+                f"{call}: this is not an adapter (no {CONFIG_NAME}), so there is nothing to put on a base model or to "
+                "merge. Leave base_model and merge out."
+            )
+        base = source
+        model = _load_whole(call, source, folder, revision, dtype, token)
+    if not model.can_generate() and not any_task:
+        task = PIPELINES.get(task_type_of(model) or "")
+        what = f"a {task} model" if task else f"a {type(model).__name__}"
+        use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
+        raise StateError(f"{call}: this is an adapter of {what}, which writes no text. Use it through {use}.")
+    tokenizer = find_processor("AutoTokenizer", folder, base)
+    if tokenizer is None:
+        raise AdapterFileError(
+            f"{call}: there is no tokenizer in {folder}, nor with {str(base)!r}. Save the one of the training there: "
+            "tokenizer.save_pretrained(folder)."
+        )
+    if not getattr(model, "is_quantized", False):  # a quantized one is where it was loaded
+        model.to(place)
+    return model.eval(), tokenizer
+
+
+def _check_arguments(call: str, dtype: str | None, device: str | None) -> torch.device:
+    faults = Faults(call)
+    if dtype is not None and dtype not in DTYPES:
+        faults.add(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}; it is one of {', '.join(DTYPES)}")
+    place = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    if device is not None:
+        try:
+            place = torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:  # unknown words, and kinds that this PyTorch was not built for
+            faults.add(f"device={device!r} cannot be used: {str(error).splitlines()[0]}")
+    faults.check(ConfigError, "Correct these, or leave them out.")
+    return place
+
+
+def _load_whole(
+    call: str,
+    source: str | os.PathLike[str],
+    folder: Path,
+    revision: str | None,
+    dtype: str | None,
+    token: str | None,
+) -> Any:
+    """A full model, if its checkpoint is one that writes text: a head drawn at random would answer, too."""
+    if Path(source).is_dir() and not (folder / "config.json").is_file():
+        read_config(folder)  # says what is there instead
+    given = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **given)
+        for name in config.architectures or []:
+            cls = getattr(transformers, name, None)
+            if cls is not None and not cls.can_generate():
+                raise StateError(
+                    f"{call}: this is a {name}, which writes no text. Name a language model, or an adapter of one."
+                )
+        auto: Any = getattr(
+            transformers, "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
+        )
+        return auto.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(
+            f"{call}: it holds no adapter, and no language model could be loaded from it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name."
+        ) from error
+
+
+def loaded(
+    call: str, source: Any, tokenizer: Any, any_task: bool = False, **loading: Unpack[Loading]
+) -> tuple[Any, Any]:
+    """`load_for_generation`, where `source` may also be a model in memory, whose tokenizer is given.
+
+    Raises:
+        ConfigError: a model without its tokenizer, or with options of loading.
+    """
+    if not isinstance(source, PreTrainedModel):
+        model, own = load_for_generation(source, any_task=any_task, **loading)
+        return model, tokenizer or own
+    faults = Faults(f"{call}(a {type(source).__name__} in memory)")
+    if tokenizer is None:
+        faults.add("tokenizer= is missing, the one of its training")
+    faults.found += [f"{name}= is for a model that is loaded here" for name, value in loading.items() if value]
+    faults.check(ConfigError, "Correct these, or name the folder that it was saved in.")
+    return source, tokenizer
