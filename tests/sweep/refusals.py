@@ -64,11 +64,11 @@ AT_APPLY: dict[str, tuple[Predicate, str]] = {
     "rank not divisible by groups": (indivisible, "must be divisible by the convolution's"),
 }
 AT_RESIZE: dict[str, tuple[Predicate, str]] = {
-    "embeddings that resizing joins": (_joined, "resizing makes one module of them"),
+    "embeddings that resizing joins": (_joined, "resizing merges them into one module"),
 }
 AT_MERGE: dict[str, tuple[Predicate, str]] = {
     "tied weight": (tied, "its weight is tied to"),
-    "grouped convolution": (_grouped, "crosses its groups, which no grouped weight can hold"),
+    "grouped convolution": (_grouped, "crosses its groups, which a grouped weight cannot represent"),
 }
 
 

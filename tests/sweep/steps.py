@@ -346,7 +346,7 @@ def check_vocabulary(case: Case, config: LoraConfig, batch: dict[str, Any], fold
     randomize(model, 1, 0.1)
     acting = outputs(model, batch)
     if joined:
-        with pytest.raises(StateError, match="resizing makes one module of them") as raised:
+        with pytest.raises(StateError, match="resizing merges them into one module") as raised:
             resize(model, rows + 5)
         assert all(name in str(raised.value) for name in joined["embeddings that resizing joins"])
         assert same(outputs(model, batch), acting)
