@@ -221,7 +221,7 @@ def test_a_missing_folder_file_or_config(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="does not exist"):
         read_adapter(tmp_path / "absent")
     message = refused(tmp_path / "absent")
-    assert "no folder" in message
+    assert "is not a folder" in message
 
 
 def test_a_folder_of_folders_names_the_adapters_in_it(tmp_path: Path) -> None:
