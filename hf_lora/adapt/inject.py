@@ -24,6 +24,9 @@ from .targets import Explanation, resolve
 from .ties import untie_all
 from .walk import module_at, original_modules, parts, placed, put
 
+LONGEST_NAME = 200
+"""Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
+
 
 def inject(
     model: nn.Module,
@@ -173,10 +176,13 @@ def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[^.\s/\\]+", name) or hasattr(nn.ModuleDict(), name):
+    text = name if isinstance(name, str) and name.isprintable() else ""
+    too_long = len(text.encode()) > LONGEST_NAME
+    if too_long or not re.fullmatch(r"[^.\s/\\]+", text) or hasattr(nn.ModuleDict(), text):
         raise ConfigError(
-            f"{name!r} is not a valid adapter name: it must not contain a dot, slash or white space, or be the "
-            "name of a method of torch.nn.ModuleDict. Choose another, such as 'default'."
+            f"{str(name)[:LONGEST_NAME]!r} is not a valid adapter name: it must not contain a dot, slash, white space "
+            f"or control character, be longer than {LONGEST_NAME} bytes, or be the name of a method of "
+            "torch.nn.ModuleDict. Choose another, such as 'default'."
         )
 
 

@@ -33,8 +33,10 @@ def draw_mask(x: Tensor, p: float) -> Tensor:
     kinds = (torch.uint8, torch.int16, torch.int32)
     dtype = next(d for d in kinds if (1 - p) ** torch.iinfo(d).max < _CUT or d == torch.int32)
     mean = p * x.numel()
-    distances = torch.empty(int(mean + 7 * mean**0.5) + 8)  # once in 10^12 draws they end before the tensor does
-    distances.uniform_(2**-25, 1).log_().mul_(1 / math.log1p(-p)).clamp_(max=torch.iinfo(dtype).max - 1).add_(1)
+    size = int(mean + 7 * mean**0.5) + 8  # once in 10^12 draws they end before the tensor does
+    distances = torch.empty(size, dtype=torch.float32)  # whatever the default dtype is
+    longest = min(torch.iinfo(dtype).max - 1, 2**31 - 256)  # plus 1, exact in float32
+    distances.uniform_(2**-25, 1).log_().mul_(1 / math.log1p(-p)).clamp_(max=longest).add_(1)
     return distances.to(dtype)
 
 

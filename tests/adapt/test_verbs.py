@@ -306,7 +306,10 @@ def test_applying_the_same_name_twice_names_unload() -> None:
     assert model.lora_configs["other"].r == 2
 
 
-@pytest.mark.parametrize("name", ["a.b", "", "a b", "a/b", "keys", "pop", "items", "forward", "a\\b", "training"])
+@pytest.mark.parametrize(
+    "name",
+    ["a.b", "", "a b", "a/b", "keys", "pop", "items", "forward", "a\\b", "training", "a\0b", "\ud800", "x" * 201],
+)
 def test_names_that_cannot_be(name: str) -> None:
     model = tiny_llama()
     with pytest.raises(ConfigError, match="is not a valid adapter name"):

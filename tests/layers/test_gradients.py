@@ -218,6 +218,28 @@ def test_dropout_drops_with_its_probability_independently(p: float, dtype: torch
     assert abs(together - n * p * p) < 6 * (n * p * p) ** 0.5
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.001, 0.05, 0.4])
+def test_dropout_does_not_depend_on_the_default_dtype(p: float, default: torch.dtype) -> None:
+    x = torch.ones(100_000)
+    torch.manual_seed(0)
+    expected = draw_mask(x, p)
+    torch.manual_seed(0)
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(draw_mask(x, p), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("p", [1e-6, 1e-8, 1e-9, 1e-12])
+def test_places_of_a_rare_dropout_are_in_the_tensor(p: float) -> None:
+    x = torch.ones(1000)
+    for _ in range(50):
+        places = dropped_indices(draw_mask(x, p), x, p)
+        assert places.numel() == 0 or 0 <= int(places.min()) <= int(places.max()) < 1000
+
+
 def assert_mean_near(found: Tensor, expected: Tensor, share: float) -> None:
     assert (found - expected).norm() <= share * expected.norm()
 

@@ -304,6 +304,28 @@ def test_a_quantized_module_is_not_trained_whole(base: Path) -> None:
     assert_same_tensors(bits(model), before)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(64, 64), (96, 128), (64, 320)], ids=str)
+def test_values_of_a_weight_that_an_evaluation_repacked(shape: tuple[int, int], quant_type: str, nested: bool) -> None:
+    """Repacking rounds the scales to bfloat16 and quantizes nested ones again; nothing else may change."""
+    bnb = pytest.importorskip("bitsandbytes")
+    if not bnb.functional.has_avx512bf16():
+        pytest.skip("bitsandbytes repacks on CPUs with AVX512-BF16 only")
+    layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type=quant_type, compress_statistics=nested)
+    layer = layer.to("cpu").eval()
+    layer.weight = layer.weight.to("cpu")
+    before = read_whole(layer)
+    with torch.no_grad():
+        layer(torch.randn(3, shape[1]))
+    assert layer.weight.quant_state.packing_format_for_cpu
+    model: Any = apply_lora(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"]))
+    assert not model[0].weight.quant_state.packing_format_for_cpu
+    assert relative_error(read_whole(model[0]), before) < torch.finfo(torch.bfloat16).eps
+    x = torch.randn(5, shape[1])
+    assert relative_error(model[0](x), F.linear(x, before)) < 2 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_a_new_head_that_was_never_quantized_is_refused_with_the_way_out(tmp_path: Path, kind: str) -> None:
     """transformers puts quantized layers in the place of a head, and no quantized weights in them: none can run."""

@@ -86,7 +86,10 @@ class Factors(Part):
         adapter, before = self._layer_adapter, dict(self.site.factors(self.adapter))
         old = {kind: factor.weight for kind, factor in before.items()}
         adapter.specs = adapter.declare(self.site, self.site._lora.shape)
-        likes = {kind: torch.zeros(adapter.specs[kind].shape, device=w.device) for kind, w in old.items()}
+        likes = {
+            kind: torch.zeros(adapter.specs[kind].shape, dtype=torch.float32, device=w.device)
+            for kind, w in old.items()
+        }
         for kind, factor in before.items():
             factor.weight = fitted(old[kind], likes[kind])
         started = adapter.method.start(self.site.seen_by((self.adapter,)), self.adapter)  # A and B have the new size

@@ -75,7 +75,7 @@ class Bits4Storage(QuantizedStorage):
 
         On CPUs with AVX512-BF16, bitsandbytes repacks a weight permanently in its first forward outside training. No
         gradient passes through a repacked weight. One that was repacked earlier is converted back, as bitsandbytes
-        does when it saves it.
+        does when it saves it; but that leaves the scales in the order of the repacked weight, so they are set here.
         """
         if not module.__dict__.get(_PACKS):
             return
@@ -83,7 +83,10 @@ class Bits4Storage(QuantizedStorage):
         module.__dict__[_PACKS] = False
         state = _state_of(module)
         if getattr(state, "packing_format_for_cpu", False):
+            scales = state.absmax.t().to(torch.float32).reshape(-1)
             module._save_to_state_dict({}, "", False)
+            if not state.nested:
+                state.absmax = scales
 
     def after_training(self, module: nn.Module) -> None:
         """Undo `before_training`, except for the format of the weight, which the next evaluation converts."""
