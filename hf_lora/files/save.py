@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from ..adapt.embeddings import vocabulary_of
 from ..adapt.labels import task_type_of
-from ..adapt.match import matcher
+from ..adapt.match import PatternTable, matcher
 from ..adapt.state import require_state
 from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
 from ..config import PRESETS, LoraConfig
@@ -102,6 +103,9 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
+    names = [path for path, layer in adapter_layers(model).items() if name in layer._lora.names]
+    for field in ("rank_pattern", "alpha_pattern"):
+        values[field] = _in_any_order(values[field], names)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
     init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
     if init.takes_out and not init.repeatable:
@@ -114,6 +118,24 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
         cls = unwrap_class(type(model))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def _in_any_order(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """A table that gives `names` the same values if its keys are sorted, as this library and PEFT write them.
+
+    The first pattern that matches applies, so patterns that overlap need their order: then each layer has an entry.
+    """
+    given = PatternTable(table)
+    values = {name: given.get(name, None) for name in names}
+
+    def gives_them(other: dict[str, Any]) -> bool:
+        found = PatternTable(dict(sorted(other.items())))
+        return all(found.get(name, None) == value for name, value in values.items())
+
+    if gives_them(table):
+        return table
+    full = {name: value for name, value in values.items() if value is not None}
+    return full if gives_them(full) else {f"^{re.escape(name)}": value for name, value in full.items()}
 
 
 def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:

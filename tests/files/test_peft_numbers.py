@@ -290,3 +290,26 @@ def test_trained_biases_leave_the_running_statistics_of_a_frozen_norm_alone() ->
     biases = [p for n, p in model.named_parameters() if "normalization.lora_bias" in n]
     assert biases
     assert all(p.grad is not None for p in biases)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {"q_proj": 100, r"layers\.0\..*": 50}},
+        {"rank_pattern": {"v_proj": 2, r".*\.0\.self_attn\..*": 3}, "alpha_pattern": {"self_attn.v_proj": 7, "0.*": 2}},
+        {"alpha_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 5}},
+    ],
+    ids=["name before layer", "both tables", "specific before general"],
+)
+def test_patterns_that_overlap_keep_their_order_in_a_file(patterns: dict[str, Any], tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], **patterns)
+    model = randomize(apply_lora(copy.deepcopy(base), config)).eval()
+    model.save_pretrained(tmp_path)
+    batch = batch_of(base)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        again = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
+        assert torch.equal(again(**batch).logits, expected)
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path)
+        assert_near(theirs(**batch).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
