@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import ConfigError, Faults, nearest
+
+logger = logging.getLogger(__name__)
 
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
@@ -219,7 +222,9 @@ class LoraConfig:
         except ConfigError as error:
             faults.include(error)
         faults.check(
-            ConfigError, "Correct or remove these fields, or load the adapter with the library that wrote it."
+            ConfigError,
+            "Correct wrong values. A field that is not supported changes what the adapter computes, so do not remove it: "
+            "load the adapter with the library that wrote it, or use that library to convert it to plain LoRA.",
         )
         assert config is not None
         return config
@@ -236,7 +241,14 @@ class LoraConfig:
             own = {} if "peft_type" in config else {"lora_alpha": None}
             return cls.from_dict({**own, **config}, call="LoraConfig.from_any(…)")
         if hasattr(config, "peft_type") and hasattr(config, "to_dict"):
-            return cls.from_dict(config.to_dict(), call=f"{type(config).__module__}.{type(config).__name__}")
+            values = dict(config.to_dict())
+            if values.get("target_modules", ...) is None:
+                values["target_modules"] = ALL_LINEAR
+                logger.warning(
+                    "target_modules=None: all linear layers but the output layer are adapted. PEFT has a table of "
+                    "defaults with fewer layers of known models; name them in target_modules to adapt those."
+                )
+            return cls.from_dict(values, call=f"{type(config).__module__}.{type(config).__name__}")
         raise ConfigError(
             f"Expected a LoRA config, not {type(config).__name__}. Pass hf_lora.LoraConfig(…), a mapping with its "
             "fields, or a peft.LoraConfig."

@@ -215,3 +215,15 @@ def test_a_misspelled_field_is_named_with_the_right_one() -> None:
 def test_scaling() -> None:
     assert LoraConfig(r=4, lora_alpha=6).scaling(4, 6) == 1.5
     assert LoraConfig(r=4, lora_alpha=6, use_rslora=True).scaling(4, 6) == 3.0
+
+
+def test_a_peft_config_without_targets_adapts_all_linear_layers_and_says_so(messages: list[str]) -> None:
+    model = apply_lora(tiny_llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    assert model.lora_configs["default"].target_modules == "all-linear"
+    assert [text for text in messages if "target_modules=None" in text]
+
+
+def test_no_next_step_advises_to_remove_what_changes_the_result() -> None:
+    with pytest.raises(ConfigError, match="do not remove it") as raised:
+        LoraConfig.from_dict({"target_modules": ["q_proj"], "use_dora": True})
+    assert "use_dora=True is not supported" in str(raised.value)

@@ -296,7 +296,10 @@ def test_trained_biases_leave_the_running_statistics_of_a_frozen_norm_alone() ->
     "patterns",
     [
         {"alpha_pattern": {"q_proj": 100, r"layers\.0\..*": 50}},
-        {"rank_pattern": {"v_proj": 2, r".*\.0\.self_attn\..*": 3}, "alpha_pattern": {"self_attn.v_proj": 7, "0.*": 2}},
+        {
+            "rank_pattern": {"v_proj": 2, r".*\.0\.self_attn\..*": 3},
+            "alpha_pattern": {"self_attn.v_proj": 7, "0.*": 2},
+        },
         {"alpha_pattern": {"layers.1.self_attn.q_proj": 3, "q_proj": 5}},
     ],
     ids=["name before layer", "both tables", "specific before general"],
