@@ -223,8 +223,8 @@ class LoraConfig:
             faults.include(error)
         faults.check(
             ConfigError,
-            "Correct wrong values. A field that is not supported changes what the adapter computes, so do not remove it: "
-            "load the adapter with the library that wrote it, or use that library to convert it to plain LoRA.",
+            "Correct wrong values. A field that is not supported changes what the adapter computes, so do not remove "
+            "it: load the adapter with the library that wrote it, or use that library to convert it to plain LoRA.",
         )
         assert config is not None
         return config

@@ -11,8 +11,9 @@ from typing import Any
 
 import peft
 import pytest
+from helpers import tiny_llama
 
-from hf_lora import AdapterFileError, ConfigError, LoraConfig, inspect_adapter
+from hf_lora import AdapterFileError, ConfigError, LoraConfig, apply_lora, inspect_adapter
 from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(

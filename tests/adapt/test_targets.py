@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import batch_for, randomize, snapshot, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from torch import nn
+from helpers import assert_near, batch_for, randomize, snapshot, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora, explain_targets
+from hf_lora.adapt.merge import merge
 from hf_lora.adapt.walk import adapter_layers, replacements
 
 
@@ -398,3 +399,49 @@ def test_shared_layers_are_adapted_once() -> None:
     apply_lora(model, LoraConfig(r=2))
     assert list(adapter_layers(model)) == ["a.0"]
     assert len(list(itertools.chain(shared.lora_A, shared.lora_B))) == 2
+
+
+class Scaled(nn.Embedding):
+    """An embedding as language models scale it."""
+
+    def __init__(self, scale: Any = 3.0) -> None:
+        super().__init__(20, 6)
+        self.embed_scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale
+
+
+class OneIsSpecial(Scaled):
+    """One token has a vector of its own, as a marker of images has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.special = nn.Parameter(torch.ones(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.where((ids == 7)[..., None], self.special, super().forward(ids))
+
+
+class Unscaled(Scaled):
+    """It has the attribute and does not use it."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.Embedding.forward(self, ids)
+
+
+@pytest.mark.parametrize("scale", [3.0, torch.tensor(3.0)], ids=["number", "tensor"])
+def test_a_scaled_embedding_is_adapted_as_it_computes(scale: Any) -> None:
+    model = nn.Sequential(Scaled(scale))
+    apply_lora(model, LoraConfig(r=2, target_modules=["0"]))
+    randomize(model)
+    ids = torch.arange(20)[None]
+    unmerged = model(ids)
+    merge(model)
+    assert_near(model(ids), unmerged, torch.float32, 8)
+
+
+@pytest.mark.parametrize("kind", [OneIsSpecial, Unscaled])
+def test_an_embedding_that_computes_something_else_is_refused(kind: type[nn.Module]) -> None:
+    with pytest.raises(TargetError, match="is not a supported kind of layer"):
+        apply_lora(nn.Sequential(kind()), LoraConfig(r=2, target_modules=["0"]))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..class_swap import unwrap_class
 from ..contract import AdaptedLayer
 from ..ops import weight_like
 from .matrix import MatrixByInput, runs_forward_of
@@ -25,7 +27,7 @@ class EmbeddingShape(MatrixByInput):
     def claims(self, layer: nn.Module) -> bool:
         if not isinstance(layer, nn.Embedding):
             return False
-        return runs_forward_of(layer, nn.Embedding) or hasattr(layer, "embed_scale")
+        return runs_forward_of(layer, nn.Embedding) or _computes_scaled_rows(layer)
 
     def refuse(self, layer: nn.Module) -> str | None:
         if cast(nn.Embedding, layer).max_norm is not None:
@@ -43,3 +45,33 @@ class EmbeddingShape(MatrixByInput):
         u = F.linear(h, weight_like(b, h))
         scale = getattr(layer, "embed_scale", None)
         return u if scale is None else u * (scale.to(u.dtype) if isinstance(scale, Tensor) else scale)
+
+
+@torch.no_grad()
+def _computes_scaled_rows(layer: nn.Embedding) -> bool:
+    """Whether an embedding with an overridden forward returns its rows times `embed_scale`: it is tested on some ids.
+
+    One with further parameters or modules may treat single ids differently, so it does not.
+    """
+    scale: Any = getattr(layer, "embed_scale", None)
+    weight = layer._parameters.get("weight")
+    if scale is None or type(weight) is not nn.Parameter or weight.is_meta or not weight.is_floating_point():
+        return scale is not None and (weight is None or weight.is_meta) and _has_no_more(layer)
+    if not _has_no_more(layer):
+        return False
+    ids = torch.linspace(0, layer.num_embeddings - 1, min(layer.num_embeddings, 64), device=weight.device).long()
+    try:
+        cls: Any = unwrap_class(type(layer))
+        found = cls.forward(layer, ids[None])
+        wanted = F.embedding(ids[None], weight) * (scale.to(weight.dtype) if isinstance(scale, Tensor) else scale)
+    except Exception:  # another signature: in any case it is not known to be a lookup
+        return False
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
+        return False
+    return bool((found.float() - wanted.float()).norm() <= 4 * torch.finfo(weight.dtype).eps * wanted.float().norm())
+
+
+def _has_no_more(layer: nn.Embedding) -> bool:
+    """Whether `weight` and `embed_scale` are all that an embedding has, except for its adapters."""
+    kept = {*layer._parameters, *layer._buffers, *(name for name in layer._modules if not name.startswith("lora_"))}
+    return kept <= {"weight", "embed_scale"}
