@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig
-from ..errors import ConfigError, Faults, StateError
+from ..errors import ConfigError, Faults, StateError, listed
+from ..layers.copies import Replacement
 from ..layers.distributed import how_sharded
-from ..layers.hosts import remove_all
+from ..layers.hosts import Host, remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
@@ -221,6 +222,14 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             faults.add(f"{path} already has adapters")
             step = f"Call unload() on {path}, then apply LoRA to the whole model."
             break
+    if not faults.found:
+        shared = [path for path, module in model.named_modules() if isinstance(module, (Host, Replacement))]
+        if shared:
+            faults.add(f"{listed(shared)} have adapters of another model, of which they are a part too")
+            step = (
+                "Layers that two models share have the adapters of one of them. Apply LoRA to one model that contains "
+                "both, call unload() on the other model first, or give this one a copy of the layers (copy.deepcopy)."
+            )
     faults.check(StateError, step)
 
 

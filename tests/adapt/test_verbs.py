@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_near, assert_same_tensors, batch_for, randomize, snapshot, tiny_bert, tiny_gpt2, tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lora import ConfigError, LoraConfig, LoraModel, MergeError, StateError, apply_lora, get_peft_model
+from hf_lora.adapt.inject import eject
 from hf_lora.adapt.report import trainable_line, trainable_parameters
 from hf_lora.adapt.walk import adapter_layers, replacements
 
@@ -476,3 +477,21 @@ def test_the_adapters_table_tells_all() -> None:
     assert "classifier: the task head, outside the backbone, 99 parameters" in table
     with pytest.raises(StateError, match="no adapter 'x'"):
         model.adapter_table("x")
+
+
+@pytest.mark.parametrize("config", [{"target_modules": "all-linear"}, {"target_modules": ["0"], "bias": "all"}, {
+    "target_modules": ["0"], "modules_to_save": ["2"]}], ids=["factors", "biases", "whole"])  # fmt: skip
+def test_layers_that_two_models_share_have_the_adapters_of_one(config: dict[str, Any]) -> None:
+    """As an actor and a critic around one body."""
+    body = [nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)]
+    actor, critic = nn.Sequential(*body, nn.Linear(4, 2)), nn.Sequential(*body, nn.Linear(4, 1))
+    randomize(apply_lora(actor, LoraConfig(r=2, **config)))
+    x = torch.randn(3, 4)
+    before, values, classes = actor(x), snapshot(actor), [type(m) for m in critic.modules()]
+    with pytest.raises(StateError, match="of another model"):
+        apply_lora(critic, LoraConfig(r=2, target_modules=["0", "3"]))
+    assert_same_tensors(snapshot(actor), values)
+    assert [type(m) for m in critic.modules()] == classes
+    assert torch.equal(actor(x), before)
+    eject(actor)
+    apply_lora(critic, LoraConfig(r=2, target_modules=["0", "3"]))
