@@ -77,7 +77,8 @@ def load_adapter(
     }
     adapted = {t.path for t in plan.layers}
     expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
-    plan.saved |= _whole_embeddings(model, file)
+    inside = tuple(f"{path}." for path in plan.saved)
+    plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if not p.startswith(inside)}
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
     task = task or _task_by_shape(model, plan, file)
     other = _model_on_meta(model, plan, task)

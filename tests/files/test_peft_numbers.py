@@ -316,3 +316,37 @@ def test_patterns_that_overlap_keep_their_order_in_a_file(patterns: dict[str, An
         assert torch.equal(again(**batch).logits, expected)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path)
         assert_near(theirs(**batch).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+
+
+MASKED = dict(
+    vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=40,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+@pytest.mark.parametrize("part", ["", ".predictions"], ids=["head", "part of the head"])
+def test_a_head_that_holds_the_output_embedding(name: str, part: str, tmp_path: Path) -> None:
+    """PEFT writes the decoder inside the head, where it is tied to the input embedding outside."""
+    if name == "Roberta" and part:
+        pytest.skip("its head has no such part")
+    config = getattr(transformers, f"{name}Config")(**MASKED)
+    base = getattr(transformers, f"{name}ForMaskedLM")(config).eval()
+    head = "lm_head" if name == "Roberta" else f"cls{part}"
+    ids = torch.randint(5, 40, (2, 6))
+    settings = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=[head.rpartition(".")[2]])
+    theirs = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    expected = theirs(ids).logits
+    model = LoraModel.from_pretrained(tmp_path / "theirs", base_model=copy.deepcopy(base))
+    assert_near(model(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+    model.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
+    assert_near(again(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+    merged = LoraModel.from_pretrained(tmp_path / "theirs", base_model=copy.deepcopy(base), merge=True)
+    assert_near(merged(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+    assert (expected - base(ids).logits).norm() > 0.01 * expected.norm()
