@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -25,7 +26,7 @@ from .config import LoraConfig, as_tuple
 from .errors import AdapterFileError, StateError, listed
 from .files.format import PREFIX, AdapterFile
 from .files.load import load_adapter, load_adapter_weights
-from .files.save import adapter_state_dict, save_adapters
+from .files.save import adapter_state_dict, refuse_arguments, save_adapters
 from .hub.download import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
@@ -112,6 +113,7 @@ class LoraModel(Extension, PreTrainedModel):
         push_to_hub: bool = False,
         adapter_name: str | None = None,
         allow_nonfinite: bool = False,
+        dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """Save only the adapters, in PEFT's format plus `hf_lora.json`. All files of an adapter are replaced together.
@@ -121,9 +123,11 @@ class LoraModel(Extension, PreTrainedModel):
                 itself, others to subfolders with their names.
             state_dict: gathered tensors by their names in `self.state_dict()`, written instead of the model's.
             allow_nonfinite: also write NaN and infinity, for inspection; loading refuses such a file.
+            dtype: of the tensors in the file, such as `torch.bfloat16`; default: float32, as in memory.
 
         Raises:
-            StateError: the model is an inner model, or is merged.
+            StateError: the model is an inner model, is merged, or has no adapters.
+            ConfigError: arguments that change how a full model is saved.
             AdapterFileError: a tensor is empty or not finite, or the disk is full; existing files are unchanged.
         """
         state = _state(self, "save_pretrained")
@@ -132,10 +136,17 @@ class LoraModel(Extension, PreTrainedModel):
                 "save_pretrained: the adapters are merged. Call unmerge_adapter() to save them, or "
                 "merge_and_unload().save_pretrained(folder) to save the merged model."
             )
+        if not push_to_hub:
+            refuse_arguments(kwargs)
         if not is_main_process:
             return
         names = [adapter_name] if adapter_name is not None else list(state.adapters)
-        save_adapters(self, save_directory, names, state_dict, allow_nonfinite)
+        if not names:
+            raise StateError(
+                "save_pretrained: the model has no adapters. Add one, or save the base with "
+                "model.unload().save_pretrained(folder)."
+            )
+        save_adapters(self, save_directory, names, state_dict, allow_nonfinite, dtype)
         if not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             logger.info(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
         elif not state.resumable:

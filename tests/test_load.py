@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import hf_lora
-from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora import AdapterFileError, BaseMismatchError, ConfigError, LoraConfig, LoraModel, StateError, apply_lora
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
 
 
@@ -534,3 +534,27 @@ def test_a_head_that_the_adapter_brings_is_not_reported_missing(
     apply_lora(model, LoraConfig(modules_to_save=[])).save_pretrained(tmp_path / "without")
     LoraModel.from_pretrained(tmp_path / "without")
     assert "classifier.weight" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_is_saved_in_16_bits_where_asked(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=4)))
+    model.save_pretrained(tmp_path, dtype=dtype)
+    held = load_file(tmp_path / "adapter_model.safetensors")
+    own = model.get_adapter_state_dict()
+    assert all(tensor.dtype == dtype and torch.equal(tensor, own[key].to(dtype)) for key, tensor in held.items())
+    again = LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    assert all(torch.equal(t, held[key].float()) for key, t in again.get_adapter_state_dict().items())
+
+
+def test_a_save_refuses_what_it_would_ignore(tmp_path: Path) -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="adapter_nam is not an argument") as raised:
+        model.save_pretrained(tmp_path / "a", safe_serialization=False, variant="fp16", adapter_nam="default")
+    assert len(raised.value.faults) == 3
+    assert not (tmp_path / "a").exists()
+    model.save_pretrained(tmp_path / "a", safe_serialization=True, max_shard_size="1GB", variant=None)
+    model.delete_adapter("default")
+    with pytest.raises(StateError, match="has no adapters"):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()

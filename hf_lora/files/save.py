@@ -19,7 +19,7 @@ from ..adapt.match import PatternTable, matcher
 from ..adapt.state import require_state
 from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
 from ..config import PRESETS, LoraConfig
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
@@ -42,12 +42,14 @@ def save_adapter(
     name: str = "default",
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """Write one adapter in PEFT's format, plus `hf_lora.json`.
 
     Args:
         state_dict: gathered tensors, by their names in `model.state_dict()`, to write instead of the model's.
         allow_nonfinite: also write NaN and infinity, for inspection.
+        dtype: of the tensors in the file, such as bfloat16 for half the size; default: as in memory.
 
     Raises:
         AdapterFileError: a tensor is sharded, empty or not finite, or the disk is full. Existing files are unchanged.
@@ -62,6 +64,8 @@ def save_adapter(
             "call state = gathered_state(model), then model.save_pretrained(folder, state_dict=state, "
             "is_main_process=…)."
         )
+    if dtype is not None:
+        tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     existing = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
     if existing:
         warnings.warn(
@@ -78,13 +82,14 @@ def save_adapters(
     names: Sequence[str],
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write several adapters: a single one, and one named "default", to the folder itself; others to subfolders with
     their names. Raises the errors of `save_adapter`.
     """
     for name in names:
         inner = len(names) > 1 and name != "default"
-        save_adapter(model, Path(folder) / name if inner else folder, name, state_dict, allow_nonfinite)
+        save_adapter(model, Path(folder) / name if inner else folder, name, state_dict, allow_nonfinite, dtype)
 
 
 def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
@@ -190,3 +195,25 @@ def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: 
     hits = matcher(config.target_modules)
     found = {p for p in everything if hits(p) and not f"{p}.".startswith(inside)}
     return found == adapted
+
+
+def refuse_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of transformers' `save_pretrained` that would change a full model's files.
+
+    Raises:
+        ConfigError: lists them.
+    """
+    faults = Faults("save_pretrained")
+    for name, value in given.items():
+        if name not in _OF_A_MODEL:
+            faults.add(f"{name} is not an argument{nearest(name, [*_OF_A_MODEL, 'dtype', 'adapter_name'])}")
+        elif _OF_A_MODEL[name] is not ... and value not in (None, _OF_A_MODEL[name]):
+            faults.add(f"{name}={value!r}: an adapter is one safetensors file in PEFT's format")
+    faults.check(ConfigError, "Nothing was written. Leave these arguments out.")
+
+
+_OF_A_MODEL = {
+    "safe_serialization": True, "save_peft_format": True, "variant": None, "distributed_checkpoint": False,
+    "max_shard_size": ..., "save_original_format": ..., "save_function": ..., "token": ...,
+}  # fmt: skip
+"""Arguments for a full model -> the value that changes nothing here; `...` for any value."""
