@@ -174,7 +174,7 @@ def _load_base(
     kwargs.setdefault("trust_remote_code", False)  # only the caller may allow it; transformers would prompt
     with held_load_report() as release:
         try:
-            model, found = _class_of(file).from_pretrained(name, output_loading_info=True, **kwargs)
+            model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
         except OSError as error:
             if base is None and trained_on is None:
                 raise AdapterFileError(
@@ -195,14 +195,25 @@ def _load_base(
     return cast(PreTrainedModel, model)
 
 
-def _class_of(file: AdapterFile) -> Any:
-    """The class that the adapter was trained on, if its name is known, otherwise the auto class of its task."""
+def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
+    """The class that the adapter was trained on, if its name is known, otherwise the auto class of its task.
+
+    Files of other libraries say CAUSAL_LM of every model that generates, such as one that reads images too: for those
+    it is the class in the base's own config, if that one generates.
+    """
     mapping = file.raw.get("auto_mapping")
     mapped = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in (file.extras.get("architecture"), mapped):
         if name and is_own_model(name):
             return getattr(transformers, name)
-    return getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
+    auto = getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
+    if file.config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
+        return auto
+    where = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
+    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in where if k in kwargs})
+    named = getattr(config, "architectures", None) or [None]
+    own = getattr(transformers, named[0]) if is_own_model(named[0]) else None
+    return own if own is not None and issubclass(own, transformers.GenerationMixin) else auto
 
 
 def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:

@@ -558,3 +558,28 @@ def test_a_save_refuses_what_it_would_ignore(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="has no adapters"):
         model.save_pretrained(tmp_path / "b")
     assert not (tmp_path / "b").exists()
+
+
+def test_pefts_task_type_of_a_model_that_reads_images_too(tmp_path: Path) -> None:
+    """PEFT says CAUSAL_LM of it; the auto class of that task does not have it, or has its text model."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    text = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=39))
+    base.eval().save_pretrained(tmp_path / "base")
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False
+    )
+    theirs = peft.get_peft_model(LlavaForConditionalGeneration.from_pretrained(tmp_path / "base"), settings).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    model = LoraModel.from_pretrained(tmp_path / "adapter")
+    assert isinstance(model, LlavaForConditionalGeneration)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        assert_near(model(input_ids=ids).logits, theirs(input_ids=ids).logits, torch.float32, 16)
