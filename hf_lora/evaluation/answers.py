@@ -126,10 +126,10 @@ def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _pairs(inner, name)
     elif value is not None:
-        yield name, _normalised(value)
+        yield name, _normalized(value)
 
 
-def _normalised(value: Any) -> str:
+def _normalized(value: Any) -> str:
     text = str(value).strip().casefold()
     if isinstance(value, bool) or len(text) > 30 or not re.fullmatch(_NUMBER, text):
         return text

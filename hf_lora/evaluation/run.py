@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
-from ..data.formats import Form, recognise
+from ..data.formats import Format, recognize_format
 from ..data.prompts import check_output, read_answered, write_answers
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
@@ -102,15 +102,15 @@ def evaluate(
         result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
     elif generate:
         result = score_answers(
-            model, tokenizer, table, recognise(table, text_column, completion_column), max_new_tokens=max_new_tokens,
-            batch_size=batch_size, system=system,
+            model, tokenizer, table, recognize_format(table, text_column, completion_column),
+            max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
             progress=None if progress is None else lambda done: progress(done, len(table)),
         )  # fmt: skip
         if predictions is not None:
             write_answers(table, result.answers, predictions)
     else:
-        form = recognise(table, text_column, completion_column)
-        rows, cut = chat_rows(table, form, tokenizer, max_length or window_of(model) or 2**31)
+        data_format = recognize_format(table, text_column, completion_column)
+        rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
         result = Evaluation(score_rows(model, rows, batch_size))
     result.rows, result.cut = len(table), cut
     return result
@@ -121,7 +121,7 @@ def evaluate(
 
 @torch.no_grad()
 def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 8) -> dict[str, float]:
-    """The loss of a causal language model over labelled tokens, without holding the logits of a batch.
+    """The loss of a causal language model over labeled tokens, without holding the logits of a batch.
 
     Args:
         rows: `input_ids` and `labels` (-100 where there is none), as `chat_rows` makes them.
@@ -197,7 +197,7 @@ def score_answers(
     model: Any,
     tokenizer: Any,
     table: Table,
-    form: Form,
+    data_format: Format,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 8,
@@ -209,7 +209,7 @@ def score_answers(
     Raises:
         DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
-    prompts, references, templated = read_answered(table, form, tokenizer)
+    prompts, references, templated = read_answered(table, data_format, tokenizer)
     texts = generate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
         use_chat_template=templated, progress=progress,

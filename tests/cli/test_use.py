@@ -216,7 +216,7 @@ def test_rows_without_a_prompt_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"(?s)line 2, column 'prompt': the text is empty.*line 3.*not a text"):
         read_prompts(read_table(file, prompts=True))
     file = write_lines(tmp_path / "b.jsonl", [{"messages": [ASSISTANT]}, {"messages": "[{"}, {"messages": [USER]}])
-    with pytest.raises(DataError, match=r"(?s)line 1.*user never speaks.*line 2.*not JSON") as error:
+    with pytest.raises(DataError, match=r"(?s)line 1.*no user message.*line 2.*not valid JSON") as error:
         read_prompts(read_table(file, prompts=True))
     assert str(error.value).count("  - ") == 2
     file = write_lines(tmp_path / "g.jsonl", [{"messages": [USER], "tools": [{"name": "x"}]}])

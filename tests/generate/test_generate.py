@@ -136,7 +136,9 @@ def test_gpt2_at_the_end_of_its_window(tokenizer: Any) -> None:
     answers = generate_texts(model, plain, [short, long], max_new_tokens=8)
     assert [len(a.split()) for a in answers] == [8, 2]
     assert answers == [generate_texts(model, plain, [p], max_new_tokens=8)[0] for p in (short, long)]
-    with pytest.raises(DataError, match=r"(?s)prompt 1 has 32 tokens; the model's window holds 32.*prompt 2 is empty"):
+    with pytest.raises(
+        DataError, match=r"(?s)prompt 1 has 32 tokens; the model's context window has 32.*prompt 2 is empty"
+    ):
         generate_texts(model, plain, [short, long + " w6 w7", ""], max_new_tokens=8)
 
 
