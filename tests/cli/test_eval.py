@@ -196,7 +196,7 @@ def test_rows_without_a_question_or_an_answer(loaded: tuple[Any, Any], tmp_path:
             score_answers(*loaded, table, recognize_format(table))
         return str(error.value)
 
-    assert "no answer can be told" in failing({"text": "door"})
+    assert "not split into prompt and answer" in failing({"text": "door"})
     first = {"messages": [{"role": "assistant", "content": "now"}]}
     assert "line 2: the assistant message is the first" in failing(chat("a", "b"), first)
     assert "line 1: it has tools" in failing(chat("a", "b") | {"tools": [{"name": "x"}]})
@@ -221,7 +221,7 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
     assert model.training
     model.eval()
     assert scores.metrics == pytest.approx(evaluate(chat_adapter, chats, limit=2).metrics, rel=1e-4)
-    with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is for a model that is loaded here"):
+    with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is only for a model"):
         evaluate(model, chats, dtype="float32")
 
 
@@ -231,8 +231,7 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
 def test_words_that_do_not_go_together(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [chat("a", "b")])
     assert (
-        "belong to generate=True (--generate)"
-        in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
+        "need generate=True (--generate)" in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
     )
     assert "limit=0" in run("nowhere", "--file", file, "--limit", 0, code=2).stderr
     assert "batch_size=0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
@@ -261,7 +260,7 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
     for size in (1, 2, 8):
         found = json.loads(run(adapter_folder, "--file", file, "--batch-size", size, "--json").stdout)
         assert found == pytest.approx({"rows": 5, **expected})
-    assert "writes no text" in run(adapter_folder, "--file", file, "--generate", code=2).stderr
+    assert "does not generate text" in run(adapter_folder, "--file", file, "--generate", code=2).stderr
     model.train()
     assert evaluate(model, file, tokenizer=tokenizer).metrics == pytest.approx(expected)
     assert model.training
@@ -277,6 +276,6 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
     table = read_table(file)
-    with pytest.raises(StateError, match="language models and text classifiers"):
+    with pytest.raises(StateError, match="only language models and text classifiers"):
         evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, table, choose_columns(table))
     assert evaluation.task_type_of(tiny_llama()) == "CAUSAL_LM"
