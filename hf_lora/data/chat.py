@@ -8,6 +8,8 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import ConfigError, DataError, Faults
 from .formats import PAIR, TEXT, Example, Format, Message, read_examples
 from .spans import IGNORED, Labeled, LabelError, Template, label_spans, special_ids
@@ -18,7 +20,7 @@ TRAINED_MARKS = ("⟦", "⟧")
 
 
 def label_chat(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     tools: list[Any] | None = None,
     *,
@@ -59,7 +61,7 @@ def _label_chat(
     return label_spans(template.tokenizer, text, spans)
 
 
-def label_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+def label_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """Tokens and labels of a prompt, which is not trained, and of a completion with its EOS token, which is.
 
     The two are tokenized separately, with nothing between them. The prompt begins with the BOS token if the tokenizer
@@ -77,7 +79,7 @@ def label_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int],
     return [*before, *after], [IGNORED] * len(before) + after
 
 
-def label_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+def label_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Tokens and labels of a text and the EOS token, all of them trained.
 
     Raises:
@@ -89,7 +91,7 @@ def label_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     return ids, list(ids)
 
 
-def _end_token(tokenizer: Any) -> int:
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise LabelError(
             "the tokenizer has no EOS token, so a model would never learn to stop",
@@ -98,7 +100,9 @@ def _end_token(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def is_templated(data_format: Format, tokenizer: Any, use_chat_template: bool | None = None) -> bool:
+def is_templated(
+    data_format: Format, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> bool:
     """Whether the tokenizer's chat template is applied to rows of this format.
 
     Args:
@@ -131,7 +135,7 @@ def is_templated(data_format: Format, tokenizer: Any, use_chat_template: bool | 
 def chat_rows(
     table: Table,
     data_format: Format,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
     use_chat_template: bool | None = None,
@@ -187,7 +191,11 @@ def chat_rows(
 
 
 def _label(
-    tokenizer: Any, template: Template | None, data_format: Format, example: Example, last_turn_only: bool
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    data_format: Format,
+    example: Example,
+    last_turn_only: bool,
 ) -> Labeled:
     if example.text is not None:
         return Labeled(*label_text(tokenizer, example.text))
@@ -215,7 +223,7 @@ def _warn(table: Table, template: Template, rows: list[dict[str, list[int]]], sp
         )
 
 
-def show_batch(tokenizer: Any, batch: dict[str, Any]) -> str:
+def show_batch(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
     """A training batch as text: each document with its ⟦trained text⟧, special tokens and token counts.
 
     Args:
@@ -241,7 +249,7 @@ def show_batch(tokenizer: Any, batch: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _marked(tokenizer: Any, ids: list[int], trained: list[bool]) -> str:
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
     def decoded(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import ConfigError, DataError, Faults
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -12,7 +14,7 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def encode_prompts(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     system: str | None = None,
     use_chat_template: bool | None = None,
@@ -56,7 +58,7 @@ def encode_prompts(
     return encoded
 
 
-def _raw_ids(tokenizer: Any, text: str) -> list[int]:
+def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
@@ -66,7 +68,7 @@ def _raw_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _chat_ids(tokenizer: Any, prompt: Prompt, system: str | None) -> list[int]:
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:
     from jinja2 import TemplateError
 
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -79,7 +81,9 @@ def _chat_ids(tokenizer: Any, prompt: Prompt, system: str | None) -> list[int]:
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     try:
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        made: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     except TemplateError as error:
         raise DataError(f"does not fit the tokenizer's chat template: {error}") from error
     if not made["input_ids"]:

@@ -244,7 +244,7 @@ def _holds_messages(table: Table, column: str) -> bool:
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
-def _parsed(cell: Any) -> Any:
+def _parsed(cell: object) -> Any:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             return json.loads(cell)
@@ -269,7 +269,7 @@ def _read_chat(table: Table, data_format: Format, row: int, faults: Faults) -> E
     return Example(messages=messages, tools=tools or None, train_from=train_from)
 
 
-def read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
+def read_list(cell: object, where: str, faults: Faults) -> list[Any]:
     """The list in a cell, which may be JSON text; an empty list after adding a fault."""
     if isinstance(cell, str) and cell.strip():
         try:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import ConfigError, DataError, Faults
 from ..safe_io.atomic import replace_together
 from .chat import is_templated
@@ -51,7 +53,7 @@ def read_prompts(table: Table, column: str | None = None) -> list[Prompt]:
     return prompts
 
 
-def _question(cell: Any, where: str, faults: Faults) -> list[Any]:
+def _question(cell: object, where: str, faults: Faults) -> list[Any]:
     before = len(faults.found)
     messages = list(read_messages(read_list(cell, where, faults), where, faults))
     last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=-1)
@@ -60,7 +62,9 @@ def _question(cell: Any, where: str, faults: Faults) -> list[Any]:
     return messages[: last + 1]
 
 
-def read_answered(table: Table, data_format: Format, tokenizer: Any) -> tuple[list[Prompt], list[str], bool]:
+def read_answered(
+    table: Table, data_format: Format, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[str], bool]:
     """(prompts, reference answers, whether the chat template is applied to prompts), as in training.
 
     In a chat, the last assistant turn is the answer, and everything before it is the prompt.

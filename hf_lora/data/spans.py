@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import DataError
 from .formats import Message
 
@@ -66,7 +68,7 @@ class Template:
         LabelError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise LabelError(
                 "the tokenizer has no chat template",
@@ -110,13 +112,14 @@ class Template:
         # Not apply_chat_template(return_assistant_tokens_mask=True): if the last marked character belongs to no token
         # (white space that the tokenizer drops), it marks everything after it.
         rendered: Any  # annotated as str by transformers
+        variables: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         try:
             rendered = render_jinja_template(
                 conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
                 tools=tools,
                 chat_template=self.tokenizer.get_chat_template(tools=tools),
                 return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                **variables,
             )
         except Exception as error:
             raise _refused(error) from error
@@ -197,13 +200,13 @@ def _refused(error: Exception) -> LabelError:
     )
 
 
-def special_ids(tokenizer: Any) -> set[int]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The special tokens, including those without a role such as EOS."""
     named = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return named | set(tokenizer.all_special_ids)
 
 
-def label_spans(tokenizer: Any, text: str, spans: list[Span]) -> Labeled:
+def label_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> Labeled:
     """Tokenize a text once and label the tokens that lie completely inside a span.
 
     Raises:
@@ -219,7 +222,7 @@ def label_spans(tokenizer: Any, text: str, spans: list[Span]) -> Labeled:
     return row
 
 
-def _label_offsets(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
+def _label_offsets(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
@@ -246,7 +249,9 @@ def _label_offsets(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labele
     return row, trained
 
 
-def _first_token(tokenizer: Any, text: str, ids: list[int], span: Span, after: int, at: int) -> int | None:
+def _first_token(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], span: Span, after: int, at: int
+) -> int | None:
     """The index of a span's first token, or None if the text before it has different tokens when tokenized alone.
 
     That text is the prompt at generation. If its tokens are a prefix of the row, their number locates the span better
@@ -260,7 +265,7 @@ def _first_token(tokenizer: Any, text: str, ids: list[int], span: Span, after: i
     return None
 
 
-def _label_pieces(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
+def _label_pieces(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
     """For tokenizers without offsets: split the text at the borders of the spans, and tokenize each piece alone."""
     row = Labeled([], [])
     special, trained = special_ids(tokenizer), set[int]()

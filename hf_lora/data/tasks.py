@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import DataError, Faults, nearest
 from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
 from .tables import Table
@@ -113,7 +115,11 @@ class TokenRows(list[dict[str, Any]]):
 
 
 def classification_rows(
-    table: Table, columns: Columns, labels: list[str], tokenizer: Any, max_length: int | None = None
+    table: Table,
+    columns: Columns,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
 ) -> TokenRows:
     """Tokenize texts and add their class indices.
 

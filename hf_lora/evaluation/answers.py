@@ -112,12 +112,12 @@ def first_object(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def pairs_of(value: Any, name: str = "") -> Pairs:
+def pairs_of(value: object, name: str = "") -> Pairs:
     """The pairs of field and value in an object, with their counts."""
     return Counter(_pairs(value, name))
 
 
-def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
+def _pairs(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _pairs(inner, f"{name}.{key}" if name else key)
@@ -128,7 +128,7 @@ def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
         yield name, _normalized(value)
 
 
-def _normalized(value: Any) -> str:
+def _normalized(value: object) -> str:
     text = str(value).strip().casefold()
     if isinstance(value, bool) or len(text) > 30 or not re.fullmatch(_NUMBER, text):
         return text

@@ -61,7 +61,7 @@ def load_metric(name: str | os.PathLike[str]) -> Any:
 
 
 def build_compute_metrics(
-    metric: Any,
+    metric: object,
     *,
     shift_labels: bool | None = None,
     average: str | None = "auto",
@@ -211,7 +211,7 @@ class ComputeMetrics:
         keep = labels != IGNORED
         return predictions[keep], labels[keep]
 
-    def _arguments(self, metric: Any) -> dict[str, Any]:
+    def _arguments(self, metric: object) -> dict[str, Any]:
         arguments = dict(self.compute_kwargs)
         if _name(metric) == "f1":
             automatic = "binary" if self._classes <= 2 else "macro"
@@ -227,9 +227,9 @@ def _row_loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
     return torch.stack([loss, (labels != IGNORED).sum().to(loss.dtype)])
 
 
-def _array(value: Any) -> Any:
+def _array(value: object) -> Any:
     return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _name(metric: Any) -> str:
+def _name(metric: object) -> str:
     return str(getattr(metric, "name", ""))

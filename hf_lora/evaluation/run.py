@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
@@ -197,7 +198,7 @@ def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 
 def score_answers(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     table: Table,
     data_format: Format,
     *,
@@ -229,7 +230,12 @@ def score_answers(
 
 @torch.no_grad()
 def score_classes(
-    model: Any, tokenizer: Any, table: Table, columns: Columns, batch_size: int = 8, max_length: int | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    columns: Columns,
+    batch_size: int = 8,
+    max_length: int | None = None,
 ) -> dict[str, float]:
     """Accuracy and F1 of a text classifier on a table of texts with labels.
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..data.encode import encode_prompts
 from ..errors import ConfigError, DataError, Faults, StateError
@@ -37,7 +37,7 @@ class Conversation:
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -122,9 +122,8 @@ class Conversation:
             self._keep(kept, "".join(pieces))
             raise
         start = 1 if self.model.config.is_encoder_decoder else len(ids)
-        answer: str = self.tokenizer.decode(
-            new_tokens(written, start, options["eos_token_id"])[0], skip_special_tokens=True
-        )
+        reply = new_tokens(written, start, options["eos_token_id"])[0]
+        answer = str(self.tokenizer.decode(reply, skip_special_tokens=True))
         self._keep(kept, answer)
         return answer
 
@@ -159,7 +158,9 @@ class Conversation:
 class _Streamer(TextStreamer):
     """Collects the text of new tokens and passes it on."""
 
-    def __init__(self, tokenizer: Any, pieces: list[str], stream: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: list[str], stream: Callable[[str], None] | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.pieces = pieces
         self.stream = stream

@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..data.encode import Prompt, encode_prompts
 from ..data.prompts import check_output, read_prompts, write_answers
@@ -23,7 +23,7 @@ from .loading import Loading, loaded
 
 def generate_texts(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
@@ -70,7 +70,7 @@ def generate_texts(
         for rows, room in _batches(encoded, batch_size, max_new_tokens, model):
             written = _answer(model, tokenizer, [encoded[r] for r in rows], room, options, stops)
             for row, tokens in zip(rows, written, strict=True):
-                answers[row] = before_stop(tokenizer.decode(tokens, skip_special_tokens=True), stops)
+                answers[row] = before_stop(str(tokenizer.decode(tokens, skip_special_tokens=True)), stops)
             done += len(rows)
             if progress is not None:
                 progress(done)
@@ -120,14 +120,14 @@ def generate_answers(
     if file is None and (out is not None or column is not None):
         raise ConfigError("generate_answers: out and column need a file (--file). Omit them.")
     table = None if file is None else read_table(file, prompts=True)
-    asked = list(prompts or []) if table is None else read_prompts(table, column)
+    questions = list(prompts or []) if table is None else read_prompts(table, column)
     if table is not None and out is not None:
         check_output(out, table)
     model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
     answers = generate_texts(
-        model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
+        model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
         top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template, stop=stop,
-        progress=None if progress is None else lambda done: progress(done, len(asked)),
+        progress=None if progress is None else lambda done: progress(done, len(questions)),
     )  # fmt: skip
     if table is not None and out is not None:
         write_answers(table, answers, out)
@@ -163,7 +163,7 @@ def window_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def sampling(model: Any, tokenizer: Any, temperature: float, top_p: float) -> dict[str, Any]:
+def sampling(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float, top_p: float) -> dict[str, Any]:
     """Arguments for `model.generate` that override all sampling settings in the model's generation config."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
@@ -240,7 +240,12 @@ def _batches(
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompts: list[list[int]], room: int, options: dict[str, Any], stops: list[str]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    room: int,
+    options: dict[str, Any],
+    stops: list[str],
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to EOS. Prompts are padded on the left."""
     rows = [torch.tensor(prompt) for prompt in prompts]
@@ -260,7 +265,7 @@ class _StopsAt(StoppingCriteria):
     that no token has, and processes the whole vocabulary first.
     """
 
-    def __init__(self, tokenizer: Any, stops: list[str], start: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], start: int) -> None:
         self.tokenizer, self.stops, self.start = tokenizer, stops, start
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:

@@ -91,4 +91,4 @@ def test_inspect_prints_and_draws(adapter_folder: str, tmp_path: Path) -> None:
     assert "kept whole:" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 10_000
-    assert "cannot be drawn" in run("inspect", adapter_folder, "--plot", tmp_path / "norms.doc", code=2).stderr
+    assert "could not be written" in run("inspect", adapter_folder, "--plot", tmp_path / "norms.doc", code=2).stderr
