@@ -11,7 +11,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..network import scrub
 
@@ -32,7 +31,7 @@ _PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
-def clean(value: Any) -> str:
+def clean(value: object) -> str:
     """One line without control characters, lone surrogates, secrets and home directories."""
     line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
     line = _SECRETS.sub(HIDDEN, scrub(line.encode("utf-8", "replace").decode("utf-8")))
@@ -42,12 +41,12 @@ def clean(value: Any) -> str:
     return _HOMES.sub("~", line).strip()
 
 
-def text(value: Any) -> str:
+def text(value: object) -> str:
     """A value as literal Markdown text, also for a table cell."""
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", clean(value))
 
 
-def code(value: Any) -> str:
+def code(value: object) -> str:
     """A value in a code span; `<code>` with entities if backticks do not work in a table."""
     line = clean(value)
     if not line or _PLAIN_CODE.fullmatch(line):
@@ -55,7 +54,7 @@ def code(value: Any) -> str:
     return "<code>" + re.sub(r"[^A-Za-z0-9 ]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
 
 
-def literal(value: Any) -> str:
+def literal(value: object) -> str:
     """A string as a Python literal on one line."""
     return json.dumps(clean(value))
 
