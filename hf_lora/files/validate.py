@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..adapt.patterns import is_name, table_pattern, why_invalid
 from ..errors import AdapterFileError, Faults
@@ -80,17 +80,17 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
     faults.check(AdapterFileError, REPAIR)
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> TypeGuard[str]:
     """Whether a value is a printable name or path."""
     return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
 
 
-def is_revision(value: Any) -> bool:
+def is_revision(value: object) -> bool:
     """Whether a value can be a branch, a tag or a commit, without `..`."""
     return is_text(value) and _REVISION.fullmatch(value) is not None and ".." not in value
 
 
-def _check_rank(faults: Faults, name: str, value: Any) -> None:
+def _check_rank(faults: Faults, name: str, value: object) -> None:
     if isinstance(value, int) and value > MAX_RANK:
         faults.add(f"{name} is larger than {MAX_RANK:,}")
 
@@ -114,7 +114,7 @@ def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
         _check_rank(faults, f"{name}[{key[:100]!r}]", value if name == "rank_pattern" else None)
 
 
-def _check_base(faults: Faults, base: Any) -> None:
+def _check_base(faults: Faults, base: object) -> None:
     if base is None:
         return
     if not isinstance(base, Mapping):
@@ -129,7 +129,7 @@ def _check_base(faults: Faults, base: Any) -> None:
         faults.add("base.weights must hold samples of weights")
 
 
-def _is_sample(value: Any) -> bool:
+def _is_sample(value: object) -> bool:
     """Whether a value is an array of 16-bit numbers in base64."""
     try:
         data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
@@ -138,7 +138,7 @@ def _is_sample(value: Any) -> bool:
     return 0 < len(data) <= MAX_TEXT and len(data) % 2 == 0
 
 
-def _check_labels(faults: Faults, labels: Any) -> None:
+def _check_labels(faults: Faults, labels: object) -> None:
     if not labels and labels in (None, {}):
         return
     if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:
@@ -149,5 +149,5 @@ def _check_labels(faults: Faults, labels: Any) -> None:
         faults.add("id2label must map each key to a name")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40

@@ -147,7 +147,7 @@ def temporary_name(name: str, middle: str) -> str:
     return f".{name.lstrip('.')}.{middle}.tmp"
 
 
-def _is_temporary(temporary: Any, name: str) -> bool:
+def _is_temporary(temporary: object, name: str) -> bool:
     """Whether this may be a name from `temporary_name`."""
     return is_name(temporary) and temporary.startswith(f".{name.lstrip('.')}.") and temporary.endswith(".tmp")
 

@@ -119,7 +119,7 @@ def _header_bytes(file: Path, place: Path, broken: str) -> tuple[bytes, int]:
         raise AdapterFileError(f"{place} could not be read ({error}).") from error
 
 
-def _are_texts(metadata: Any) -> bool:
+def _are_texts(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
@@ -131,7 +131,7 @@ def _fault_of_name(name: str) -> str | None:
     return None
 
 
-def _fault_of_entry(value: Any) -> str | None:
+def _fault_of_entry(value: object) -> str | None:
     if not isinstance(value, Mapping) or value.keys() != {"dtype", "shape", "data_offsets"}:
         return "a tensor must have dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -147,7 +147,7 @@ def _fault_of_entry(value: Any) -> str | None:
     return None
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 

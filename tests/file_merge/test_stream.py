@@ -318,7 +318,7 @@ def test_every_fault_of_the_files_is_in_one_error(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     said = refused(AdapterFileError, base, adapter, tmp_path / "out")
-    torn = (f"{second} is not a complete safetensors file", f"{third} is not a whole safetensors file")
+    torn = (f"{second} is not a complete safetensors file", f"{third} is not a complete safetensors file")
     for part in (f"{first} is missing", *torn, "is not valid JSON", "is not empty"):
         assert part in said
 

@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_files_that_are_whole(inputs: tuple[Path, Path], t
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(AdapterFileError, match=r"no space is left(.|\n)*the same call goes on"):
+        with pytest.raises(AdapterFileError, match=r"no space is left(.|\n)*repeat the same call"):
             merge_files(base, adapter, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

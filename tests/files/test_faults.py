@@ -202,7 +202,7 @@ def test_broken_json(folder: Path, name: str) -> None:
     (folder / name).write_text(text[: len(text) // 2])
     assert f"{name} is not valid JSON" in refused(folder)
     (folder / name).write_text("[1, 2]")
-    assert f"{name} holds list" in refused(folder)
+    assert f"{name} contains list" in refused(folder)
 
 
 def test_a_config_with_broken_fields_lists_them(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_missing_folder_file_or_config(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="does not exist"):
         read_adapter(tmp_path / "absent")
     message = refused(tmp_path / "absent")
-    assert "is not a folder" in message
+    assert "is not a local folder" in message
 
 
 def test_a_folder_of_folders_names_the_adapters_in_it(tmp_path: Path) -> None:
