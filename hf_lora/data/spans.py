@@ -173,7 +173,7 @@ class Template:
 
         Some templates close a turn with two tokens; others append one more at the end of the chat.
         """
-        if messages[-1].get("tool_calls"):  # the calls follow the content and hold tokens of their own
+        if messages[-1].get("tool_calls"):  # the calls follow the content and contain special tokens
             return [token.end() for token in self.tokens.finditer(whole, begin)][-1:] or [len(whole.rstrip())]
         closing = self.closing
         if closing is None or not whole.endswith(closing):

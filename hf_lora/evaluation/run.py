@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
@@ -123,7 +123,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 8) -> dict[str, float]:
+def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], batch_size: int = 8) -> dict[str, float]:
     """The loss of a causal language model on labeled tokens, without the logits of a whole batch in memory.
 
     Args:
@@ -164,7 +164,7 @@ def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int
     return {"loss": loss, "perplexity": perplexity, "token_accuracy": hits / tokens, "tokens": tokens}
 
 
-def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
+def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
     """Batches of rows of similar length, the longest first."""
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
     for start in range(0, len(ordered), size):
@@ -178,7 +178,7 @@ def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: Any) -> Ite
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _from_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The first three fields of `Scores`, from the logits of one row at a time, if the head cannot be intercepted."""
     targets = shifted(batch["labels"])
     log_probs = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
@@ -197,7 +197,7 @@ def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 
 
 def score_answers(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     data_format: Format,
@@ -230,7 +230,7 @@ def score_answers(
 
 @torch.no_grad()
 def score_classes(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     table: Table,
     columns: Columns,
@@ -250,7 +250,8 @@ def score_classes(
             f"evaluate: this is a {type(model).__name__}; only language models and text classifiers are supported. "
             "Use LoraTrainer.evaluate."
         )
-    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    config: Any = model.config
+    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
     limit = max_length or min(int(tokenizer.model_max_length), window_of(model) or MOST_TOKENS, MOST_TOKENS)
     rows = classification_rows(table, columns, labels, tokenizer, limit)
     if tokenizer.pad_token is None:

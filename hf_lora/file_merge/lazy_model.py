@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
@@ -44,7 +44,7 @@ class Shell:
         owners: name in memory -> the name whose tensor on disk it uses; they differ for tied parameters.
     """
 
-    model: Any
+    model: PreTrainedModel
     checkpoint: Checkpoint
     names: Names
     file: AdapterFile

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..safe_io.headers import Entry
 
@@ -66,7 +67,7 @@ class _Conversion:
 
     converter: Any
     first: str
-    model: Any
+    model: PreTrainedModel
     collected: dict[str, list[str]] = field(default_factory=dict)
 
     def results(self, tensors: dict[str, Entry]) -> dict[str, Tensor]:
@@ -114,7 +115,9 @@ def _runs(numbers: Tensor, keys: list[str]) -> list[Run]:
     return found
 
 
-def names_on_disk(model: Any, tensors: dict[str, Entry], known: Mapping[str, Any] | None = None) -> Names:
+def names_on_disk(
+    model: PreTrainedModel, tensors: dict[str, Entry], known: Mapping[str, object] | None = None
+) -> Names:
     """Match the tensors of a checkpoint to those of a model, as `from_pretrained` would.
 
     Args:
@@ -149,7 +152,7 @@ def names_on_disk(model: Any, tensors: dict[str, Entry], known: Mapping[str, Any
     return found
 
 
-def misnamed(model: nn.Module, names: Iterable[str], known: Iterable[str]) -> list[str]:
+def misnamed(model: PreTrainedModel, names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Those of `names` (in memory) that loading would map to another tensor if a file used them."""
     wanted = list(names)
     entries = {name: Entry(name, torch.float32, (1,), 0, 0, Path()) for name in wanted}

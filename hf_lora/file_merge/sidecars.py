@@ -23,7 +23,7 @@ CARRIED = (*TOKENIZER, *PROCESSOR, "*.json", "*.txt", "LICENSE*", "NOTICE*")
 NEVER = ("*.index.json", CONFIG, "adapter_*", "hf_lora.json", "train*", "all_results.json", "eval_results.json", ".*")
 FOLDERS = ("additional_chat_templates",)
 
-Writers = dict[str, Callable[[Path], Any]]
+Writers = dict[str, Callable[[Path], object]]
 
 
 def writers_of(plan: Plan) -> Writers:
@@ -68,7 +68,7 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _writer(values: Mapping[str, Any]) -> Callable[[Path], Any]:
+def _writer(values: Mapping[str, object]) -> Callable[[Path], object]:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return lambda file: file.write_text(text, encoding="utf-8")
 

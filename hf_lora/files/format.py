@@ -333,7 +333,7 @@ def write_adapter(
     faults.check(AdapterFileError, "Nothing was written; existing files are unchanged.")
     path.mkdir(parents=True, exist_ok=True)
     ready = _unshared(ready)
-    writers: dict[str, Callable[[Path], Any]] = {
+    writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_NAME: lambda file: save_file(ready, file, metadata={"format": "pt"}),
         EXTRAS_NAME: lambda file: file.write_text(_json(extras), encoding="utf-8"),
         CONFIG_NAME: lambda file: file.write_text(_json(config), encoding="utf-8"),

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
@@ -54,7 +53,7 @@ def local_base(
     return fetch(repo, cache, _download, partial(_cached, repo, cache), f"hf download {name}")
 
 
-def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str) -> str | None:
+def commit_in_training(config: LoraConfig, extras: Mapping[str, object], name: str) -> str | None:
     """The commit of base `name` that the adapter was trained on; None if it was another base or is not recorded."""
     recorded = extras.get("base")
     if isinstance(recorded, dict) and recorded.get("name") == name and isinstance(recorded.get("commit"), str):

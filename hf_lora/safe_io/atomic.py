@@ -33,7 +33,7 @@ _FULL_TEXTS = (
 
 
 def replace_together(
-    folder: Path, writers: Mapping[str, Callable[[Path], Any]], ready: Mapping[str, Path] | None = None
+    folder: Path, writers: Mapping[str, Callable[[Path], object]], ready: Mapping[str, Path] | None = None
 ) -> None:
     """Let each writer write a temporary file; once all are complete and synced to disk, rename them.
 

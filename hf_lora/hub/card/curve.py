@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 Points = list[tuple[float, float]]
 
 
-def losses_of(history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+def losses_of(history: Iterable[Mapping[str, object]]) -> dict[str, Points]:
     """Name -> (step, loss) from a Trainer's log: `train`, and one for each evaluation dataset.
 
     Evaluations after the end of the training are omitted, since they may be of other weights.
@@ -28,7 +27,7 @@ def losses_of(history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     return found
 
 
-def draw_curve(history: Iterable[Mapping[str, Any]], unit: str = "") -> bytes | None:
+def draw_curve(history: Iterable[Mapping[str, object]], unit: str = "") -> bytes | None:
     """Draw the training and evaluation losses by step as a PNG.
 
     Args:

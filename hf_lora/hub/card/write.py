@@ -92,7 +92,7 @@ def write_card(
     known = run or _run_before(old, facts) or Run()
     if results is not None:
         known.scores = scores_given(results, data)
-    writers: dict[str, Callable[[Path], Any]] = {}
+    writers: dict[str, Callable[[Path], object]] = {}
     if history is not None:
         picture = draw_curve(history, known.unit)
         known.picture = picture is not None
