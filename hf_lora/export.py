@@ -1,4 +1,4 @@
-"""Adapters by folder or Hub name: merged into a full model that every tool can load, or summed up."""
+"""Merge an adapter, from a folder or the Hub, into a full model that every tool can load, or summarize it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ __all__ = ["DTYPES", "inspect_adapter", "merge_to_folder"]
 def inspect_adapter(
     adapter: str | os.PathLike[str], *, revision: str | None = None, subfolder: str | None = None
 ) -> AdapterSummary:
-    """Sum up what an adapter's file holds, layer by layer, without the base model; `str()` of the result is a table.
+    """Summarize an adapter's file layer by layer, without the base model; `str()` of the result is a table.
 
     Args:
         adapter: a folder, or a repository on the Hub.
         revision: branch, tag or commit of the repository.
-        subfolder: of the adapter, in its folder or repository.
+        subfolder: subfolder of the adapter in the folder or repository.
 
     Raises:
-        AdapterFileError: a file is absent or broken, or a layer has one factor of two.
-        HubError: the repository cannot be reached or read.
+        AdapterFileError: a file is missing or malformed, or a layer lacks one of its factors.
+        HubError: the repository could not be reached or read.
     """
     return inspect_folder(local_adapter(adapter, revision, subfolder=subfolder))
 
@@ -54,40 +54,40 @@ def merge_to_folder(
     progress: bool = True,
     **kwargs: Any,
 ) -> Path:
-    """Save a base model with an adapter folded in, its tokenizer or processor beside it, and return the folder.
+    """Save a base model with an adapter folded in, and its tokenizer or processor, and return the folder.
 
     Args:
         adapter: a folder, or a repository on the Hub.
         out: the folder to write; it must be new or empty unless `overwrite`.
-        base_model: a model, or its folder or repository; None takes the one that the adapter's config names.
-        in_memory: load the model, whatever form it has. False: merge its safetensors files one by one, in little
-            memory, as `merge_files` does; if that was cut off, the same call goes on.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold is then done on float32 weights (in memory 4 bytes a
-            parameter) and rounded once. None keeps the checkpoint's.
-        untie: give an adapted layer that shares its weight with another its own copy of it.
+        base_model: a model, or its folder or repository. Default: the one in the adapter's config.
+        in_memory: load the model, whatever its file format. False: merge its safetensors files one by one, with little
+            memory, as `merge_files` does; if that was interrupted, the same call resumes.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`: the fold then uses float32 weights (in memory 4 bytes per
+            parameter) and rounds once. Default: the checkpoint's.
+        untie: give an adapted layer that shares its weight with another a separate copy.
         allow_other_base: merge into another base than the adapter was trained on.
         allow_nonfinite: write the model even if a weight is NaN or infinite; only in memory.
         revision, subfolder: of the adapter, as in `inspect_adapter`.
-        base_revision: as `revision`, of the base's; None takes the commit that the adapter was trained on.
+        base_revision: like `revision`, for the base. Default: the commit that the adapter was trained on.
         progress: show bytes and rate if the output is a terminal; only with `in_memory=False`.
         kwargs: for `LoraModel.from_pretrained`; only in memory.
 
     Raises:
-        ConfigError: `dtype` is none of the three, or arguments do not go together.
-        AdapterFileError: the folder is not empty, or holds an adapter; or the adapter cannot be loaded.
+        ConfigError: `dtype` is not one of the three, or arguments contradict each other.
+        AdapterFileError: the folder is not empty, or has an adapter; or the adapter could not be loaded.
         MergeError: the adapter cannot be folded, or a weight is not finite. Nothing was written.
     """
     check_dtype(dtype)
     if in_memory:
         if dtype is not None and kwargs.get("quantization_config") is not None:
-            raise ConfigError("dtype= is for dense weights. Leave it out, or leave out quantization_config.")
+            raise ConfigError("dtype= is for dense weights. Omit it, or omit quantization_config.")
         check_new_folder(out, overwrite)
         common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
         source = local_adapter(adapter, revision, subfolder=subfolder, **common)
         kwargs |= {"untie": untie, "allow_other_base": allow_other_base, "base_revision": base_revision}
         return _merge_in_memory(source, Path(out), base_model, dtype, allow_nonfinite, kwargs)
     if wrong := [*kwargs, *(["allow_nonfinite"] if allow_nonfinite else [])]:
-        raise ConfigError(f"merge_to_folder: {', '.join(wrong)}: only with in_memory=True.")
+        raise ConfigError(f"merge_to_folder: {', '.join(wrong)} need in_memory=True.")
     source = local_adapter(adapter, revision, subfolder=subfolder)
     base = base_model or read_config(source).base_model_name_or_path
     if not isinstance(base, (str, os.PathLike)):
@@ -103,7 +103,7 @@ def _merge_in_memory(
     adapter: Path, out: Path, base_model: Any, dtype: str | None, allow_nonfinite: bool, kwargs: dict[str, Any]
 ) -> Path:
     if isinstance(base_model, (str, os.PathLike)) and out.resolve() == Path(base_model).resolve():
-        raise AdapterFileError(f"{out} is the base model's own folder. Name another one.")
+        raise AdapterFileError(f"{out} is the folder of the base model. Name another one.")
     loading = "float32" if dtype is not None else None
     model = LoraModel.from_pretrained(adapter, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:
@@ -113,8 +113,8 @@ def _merge_in_memory(
     if broken and not allow_nonfinite:
         raise MergeError(
             f"merge_to_folder({str(adapter)!r}, {str(out)!r}): {len(broken)} weights hold NaN or infinity, such as "
-            f"{', '.join(broken[:5])}. Nothing was written. A wider dtype may hold them; allow_nonfinite=True writes "
-            "them as they are."
+            f"{', '.join(broken[:5])}. Nothing was written. Try a wider dtype, or write them unchanged with "
+            "allow_nonfinite=True."
         )
     model.save_pretrained(out)
     base = base_model if isinstance(base_model, (str, os.PathLike)) else model.config._name_or_path

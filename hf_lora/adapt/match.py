@@ -1,4 +1,4 @@
-"""PEFT's rules of matching names: a list matches exactly or by suffix, a string is a regular expression."""
+"""PEFT's rules for matching names: a list matches exactly or by suffix, a string is a regular expression."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
     """A function from a name to the patterns that match it.
 
     Args:
-        patterns: a list, each of which matches a name itself or a suffix of whole components; or one regular
-            expression, which matches names in full.
+        patterns: a list, whose entries match a name or a suffix of whole components of it; or one regular expression,
+            which must match the whole name.
     """
     if isinstance(patterns, str):
         pattern = patterns
@@ -38,7 +38,7 @@ def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
 
 
 def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
-    """The index of the layer that `name` lies in: its first number, or the one after a pattern such as `layers`."""
+    """The index of the layer that contains `name`: its first number, or the one after a pattern such as `layers`."""
     if not patterns:
         found = re.match(r".*?\.[^.]*\.(\d+)\.", name)
         return int(found[1]) if found else None
@@ -50,9 +50,9 @@ def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
 
 
 class PatternTable:
-    """Values by pattern (`rank_pattern`, `alpha_pattern`): the first that matches a suffix of the name counts.
+    """Values by pattern (`rank_pattern`, `alpha_pattern`): the first one that matches a suffix of the name is used.
 
-    A key of letters, digits, `_`, `-` and dots is a name, whose dots are dots; any other is a regular expression.
+    A key of letters, digits, `_`, `-` and dots is a name, with literal dots; any other is a regular expression.
     """
 
     def __init__(self, table: dict[str, Any]) -> None:

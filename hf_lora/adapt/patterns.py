@@ -1,7 +1,7 @@
-"""Regular expressions of configurations, matched with a time limit: those of an adapter's file are a stranger's.
+"""Regular expressions of configurations, matched with a time limit, since an adapter's file may be untrusted.
 
-Python's own matcher tries one way after another, and a pattern of a few letters can make that take for ever. `regex`,
-which transformers depends on, matches the same language and can stop. What Python's `re` refuses is refused here too.
+Python's matcher backtracks, so a short pattern can take practically forever. `regex`, which transformers depends on,
+accepts the same syntax and has a timeout. Patterns that Python's `re` rejects are rejected here too.
 """
 
 from __future__ import annotations
@@ -17,35 +17,33 @@ import regex
 from ..errors import TargetError
 
 SECONDS = 1.0
-"""All matches of one configuration's field take at most this time together; a plain name takes none of it."""
+"""Time limit for all matches of one field of a configuration; plain names do not count."""
 MAX_LENGTH = 2**16
-"""Characters of a pattern."""
+"""Maximum characters of a pattern."""
 MAX_SIZE = 2**18
-"""Characters times counts such as `{3}`, which `regex` writes out: a count of 10⁶ takes gigabytes."""
+"""Maximum of characters times counts such as `{3}`, which `regex` expands: a count of 10⁶ takes gigabytes."""
 
 _NAME = re.compile(r"[\w.-]*")
 _COUNT = re.compile(r"\{(\d+)(?:,\d*)?\}")
 
 
 def is_name(pattern: str) -> bool:
-    """Whether a pattern is a module's name or the end of one, and so is compared without a regular expression."""
+    """Whether a pattern is the name of a module or a suffix of one, which is compared without a regular expression."""
     return _NAME.fullmatch(pattern) is not None
 
 
 def table_pattern(key: str) -> str:
-    """The expression that a key of `rank_pattern` stands for: it matches a suffix of whole components."""
+    """The regular expression for a key of `rank_pattern`: it matches a suffix of whole components."""
     return rf"(?:.*\.)?(?:{key})$"
 
 
 def why_invalid(pattern: str) -> str | None:
-    """Why a pattern cannot be used; None where it can."""
+    """Why a pattern cannot be used; None if it can."""
     if len(pattern) > MAX_LENGTH:
         return f"it has {len(pattern):,} characters (at most {MAX_LENGTH:,})"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # of sets within sets, which may come to mean something else
+            warnings.simplefilter("ignore", FutureWarning)  # about nested sets, whose meaning may change
             re.compile(pattern)
             counts = [max(int(count), 1) for count in _COUNT.findall(pattern)]
             if math.prod(counts, start=len(pattern)) > MAX_SIZE:
@@ -76,7 +74,7 @@ class Expressions:
         """Whether `pattern`, one of those given, matches the whole of a name.
 
         Raises:
-            TargetError: the time is used up; names the pattern.
+            TargetError: the time limit is exceeded; names the pattern.
         """
         start = time.perf_counter()
         try:

@@ -1,6 +1,6 @@
-"""From the rows of a table to labeled tokens for causal language models, and a look at what is learned.
+"""From the rows of a table to labeled tokens for causal language models, and a view of which tokens are trained.
 
-A row is `{"input_ids", "labels"}`, two lists of one length; labels are the tokens, or -100 where nothing is learned.
+A row is `{"input_ids", "labels"}`, two lists of equal length; a label is its token, or -100 for no loss.
 """
 
 from __future__ import annotations
@@ -8,50 +8,52 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import ConfigError, DataError, Faults
-from .formats import PAIR, TEXT, Example, Form, Message, read_examples
-from .spans import IGNORED, LabelError, Labelled, Template, label_spans, special_ids
+from .formats import PAIR, TEXT, Example, Format, Message, read_examples
+from .spans import IGNORED, Labeled, LabelError, Template, label_spans, special_ids
 from .tables import Table
 
-LEARNED = ("⟦", "⟧")
-"""What is put around learned text in `show_batch`."""
+TRAINED_MARKS = ("⟦", "⟧")
+"""Put around trained text by `show_batch`."""
 
 
 def label_chat(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     tools: list[Any] | None = None,
     *,
     last_turn_only: bool = False,
-    learned_from: int = 0,
+    train_from: int = 0,
 ) -> tuple[list[int], list[int]]:
-    """The tokens of a chat and their labels, -100 except on what the assistant says.
+    """Tokens and labels of a chat; labels are -100 outside the assistant's turns.
 
-    A template with `{% generation %}` marks is believed. With any other, each of the assistant's turns is located by
-    rendering the chat up to it; it is learned with the token that closes it, but not the white space after that.
+    If the template has `{% generation %}` marks, they are used. Otherwise each assistant turn is located by rendering
+    the chat up to it. A turn is trained including the token that closes it, but not the white space after that.
 
     Args:
-        messages: of the form {"role", "content"}; the assistant speaks in at least one.
-        last_turn_only: learn the assistant's last turn alone, as it is where the chat ends with it. It is the way for
-            templates that rewrite earlier turns, such as those that take the reasoning out of them.
-        learned_from: messages before this index are never learned.
+        messages: mappings {"role", "content"}, at least one of them the assistant's.
+        last_turn_only: train on the assistant's last turn only, and cut the chat after it. Use it for templates that
+            rewrite earlier turns, for example to remove their reasoning.
+        train_from: messages before this index are never trained.
 
     Returns:
-        Two lists of one length.
+        Two lists of equal length.
 
     Raises:
-        LabelError: a DataError; the template refuses the chat, or a turn cannot be located in it.
+        LabelError: a DataError; the template rejects the chat, or a turn could not be located in it.
     """
-    row = _label_chat(Template(tokenizer), messages, tools, last_turn_only, learned_from)
+    row = _label_chat(Template(tokenizer), messages, tools, last_turn_only, train_from)
     return row.input_ids, row.labels
 
 
 def _label_chat(
-    template: Template, messages: list[Message], tools: list[Any] | None, last_turn_only: bool, learned_from: int
-) -> Labelled:
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learned_from]
+    template: Template, messages: list[Message], tools: list[Any] | None, last_turn_only: bool, train_from: int
+) -> Labeled:
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= train_from]
     if not turns:
-        raise LabelError("the assistant never speaks", "Give each chat an answer to learn.")
+        raise LabelError("there is no assistant message", "Add an assistant message to each chat.")
     if last_turn_only:
         turns = turns[-1:]
         messages = messages[: turns[0] + 1]
@@ -59,29 +61,29 @@ def _label_chat(
     return label_spans(template.tokenizer, text, spans)
 
 
-def label_pair(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """A prompt's tokens, not learned, then those of a completion and the end token, learned.
+def label_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a prompt, which is not trained, and of a completion with its EOS token, which is.
 
-    The two are tokenized apart, with nothing put between them; the prompt gets the token for the beginning where the
-    tokenizer puts one.
+    The two are tokenized separately, with nothing between them. The prompt begins with the BOS token if the tokenizer
+    adds one.
 
     Raises:
-        LabelError: a DataError; the tokenizer has no end token.
+        LabelError: a DataError; the tokenizer has no EOS token.
     """
     end = _end_token(tokenizer)
     before = tokenizer(prompt, verbose=False)["input_ids"]
     if before[-1:] == [end]:
-        before = before[:-1]  # some tokenizers end every text themselves
+        before = before[:-1]  # some tokenizers add EOS to every text
     after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"]
     after = after if after[-1:] == [end] else [*after, end]
     return [*before, *after], [IGNORED] * len(before) + after
 
 
-def label_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """A text's tokens and the end token, all learned.
+def label_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Tokens and labels of a text and the EOS token, all of them trained.
 
     Raises:
-        LabelError: a DataError; the tokenizer has no end token.
+        LabelError: a DataError; the tokenizer has no EOS token.
     """
     end = _end_token(tokenizer)
     ids = tokenizer(text, verbose=False)["input_ids"]
@@ -89,48 +91,51 @@ def label_text(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     return ids, list(ids)
 
 
-def _end_token(tokenizer: Any) -> int:
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if tokenizer.eos_token_id is None:
         raise LabelError(
-            "the tokenizer has no end token, so a model would never learn to stop",
+            "the tokenizer has no EOS token, so a model would never learn to stop",
             'Set tokenizer.eos_token to the token that ends a text (tokenizer_config.json: "eos_token").',
         )
     return int(tokenizer.eos_token_id)
 
 
-def is_templated(form: Form, tokenizer: Any, use_chat_template: bool | None = None) -> bool:
-    """Whether rows of this form go through the tokenizer's chat template.
+def is_templated(
+    data_format: Format, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
+) -> bool:
+    """Whether the tokenizer's chat template is applied to rows of this format.
 
     Args:
-        use_chat_template: None: chats always do, pairs do where there is a template, columns called prompt and
-            completion do not. True puts every pair of texts through it, False none.
+        use_chat_template: True applies it to every pair of texts, False to none. Default: it is applied to chats, and
+            to pairs if the tokenizer has one, except to the columns `prompt` and `completion`.
 
     Raises:
-        ConfigError: chats without a template, or a template asked for on a form that has no turns or where there is
-            none.
+        ConfigError: chats without a template, or a template was requested for texts without turns or does not exist.
     """
     has = bool(getattr(tokenizer, "chat_template", None))
-    if use_chat_template and form.kind == TEXT:
+    if use_chat_template and data_format.kind == TEXT:
         raise ConfigError(
-            f"use_chat_template=True, but {form.columns[0]!r} holds texts without turns. Leave it out, or name the "
+            f"use_chat_template=True, but {data_format.columns[0]!r} holds texts without turns. Omit it, or name the "
             "columns of prompts and answers."
         )
-    if (form.chat or use_chat_template) and not has:
+    if (data_format.chat or use_chat_template) and not has:
         raise ConfigError(
-            f"{form.name} needs a chat template, and the tokenizer has none. Start from a model that is tuned for "
-            "chats, set tokenizer.chat_template, or give the data as columns 'prompt' and 'completion'."
+            f"{data_format.name} needs a chat template, and the tokenizer has none. Start from a chat model, set "
+            "tokenizer.chat_template, or provide the data as columns 'prompt' and 'completion'."
         )
-    if form.chat:
+    if data_format.chat:
         if use_chat_template is False:
-            raise ConfigError(f"{form.name} holds chats, which have no form without a template: leave it on.")
+            raise ConfigError(
+                f"use_chat_template=False, but {data_format.name} holds chats, which need the template. Omit it."
+            )
         return True
-    return form.kind == PAIR and has if use_chat_template is None else use_chat_template
+    return data_format.kind == PAIR and has if use_chat_template is None else use_chat_template
 
 
 def chat_rows(
     table: Table,
-    form: Form,
-    tokenizer: Any,
+    data_format: Format,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     *,
     use_chat_template: bool | None = None,
@@ -139,85 +144,91 @@ def chat_rows(
     """Tokenize and label the rows of a table.
 
     Args:
-        form: see `recognise`.
-        max_length: tokens kept of a row; the rest is cut off its end.
+        data_format: see `recognize_format`.
+        max_length: longer rows are truncated at their end to this many tokens.
         use_chat_template: see `is_templated`.
-        last_turn_only: of each chat, learn the assistant's last turn alone.
+        last_turn_only: train on the last assistant turn of each chat only.
 
     Returns:
-        A row of `input_ids` and `labels` for each of the table's, and how many were cut.
+        (one row of `input_ids` and `labels` for each row of the table, the number of truncated rows).
 
     Raises:
         ConfigError: see `is_templated`.
-        DataError: there are no rows; lists every row that does not fit the form, whose turns cannot be told, or of
-            which the first `max_length` tokens hold nothing to learn.
+        DataError: there are no rows; lists every row that does not fit the format, whose turns could not be located,
+            or without a trained token among the first `max_length`.
     """
     if not len(table):
-        raise DataError(f"{table.source} holds no rows to learn from.")
-    templated = is_templated(form, tokenizer, use_chat_template)
-    examples = read_examples(table, form)
+        raise DataError(f"{table.source} has no rows to train on.")
+    templated = is_templated(data_format, tokenizer, use_chat_template)
+    examples = read_examples(table, data_format)
     template = Template(tokenizer) if templated else None
-    faults, ways = Faults(f"labelling {table.source}"), dict[str, None]()
+    faults, hints = Faults(f"labeling {table.source}"), dict[str, None]()
     rows: list[dict[str, list[int]]] = []
     cut = split = 0
     for i, example in enumerate(examples):
         try:
-            row = _label(tokenizer, template, form, example, last_turn_only)
+            row = _label(tokenizer, template, data_format, example, last_turn_only)
         except LabelError as error:
             faults.add(f"{table.at(i)}: {error.fault}")
-            ways[error.way] = None
+            hints[error.hint] = None
             continue
         count = len(row.input_ids)
         ids, labels = row.input_ids[:max_length], row.labels[:max_length]
         if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
             if count > max_length:
-                faults.add(f"{table.at(i)}: of its {count:,} tokens the first {max_length:,} hold nothing to learn")
-                ways["Raise max_length, or shorten or remove these rows."] = None
+                faults.add(f"{table.at(i)}: none of the first {max_length:,} of its {count:,} tokens is trained")
+                hints["Raise max_length, or shorten or remove these rows."] = None
             else:
-                faults.add(f"{table.at(i)}: nothing in it is learned (all labels are ignored)")
-                ways["Give each row an answer or a text to learn, of more than one token."] = None
+                faults.add(f"{table.at(i)}: none of its tokens is trained (all labels are ignored)")
+                hints["Give each row an answer or a text of more than one token."] = None
         cut += count > max_length
         split += row.split
         rows.append({"input_ids": ids, "labels": labels})
-    faults.check(DataError, " ".join(ways))
+    faults.check(DataError, " ".join(hints))
     if template is not None:
         _warn(table, template, rows, split)
     return rows, cut
 
 
-def _label(tokenizer: Any, template: Template | None, form: Form, example: Example, last_turn_only: bool) -> Labelled:
+def _label(
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    data_format: Format,
+    example: Example,
+    last_turn_only: bool,
+) -> Labeled:
     if example.text is not None:
-        return Labelled(*label_text(tokenizer, example.text))
+        return Labeled(*label_text(tokenizer, example.text))
     messages, prompt, completion = example.messages, str(example.prompt), str(example.completion)
     if template is None:
-        return Labelled(*label_pair(tokenizer, prompt + form.between, completion))
+        return Labeled(*label_pair(tokenizer, prompt + data_format.between, completion))
     if messages is None:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return _label_chat(template, messages, example.tools, last_turn_only, example.learned_from)
+    return _label_chat(template, messages, example.tools, last_turn_only, example.train_from)
 
 
 def _warn(table: Table, template: Template, rows: list[dict[str, list[int]]], split: int) -> None:
     ends = set(template.tokenizer.added_tokens_decoder) | special_ids(template.tokenizer)
     if not any(ends.intersection(row["labels"]) for row in rows):
         warnings.warn(
-            f"{table.source}: the chat template closes the assistant's turns with no token of its own, so the model "
-            "may not learn to stop.",
+            f"{table.source}: the chat template does not end assistant turns with a special token, so the model may "
+            "not learn to stop.",
             stacklevel=3,
         )
     if split:
         warnings.warn(
-            f"{table.source}: in {split:,} of {len(rows):,} rows the tokens at the beginning of an answer also hold "
-            "the end of its prompt; they are not learned, and the model will be asked with other tokens there.",
+            f"{table.source}: in {split:,} of {len(rows):,} rows the first token of an answer also holds the end of "
+            "its prompt. It is not trained, and the prompt will be tokenized differently at generation.",
             stacklevel=3,
         )
 
 
-def show_batch(tokenizer: Any, batch: dict[str, Any]) -> str:
-    """A training batch as text: each document with ⟦what is learned⟧, special tokens shown, and its counts.
+def show_batch(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
+    """A training batch as text: each document with its ⟦trained text⟧, special tokens and token counts.
 
     Args:
-        batch: `input_ids` and `labels`, (B, T); with `attention_mask`, padding is left out; with `position_ids`, a row
-            is divided where they begin anew.
+        batch: `input_ids` and `labels`, (B, T); with `attention_mask`, padding is omitted; with `position_ids`, a row
+            is divided where they restart.
     """
     lines = []
     pad = tokenizer.pad_token_id
@@ -228,26 +239,26 @@ def show_batch(tokenizer: Any, batch: dict[str, Any]) -> str:
         kept = [t for t in range(len(ids)) if mask[t]]
         begins = [k for k, t in enumerate(kept) if k == 0 or places[t] == 0]
         documents = [kept[a:b] for a, b in zip(begins, [*begins[1:], len(kept)], strict=True)]
-        # Padding without a mask: positions of 0, each of them a document of its own.
+        # Padding without a mask has positions of 0, so each padding token is a document.
         documents = [d for d in documents if len(d) > 1 or ids[d[0]] != pad or labels[d[0]] != IGNORED]
         for d, document in enumerate(documents, 1):
-            learned = [labels[t] != IGNORED for t in document]
+            trained = [labels[t] != IGNORED for t in document]
             name = f"row {r}" if len(documents) == 1 else f"row {r}, document {d}"
-            lines.append(f"{name}: trained {sum(learned):,} of {len(learned):,} tokens")
-            lines.append(_marked(tokenizer, [ids[t] for t in document], learned))
+            lines.append(f"{name}: trained {sum(trained):,} of {len(trained):,} tokens")
+            lines.append(_marked(tokenizer, [ids[t] for t in document], trained))
     return "\n".join(lines)
 
 
-def _marked(tokenizer: Any, ids: list[int], learned: list[bool]) -> str:
+def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
     def decoded(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    borders = [t for t in range(1, len(ids)) if learned[t] != learned[t - 1]]
+    borders = [t for t in range(1, len(ids)) if trained[t] != trained[t - 1]]
     text, parts, at = decoded(ids), [], 0
     for begin, end in zip([0, *borders], [*borders, len(ids)], strict=True):
-        # Cut out of the whole text, since a piece alone may lose the space that it begins with.
+        # Sliced from the whole text, since a piece decoded alone may lose its leading space.
         upto = len(text) if end == len(ids) else len(decoded(ids[:end]))
         piece = text[at:upto]
-        parts.append(f"{LEARNED[0]}{piece}{LEARNED[1]}" if learned[begin] else piece)
+        parts.append(f"{TRAINED_MARKS[0]}{piece}{TRAINED_MARKS[1]}" if trained[begin] else piece)
         at = upto
     return "".join(parts)

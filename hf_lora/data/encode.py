@@ -1,9 +1,11 @@
-"""From prompts to the tokens after which an answer begins."""
+"""From prompts to tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError, Faults
 
@@ -12,29 +14,29 @@ Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def encode_prompts(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     system: str | None = None,
     use_chat_template: bool | None = None,
     window: int | None = None,
 ) -> list[list[int]]:
-    """The tokens of each prompt, up to where an answer begins.
+    """The tokens of each prompt, including the generation prompt of the chat template.
 
     Raises:
-        ConfigError: a chat template is needed and the tokenizer has none.
+        ConfigError: a chat template is needed, and the tokenizer has none.
         DataError: lists every prompt that is empty, not a chat, or longer than `window`.
     """
     template = tokenizer.chat_template is not None
     chats = system is not None or any(not isinstance(prompt, str) for prompt in prompts)
     if not template and (use_chat_template or chats):
         raise ConfigError(
-            "The tokenizer has no chat template, which messages, a system message and use_chat_template=True need. "
-            "Give the prompts as plain texts, or set tokenizer.chat_template to the one of the training."
+            "The tokenizer has no chat template, but messages, a system message and use_chat_template=True need one. "
+            "Pass the prompts as plain texts, or set tokenizer.chat_template to the one used in training."
         )
     if use_chat_template is False and chats:
         raise ConfigError(
-            "use_chat_template=False takes plain texts; messages and a system message need the template. Leave one of "
-            "them out."
+            "use_chat_template=False is for plain texts; messages and a system message need the template. Omit one of "
+            "them."
         )
     faults = Faults("The prompts")
     encoded = []
@@ -47,7 +49,7 @@ def encode_prompts(
                 ids = _chat_ids(tokenizer, prompt, system)
             if window is not None and len(ids) >= window:
                 raise DataError(
-                    f"has {len(ids):,} tokens; the model's window holds {window:,}, and an answer needs some of them"
+                    f"has {len(ids):,} tokens; the model's context window has {window:,}, including the answer"
                 )
         except DataError as error:
             faults.add(f"prompt {i} {error}")
@@ -56,30 +58,32 @@ def encode_prompts(
     return encoded
 
 
-def _raw_ids(tokenizer: Any, text: str) -> list[int]:
+def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
-        ids = ids[:-1]  # some tokenizers end every text themselves; an answer goes on from it
+        ids = ids[:-1]  # some tokenizers add EOS to every text, but an answer continues it
     if not ids:
         raise DataError("is empty")
     return ids
 
 
-def _chat_ids(tokenizer: Any, prompt: Prompt, system: str | None) -> list[int]:
+def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:
     from jinja2 import TemplateError
 
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not all(isinstance(m, Mapping) and "role" in m for m in messages):
-        raise DataError("holds a message that is not a mapping with 'role' and 'content'")
+        raise DataError("has a message that is not a mapping with 'role' and 'content'")
     if not messages or messages[-1]["role"] == "assistant":
-        raise DataError("ends with the assistant, so there is nothing to answer" if messages else "holds no messages")
+        raise DataError("ends with an assistant message, which needs no answer" if messages else "has no messages")
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError("is empty")
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     try:
-        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+        made: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
     except TemplateError as error:
         raise DataError(f"does not fit the tokenizer's chat template: {error}") from error
     if not made["input_ids"]:

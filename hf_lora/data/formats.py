@@ -1,16 +1,15 @@
-"""The form of a table for causal language models, told by its columns, and its rows in that form.
+"""The data format of a table for causal language models, recognized by its columns, and its rows.
 
-- `messages`: a list of `{"role", "content"}`; the assistant's turns are learned.
+- `messages`: a list of `{"role", "content"}`; the assistant's turns are trained.
 - `conversations`: a list of `{"from", "value"}`; the same.
-- `prompt` and `completion`: two texts that are put together as they are, or two lists of messages; the completion is
-  learned.
-- a pair, such as `instruction` (with `input`, if any) and `output`, or two columns that the user names (see
-  columns.py). The second is learned: as the assistant's turn where the tokenizer has a chat template, else after the
+- `prompt` and `completion`: two texts that are concatenated as they are, or two lists of messages; the completion is
+  trained.
+- a pair, such as `instruction` (with an optional `input`) and `output`, or two columns that the user names (see
+  columns.py). The second is trained: as the assistant's turn if the tokenizer has a chat template, else after the
   first and a line break.
-- `text` or `content`: every token is learned.
+- `text` or `content`: every token is trained.
 
-A list of messages may also be JSON text in its cell, as it must be in CSV. A column `tools` goes to the template of a
-chat.
+A list of messages may also be JSON text, as in CSV. A column `tools` is passed to the chat template.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """Which columns of a table are used, and how.
 
     Args:
         name: as it is printed, such as "messages" or "question+answer".
-        kind: "chat" for lists of messages; "pair" for two texts that are a user's and an assistant's turn where the
+        kind: "chat" for lists of messages; "pair" for two texts that become a user and an assistant turn if the
             tokenizer has a chat template; "raw" for a prompt and a completion without template; "text".
-        columns: one column; or prompt, completion and, for instructions with an input, that.
+        columns: one column; or prompt, completion and, if there is one, the input of an instruction.
         tools: the column of the tools of a chat.
-        rows: the table's.
-        turns: messages of a chat, in the mean.
+        rows: the number of rows of the table.
+        turns: mean number of messages of a chat.
         unused: the table's other columns.
     """
 
@@ -55,12 +54,12 @@ class Form:
 
     @property
     def chat(self) -> bool:
-        """Whether the cells hold messages already."""
+        """Whether the cells hold lists of messages."""
         return self.kind == CHAT
 
     @property
     def between(self) -> str:
-        """What is put between a prompt and its answer where there is no chat template."""
+        """The separator of a prompt and its answer without a chat template."""
         return "" if self.kind == RAW else columns.ANSWER
 
 
@@ -69,8 +68,7 @@ class Example:
     """One row: `messages` (with `tools`, if any), or `prompt` and `completion`, or `text`.
 
     Args:
-        learned_from: index of the first message whose turn is learned if it is the assistant's; those before are the
-            prompt of a pair of lists.
+        train_from: assistant messages before this index are not trained; they are the prompt of a pair of lists.
     """
 
     messages: list[Message] | None = None
@@ -78,18 +76,18 @@ class Example:
     completion: str | None = None
     text: str | None = None
     tools: list[Any] | None = None
-    learned_from: int = 0
+    train_from: int = 0
 
 
-def recognise(table: Table, text: str | None = None, completion: str | None = None) -> Form:
-    """Tell the form of a table by its columns, the surest first.
+def recognize_format(table: Table, text: str | None = None, completion: str | None = None) -> Format:
+    """Recognize the format of a table by its columns, the most specific first.
 
     Args:
-        text, completion: columns that are named by the user: prompts and answers, or `text` alone for lists of
-            messages or texts that are learned whole.
+        text, completion: columns that the user named: prompts and answers, or `text` alone for lists of messages or
+            for texts of which every token is trained.
 
     Raises:
-        DataError: a named column is absent, no form fits, several do, or the rows are of several forms.
+        DataError: a named column is missing, no format or more than one fits, or the rows have different formats.
     """
     for name in (text, completion):
         if name is not None:
@@ -97,151 +95,156 @@ def recognise(table: Table, text: str | None = None, completion: str | None = No
     if text is not None or completion is not None:
         return _complete(table, _named(table, text, completion))
     candidates = _candidates(table)
-    # A column that is empty in every row says nothing, unless there is no other.
-    found = [form for form in candidates if any(_filled(table, form, row) for row in range(len(table)))] or candidates
+    # A column that is empty in every row is ignored, unless there is no other.
+    found = [
+        data_format for data_format in candidates if any(_filled(table, data_format, row) for row in range(len(table)))
+    ] or candidates
     if not found:
         raise DataError(
-            f"{table.source}: cannot tell what its columns {', '.join(map(repr, table.columns))} are. The forms are: "
-            f"{_known_forms()}. Name the columns so, or name them with text_column and completion_column."
+            f"{table.source}: its columns {', '.join(map(repr, table.columns))} match no known format. The formats "
+            f"are: {_known_formats()}. Rename the columns, or name them with text_column and completion_column."
         )
     _check_one_form(table, found)
-    pairs = [form for form in found if form.kind in (PAIR, RAW)]
+    pairs = [data_format for data_format in found if data_format.kind in (PAIR, RAW)]
     if found[0] in pairs[:1] and len(pairs) > 1:
-        several = "; or ".join(" and ".join(map(repr, form.columns[:2])) for form in pairs)
+        several = "; or ".join(" and ".join(map(repr, data_format.columns[:2])) for data_format in pairs)
         raise DataError(
-            f"{table.source}: the columns could be {several}. Name those that are meant with text_column and "
-            "completion_column."
+            f"{table.source}: the columns could be {several}. Choose a pair with text_column and completion_column."
         )
     return _complete(table, found[0])
 
 
-def describe(form: Form, templated: bool = False) -> str:
-    """The form in one line, as it is printed before training.
+def describe(data_format: Format, templated: bool = False) -> str:
+    """The format in one line, as it is printed before training.
 
     Args:
-        templated: pairs of texts go through the chat template.
+        templated: the chat template is applied to pairs of texts.
     """
-    names = [repr(name) for name in form.columns]
-    rest = f"; not used: {', '.join(map(repr, form.unused))}" if form.unused else ""
-    if form.chat:
-        tools = f" with the tools in {form.tools!r}" if form.tools else ""
-        learned = f"the assistant's tokens in {names[1]}" if len(names) > 1 else "the assistant's tokens"
+    names = [repr(name) for name in data_format.columns]
+    rest = f"; not used: {', '.join(map(repr, data_format.unused))}" if data_format.unused else ""
+    if data_format.chat:
+        tools = f" with the tools in {data_format.tools!r}" if data_format.tools else ""
+        trained = f"the assistant's tokens in {names[1]}" if len(names) > 1 else "the assistant's tokens"
         where = " and ".join(names)
-        chats = f"{form.rows:,} chats from {where}, {form.turns:.1f} turns each{tools}"
-        return f"{form.name}: {chats}; loss on {learned}{rest}"
-    if form.kind == TEXT:
-        return f"{form.name}: {form.rows:,} texts from {names[0]}; loss on every token{rest}"
+        chats = f"{data_format.rows:,} chats from {where}, {data_format.turns:.1f} turns each{tools}"
+        return f"{data_format.name}: {chats}; loss on {trained}{rest}"
+    if data_format.kind == TEXT:
+        return f"{data_format.name}: {data_format.rows:,} texts from {names[0]}; loss on every token{rest}"
     prompt = " with ".join([names[0], *names[2:]])
     how = "through the chat template" if templated else "without a chat template"
-    return f"{form.name}: {form.rows:,} pairs from {prompt} and {names[1]}, {how}; loss on {names[1]}{rest}"
+    return (
+        f"{data_format.name}: {data_format.rows:,} pairs from {prompt} and {names[1]}, {how}; loss on {names[1]}{rest}"
+    )
 
 
-def read_examples(table: Table, form: Form) -> list[Example]:
-    """The rows of a table in their form.
+def read_examples(table: Table, data_format: Format) -> list[Example]:
+    """The rows of a table in their format.
 
     Raises:
-        DataError: lists every cell that is empty or of the wrong kind, every message without a known role or content,
-            and every chat in which the assistant never speaks.
+        DataError: lists every cell that is empty or of the wrong type, every message without a known role or content,
+            and every chat without an assistant message.
     """
-    faults = Faults(f"reading {table.source} as {form.name}")
-    if form.chat:
-        examples = [_read_chat(table, form, row, faults) for row in range(len(table))]
+    faults = Faults(f"reading {table.source} as {data_format.name}")
+    if data_format.chat:
+        examples = [_read_chat(table, data_format, row, faults) for row in range(len(table))]
         faults.check(
             DataError,
             'Correct or remove these rows. A message is {"role": "user", "content": "..."}; the roles are '
             f"{', '.join(columns.ROLES)}.",
         )
         return examples
-    if form.kind == TEXT:
-        texts = table.texts(form.columns[0], faults)
+    if data_format.kind == TEXT:
+        texts = table.texts(data_format.columns[0], faults)
         faults.check(DataError, "Correct or remove these rows.")
         return [Example(text=text) for text in texts]
-    prompts = table.texts(form.columns[0], faults, empty=form.kind == RAW)
-    completions = table.texts(form.columns[1], faults)
-    inputs: list[Any] = table.column(form.columns[2]) if len(form.columns) > 2 else [None] * len(table)
+    prompts = table.texts(data_format.columns[0], faults, empty=data_format.kind == RAW)
+    completions = table.texts(data_format.columns[1], faults)
+    inputs: list[Any] = table.column(data_format.columns[2]) if len(data_format.columns) > 2 else [None] * len(table)
     for row, value in enumerate(inputs):
         if value is not None and not isinstance(value, str):
-            faults.add(f"{table.at(row)}, column {form.columns[2]!r}: {value!r} is not a text")
+            faults.add(f"{table.at(row)}, column {data_format.columns[2]!r}: {value!r} is not text")
     faults.check(DataError, "Correct or remove these rows.")
     triples = zip(prompts, inputs, completions, strict=True)
     return [Example(prompt=with_more(prompt, more), completion=answer) for prompt, more, answer in triples]
 
 
-def _known_forms() -> str:
+def _known_formats() -> str:
     pairs = [f"{p.prompt!r}{f' (with {p.more!r})' if p.more else ''} and {p.answer!r}" for p in columns.PAIRS]
     return "; ".join([*map(repr, columns.CHATS), *pairs, *map(repr, columns.TEXTS)])
 
 
-def _named(table: Table, text: str | None, completion: str | None) -> Form:
+def _named(table: Table, text: str | None, completion: str | None) -> Format:
     if completion is None:
         assert text is not None
-        return Form(text, CHAT if _holds_messages(table, text) else TEXT, (text,))
+        return Format(text, CHAT if _holds_messages(table, text) else TEXT, (text,))
     text = text or next((name for name in columns.PROMPTS if name in table.columns and name != completion), None)
     if text is None:
         raise DataError(
-            f"{table.source}: cannot tell which column holds the prompts for {completion!r}. It has "
+            f"{table.source}: cannot determine which column holds the prompts for {completion!r}. It has "
             f"{', '.join(map(repr, table.columns))}. Name it with text_column."
         )
     return _pair(table, text, completion)
 
 
-def _candidates(table: Table) -> list[Form]:
-    """The forms that the table has the columns of, the surest first."""
-    found = [Form(name, CHAT, (name,)) for name in columns.CHATS if name in table.columns]
+def _candidates(table: Table) -> list[Format]:
+    """The formats whose columns the table has, the most specific first."""
+    found = [Format(name, CHAT, (name,)) for name in columns.CHATS if name in table.columns]
     pairs = [(p.prompt, p.answer) for p in columns.PAIRS if p.prompt in table.columns and p.answer in table.columns]
     if not pairs:
         prompts = [name for name in columns.PROMPTS if name in table.columns]
         added = {pair_of(name).more for name in prompts}
         pairs = [(p, a) for p in prompts if p not in added for a in columns.ANSWERS if a in table.columns]
     found += [_pair(table, *pair) for pair in pairs]
-    return found + [Form(name, TEXT, (name,)) for name in columns.TEXTS if name in table.columns]
+    return found + [Format(name, TEXT, (name,)) for name in columns.TEXTS if name in table.columns]
 
 
-def _pair(table: Table, prompt: str, completion: str) -> Form:
+def _pair(table: Table, prompt: str, completion: str) -> Format:
     name = f"{prompt}+{completion}"
     if _holds_messages(table, prompt) and _holds_messages(table, completion):
-        return Form(name, CHAT, (prompt, completion))
+        return Format(name, CHAT, (prompt, completion))
     pair = pair_of(prompt, completion)
     more = (pair.more,) if pair.more in table.columns and pair.more != completion else ()
-    return Form(name, RAW if pair.as_is else PAIR, (prompt, completion, *more))
+    return Format(name, RAW if pair.as_is else PAIR, (prompt, completion, *more))
 
 
-def _complete(table: Table, form: Form) -> Form:
-    """The form with what is only printed of it."""
-    tools = columns.TOOLS if form.chat and columns.TOOLS in table.columns else None
-    lists = [_parsed(value) for name in form.columns for value in table.column(name)] if form.chat else []
+def _complete(table: Table, data_format: Format) -> Format:
+    """The format with the fields that are only printed."""
+    tools = columns.TOOLS if data_format.chat and columns.TOOLS in table.columns else None
+    lists = (
+        [_parsed(value) for name in data_format.columns for value in table.column(name)] if data_format.chat else []
+    )
     turns = sum(len(value) for value in lists if isinstance(value, list)) / max(len(table), 1)
-    unused = tuple(name for name in table.columns if name not in {*form.columns, tools})
-    return replace(form, tools=tools, rows=len(table), turns=turns, unused=unused)
+    unused = tuple(name for name in table.columns if name not in {*data_format.columns, tools})
+    return replace(data_format, tools=tools, rows=len(table), turns=turns, unused=unused)
 
 
-def _filled(table: Table, form: Form, row: int) -> bool:
-    return all(table.columns[name][row] not in (None, "", []) for name in form.columns[:2])
+def _filled(table: Table, data_format: Format, row: int) -> bool:
+    return all(table.columns[name][row] not in (None, "", []) for name in data_format.columns[:2])
 
 
-def _check_one_form(table: Table, found: list[Form]) -> None:
-    """Rows that leave the surest form empty and fill another are of another form."""
+def _check_one_form(table: Table, found: list[Format]) -> None:
+    """Refuse rows that leave the columns of the chosen format empty and fill those of another."""
     chosen = found[0]
     first = next((row for row in range(len(table)) if _filled(table, chosen, row)), 0)
     for other in found[1:]:
         for row in range(len(table)):
             if _filled(table, other, row) and not _filled(table, chosen, row):
-                kinds = [" and ".join(map(repr, form.columns[:2])) for form in (chosen, other)]
+                kinds = [" and ".join(map(repr, data_format.columns[:2])) for data_format in (chosen, other)]
                 raise DataError(
-                    f"{table.source} mixes forms: {table.unit} {table.positions[first]} fills {kinds[0]}, "
-                    f"{table.unit} {table.positions[row]} fills {kinds[1]} alone. Write every row in one form, or "
-                    "make a file of each."
+                    f"{table.source} mixes formats: {table.unit} {table.positions[first]} fills {kinds[0]}, "
+                    f"{table.unit} {table.positions[row]} fills only {kinds[1]}. Use one format for all rows, or one "
+                    "file for each format."
                 )
 
 
 def _holds_messages(table: Table, column: str) -> bool:
-    """Whether the first cell of a column that is filled holds a list of messages."""
+    """Whether the first non-empty cell of a column holds a list of messages."""
     cell = next((value for value in table.column(column) if value not in (None, "")), None)
     value = _parsed(cell)
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
-def _parsed(cell: Any) -> Any:
+def _parsed(cell: object) -> Any:
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             return json.loads(cell)
@@ -250,42 +253,42 @@ def _parsed(cell: Any) -> Any:
     return cell
 
 
-def _read_chat(table: Table, form: Form, row: int, faults: Faults) -> Example:
+def _read_chat(table: Table, data_format: Format, row: int, faults: Faults) -> Example:
     messages: list[Message] = []
-    learned_from = 0
+    train_from = 0
     before = len(faults.found)
-    for name in form.columns:
-        learned_from = len(messages)
+    for name in data_format.columns:
+        train_from = len(messages)
         where = f"{table.at(row)}, column {name!r}"
         messages += read_messages(read_list(table.columns[name][row], where, faults), where, faults)
-    if len(faults.found) == before and all(m["role"] != "assistant" for m in messages[learned_from:]):
-        faults.add(f"{table.at(row)}, column {form.columns[-1]!r}: the assistant never speaks")
-    tools = table.columns[form.tools][row] if form.tools is not None else None
+    if len(faults.found) == before and all(m["role"] != "assistant" for m in messages[train_from:]):
+        faults.add(f"{table.at(row)}, column {data_format.columns[-1]!r}: there is no assistant message")
+    tools = table.columns[data_format.tools][row] if data_format.tools is not None else None
     if tools not in (None, "", []):
-        tools = read_list(tools, f"{table.at(row)}, column {form.tools!r}", faults)
-    return Example(messages=messages, tools=tools or None, learned_from=learned_from)
+        tools = read_list(tools, f"{table.at(row)}, column {data_format.tools!r}", faults)
+    return Example(messages=messages, tools=tools or None, train_from=train_from)
 
 
-def read_list(cell: Any, where: str, faults: Faults) -> list[Any]:
-    """A cell that holds a list, or the JSON text of one; an empty list after adding a fault."""
+def read_list(cell: object, where: str, faults: Faults) -> list[Any]:
+    """The list in a cell, which may be JSON text; an empty list after adding a fault."""
     if isinstance(cell, str) and cell.strip():
         try:
             cell = json.loads(cell)
         except json.JSONDecodeError as error:
-            faults.add(f"{where}: not JSON ({error.msg} at character {error.pos + 1})")
+            faults.add(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1})")
             return []
     if cell is None or cell in ("", []):
-        faults.add(f"{where}: it is empty")
+        faults.add(f"{where}: the cell is empty")
     elif not isinstance(cell, list):
-        faults.add(f"{where}: a {type(cell).__name__} where a list is needed")
+        faults.add(f"{where}: a {type(cell).__name__} instead of a list")
     return cell if isinstance(cell, list) else []
 
 
 def read_messages(cell: list[Any], where: str, faults: Faults) -> Iterator[Message]:
-    """The messages of a cell, each with `role` and `content`; those that cannot be read are added to the faults."""
+    """The valid messages of a cell, each with `role` and `content`; adds a fault for each of the others."""
     for number, message in enumerate(cell, 1):
         if not isinstance(message, dict):
-            faults.add(f"{where}, message {number}: a {type(message).__name__} where an object is needed")
+            faults.add(f"{where}, message {number}: a {type(message).__name__} instead of an object")
             continue
         message = {key: value for key, value in message.items() if value is not None}  # parquet fills with nulls
         role = message["role"] if "role" in message else message.pop("from", None)

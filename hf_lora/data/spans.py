@@ -1,8 +1,8 @@
-"""Where the assistant's turns are in a rendered chat, and which tokens those are.
+"""Where the assistant's turns are in a rendered chat, and which tokens they consist of.
 
-A template with `{% generation %}` marks says it. Any other is asked: the chat up to a turn, with the generation
-prompt, must be how the whole chat begins, and the turn follows it. It ends with the token that closes it, so that the
-model learns to stop; white space after that is never generated and not learned.
+`{% generation %}` marks in the template are used if it has any. Otherwise the chat up to a turn is rendered with the
+generation prompt; it must be a prefix of the whole chat, and the turn follows it. A turn ends with the token that
+closes it, so that the model learns to stop; white space after that is never generated and not trained.
 """
 
 from __future__ import annotations
@@ -12,34 +12,36 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import DataError
 from .formats import Message
 
 IGNORED = -100
-"""The label of a token that is not learned: what PyTorch's cross entropy leaves out."""
+"""The label of a token that is not trained; PyTorch's cross entropy ignores it."""
 
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = "CONTENT0OF0THE0TURN"
-"""Stands in for a turn's content where we look at what the template puts behind it."""
+"""Replaces the content of a turn, to find what the template puts after it."""
 
 
 class LabelError(DataError):
-    """A chat whose learned tokens cannot be told.
+    """The trained tokens of a chat could not be determined.
 
     Args:
         fault: what is wrong with it.
-        way: the next step.
+        hint: the next step.
     """
 
-    def __init__(self, fault: str, way: str) -> None:
-        super().__init__(f"{fault}. {way}")
+    def __init__(self, fault: str, hint: str) -> None:
+        super().__init__(f"{fault}. {hint}")
         self.fault = fault
-        self.way = way
+        self.hint = hint
 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters of a rendered chat that the model is to generate; `turn` is the message's index."""
+    """Range of characters of a rendered chat that the model generates; `turn` is the index of the message."""
 
     turn: int
     begin: int
@@ -47,11 +49,11 @@ class Span:
 
 
 @dataclass
-class Labelled:
-    """Tokens of one row and their labels, of one length; a label is its token, or -100 where it is not learned.
+class Labeled:
+    """Tokens of one row and their labels, of equal length; a label is its token, or -100 if it is not trained.
 
     Args:
-        split: whether some prompt alone has other tokens than the same text has within the row.
+        split: whether a prompt tokenized alone has different tokens than within the row.
     """
 
     input_ids: list[int]
@@ -66,12 +68,12 @@ class Template:
         LabelError: the tokenizer has no chat template.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not getattr(tokenizer, "chat_template", None):
             raise LabelError(
                 "the tokenizer has no chat template",
-                "Start from a model that is tuned for chats, set tokenizer.chat_template, or give the data as "
-                "columns 'prompt' and 'completion'.",
+                "Start from a chat model, set tokenizer.chat_template, or provide the data as columns 'prompt' and "
+                "'completion'.",
             )
         self.tokenizer = tokenizer
         tokens = [token.content for token in tokenizer.added_tokens_decoder.values()]
@@ -85,19 +87,19 @@ class Template:
         return MARKS.search(self.tokenizer.get_chat_template(tools=tools)) is not None
 
     def render(self, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> str:
-        """The chat as text; with `prompt`, up to where the assistant is to speak."""
+        """The chat as text; with `prompt`, it ends with the generation prompt."""
         try:
             return str(
                 self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=prompt, tokenize=False)
             )
-        except Exception as error:  # a template is a program: what it may raise is not one class
+        except Exception as error:  # a template is a program and may raise any exception
             raise _refused(error) from error
 
     def spans(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> tuple[str, list[Span]]:
-        """The text of a chat and where in it the assistant's `turns` (indices of messages) are generated.
+        """The text of a chat and the spans of the assistant's `turns` (indices of messages).
 
         Raises:
-            LabelError: the template refuses the chat, marks nothing of a turn, or rewrites earlier turns.
+            LabelError: the template rejects the chat, marks nothing in a turn, or rewrites earlier turns.
         """
         if self.marked(tools):
             return self._by_marks(messages, tools, turns)
@@ -107,16 +109,17 @@ class Template:
     def _by_marks(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        # What apply_chat_template(return_assistant_tokens_mask=True) does with these marks is not used: where the last
-        # marked character belongs to no token (white space that the tokenizer drops), it marks all that follows.
-        rendered: Any  # it is annotated as text
+        # Not apply_chat_template(return_assistant_tokens_mask=True): if the last marked character belongs to no token
+        # (white space that the tokenizer drops), it marks everything after it.
+        rendered: Any  # annotated as str by transformers
+        variables: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
         try:
             rendered = render_jinja_template(
                 conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
                 tools=tools,
                 chat_template=self.tokenizer.get_chat_template(tools=tools),
                 return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                **variables,
             )
         except Exception as error:
             raise _refused(error) from error
@@ -128,30 +131,30 @@ class Template:
             if not found:
                 raise LabelError(
                     f"message {turn + 1}: the template marks nothing of the assistant's turn as generated",
-                    "Put {% generation %} and {% endgeneration %} around all that the assistant says in the template.",
+                    "In the template, put {% generation %} and {% endgeneration %} around the assistant's content.",
                 )
             spans += found
         return text, spans
 
     def _begin(self, before: list[Message], tools: list[Any] | None, text: str) -> int:
-        """Where the messages before a turn end; templates may add something at the end of a chat."""
+        """Where the messages before a turn end; a template may append text to the end of a chat."""
         try:
             return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071
-        except LabelError:  # such as a template that wants a user's message in every chat
+        except LabelError:  # for example a template that requires a user message
             return 0
 
     def _by_prefix(self, messages: list[Message], tools: list[Any] | None, turn: int, text: str) -> Span:
         at = f"message {turn + 1}"
         if turn == 0:
             raise LabelError(
-                f"{at}: the assistant speaks first, so there is no prompt that it answers",
-                "Begin these chats with a user's or a system message.",
+                f"{at}: the assistant message is the first, so there is no prompt",
+                "Begin these chats with a user or system message.",
             )
         head = self.render(messages[:turn], tools, prompt=True)
         whole = text if turn + 1 == len(messages) else self.render(messages[: turn + 1], tools)
         if not whole.startswith(head):
             raise LabelError(
-                f"{at}: the template begins the turn otherwise than its generation prompt ({head[-30:]!r}) says",
+                f"{at}: the template does not begin the turn with its generation prompt ({head[-30:]!r})",
                 "Use a template with {% generation %} marks.",
             )
         ends = [
@@ -159,19 +162,18 @@ class Template:
         ]
         if not ends:
             raise LabelError(
-                f"{at}: the template rewrites earlier turns: within the whole chat the turn is not what the model "
-                "said",
-                "Use a template with {% generation %} marks, or learn the last answer of each chat alone "
+                f"{at}: the template rewrites earlier turns, so the turn differs from what the model generated",
+                "Use a template with {% generation %} marks, or train only on the last answer of each chat "
                 "(last_turn_only=True, --last-turn-only), with one chat for each answer.",
             )
         return Span(turn, len(head), max(ends))
 
     def _ends(self, messages: list[Message], tools: list[Any] | None, whole: str, begin: int) -> list[int]:
-        """Where the last message may end: behind each of the tokens that close it, with no white space between them.
+        """Possible ends of the last message: after each of the adjacent tokens that close it.
 
-        Some templates close a turn with two, others end the chat with one more.
+        Some templates close a turn with two tokens; others append one more at the end of the chat.
         """
-        if messages[-1].get("tool_calls"):  # the calls follow the content and hold tokens of their own
+        if messages[-1].get("tool_calls"):  # the calls follow the content and contain special tokens
             return [token.end() for token in self.tokens.finditer(whole, begin)][-1:] or [len(whole.rstrip())]
         closing = self.closing
         if closing is None or not whole.endswith(closing):
@@ -193,40 +195,40 @@ class Template:
 
 def _refused(error: Exception) -> LabelError:
     return LabelError(
-        f"the chat template refuses the chat ({type(error).__name__}: {error})",
-        "Write the chats as the template wants them, or set another tokenizer.chat_template.",
+        f"the chat template rejects the chat ({type(error).__name__}: {error})",
+        "Write the chats as the template requires, or set another tokenizer.chat_template.",
     )
 
 
-def special_ids(tokenizer: Any) -> set[int]:
-    """The tokens that stand for no text, those included that have no role such as "the end token"."""
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The special tokens, including those without a role such as EOS."""
     named = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return named | set(tokenizer.all_special_ids)
 
 
-def label_spans(tokenizer: Any, text: str, spans: list[Span]) -> Labelled:
-    """Tokenize a text once and label the tokens that lie wholly inside a span.
+def label_spans(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> Labeled:
+    """Tokenize a text once and label the tokens that lie completely inside a span.
 
     Raises:
-        LabelError: nothing of a turn is learned, or only special tokens are.
+        LabelError: a turn has no trained token, or only special ones.
     """
-    row, learned = (_label_offsets if tokenizer.is_fast else _label_pieces)(tokenizer, text, spans)
-    silent = sorted({span.turn for span in spans} - learned)
-    if silent:
+    row, trained = (_label_offsets if tokenizer.is_fast else _label_pieces)(tokenizer, text, spans)
+    untrained = sorted({span.turn for span in spans} - trained)
+    if untrained:
         raise LabelError(
-            f"message {', '.join(str(turn + 1) for turn in silent)}: no token of the assistant's content is learned",
-            "Look at what the chat template makes of it: tokenizer.apply_chat_template(messages, tokenize=False).",
+            f"message {', '.join(str(turn + 1) for turn in untrained)}: no token of the assistant's text is trained",
+            "Look at the output of the chat template: tokenizer.apply_chat_template(messages, tokenize=False).",
         )
     return row
 
 
-def _label_offsets(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labelled, set[int]]:
+def _label_offsets(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids: list[int] = encoded["input_ids"]
     offsets: list[tuple[int, int]] = encoded["offset_mapping"]
-    row = Labelled(ids, [IGNORED] * len(ids))
-    special, learned = special_ids(tokenizer), set[int]()
-    after, at = 0, 0  # up to where the row has been seen: the token and the character
+    row = Labeled(ids, [IGNORED] * len(ids))
+    special, trained = special_ids(tokenizer), set[int]()
+    after, at = 0, 0  # position in the row: the token and the character
     for span in spans:
         first = _first_token(tokenizer, text, ids, span, after, at)
         if first is None:
@@ -237,22 +239,24 @@ def _label_offsets(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labell
             start, end = offsets[token]
             if start >= span.end:
                 break
-            # A closing token may take the white space behind it.
+            # A closing token may include the white space after it.
             if end <= span.end or not text[span.end : end].strip():
                 row.labels[token] = ids[token]
                 if ids[token] not in special:
-                    learned.add(span.turn)
+                    trained.add(span.turn)
                 elif end == span.end:
                     after, at = token + 1, end
-    return row, learned
+    return row, trained
 
 
-def _first_token(tokenizer: Any, text: str, ids: list[int], span: Span, after: int, at: int) -> int | None:
-    """The index of a span's first token, or None where the text before it alone has other tokens than in the row.
+def _first_token(
+    tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], span: Span, after: int, at: int
+) -> int | None:
+    """The index of a span's first token, or None if the text before it has different tokens when tokenized alone.
 
-    That text is the prompt as the model meets it when it is asked. Where its tokens are how the row begins, they say
-    where the span begins better than offsets, from which some tokenizers cut white space. Behind a special token (the
-    one before `after`, which ends at the character `at`) it is enough to look from there on, as most texts are long.
+    That text is the prompt at generation. If its tokens are a prefix of the row, their number locates the span better
+    than offsets, which exclude white space for some tokenizers. After a special token (the one before `after`, which
+    ends at the character `at`) only the text from there on is tokenized, which saves time.
     """
     for token, character in dict.fromkeys([(after, at), (0, 0)]):
         prompt = tokenizer(text[character : span.begin], add_special_tokens=False, verbose=False)["input_ids"]
@@ -261,10 +265,10 @@ def _first_token(tokenizer: Any, text: str, ids: list[int], span: Span, after: i
     return None
 
 
-def _label_pieces(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labelled, set[int]]:
-    """Without offsets: the text between the borders of the spans, each piece tokenized alone."""
-    row = Labelled([], [])
-    special, learned = special_ids(tokenizer), set[int]()
+def _label_pieces(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[Span]) -> tuple[Labeled, set[int]]:
+    """For tokenizers without offsets: split the text at the borders of the spans, and tokenize each piece alone."""
+    row = Labeled([], [])
+    special, trained = special_ids(tokenizer), set[int]()
     at = 0
     for span in (*spans, Span(-1, len(text), len(text))):
         for piece, inside in ((text[at : span.begin], False), (text[span.begin : span.end], True)):
@@ -272,6 +276,6 @@ def _label_pieces(tokenizer: Any, text: str, spans: list[Span]) -> tuple[Labelle
             row.input_ids += ids
             row.labels += ids if inside else [IGNORED] * len(ids)
             if inside and not special.issuperset(ids):
-                learned.add(span.turn)
+                trained.add(span.turn)
         at = span.end
-    return row, learned
+    return row, trained

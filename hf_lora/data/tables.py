@@ -1,7 +1,7 @@
-"""Read tables of text from files and from `datasets`; every fault is named with its file, line and column.
+"""Read tables of text from files and from `datasets`; errors name the file, line and column.
 
-CSV and JSON are read here: `datasets` and pandas guess types (`01` becomes 1), fill short rows, and cannot say on
-which line a row begins.
+CSV and JSON are parsed here because `datasets` and pandas infer types (`01` becomes 1), fill short rows, and do not
+report on which line a row begins.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Table:
     """Columns of equal length.
 
     Args:
-        source: the file, or the name of the data set and its split.
-        columns: name -> values, one a row.
+        source: the file, or the name of the dataset and its split.
+        columns: name -> values, one per row.
         positions: where each row begins: line numbers of a text file, else row numbers; both count from 1.
         unit: what `positions` count: "line", "item" or "row".
         names: column -> names of its classes, where the source declares integer classes.
@@ -47,7 +47,7 @@ class Table:
         """The values of one column.
 
         Raises:
-            DataError: there is no such column; the message lists those that are there.
+            DataError: there is no such column; the message lists the existing ones.
         """
         if name not in self.columns:
             raise DataError(
@@ -57,17 +57,17 @@ class Table:
         return self.columns[name]
 
     def texts(self, name: str, faults: Faults, empty: bool = False) -> list[str]:
-        """The values of a column of texts; adds a fault for each that is not one, or that is empty unless `empty`."""
+        """The values of a text column; adds a fault for each that is not text, or that is empty unless `empty`."""
         values = self.column(name)
         for row, value in enumerate(values):
             if not isinstance(value, str):
-                faults.add(f"{self.at(row)}, column {name!r}: {_short(value)} is not a text")
+                faults.add(f"{self.at(row)}, column {name!r}: {_short(value)} is not text")
             elif not empty and not value.strip():
                 faults.add(f"{self.at(row)}, column {name!r}: the text is empty")
         return values
 
     def first(self, limit: int | None) -> Table:
-        """The first rows; all of them where `limit` is None."""
+        """The first `limit` rows; default: all."""
         if limit is not None and limit < 1:
             raise ConfigError(f"limit={limit} must be at least 1.")
         columns = {name: values[:limit] for name, values in self.columns.items()}
@@ -77,15 +77,15 @@ class Table:
 def read_table(
     source: str | os.PathLike[str], *, config: str | None = None, split: str = "train", prompts: bool = False
 ) -> Table:
-    """Read a CSV, TSV, JSON, JSONL or parquet file, or one split of a data set that `datasets` knows.
+    """Read a CSV, TSV, JSON, JSONL or Parquet file, or one split of a dataset that `datasets` loads.
 
     Args:
-        source: a file of one of these kinds, or a name or folder for `datasets.load_dataset`.
-        config, split: of the data set; of no effect for a file.
-        prompts: read a .txt file too, in which each line that is not blank is a prompt.
+        source: a file of one of these types, or a name or folder for `datasets.load_dataset`.
+        config, split: of the dataset; ignored for a file.
+        prompts: also accept a .txt file, in which each line that is not blank is a prompt.
 
     Raises:
-        DataError: the source is absent, empty or broken; the message names file, line and column.
+        DataError: the source is missing, empty or malformed; the message names file, line and column.
     """
     path = Path(source)
     suffix = path.suffix.lower()
@@ -95,11 +95,11 @@ def read_table(
             raise DataError(f"{path} does not exist.")
         table = reader(path)
     elif path.is_file():
-        raise DataError(f"{path}: cannot tell what kind of file this is. Name it {', '.join(READERS)}.")
+        raise DataError(f"{path}: unknown file type. The known ones are {', '.join(READERS)}. Rename or convert it.")
     else:
         table = _read_dataset(str(source), config, split)
     if not len(table):
-        raise DataError(f"{table.source} holds no rows.")
+        raise DataError(f"{table.source} has no rows.")
     return table
 
 
@@ -127,7 +127,7 @@ def _read_csv(path: Path) -> Table:
     for line, row in rows:
         if len(row) != len(header):
             faults.add(f"line {line}: {len(row)} fields, but line 1 names {len(header)} columns")
-    faults.check(DataError, "Nothing was read. A field that holds the separator or a line break must be in quotes.")
+    faults.check(DataError, "Nothing was read. A field that contains the separator or a line break must be quoted.")
     columns = {name: [row[i] for _, row in rows] for i, name in enumerate(header)}
     return Table(str(path), columns, [line for line, _ in rows], "line")
 
@@ -152,14 +152,14 @@ def _read_json(path: Path) -> Table:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1:  # several documents: a JSONL file under another name
+        if error.msg == "Extra data" and error.lineno > 1:  # several documents: JSONL with the suffix .json
             return _read_jsonl(path)
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}.") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else [content]
     if not isinstance(content, list):
-        raise DataError(f"{path} holds a {type(content).__name__}; it must hold a list of objects.")
+        raise DataError(f"{path} contains a {type(content).__name__}; it must contain a list of objects.")
     return _from_records(path, list(enumerate(content, 1)), "item")
 
 
@@ -181,8 +181,8 @@ def _read_parquet(path: Path) -> Table:
 
     try:
         columns = pyarrow.parquet.read_table(path).to_pydict()
-    except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise DataError(f"{path} is not a whole parquet file ({error}).") from error
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
+        raise DataError(f"{path} is not a complete Parquet file ({error}).") from error
     count = len(next(iter(columns.values()), []))
     return Table(str(path), columns, list(range(1, count + 1)), "row")
 
@@ -197,9 +197,9 @@ def _read_dataset(name: str, config: str | None, split: str) -> Table:
 
     try:
         data = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # what the Hub, a loader and its parsers may raise is not one class
+    except Exception as error:  # the Hub, a loader and its parsers may raise any exception
         raise DataError(
-            f"{name!r} is not a file of a known kind ({', '.join(READERS)}), and datasets.load_dataset({name!r}, "
+            f"{name!r} is not a file of a known type ({', '.join(READERS)}), and datasets.load_dataset({name!r}, "
             f"{config!r}, split={split!r}) failed ({type(error).__name__}: {error})."
         ) from error
     return table_of(data, f"{name} ({split})")
@@ -209,7 +209,7 @@ def table_of(data: Any, source: str) -> Table:
     """The table of a `datasets.Dataset`.
 
     Args:
-        source: how messages name it.
+        source: its name in messages.
     """
     import datasets
 
@@ -219,16 +219,16 @@ def table_of(data: Any, source: str) -> Table:
 
 
 def _text(path: Path) -> str:
-    """The file as text, with or without a byte order mark; bytes that are not UTF-8 are named with their line."""
+    """The file as text, with or without a byte order mark; the error for invalid UTF-8 names the line."""
     raw = path.read_bytes()
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}, line {line}: the bytes are not UTF-8 ({error.reason}). Save it as UTF-8.") from error
+        raise DataError(f"{path}, line {line}: not valid UTF-8 ({error.reason}). Save the file as UTF-8.") from error
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
 

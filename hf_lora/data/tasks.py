@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ..errors import DataError, Faults, nearest
 from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
 from .tables import Table
@@ -14,12 +16,12 @@ CLASSIFICATION = "text-classification"
 CAUSAL_LM = "causal-lm"
 TASKS = (CLASSIFICATION, CAUSAL_LM)
 MOST_TOKENS = 512
-"""Tokens kept of a text that is classified where no limit is given, or fewer where the tokenizer has a lower one."""
+"""Default length limit in tokens for classification; the tokenizer's limit may be lower."""
 
 
 @dataclass
 class Columns:
-    """Which columns of a table are classified: `text` (with `pair` as the second text, if any) into `label`."""
+    """The columns of a classification: `text`, optionally `pair` as a second text, and `label`."""
 
     text: str
     label: str
@@ -33,7 +35,7 @@ def choose_task(table: Table, *, label: str | None = None, completion: str | Non
         label, completion: columns that the user named, if any.
 
     Raises:
-        DataError: a column that was named is not there, or the columns would do for both tasks.
+        DataError: a named column does not exist, or the columns fit both tasks.
     """
     for name in (label, completion):
         if name is not None:
@@ -41,13 +43,13 @@ def choose_task(table: Table, *, label: str | None = None, completion: str | Non
     if label is not None or completion is not None:
         return CLASSIFICATION if completion is None else CAUSAL_LM
     if any(name in table.columns for name in CHATS):
-        return CAUSAL_LM  # nothing else has these names, whatever is beside it
+        return CAUSAL_LM  # these names are unambiguous, whatever other columns there are
     has_label = any(c in table.columns for c in LABELS)
     has_pair = any(c in table.columns for c in ANSWERS)
     if has_label and has_pair:
         raise DataError(
-            f"{table.source}: the columns {', '.join(map(repr, table.columns))} would do for classification and for a "
-            f"language model. Say which with task={CLASSIFICATION!r} or task={CAUSAL_LM!r}."
+            f"{table.source}: the columns {', '.join(map(repr, table.columns))} fit both classification and a "
+            f"language model. Choose one with task={CLASSIFICATION!r} or task={CAUSAL_LM!r}."
         )
     return CLASSIFICATION if has_label else CAUSAL_LM
 
@@ -58,7 +60,7 @@ def choose_columns(
     """Find the columns of a classification that were not named, by the usual names.
 
     Raises:
-        DataError: a column that was named is not there, or one cannot be told.
+        DataError: a named column does not exist, or one was not found.
     """
     for name in (text, pair, label):
         if name is not None:
@@ -72,14 +74,14 @@ def _find(table: Table, usual: Iterable[str], option: str, what: str, skip: Iter
     found = next((c for c in usual if c in table.columns and c not in skip), None)
     if found is None:
         raise DataError(
-            f"{table.source}: cannot tell which column holds {what}. It has {', '.join(map(repr, table.columns))}. "
-            f"Name it with {option}."
+            f"{table.source}: cannot determine which column holds {what}. It has "
+            f"{', '.join(map(repr, table.columns))}. Name it with {option}."
         )
     return found
 
 
 def find_labels(table: Table, column: str) -> list[str]:
-    """The classes of a training table in their order: as declared, by number, or by the alphabet.
+    """The classes of a training table in order: as declared, numeric, or alphabetical.
 
     Raises:
         DataError: a label is missing or fractional, or there are fewer than two classes.
@@ -89,40 +91,44 @@ def find_labels(table: Table, column: str) -> list[str]:
         if value is None or value == "":
             faults.add(f"{table.unit} {table.positions[row]}: no label")
         elif not isinstance(value, (str, int)):
-            faults.add(f"{table.unit} {table.positions[row]}: {value!r} is neither a name nor an integer")
-    faults.check(DataError, "Every row needs one label: a name or an integer.")
+            faults.add(f"{table.unit} {table.positions[row]}: {value!r} is neither a string nor an integer")
+    faults.check(DataError, "Every row needs one label: a string or an integer.")
     if column in table.names:
         return table.names[column]
     found = {str(value) for value in table.column(column)}
     if len(found) < 2:
         raise DataError(
             f"{table.source}: column {column!r} holds only one label ({next(iter(found))!r}) in all {len(table)} "
-            "rows, so there is nothing to tell apart. Name the right column with label_column."
+            "rows, and classification needs two or more. Name the right column with label_column."
         )
     return sorted(found, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name))
 
 
 class TokenRows(list[dict[str, Any]]):
-    """Tokenized rows for Trainer: lists of different lengths, which the collator pads.
+    """Tokenized rows for Trainer, of different lengths; the collator pads them.
 
     Attributes:
-        cut: how many rows reach the limit of tokens, so that they may have lost their end.
+        cut: how many rows reach the length limit, so that they may have been truncated.
     """
 
     cut = 0
 
 
 def classification_rows(
-    table: Table, columns: Columns, labels: list[str], tokenizer: Any, max_length: int | None = None
+    table: Table,
+    columns: Columns,
+    labels: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
 ) -> TokenRows:
-    """Tokenize texts with their class indices.
+    """Tokenize texts and add their class indices.
 
     Args:
-        labels: the classes in their order: see `find_labels`.
-        max_length: tokens kept of a text; default: the tokenizer's limit, at most `MOST_TOKENS`.
+        labels: the classes in order, see `find_labels`.
+        max_length: limit in tokens; default: the tokenizer's, at most `MOST_TOKENS`.
 
     Raises:
-        DataError: lists every text that is empty or not a text, and every label that is none of `labels`.
+        DataError: lists every value that is empty or not text, and every label that is not in `labels`.
     """
     faults = Faults(f"reading {table.source}")
     texts = table.texts(columns.text, faults)

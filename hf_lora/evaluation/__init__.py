@@ -1,8 +1,8 @@
-"""How good a model is on a table of rows. No Trainer is needed.
+"""Evaluation of models, without a Trainer.
 
-In: a model or the outputs of one, and rows. Out: numbers and predictions.
+In: a model or its outputs, and rows. Out: metrics and predictions.
 
-- `metrics`: the table of metrics by name, and the function of them that Trainer calls after an evaluation.
-- `classes`, `answers`: the metrics themselves, of numbers and of written answers.
-- `run`: `evaluate`: the loss over answers, the answers themselves, or the classes of a whole file.
+- `metrics`: the table of metrics by name, and `build_compute_metrics` for Trainer.
+- `classes`, `answers`: the metrics themselves, for arrays of numbers and for generated answers.
+- `run`: `evaluate`: the loss on answers, generated answers, or predicted classes for a whole file.
 """

@@ -1,10 +1,10 @@
-"""Metrics of written answers: `exact_match`, and `field_f1` where the answers are JSON objects.
+"""Metrics of generated answers: `exact_match`, and `field_f1` for JSON objects.
 
 Fields are compared as pairs of name and value:
 
-- a value is compared as text without outer spaces and letter case; a number by its value, so 5 is 5.0 and "5";
-- a list gives one pair for each element, in any order; an object in an object gives pairs of its own, `outer.inner`;
-- null gives no pair: the field is not there.
+- a value is compared as text, ignoring case and outer white space; a number by its value, so 5 equals 5.0 and "5";
+- a list gives one pair for each element, in any order; a nested object gives pairs named `outer.inner`;
+- null gives no pair, like a missing field.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..errors import DataError, Faults
 Pairs = Counter[tuple[str, str]]
 
 _NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?(e[+-]?\d+)?", re.ASCII)
-"""What is compared by value. 007 and +49 30 are names."""
+"""Numbers, which are compared by value. 007 and +49 30 are compared as text."""
 
 
 def exact_match(
@@ -32,7 +32,7 @@ def exact_match(
     ignore_punctuation: bool = False,
     ignore_numbers: bool = False,
 ) -> dict[str, float]:
-    """The share of texts that equal their references, with the arguments and values of `evaluate`'s metric."""
+    """The fraction of texts that equal their references, with the arguments and results of `evaluate`'s metric."""
     ignored = (string.punctuation if ignore_punctuation else "") + (string.digits if ignore_numbers else "")
     table = str.maketrans("", "", ignored)
 
@@ -45,14 +45,13 @@ def exact_match(
 
 
 def field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """How many fields of JSON objects are right: F1 = 2 TP / (2 TP + FP + FN) over all pairs of field and value.
+    """F1 = 2 TP / (2 TP + FP + FN) over all pairs of field and value of JSON objects.
 
-    Of a prediction the object that begins at its first `{` is taken; where there is none, or it is broken, the
-    prediction has no fields.
+    The object that begins at the first `{` of a prediction is used; without a valid one, the prediction has no fields.
 
     Returns (keys):
-        field_f1, field_precision, field_recall: over the pairs of all answers together; 0 where nothing is counted.
-        valid_json: the share of predictions that hold an object.
+        field_f1, field_precision, field_recall: micro-averaged over all answers; 0 if there are no pairs.
+        valid_json: the fraction of predictions that contain an object.
 
     Raises:
         DataError: a reference is not a JSON object; lists them.
@@ -63,9 +62,9 @@ def field_f1(predictions: Sequence[str], references: Sequence[str]) -> dict[str,
 
 
 def field_table(predictions: Sequence[str], references: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The scores of each field: name -> `f1`, `precision`, `recall` and `count`, its pairs in the references.
+    """The scores of each field: name -> `f1`, `precision`, `recall` and `count`, the pairs in the references.
 
-    Fields that are only in predictions have the count 0. The most frequent come first.
+    Fields that are only in predictions have count 0. The most frequent come first.
 
     Raises:
         DataError: a reference is not a JSON object; lists them.
@@ -76,7 +75,7 @@ def field_table(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
 
 def field_counts(predictions: Sequence[str], references: Sequence[str]) -> dict[str, Counter[str]]:
-    """Field -> how many pairs are `right`, `found` in the predictions and `wanted` by the references."""
+    """Field -> number of pairs that are `right`, `found` in the predictions, and `wanted` by the references."""
     faults = Faults("field_f1")
     counts: dict[str, Counter[str]] = {}
     for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
@@ -88,12 +87,12 @@ def field_counts(predictions: Sequence[str], references: Sequence[str]) -> dict[
         for kind, pairs in (("right", true & found), ("found", found), ("wanted", true)):
             for (name, _), number in pairs.items():
                 counts.setdefault(name, Counter())[kind] += number
-    faults.check(DataError, "Field F1 needs references that are JSON objects; exact_match takes any text.")
+    faults.check(DataError, "field_f1 needs references that are JSON objects; exact_match accepts any text.")
     return counts
 
 
 def whole_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that a text is, or None."""
+    """The text parsed as a JSON object, or None."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -108,17 +107,17 @@ def first_object(text: str) -> dict[str, Any] | None:
         return None
     try:
         value, _ = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):  # a model may well open a thousand brackets
+    except (ValueError, RecursionError):  # a model may generate a thousand opening brackets
         return None
     return value if isinstance(value, dict) else None
 
 
-def pairs_of(value: Any, name: str = "") -> Pairs:
-    """The pairs of field and value in an object, each as often as it is there."""
+def pairs_of(value: object, name: str = "") -> Pairs:
+    """The pairs of field and value in an object, with their counts."""
     return Counter(_pairs(value, name))
 
 
-def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
+def _pairs(value: object, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _pairs(inner, f"{name}.{key}" if name else key)
@@ -126,15 +125,15 @@ def _pairs(value: Any, name: str) -> Iterator[tuple[str, str]]:
         for inner in value:
             yield from _pairs(inner, name)
     elif value is not None:
-        yield name, _normalised(value)
+        yield name, _normalized(value)
 
 
-def _normalised(value: Any) -> str:
+def _normalized(value: object) -> str:
     text = str(value).strip().casefold()
     if isinstance(value, bool) or len(text) > 30 or not re.fullmatch(_NUMBER, text):
         return text
     if re.fullmatch(r"-?\d+", text, re.ASCII):
-        return str(int(text))  # of any size, as numbers of orders and accounts have it
+        return str(int(text))  # exact, also for long order or account numbers
     number = float(text)
     return str(int(number)) if number.is_integer() else repr(number)
 

@@ -1,4 +1,4 @@
-"""Accuracy, F1 and perplexity from arrays of numbers, with the keys, arguments and values of `evaluate`'s metrics."""
+"""Accuracy, F1 and perplexity from arrays, with the keys, arguments and results of `evaluate`'s metrics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def accuracy(predictions: Any, references: Any, normalize: bool = True, sample_weight: Any = None) -> dict[str, float]:
-    """The share of predictions that equal their references."""
+    """The fraction of predictions that equal their references."""
     found, true = _same_length(predictions, references)
     weight = _weights(true, sample_weight)
     right = float(((found == true) * weight).sum())
@@ -24,7 +24,7 @@ def f1(
     average: str | None = "binary",
     sample_weight: Any = None,
 ) -> dict[str, Any]:
-    """F1 = 2 TP / (2 TP + FP + FN), zero where nothing is counted."""
+    """F1 = 2 TP / (2 TP + FP + FN), or 0 if the denominator is 0."""
     found, true = _same_length(predictions, references)
     weight = _weights(true, sample_weight)
     present = np.union1d(found, true)
@@ -51,15 +51,15 @@ def f1(
 
 
 def perplexity(predictions: Any) -> dict[str, float]:
-    """Perplexity from the model's own losses, where the metric on the Hub runs another model over texts.
+    """Perplexity from the model's losses; the metric on the Hub runs another model over texts instead.
 
     Args:
-        predictions: for each row, the sum of the negative log-likelihoods in nats and the number of tokens that they
-            belong to, as `ComputeMetrics` makes them.
+        predictions: for each row, the sum of the negative log-likelihoods in nats and the number of tokens, as
+            `ComputeMetrics` computes them.
 
     Returns (keys):
-        perplexity: exp of the mean over all tokens.
-        mean_perplexity: the mean over rows of each row's perplexity (the Hub's key).
+        perplexity: exp of the mean negative log-likelihood over all tokens.
+        mean_perplexity: the mean of the perplexities of the rows (the Hub's key).
     """
     rows = np.asarray(predictions, dtype=np.float64).reshape(-1, 2)
     rows = rows[rows[:, 1] > 0]
@@ -73,7 +73,7 @@ def perplexity(predictions: Any) -> dict[str, float]:
 def _same_length(predictions: Any, references: Any) -> tuple[Any, Any]:
     found, true = np.asarray(predictions), np.asarray(references)
     if found.shape != true.shape:
-        raise ValueError(f"Predictions {found.shape} and references {true.shape} must have one shape.")
+        raise ValueError(f"Predictions {found.shape} and references {true.shape} must have the same shape.")
     return found, true
 
 

@@ -1,6 +1,6 @@
-"""The table of metrics, and `build_compute_metrics`: what Trainer calls after an evaluation, made from their names.
+"""The table of metrics, and `build_compute_metrics`, which makes a `compute_metrics` for Trainer from their names.
 
-A new metric is a function and its entry in `METRICS`. Any other name or path is loaded by `evaluate`.
+To add a metric, write a function and add it to `METRICS`. Any other name or path is loaded by `evaluate`.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ METRICS: dict[str, Callable[..., dict[str, Any]]] = {
     "exact_match": exact_match,
     "field_f1": field_f1,
 }
-"""Name -> a function of `predictions` and `references`; that of perplexity takes each row's loss as `predictions`."""
+"""Name -> a function of `predictions` and `references`; for perplexity, `predictions` are the losses of the rows."""
 PERPLEXITY = "perplexity"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """An entry of `METRICS`, used as the modules of `evaluate` are."""
+    """An entry of `METRICS`, with the interface of an `evaluate` module."""
 
     name: str
     compute: Callable[..., dict[str, Any]]
 
 
 def load_metric(name: str | os.PathLike[str]) -> Any:
-    """The metric of a name: that of `METRICS`, else what `evaluate` loads. Its method `compute` gives its values.
+    """The metric of that name in `METRICS`, else from `evaluate`; its method `compute` returns a dict of values.
 
     Raises:
         ConfigError: it could not be loaded.
@@ -53,15 +53,15 @@ def load_metric(name: str | os.PathLike[str]) -> Any:
 
     try:
         return evaluate.load(name)
-    except Exception as error:  # what the Hub, the proxy or the metric's own imports may raise is not one class
+    except Exception as error:  # the Hub, a proxy or the metric's imports may raise any exception
         raise ConfigError(
-            f"The metric {name!r} could not be loaded ({type(error).__name__}: {error}). Without network there are "
-            f"{', '.join(METRICS)}; a path to a metric's script and a function of an EvalPrediction work too."
+            f"The metric {name!r} could not be loaded ({type(error).__name__}: {error}). Without network, use one of "
+            f"{', '.join(METRICS)}, the path of a metric's script, or a function of an EvalPrediction."
         ) from error
 
 
 def build_compute_metrics(
-    metric: Any,
+    metric: object,
     *,
     shift_labels: bool | None = None,
     average: str | None = "auto",
@@ -69,18 +69,18 @@ def build_compute_metrics(
 ) -> Any:
     """A `compute_metrics` for Trainer.
 
-    The result has a method `preprocess_logits_for_metrics` that keeps class indices (and the loss of each row for
-    perplexity) in place of logits, so an evaluation's memory does not grow with the vocabulary. `LoraTrainer` uses it
-    by itself; hand it to another Trainer as its argument of that name.
+    The result has a method `preprocess_logits_for_metrics` that keeps class indices (and for perplexity the loss of
+    each row) instead of logits, so the memory of an evaluation does not grow with the vocabulary. `LoraTrainer` uses
+    it automatically; pass it to another Trainer as the argument of that name.
 
     Args:
-        metric: a name of `METRICS` such as `"accuracy"`, `"f1"` or `"perplexity"`, another name or path that
-            `evaluate.load` takes, an `evaluate.EvaluationModule`, a list of these, or a function of an
-            `EvalPrediction`, which is returned.
+        metric: a name in `METRICS` such as `"accuracy"`, `"f1"` or `"perplexity"`, another name or path for
+            `evaluate.load`, an `evaluate.EvaluationModule`, a list of these, or a function of an `EvalPrediction`,
+            which is returned unchanged.
         shift_labels: whether the logits at position t belong to the label at t + 1, as in a causal language model.
-            `None`: LoraTrainer finds out from its model; elsewhere True for perplexity alone.
+            Default: LoraTrainer determines it from its model; elsewhere True for perplexity only.
         average: how F1 is averaged over classes; `"auto"` is `"binary"` for two classes, else `"macro"`.
-        compute_kwargs: handed to every metric's `compute`.
+        compute_kwargs: passed to the `compute` of every metric.
 
     Raises:
         ConfigError: a metric could not be loaded.
@@ -93,11 +93,11 @@ def build_compute_metrics(
 
 
 class Kept(NamedTuple):
-    """What the metrics need of a batch of a causal language model, where no logits were made.
+    """The inputs of the metrics for a batch of a causal language model, when no logits were computed.
 
     Args:
-        predictions: (B, T) the likeliest next token of each position that has a label for it.
-        losses: (B, 2) of each row the sum of the negative log-likelihoods and the number of tokens.
+        predictions: (B, T) the most likely next token at each position with a label.
+        losses: (B, 2) the sum of the negative log-likelihoods and the number of tokens of each row.
     """
 
     predictions: Tensor
@@ -124,17 +124,17 @@ class ComputeMetrics:
         self.compute_kwargs = compute_kwargs
         self._classes = 0
         self._losses = any(_name(m) == PERPLEXITY for m in self.metrics)
-        self._labelled = not all(_name(m) == PERPLEXITY for m in self.metrics)
+        self._has_labels = not all(_name(m) == PERPLEXITY for m in self.metrics)
         self._seen: dict[str, list[Any]] = {}
-        """Of each batch `predictions` and `references`, the classes that count, and `losses` (B, 2)."""
+        """For each batch: `predictions` and `references` without ignored positions, and `losses` (B, 2)."""
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: Any) -> Any:
-        """Keep what the metrics need of the logits (B, …, C): class indices (B, …) and, for perplexity, (B, 2).
+        """Reduce logits (B, …, C) to class indices (B, …) and, for perplexity, losses (B, 2).
 
-        Token ids from `generate` and the outputs of regression pass unchanged.
+        Token ids from `generate` and regression outputs are returned unchanged.
         """
         if isinstance(logits, Kept):
-            parts = [logits.predictions] * self._labelled + [logits.losses] * self._losses
+            parts = [logits.predictions] * self._has_labels + [logits.losses] * self._losses
             return parts[0] if len(parts) == 1 else tuple(parts)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if not logits.is_floating_point():
@@ -142,13 +142,13 @@ class ComputeMetrics:
         if labels is not None and labels.is_floating_point():
             if self._losses or (logits.shape[-1] != 1 and logits.dim() == labels.dim()):
                 raise ConfigError(
-                    "These metrics take one class a label; here several labels may be true at once. Pass a function "
-                    "of an EvalPrediction as compute_metrics."
+                    "These metrics need single-label classification, but this is multi-label. Pass a function of an "
+                    "EvalPrediction as compute_metrics."
                 )
             return logits.squeeze(-1)
         self._classes = max(self._classes, logits.shape[-1])
         kept = []
-        if self._labelled:
+        if self._has_labels:
             kept.append(logits.argmax(-1))
         if self._losses:
             shift = self.shift_labels is not False
@@ -164,7 +164,7 @@ class ComputeMetrics:
             kept = self.preprocess_logits_for_metrics(torch.as_tensor(raw), torch.as_tensor(labels))
             predictions = tuple(_array(k) for k in kept) if isinstance(kept, tuple) else _array(kept)
         parts = list(predictions) if isinstance(predictions, (tuple, list)) else [predictions]
-        if self._labelled:
+        if self._has_labels:
             chosen, wanted = self._aligned(_array(parts[0]), _array(labels))
             if wanted.size and np.issubdtype(wanted.dtype, np.integer):
                 self._classes = max(self._classes, int(wanted.max()) + 1, int(chosen.max()) + 1)
@@ -175,7 +175,7 @@ class ComputeMetrics:
         return self._results() if compute_result else {}
 
     def _results(self) -> dict[str, float]:
-        """The values over all batches; the next evaluation begins anew."""
+        """The values over all batches; resets the state for the next evaluation."""
         seen = {name: np.concatenate(parts) for name, parts in self._seen.items()}
         self._seen = {}
         results: dict[str, Any] = {}
@@ -189,7 +189,7 @@ class ComputeMetrics:
 
     def _is_kept(self, predictions: Any, labels: Any) -> bool:
         """Whether `predictions` went through `preprocess_logits_for_metrics`."""
-        if self._labelled and self._losses:
+        if self._has_labels and self._losses:
             return isinstance(predictions, (tuple, list)) and np.ndim(predictions[0]) == np.ndim(labels)
         if isinstance(predictions, (tuple, list)):
             return False
@@ -198,20 +198,20 @@ class ComputeMetrics:
         return np.ndim(predictions) == np.ndim(labels)
 
     def _aligned(self, predictions: Any, labels: Any) -> tuple[Any, Any]:
-        """Predictions and labels of what is not ignored, one-dimensional."""
+        """Predictions and labels without ignored positions, one-dimensional."""
         if labels.ndim < 2:
             return predictions, labels
         if self.shift_labels:
             predictions, labels = predictions[..., :-1], labels[..., 1:]
         if predictions.shape != labels.shape:
             raise ConfigError(
-                f"Predictions {predictions.shape} and labels {labels.shape} have different shapes, as generated text "
-                "has. Pass a function of an EvalPrediction that decodes and compares texts as compute_metrics."
+                f"Predictions {predictions.shape} and labels {labels.shape} have different shapes, as with generated "
+                "text. Pass a function of an EvalPrediction that decodes and compares texts as compute_metrics."
             )
         keep = labels != IGNORED
         return predictions[keep], labels[keep]
 
-    def _arguments(self, metric: Any) -> dict[str, Any]:
+    def _arguments(self, metric: object) -> dict[str, Any]:
         arguments = dict(self.compute_kwargs)
         if _name(metric) == "f1":
             automatic = "binary" if self._classes <= 2 else "macro"
@@ -227,9 +227,9 @@ def _row_loss(logits: Tensor, labels: Tensor, shift: bool) -> Tensor:
     return torch.stack([loss, (labels != IGNORED).sum().to(loss.dtype)])
 
 
-def _array(value: Any) -> Any:
+def _array(value: object) -> Any:
     return value.cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
 
 
-def _name(metric: Any) -> str:
+def _name(metric: object) -> str:
     return str(getattr(metric, "name", ""))

@@ -1,4 +1,4 @@
-"""How good a trained model is on a table: its loss over the answers, what it answers, or the classes it picks."""
+"""Evaluate a model on a table: its loss on the answers, its generated answers, or its predicted classes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
-from ..data.formats import Form, recognise
+from ..data.formats import Format, recognize_format
 from ..data.prompts import check_output, read_answered, write_answers
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
@@ -30,16 +31,16 @@ from .classes import accuracy, f1
 
 @dataclass
 class Evaluation:
-    """How good a model is on a file.
+    """The results of a model on a file.
 
     Args:
-        metrics: of a language model `loss`, `perplexity`, `token_accuracy` and `tokens`, or of its written answers
-            `exact_match` and, where all references are JSON objects, those of `field_f1`; of a classifier `accuracy`
+        metrics: for a language model `loss`, `perplexity`, `token_accuracy` and `tokens`; for generated answers
+            `exact_match` and, if all references are JSON objects, those of `field_f1`; for a classifier `accuracy`
             and `f1`.
-        rows: how many rows were looked at.
-        cut: those of them that were longer than the limit of tokens and lost their end.
-        answers: what the model wrote, one a row; empty where it was not asked to.
-        fields: field -> its scores, see `field_table`; empty where the references are not JSON objects.
+        rows: number of rows evaluated.
+        cut: number of rows that were truncated to the length limit.
+        answers: the generated answers, one per row; empty without `generate`.
+        fields: field -> its scores, see `field_table`; empty if the references are not JSON objects.
     """
 
     metrics: dict[str, float]
@@ -66,30 +67,32 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     **loading: Unpack[Loading],
 ) -> Evaluation:
-    """Measure a trained model on a file: what `hf-lora eval` does.
+    """Evaluate a model on a file, as `hf-lora eval` does.
 
-    A language model's perplexity and token accuracy over the answers; with `generate`, how many of the answers that
-    it writes are right, and where they are JSON, how many of their fields. A classifier's accuracy and F1.
+    For a language model: perplexity and token accuracy on the answers; with `generate`, the fraction of generated
+    answers that are right and, if they are JSON, the F1 of their fields. For a classifier: accuracy and F1.
 
     Args:
         source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
-        file: CSV, TSV, JSON, JSONL or parquet, with the columns of a training file.
-        generate: let the model write the answers, and compare them with those of the file, without outer spaces.
-        predictions: JSONL file for the rows with the written answers, if they are to be kept.
-        limit: rows to take from the file's beginning; default: all.
-        text_column, completion_column: of the texts or prompts, and of the answers or labels; default: found by name.
-        max_length: tokens kept of a row; default: the model's window, of a classifier at most 512.
-        system, max_new_tokens: for the written answers, see `generate_texts`.
-        progress: called with the number of answers that are written, and of all.
+        file: CSV, TSV, JSON, JSONL or Parquet, with the columns of a training file.
+        generate: generate answers and compare them with those of the file, ignoring surrounding white space.
+        predictions: JSONL file to write the rows with the generated answers to.
+        limit: use only the first rows of the file; default: all.
+        text_column, completion_column: the column of texts or prompts, and of answers or labels; default: found by
+            their usual names.
+        max_length: truncate rows to this many tokens; default: the model's context window, for a classifier at most
+            512.
+        system, max_new_tokens: for generated answers, see `generate_texts`.
+        progress: called with the number of generated answers and the total.
         loading: see `load_for_generation`.
 
     Raises:
-        ConfigError: arguments do not go together.
-        DataError: the file is absent or broken, or does not fit the model; lists every such row.
-        AdapterFileError, StateError: the model could not be loaded, or is of a kind that cannot be measured here.
+        ConfigError: arguments contradict each other.
+        DataError: the file is missing or malformed, or does not fit the model; lists every such row.
+        AdapterFileError, StateError: the model could not be loaded, or models of its type cannot be evaluated here.
     """
     if not generate and (predictions is not None or system is not None):
-        raise ConfigError("evaluate: predictions and system belong to generate=True (--generate). Leave them out.")
+        raise ConfigError("evaluate: predictions and system need generate=True (--generate). Add it, or omit them.")
     if batch_size < 1:
         raise ConfigError(f"evaluate: batch_size={batch_size} must be at least 1.")
     table = read_table(file).first(limit)
@@ -102,33 +105,33 @@ def evaluate(
         result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
     elif generate:
         result = score_answers(
-            model, tokenizer, table, recognise(table, text_column, completion_column), max_new_tokens=max_new_tokens,
-            batch_size=batch_size, system=system,
+            model, tokenizer, table, recognize_format(table, text_column, completion_column),
+            max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
             progress=None if progress is None else lambda done: progress(done, len(table)),
         )  # fmt: skip
         if predictions is not None:
             write_answers(table, result.answers, predictions)
     else:
-        form = recognise(table, text_column, completion_column)
-        rows, cut = chat_rows(table, form, tokenizer, max_length or window_of(model) or 2**31)
+        data_format = recognize_format(table, text_column, completion_column)
+        rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
         result = Evaluation(score_rows(model, rows, batch_size))
     result.rows, result.cut = len(table), cut
     return result
 
 
-# The loss over the answers -------------------------------------------------------------------------------------------
+# The loss on the answers ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int = 8) -> dict[str, float]:
-    """The loss of a causal language model over labelled tokens, without holding the logits of a batch.
+def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], batch_size: int = 8) -> dict[str, float]:
+    """The loss of a causal language model on labeled tokens, without the logits of a whole batch in memory.
 
     Args:
-        rows: `input_ids` and `labels` (-100 where there is none), as `chat_rows` makes them.
+        rows: `input_ids` and `labels` (-100 to ignore a token), from `chat_rows`.
 
     Returns:
-        `loss`: nats a token; `perplexity`: its exponential; `token_accuracy`: how often the label is the likeliest
-        token, given those before it; `tokens`: how many have a label.
+        `loss`: in nats per token; `perplexity`: exp of the loss; `token_accuracy`: fraction of labels that are the
+        most likely next token; `tokens`: number of labeled tokens.
 
     Raises:
         StateError: the model is not a causal language model.
@@ -136,8 +139,8 @@ def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int
     head = find_frozen_head(model)
     if head is None:
         raise StateError(
-            f"score_rows: {type(model).__name__} is not a causal language model, whose loss over an answer this is. "
-            "Compare what it writes instead (hf-lora eval --generate)."
+            f"score_rows: {type(model).__name__} is not a causal language model. Evaluate its generated answers "
+            "instead (hf-lora eval --generate)."
         )
     total, hits, tokens = 0.0, 0, 0
     with answering(model):
@@ -155,14 +158,14 @@ def score_rows(model: Any, rows: Sequence[dict[str, list[int]]], batch_size: int
             hits += int(right[mask].sum())
             tokens += int(mask.sum())
     if not tokens:
-        raise DataError("score_rows: no token has a label. Give it rows with answers.")
+        raise DataError("score_rows: no token has a label. Pass rows with answers.")
     loss = total / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     return {"loss": loss, "perplexity": perplexity, "token_accuracy": hits / tokens, "tokens": tokens}
 
 
-def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: Any) -> Iterator[dict[str, Tensor]]:
-    """Batches of rows that are alike in length, the longest first."""
+def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Batches of rows of similar length, the longest first."""
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
     for start in range(0, len(ordered), size):
         part = ordered[start : start + size]
@@ -175,8 +178,8 @@ def _padded(rows: Sequence[dict[str, list[int]]], size: int, device: Any) -> Ite
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """As the first three of `Scores`, of a head that cannot be caught: one row's logits at a time."""
+def _from_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The first three fields of `Scores`, from the logits of one row at a time, if the head cannot be intercepted."""
     targets = shifted(batch["labels"])
     log_probs = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
     right = torch.zeros_like(targets, dtype=torch.bool)
@@ -194,22 +197,22 @@ def _from_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, 
 
 
 def score_answers(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     table: Table,
-    form: Form,
+    data_format: Format,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 8,
     system: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
-    """Let a model answer each row of a table, greedily, and compare with the answers there, without outer spaces.
+    """Generate an answer for each row of a table greedily, and compare it with the reference, stripped of white space.
 
     Raises:
         DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
-    prompts, references, templated = read_answered(table, form, tokenizer)
+    prompts, references, templated = read_answered(table, data_format, tokenizer)
     texts = generate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
         use_chat_template=templated, progress=progress,
@@ -227,22 +230,28 @@ def score_answers(
 
 @torch.no_grad()
 def score_classes(
-    model: Any, tokenizer: Any, table: Table, columns: Columns, batch_size: int = 8, max_length: int | None = None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    table: Table,
+    columns: Columns,
+    batch_size: int = 8,
+    max_length: int | None = None,
 ) -> dict[str, float]:
     """Accuracy and F1 of a text classifier on a table of texts with labels.
 
     Raises:
         StateError: the model is not a text classifier.
-        DataError: a text is empty, or a label is not one of the model's; lists every such row.
+        DataError: a text is empty, or a label is unknown to the model; lists every such row.
     """
     from transformers import DataCollatorWithPadding
 
     if task_type_of(model) != "SEQ_CLS":
         raise StateError(
-            f"evaluate: this is a {type(model).__name__}; language models and text classifiers can be evaluated here. "
-            "Evaluate it with LoraTrainer.evaluate."
+            f"evaluate: this is a {type(model).__name__}; only language models and text classifiers are supported. "
+            "Use LoraTrainer.evaluate."
         )
-    labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
+    config: Any = model.config
+    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
     limit = max_length or min(int(tokenizer.model_max_length), window_of(model) or MOST_TOKENS, MOST_TOKENS)
     rows = classification_rows(table, columns, labels, tokenizer, limit)
     if tokenizer.pad_token is None:

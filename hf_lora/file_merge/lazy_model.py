@@ -1,8 +1,8 @@
-"""A model of the right classes around weights that stay in their files.
+"""A model whose weights stay in their files.
 
-The modules are made on the meta device, and their parameters are then views of the files' own bytes. So shapes, ties,
-base identity and all checks of loading come from the code that a loaded model runs through, and no weight is read
-except for samples.
+The modules are created on the meta device; then their parameters become memory-mapped views of the files. So shapes,
+ties, base identity and the checks of loading use the same code as for a loaded model, and only samples of the weights
+are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
@@ -32,19 +32,19 @@ NAME = "default"
 
 @dataclass
 class Shell:
-    """A model over files, with the adapter in it.
+    """A model over files, with the adapter applied.
 
     Args:
-        model: the modules; parameters are views of the files, or on meta where the files hold none.
-        foreign: whether the model is of another class than the checkpoint, such as a classifier around the backbone of
-            a language model: what it does not take is left out of the result.
-        known: the names of all its tensors, before the adapter.
+        model: the modules; parameters are views of the files, or on meta if no file has them.
+        foreign: whether the class of the model differs from that of the checkpoint, such as a classifier around the
+            backbone of a language model: tensors that it does not use are omitted from the result.
+        known: the names of all its tensors, without the adapter.
         misshapen: name -> what is wrong with its shape on disk.
-        missing: parameters that are in no file and tied to none that is.
-        owners: name in memory -> the name whose tensor on disk it is; another one where it is tied to that.
+        missing: parameters that are in no file and not tied to one that is.
+        owners: name in memory -> the name whose tensor on disk it uses; they differ for tied parameters.
     """
 
-    model: Any
+    model: PreTrainedModel
     checkpoint: Checkpoint
     names: Names
     file: AdapterFile
@@ -57,10 +57,10 @@ class Shell:
 
 
 def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other_base: bool) -> Shell:
-    """The adapter's model around the base's files, everything about it checked as `load_adapter` does.
+    """The adapter's model over the files of the base, with all checks of `load_adapter`.
 
     Raises:
-        AdapterFileError: no such model, or the files or the adapter do not fit it; lists every fault.
+        AdapterFileError: there is no such model, or the files or the adapter do not fit it; lists every fault.
         BaseMismatchError: the adapter was trained on another base.
     """
     config, cls = _class_of(checkpoint.folder, file, call)
@@ -68,9 +68,10 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     try:
         with torch.device("meta"):
             model = cls(config)
-    except Exception as error:  # a class that looks at its values while it is made: whatever it meets there
+    except Exception as error:  # a class that reads values in its __init__ may raise any exception
         raise AdapterFileError(
-            f"{call}: {cls.__name__} cannot be made without memory ({type(error).__name__}: {error}). {IN_MEMORY}"
+            f"{call}: {cls.__name__} could not be created on the meta device ({type(error).__name__}: {error}). "
+            f"{IN_MEMORY}"
         ) from error
     model = model.to(_main_dtype(config, checkpoint)).eval()
     names = names_on_disk(model, checkpoint.tensors)
@@ -78,7 +79,7 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     shell = Shell(model, checkpoint, names, file, foreign, tuple(model.state_dict()))
     _fill(shell)
     _tie(shell)
-    _hold_places(shell)
+    _set_placeholders(shell)
     load_adapter(model, file, NAME, allow_other_base=allow_other_base, call=call)
     return shell
 
@@ -87,13 +88,13 @@ IN_MEMORY = "Load it into memory instead: hf-lora merge ADAPTER --base BASE --ou
 
 
 def _class_of(folder: Path, file: AdapterFile, call: str) -> tuple[Any, Any]:
-    """The base's config, and the class that the adapter was trained on: by name, else by its task."""
+    """The base's config, and the model class of the adapter: by name, else by its task."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise AdapterFileError(
-            f"{call}: {folder} has no config that transformers knows ({str(error).splitlines()[0]}). A model with "
-            "code of its own merges in memory: LoraModel.from_pretrained(…, trust_remote_code=True, merge=True)."
+            f"{call}: transformers cannot load the config of {folder} ({str(error).splitlines()[0]}). Merge a model "
+            "with custom code in memory: LoraModel.from_pretrained(…, trust_remote_code=True, merge=True)."
         ) from error
     mapped = (file.raw.get("auto_mapping") or {}).get("base_model_class")
     own = (config.architectures or [None])[0]
@@ -110,7 +111,7 @@ def _class_of(folder: Path, file: AdapterFile, call: str) -> tuple[Any, Any]:
 
 
 def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base: bool) -> None:
-    """Ask for as many rows as the adapter was trained with, where it holds the embedding whole."""
+    """Set the vocabulary size to that of the adapter if it holds the whole embedding."""
     text = config.get_text_config()
     now = getattr(text, "vocab_size", None)
     saved = file.extras.get("vocabulary")
@@ -121,14 +122,14 @@ def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base:
         text.vocab_size = saved
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
-            f"{call}: the adapter was trained with {saved} rows of the token embedding, the base's config says {now}, "
-            "and the new rows are in no file. Resize the base as the training script did and save it, or pass "
-            "allow_other_base=True to do without them."
+            f"{call}: the adapter was trained with {saved} rows of the token embedding, the base's config has {now}, "
+            "and the new rows are in no file. Resize the base as in training and save it, or pass "
+            "allow_other_base=True to merge without them."
         )
 
 
 def _main_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    """What a head that the files do not hold is made in: the config's dtype, else that of most bytes."""
+    """The dtype for a head that is in no file: the config's, else the one with the most bytes in the files."""
     named = getattr(config, "dtype", None)
     if isinstance(named, torch.dtype):
         return named
@@ -156,7 +157,7 @@ def _fill(shell: Shell) -> None:
 
 
 def _tie(shell: Shell) -> None:
-    """Tie what a loaded model would tie: what its config says, unless the files hold two different tensors for it."""
+    """Tie parameters as loading does: by the config, unless the files have two different tensors for them."""
     model, names = shell.model, shell.names
     held = names.held
     shell.missing = {name for name, _ in model.named_parameters(remove_duplicate=False)} - held
@@ -189,10 +190,10 @@ def _same_values(shell: Shell, one: str, other: str) -> bool:
     return torch.equal(one_mapped, other_mapped)
 
 
-def _hold_places(shell: Shell) -> None:
-    """Stand-ins, one number each, for what the files do not hold as it is: of the right shape and dtype.
+def _set_placeholders(shell: Shell) -> None:
+    """Set placeholders of the right shape and dtype, expanded from one number, for tensors that no file holds as such.
 
-    What loading would make from several tensors, and what the adapter brings: neither is read from here.
+    These are converted from several tensors or come from the adapter; their values are never read here.
     """
     named = dict(shell.model.named_parameters())
     dtypes = {
@@ -200,15 +201,15 @@ def _hold_places(shell: Shell) -> None:
         for name, conversion in shell.names.converted.items()
         if name in named
     }
-    stand_ins: dict[int, nn.Parameter] = {}
+    placeholders: dict[int, nn.Parameter] = {}
     for module in shell.model.modules():
         for name, held in module._parameters.items():
             if held is None or not held.is_meta:
                 continue
             dtype = dtypes.get(id(held), held.dtype)
             number = torch.full((), math.nan if dtype.is_floating_point else 0, dtype=torch.float32).to(dtype)
-            stand_in = nn.Parameter(number.expand(held.shape), requires_grad=False)
-            module._parameters[name] = stand_ins.setdefault(id(held), stand_in)
+            placeholder = nn.Parameter(number.expand(held.shape), requires_grad=False)
+            module._parameters[name] = placeholders.setdefault(id(held), placeholder)
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

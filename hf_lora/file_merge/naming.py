@@ -1,9 +1,9 @@
-"""From the names in a checkpoint's files to those of the modules in memory, by the loader's own rules.
+"""From the names in a checkpoint's files to those of the modules in memory, by the rules of transformers.
 
-A file may have other names for its tensors than the module tree (an older name, another prefix), and may hold as one
-tensor what are several in memory, or the reverse. transformers has rules for it and applies them when it loads. The
-names come from its own functions. Where its operations only move rows, they are run on the numbers of the rows instead
-of the rows: the result says for each row of a weight in memory which row of which tensor on disk it is.
+Tensors in a file may have other names than in the module tree (an older name, another prefix), and one tensor may be
+several in memory, or the reverse. transformers applies its conversion rules when it loads; the names come from its
+functions. If an operation only moves rows, it is run on row numbers instead of rows: the result maps each row of a
+weight in memory to a row of a tensor on disk.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..safe_io.headers import Entry
 
 _TENSOR = 1 << 40
-"""The number of a row is its tensor's number times this, plus twice its place; the last bit says which column."""
+"""A row is encoded as the index of its tensor times this, plus twice its position; the last bit is the column."""
 
 
 class Run(NamedTuple):
-    """`length` rows of a weight in memory, from `row` on, that lie one after the other in a file's tensor `key`."""
+    """`length` rows of a weight in memory, from `row` on, that are contiguous in the tensor `key` of a file."""
 
     row: int
     key: str
@@ -36,12 +37,12 @@ class Run(NamedTuple):
 
 @dataclass
 class Names:
-    """Where each tensor of a model lies on disk.
+    """Where each tensor of a model is on disk.
 
     Args:
-        direct: name in memory -> name on disk, of tensors that are the same in both.
-        converted: name in memory -> the conversion that makes it, of all others.
-        unknown: names on disk that the model does not take.
+        direct: name in memory -> name on disk, for tensors that are equal in both.
+        converted: name in memory -> its conversion, for all others.
+        unknown: names on disk that the model does not use.
     """
 
     direct: dict[str, str] = field(default_factory=dict)
@@ -50,11 +51,11 @@ class Names:
 
     @cached_property
     def held(self) -> set[str]:
-        """The names in memory of all that the files hold."""
+        """The names in memory of all tensors in the files."""
         return {*self.direct, *self.converted}
 
     def runs(self, name: str, shape: tuple[int, ...], tensors: dict[str, Entry]) -> list[Run] | str:
-        """The rows of a weight, in order, or why they cannot be told."""
+        """The rows of a weight, in order, or the reason why they are unknown."""
         if name in self.direct:
             return [Run(0, self.direct[name], 0, shape[0] if shape else 1)]
         return self.converted[name].runs(name, shape, tensors)
@@ -62,15 +63,15 @@ class Names:
 
 @dataclass
 class _Conversion:
-    """One of transformers' converters and the tensors that it is given."""
+    """A converter of transformers and its input tensors."""
 
     converter: Any
     first: str
-    model: Any
+    model: PreTrainedModel
     collected: dict[str, list[str]] = field(default_factory=dict)
 
     def results(self, tensors: dict[str, Entry]) -> dict[str, Tensor]:
-        """Name in memory -> numbers of rows."""
+        """Name in memory -> row numbers."""
         keys = [key for group in self.collected.values() for key in group]
         worker = copy.deepcopy(self.converter)
         for pattern, group in self.collected.items():
@@ -81,19 +82,19 @@ class _Conversion:
 
     def runs(self, name: str, shape: tuple[int, ...], tensors: dict[str, Entry]) -> list[Run] | str:
         keys = [key for group in self.collected.values() for key in group]
-        why = f"the checkpoint holds it as {', '.join(keys[:2])}{' …' if len(keys) > 2 else ''}, from which loading "
+        why = f"the checkpoint holds it as {', '.join(keys[:2])}{' …' if len(keys) > 2 else ''}, and its conversion "
         try:
             numbers = self.results(tensors).get(name)
-        except Exception as error:  # an operation that does more than move rows: whatever it makes of numbers
-            return f"{why}makes it in a way that rows alone do not tell ({type(error).__name__})"
+        except Exception as error:  # an operation that does more than move rows may raise any exception
+            return f"{why}does more than move rows ({type(error).__name__})"
         like = tensors[keys[0]]
         alike = all(tensors[k].shape[1:] == shape[1:] and tensors[k].dtype == like.dtype for k in keys)
         width = 2 if len(shape) > 1 else 1
         if numbers is None or not alike or tuple(numbers.shape) != (shape[0], width)[: len(shape)]:
-            return f"{why}makes it in a way that rows alone do not tell"
+            return f"{why}does more than move rows"
         numbers = numbers.reshape(shape[0], width)
         if width == 2 and not bool(((numbers[:, 0] & 1 == 0) & (numbers[:, 1] == numbers[:, 0] + 1)).all()):
-            return f"{why}changes the order within rows too"
+            return f"{why}changes the order within rows"
         return _runs(numbers[:, 0] // 2, keys)
 
 
@@ -114,11 +115,13 @@ def _runs(numbers: Tensor, keys: list[str]) -> list[Run]:
     return found
 
 
-def names_on_disk(model: Any, tensors: dict[str, Entry], known: Mapping[str, Any] | None = None) -> Names:
+def names_on_disk(
+    model: PreTrainedModel, tensors: dict[str, Entry], known: Mapping[str, object] | None = None
+) -> Names:
     """Match the tensors of a checkpoint to those of a model, as `from_pretrained` would.
 
     Args:
-        known: the names in the model; None takes those that it has now.
+        known: the names in the model; default: its current ones.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -133,7 +136,7 @@ def names_on_disk(model: Any, tensors: dict[str, Entry], known: Mapping[str, Any
     made: dict[str, _Conversion] = {}
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, known)
-        if name not in known and key in known:  # as the loader does: it should not have been renamed
+        if name not in known and key in known:  # as in transformers: it should not have been renamed
             name, pattern = rename_source_key(key, [], [], prefix, known)
         if name not in known:
             found.unknown.append(key)
@@ -149,8 +152,8 @@ def names_on_disk(model: Any, tensors: dict[str, Entry], known: Mapping[str, Any
     return found
 
 
-def misnamed(model: nn.Module, names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Those of `names` (in memory) that loading would take for something else if they stood in a file."""
+def misnamed(model: PreTrainedModel, names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Those of `names` (in memory) that loading would map to another tensor if a file used them."""
     wanted = list(names)
     entries = {name: Entry(name, torch.float32, (1,), 0, 0, Path()) for name in wanted}
     found = names_on_disk(model, entries, dict.fromkeys(known, True)) if wanted else Names()

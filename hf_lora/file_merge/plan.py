@@ -1,4 +1,4 @@
-"""What a merge from file to file will write: decided, and every fault found, before the first byte is written."""
+"""The plan of a merge from file to file: every output tensor and every fault, before the first byte is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .writer import FileStorage
 
 @dataclass
 class Out:
-    """One tensor to write. `base` is the tensor that its bytes are taken from, before any change; None: from none."""
+    """One tensor to write. `base` is the tensor whose bytes are copied before any change, or None."""
 
     name: str
     dtype: torch.dtype
@@ -50,11 +50,11 @@ class OutShard:
 
 @dataclass
 class Change:
-    """A tensor of the model whose rows are not the base's: they are folded, or they are the adapter's own.
+    """A tensor whose rows differ from the base: they are folded, or come from the adapter.
 
     Args:
-        blocks: its rows as they will be, block by block.
-        shape: of the tensor in the files, if it takes the place of one, or is new; None: some rows of some tensors.
+        blocks: its new rows, block by block.
+        shape: shape of the tensor if it replaces a whole one or is new; None if it changes some rows of some tensors.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Plan:
 
     Args:
         dtype: of all floating-point tensors in the result; None: each keeps its own.
-        untied: whether the config has to say that nothing is tied any more.
+        untied: whether the config must state that nothing is tied.
     """
 
     shell: Shell
@@ -79,11 +79,11 @@ class Plan:
     untied: bool = False
 
     def dtype_of(self, held: torch.dtype) -> torch.dtype:
-        """The dtype in the result of what is `held` in the base."""
+        """The dtype in the result of a tensor whose dtype in the base is `held`."""
         return self.dtype if self.dtype is not None and held.is_floating_point and held.itemsize > 1 else held
 
     def changes_in(self, shard: OutShard) -> list[Change]:
-        """What passes through memory for a file."""
+        """The changes in a file."""
         names = {out.name for out in shard.outs}
         return [change for change in self.changes if names & change.storage.targets.keys()]
 
@@ -106,7 +106,7 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     """Decide every tensor of the result.
 
     Raises:
-        MergeError: lists everything that cannot be merged, or not file to file.
+        MergeError: lists everything that cannot be merged, or not from file to file.
     """
     plan, faults = Plan(shell, dtype), Faults(call)
     folds = folds_of(shell.model, (NAME,), added=True)
@@ -123,15 +123,15 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     _lay_out(plan, extra)
     new = {out.name for shard in plan.shards for out in shard.outs} - shell.checkpoint.tensors.keys()
     for name in misnamed(shell.model, sorted(new), shell.known):
-        faults.add(f"{name}: loading would not find it under this name in a checkpoint of this layout")
+        faults.add(f"{name}: transformers would not find it under this name in a checkpoint with this layout")
     faults.check(MergeError, f"Nothing was written. {IN_MEMORY}")
     _try(plan, faults)
-    faults.check(MergeError, "Nothing was written. Adapters work unmerged in any case.")
+    faults.check(MergeError, "Nothing was written. Use the adapter unmerged.")
     return plan
 
 
 def _replacements(shell: Shell) -> dict[str, tuple[Tensor, torch.dtype]]:
-    """Name in memory -> (values, dtype) of all that the adapter holds whole: heads, embeddings, biases."""
+    """Name in memory -> (values, dtype) of the tensors that the adapter replaces: heads, embeddings, biases."""
     found: dict[str, tuple[Tensor, torch.dtype]] = {}
     for part in parts(shell.model, NAME):
         for name, own, base in part.replaced():
@@ -140,9 +140,9 @@ def _replacements(shell: Shell) -> dict[str, tuple[Tensor, torch.dtype]]:
 
 
 def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, str]]:
-    """(name, the one whose bytes it starts from) of the tensors that the files get beside those that they hold.
+    """(name, the tied name whose bytes it starts from) of the tensors to add to the files.
 
-    A config says of all ties at once whether they hold, so one that ends takes all others with it.
+    A config has one flag for all ties, so removing one tie removes them all.
     """
     shell = plan.shell
     whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
@@ -154,14 +154,14 @@ def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, s
 
 
 def _plan_folds(plan: Plan, folds: Sequence[Fold], replaced: Collection[str], faults: Faults) -> None:
-    """The weights that get the adapter's update: where their rows lie in the files."""
+    """Plan the weights that get an update: where their rows are in the files."""
     shell, found = plan.shell, set[str]()
     for fold in folds:
         name = fold.name
         if name in replaced:
-            faults.add(f"{name}: the adapter replaces it and adds to it, which is merged in memory only. {IN_MEMORY}")
+            faults.add(f"{name}: the adapter both replaces and updates it, which only works in memory. {IN_MEMORY}")
         if name in shell.misshapen or (name not in shell.owners and name not in shell.names.held):
-            continue  # which is a fault of its own
+            continue  # reported separately
         storage = _rows_in_files(plan, name, tuple(fold.site.weight.shape), faults)
         if storage is not None:
             fold.storage = storage
@@ -172,7 +172,7 @@ def _plan_folds(plan: Plan, folds: Sequence[Fold], replaced: Collection[str], fa
 
 
 def _plan_replacement(plan: Plan, name: str, values: Tensor, held: torch.dtype, faults: Faults) -> None:
-    """The adapter's own tensor: as a whole, unless the files hold it otherwise."""
+    """Plan a tensor of the adapter: as a whole, or by rows if the files hold it converted."""
     shape, names = tuple(values.shape), plan.shell.names
     converted = name in names.converted
     if converted:
@@ -195,7 +195,7 @@ def _in_blocks(values: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _rows_in_files(plan: Plan, name: str, shape: tuple[int, ...], faults: Faults) -> FileStorage | None:
-    """Where the rows of a weight in memory are read from, and written to; None and a fault if that cannot be told."""
+    """Where the rows of a weight in memory are read from and written to; None and a fault if unknown."""
     shell = plan.shell
     owner = name if name in shell.names.held else shell.owners[name]
     runs = shell.names.runs(owner, shape, shell.checkpoint.tensors)
@@ -207,19 +207,19 @@ def _rows_in_files(plan: Plan, name: str, shape: tuple[int, ...], faults: Faults
 
 
 def _check_shapes(shell: Shell, replaced: Collection[str], extra: Sequence[tuple[str, str]], faults: Faults) -> None:
-    """Whether each parameter is in the files with its shape, or in the adapter."""
+    """Check that each parameter is in the files with its shape, or in the adapter."""
     for name, why in shell.misshapen.items():
         if name not in replaced:
             faults.add(f"shape: {why}")
     for name, owner in extra:
         if owner in shell.misshapen and name not in replaced:
-            faults.add(f"{name}: it was tied to {owner}, whose rows grew, and its own new rows are in no file")
+            faults.add(f"{name}: it was tied to {owner}, which got new rows, and its own new rows are in no file")
     for name in sorted(shell.missing - set(replaced)):
         faults.add(f"missing: {name} is neither in the base's files nor in the adapter, so it would be random")
 
 
 def _lay_out(plan: Plan, extra: Sequence[tuple[str, str]]) -> None:
-    """The files of the result: those of the base, in their order, with what is new at the end of one of them."""
+    """The files of the result: those of the base, in order, with new tensors at the end of one of them."""
     shell = plan.shell
     left_out = set(shell.names.unknown) if shell.foreign else set()
     where: dict[str, OutShard] = {}
@@ -256,7 +256,7 @@ def _lay_out(plan: Plan, extra: Sequence[tuple[str, str]]) -> None:
 
 @torch.no_grad()
 def _try(plan: Plan, faults: Faults) -> None:
-    """Fold what becomes float16 and write nothing: only that overflows where base and update are of ordinary size."""
+    """Fold float16 tensors without writing: only these overflow if base and update have ordinary magnitudes."""
     for change in plan.changes:
         if change.storage.dtype == torch.float16:
             if not all(fits(block, torch.float16) for _, block in change.blocks()):

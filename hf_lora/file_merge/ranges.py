@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint as ranges of bytes: where each tensor lies, and how bytes are copied."""
+"""The safetensors files of a checkpoint as byte ranges: where each tensor is, and how bytes are copied."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..safe_io.headers import Entry, TensorFile, read_header
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CHUNK = 1 << 18
-"""Bytes that are read or written at a time where rows do not matter: they stay in a core's cache."""
+"""Bytes per read or write if rows do not matter; they fit into a core's cache."""
 
 
 @dataclass
@@ -35,14 +35,14 @@ class Checkpoint:
     _lock: Lock = field(default_factory=Lock)
 
     def mapped(self, entry: Entry) -> Tensor:
-        """A tensor over the file's own bytes: they are read when they are looked at."""
+        """A memory-mapped tensor: bytes are read on access."""
         if entry.file not in self._maps:
             self._maps[entry.file] = safe_open(entry.file, framework="pt")
         tensor: Tensor = self._maps[entry.file].get_tensor(entry.name)
         return tensor
 
     def elements(self, entry: Entry, places: range) -> Tensor:
-        """Single elements of a tensor: through a map each would bring a large page of the system's with it."""
+        """Single elements of a tensor; through the memory map each would load a large page."""
         size, file = entry.dtype.itemsize, self.file_of(entry)
         parts = [os.pread(file, size, entry.start + place * size) for place in places]
         return torch.frombuffer(bytearray(b"".join(parts)), dtype=entry.dtype)
@@ -60,7 +60,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, faults: Faults) -> Checkpoint:
-    """Read the headers of a model's safetensors files; a fault for everything that is wrong with them."""
+    """Read the headers of a model's safetensors files; adds a fault for everything that is wrong with them."""
     found = Checkpoint(folder)
     names = [SINGLE_NAME]
     if (folder / INDEX_NAME).is_file():
@@ -68,12 +68,12 @@ def open_checkpoint(folder: Path, faults: Faults) -> Checkpoint:
         names = sorted(set(found.index["weight_map"].values())) if found.index else []
     elif not (folder / SINGLE_NAME).is_file():
         others = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.safetensors"))
-        holds = f" It holds {', '.join(others[:3])}." if others else ""
-        faults.add(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}.{holds}")
+        holds = f" It has {', '.join(others[:3])}." if others else ""
+        faults.add(f"{folder} has neither {SINGLE_NAME} nor {INDEX_NAME}.{holds}")
         return found
     for name in names:
         if Path(name).name != name:
-            faults.add(f"{INDEX_NAME} names {name!r}, which is not in its own folder")
+            faults.add(f"{INDEX_NAME} names {name!r}, which is not in the same folder")
         elif not (folder / name).is_file():
             faults.add(f"{folder / name} is missing")
         else:
@@ -88,13 +88,13 @@ def open_checkpoint(folder: Path, faults: Faults) -> Checkpoint:
 
 
 def _compare(found: Checkpoint, listed: dict[str, str], faults: Faults) -> None:
-    """Whether the index says what the files hold."""
+    """Check the index against the files."""
     held = {entry.name: entry.file.name for entry in found.tensors.values()}
     for name in sorted(listed.keys() | held.keys()):
         if held.get(name) != listed.get(name):
-            faults.add(f"{INDEX_NAME}: {name} is listed in {listed.get(name)} and lies in {held.get(name)}")
+            faults.add(f"{INDEX_NAME}: {name} is listed in {listed.get(name)} but is in {held.get(name)}")
     if sum(len(shard.entries) for shard in found.shards) > len(held):
-        faults.add("two files hold a tensor of the same name")
+        faults.add("two files have a tensor of the same name")
 
 
 def _read_index(file: Path, faults: Faults) -> dict[str, Any] | None:
@@ -119,35 +119,35 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def read_into(file: int, view: memoryview, offset: int) -> None:
-    """Fill `view` from a place in a file."""
+    """Fill `view` from an offset in a file."""
     done = 0
     while done < len(view):
         count = os.preadv(file, [view[done:]], offset + done)
         if count == 0:
-            raise OSError("the file ended while it was read: was it changed?")
+            raise OSError("the file ended while it was read; was it changed?")
         done += count
 
 
 def write_from(file: int, view: memoryview | bytes, offset: int) -> None:
-    """Write all of `view` to a place in a file."""
+    """Write all of `view` to an offset in a file."""
     view, done = memoryview(view), 0
     while done < len(view):
         done += os.pwrite(file, view[done:], offset + done)
 
 
 def copy_range(source: int, start: int, target: int, place: int, count: int) -> None:
-    """Copy bytes from file to file, within the kernel where the file systems can: no memory of this process is used.
+    """Copy bytes from file to file, within the kernel if the file systems support it.
 
-    Not by sendfile, which writes at a position that threads would share.
+    Not by sendfile, whose write position is shared between threads.
     """
     while count:
         try:
             done = os.copy_file_range(source, target, min(count, 1 << 26), start, place)
         except (OSError, AttributeError):  # between two file systems, or not on Linux
             done = 0
-        if done == 0:  # some file systems answer so where they cannot
+        if done == 0:  # some file systems return 0 if they do not support it
             data = os.pread(source, min(count, 1 << 20), start)
             if not data:
-                raise OSError("the file ended while it was copied: was it changed?")
+                raise OSError("the file ended while it was copied; was it changed?")
             done = os.pwrite(target, data, place)
         start, place, count = start + done, place + done, count - done

@@ -23,11 +23,11 @@ CARRIED = (*TOKENIZER, *PROCESSOR, "*.json", "*.txt", "LICENSE*", "NOTICE*")
 NEVER = ("*.index.json", CONFIG, "adapter_*", "hf_lora.json", "train*", "all_results.json", "eval_results.json", ".*")
 FOLDERS = ("additional_chat_templates",)
 
-Writers = dict[str, Callable[[Path], Any]]
+Writers = dict[str, Callable[[Path], object]]
 
 
 def writers_of(plan: Plan) -> Writers:
-    """Name -> what writes it, of every file beside the weights; unchanged ones are copies. The config comes last."""
+    """Name -> writer, for every file except the weights; unchanged files are copied. The config comes last."""
     base, adapter = plan.shell.checkpoint.folder, plan.shell.file.path
     found: Writers = {name: partial(shutil.copyfile, path) for name, path in _carried(base, adapter).items()}
     index = plan.index()
@@ -49,7 +49,7 @@ def carry_folders(plan: Plan, out: Path) -> None:
 
 
 def _carried(base: Path, adapter: Path) -> dict[str, Path]:
-    """The base's files, with the adapter's own tokenizer or processor in place of the base's."""
+    """The base's files, with the adapter's tokenizer or processor, if any, instead of the base's."""
     found = {path.name: path for path in _matching(base, CARRIED)}
     for patterns, mark in ((TOKENIZER, "tokenizer_config.json"), (PROCESSOR, "*processor_config.json")):
         if any(adapter.glob(mark)):
@@ -68,13 +68,13 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _writer(values: Mapping[str, Any]) -> Callable[[Path], Any]:
+def _writer(values: Mapping[str, object]) -> Callable[[Path], object]:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     return lambda file: file.write_text(text, encoding="utf-8")
 
 
 def _config(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
-    """The base's config.json with what the merge changed."""
+    """The base's config.json with the changes of the merge."""
     model = plan.shell.model
     state = require_state(model, "merge_files")
     task = state.adapters[NAME].task

@@ -1,12 +1,11 @@
 """Merge an adapter into a model file by file, without loading the model.
 
-The base's safetensors files are read by ranges and written anew with the same layout. Rows that the adapter changes
-pass through memory in blocks and are folded by the code that folds in memory, so every bit is the same; all other
-bytes are copied from file to file by the system. Memory is that of the adapter and of a few blocks, whatever the
-model's size.
+The base's safetensors files are read by ranges and written with the same layout. Rows that the adapter changes are
+loaded in blocks and folded by the same code as in memory, so the results are bitwise equal; all other bytes are copied
+from file to file by the system. The memory needed is that of the adapter and a few blocks, whatever the model's size.
 
-A file that is whole waits beside its place, under a name that tells what was merged with what; so a merge that was cut
-off goes on after the last whole file. Once all files are whole, they take their places together.
+Complete files are kept under temporary names that identify the inputs of the merge, so an interrupted merge resumes
+after the last complete file. Once all files are complete, they are renamed together.
 """
 
 from __future__ import annotations
@@ -27,7 +26,15 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import AdapterFileError, ConfigError, Faults, LoraError, MergeError, nearest
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
-from ..safe_io.atomic import JOURNAL_NAME, beside_name, finish_moves, is_full, no_space, replace_together, sync_folder
+from ..safe_io.atomic import (
+    JOURNAL_NAME,
+    finish_moves,
+    is_full,
+    no_space,
+    replace_together,
+    sync_folder,
+    temporary_name,
+)
 from ..safe_io.reading import read_json
 from .lazy_model import IN_MEMORY, make_shell
 from .plan import Change, Out, OutShard, Plan, make_plan
@@ -36,13 +43,13 @@ from .sidecars import carry_folders, writers_of
 from .writer import Sink
 
 MAX_THREADS = 8
-"""More write no faster: the disk's cache is what they wait for."""
+"""More threads are not faster, since they wait for the disk cache."""
 NO_LAYER = torch.nn.Module()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PART = ".part"
-"""After the name of a file that is not whole yet."""
+"""Suffix of a file that is not complete yet."""
 _Task = tuple[int, Callable[[], None]]
-"""Bytes that it writes, for the progress bar; and what writes them."""
+"""The number of bytes written, for the progress bar, and the function that writes them."""
 
 
 def merge_files(
@@ -56,20 +63,20 @@ def merge_files(
     allow_other_base: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Fold an adapter into a model's safetensors files, and write the result as files of the same layout.
+    """Fold an adapter into a model's safetensors files, and write the result as files with the same layout.
 
-    Every tensor has the bits that `merge_and_unload` gives. Memory: a few blocks of rows beside the adapter. If the
-    call was cut off, the same call again goes on after the last file that is whole.
+    The tensors are bitwise equal to those of `merge_and_unload`. The memory needed is the adapter and a few blocks of
+    rows. If the call was interrupted, the same call resumes after the last complete file.
 
     Args:
         base: the base model's folder.
-        adapter: the adapter's folder, ours or PEFT's.
-        out: the folder to write: new, empty, or that of the same merge cut off.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`, in which all floating-point tensors are written, rounded once.
-            None keeps each tensor's own.
-        untie: give an adapted layer that shares its weight with another its own copy of it; the config then says that
+        adapter: the adapter's folder, written by hf_lora or PEFT.
+        out: the folder to write: new, empty, or that of the same merge if it was interrupted.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"` for all floating-point tensors, rounded once. Default: each
+            tensor keeps its own.
+        untie: give an adapted layer that shares its weight with another a separate copy; the config then states that
             nothing is tied.
-        overwrite: write into a folder that is not empty. What is there stays as it is until the result is whole.
+        overwrite: write into a folder that is not empty. Its files are unchanged until the result is complete.
         allow_other_base: merge into another base than the adapter was trained on.
         progress: show bytes and rate if the output is a terminal.
 
@@ -77,7 +84,7 @@ def merge_files(
         The folder.
 
     Raises:
-        ConfigError: `dtype` is none of the three.
+        ConfigError: `dtype` is not one of the three.
         AdapterFileError: lists what is wrong with the folders and files, or where the adapter does not fit.
         BaseMismatchError: the adapter was trained on another base model.
         MergeError: lists what cannot be folded. Nothing was written.
@@ -97,16 +104,16 @@ def merge_files(
         except OSError as error:
             full = f" ({no_space(folder)})" if is_full(error) else ""
             raise AdapterFileError(
-                f"{call}: stopped{full}: {error}. Files that are whole are kept; the same call goes on after them."
+                f"{call}: stopped{full}: {error}. Complete files are kept; repeat the same call to resume after them."
             ) from error
     return folder
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Refuse a name of a dtype that a merged model cannot be written in.
+    """Refuse an unknown dtype for a merged model.
 
     Raises:
-        ConfigError: names those that there are.
+        ConfigError: lists the known ones.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown{nearest(dtype, DTYPES)}. It is one of {', '.join(DTYPES)}.")
@@ -118,7 +125,7 @@ def check_dtype(dtype: str | None) -> None:
 def _open(
     base: Path, adapter: Path, folder: Path, dtype: str | None, untie: bool, overwrite: bool, call: str
 ) -> tuple[Checkpoint, AdapterFile, str]:
-    """Read the headers and the adapter, and look at the folders: all that is wrong with them is one error."""
+    """Read the headers and the adapter, and check the folders; one error lists all faults."""
     faults, file = Faults(call), None
     checkpoint = _open_base(base, faults)
     try:
@@ -139,16 +146,16 @@ def _open_base(base: Path, faults: Faults) -> Checkpoint:
     try:
         if '"quantization_config"' in (base / "config.json").read_text(encoding="utf-8"):
             faults.add(
-                f"{base} is quantized. Take the checkpoint that it was made from (allow_other_base=True if its name "
-                "differs), or load it and dequantize it in memory"
+                f"{base} is quantized. Use the checkpoint from which it was quantized (allow_other_base=True if its "
+                "name differs), or load it and dequantize it in memory"
             )
     except (OSError, UnicodeDecodeError) as error:
-        faults.add(f"{base} holds no config.json that can be read ({error})")
+        faults.add(f"{base} has no readable config.json ({error})")
     return open_checkpoint(base, faults)
 
 
 def _mark_of(checkpoint: Checkpoint, adapter: Path, dtype: str | None, untie: bool) -> str:
-    """A short name for what is merged with what, and how."""
+    """A short hash of the inputs and options of the merge."""
     from .. import __version__
 
     digest = hashlib.sha256(json.dumps([__version__, dtype, untie]).encode())
@@ -162,7 +169,7 @@ def _mark_of(checkpoint: Checkpoint, adapter: Path, dtype: str | None, untie: bo
 
 
 def _left_by_merges(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, mark) of what merges that were cut off have left, whole or not."""
+    """(file, mark) of the files left by interrupted merges, complete or not."""
     for path in folder.glob(".*"):
         found = re.fullmatch(rf"\..+\.safetensors\.([0-9a-f]{{16}})\.tmp(?:{re.escape(PART)})?", path.name)
         if found:
@@ -170,47 +177,47 @@ def _left_by_merges(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def _is_moving(folder: Path, mark: str) -> bool:
-    """Whether this very merge was cut off while its files took their places."""
+    """Whether this merge was interrupted while its files were renamed."""
     moves = read_json(folder, JOURNAL_NAME) if folder.is_dir() else None
-    return any(f".{mark}." in str(beside) for beside in (moves or {}).values())
+    return any(f".{mark}." in str(source) for source in (moves or {}).values())
 
 
 def _check_folder(
     folder: Path, checkpoint: Checkpoint, adapter: Path, mark: str, overwrite: bool, faults: Faults
 ) -> None:
-    """Whether the result may be written to a folder."""
+    """Check that the result may be written to a folder."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        faults.add(f"{folder} is a file; name a folder")
+        faults.add(f"{folder} is a file: name a folder")
         return
     if folder.resolve() in (checkpoint.folder.resolve(), adapter.resolve()) or (folder / CONFIG_NAME).exists():
         whose = "base" if folder.resolve() == checkpoint.folder.resolve() else "adapter"
-        faults.add(f"{folder} is the {whose}'s own folder")
+        faults.add(f"{folder} is the folder of the {whose}")
         return
     foreign = {p.name for p in folder.glob("[!.]*.safetensors")} - {shard.path.name for shard in checkpoint.shards}
     if foreign and overwrite:
-        faults.add(f"{folder} holds {', '.join(sorted(foreign)[:3])}, which would mix with the files written")
+        faults.add(f"{folder} has {', '.join(sorted(foreign)[:3])}, which would mix with the new files")
     marks = {found for _, found in _left_by_merges(folder)}
     if overwrite or mark in marks or _is_moving(folder, mark):
         return
     if marks:
         faults.add(
-            f"{folder} holds a merge of other files or options that was cut off: go on with that one, name another "
-            "folder, or pass overwrite=True (--overwrite)"
+            f"{folder} has an interrupted merge of other files or options: resume that one, name another folder, or "
+            "pass overwrite=True (--overwrite)"
         )
     elif any(folder.iterdir()):
         faults.add(f"{folder} is not empty: name a new folder, or pass overwrite=True (--overwrite)")
 
 
 def _check_space(plan: Plan, whole: set[str], folder: Path, call: str) -> None:
-    """Files that are there stay until the new ones are whole, so their space does not count as free."""
+    """Check the free space. Existing files stay until the new ones are complete, so their space is not free."""
     there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     needed = sum(shard.size for shard in plan.shards if shard.name not in whole)
     free = shutil.disk_usage(there).free
     if needed > free:
         raise AdapterFileError(
-            f"{call}: {needed / 2**20:,.1f} MiB are to be written, and {free / 2**20:,.1f} MiB are free in {there}. "
+            f"{call}: {needed / 2**20:,.1f} MiB are needed, but only {free / 2**20:,.1f} MiB are free in {there}. "
             "Nothing was written. Free space, or name a folder on another disk."
         )
 
@@ -219,11 +226,11 @@ def _check_space(plan: Plan, whole: set[str], folder: Path, call: str) -> None:
 
 
 def _write_all(plan: Plan, folder: Path, mark: str, progress: bool, call: str) -> None:
-    """Write the files that are not whole yet; then all take their places together, the config last."""
-    ready = {shard.name: folder / beside_name(shard.name, mark) for shard in plan.shards}
-    whole = {s.name for s in plan.shards if ready[s.name].is_file() and ready[s.name].stat().st_size == s.size}
+    """Write the files that are not complete yet, then rename all together, the config last."""
+    temporary = {shard.name: folder / temporary_name(shard.name, mark) for shard in plan.shards}
+    whole = {s.name for s in plan.shards if temporary[s.name].is_file() and temporary[s.name].stat().st_size == s.size}
     for path, _ in list(_left_by_merges(folder)):
-        if path not in [ready[name] for name in whole]:
+        if path not in [temporary[name] for name in whole]:
             path.unlink()
     _check_space(plan, whole, folder, call)
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +241,7 @@ def _write_all(plan: Plan, folder: Path, mark: str, progress: bool, call: str) -
             if shard.name in whole:
                 bar.update(shard.size)
                 continue
-            path = ready[shard.name]
+            path = temporary[shard.name]
             part = path.with_name(path.name + PART)
             _write_shard(plan, shard, part, threads, bar.update)
             part.replace(path)
@@ -242,14 +249,14 @@ def _write_all(plan: Plan, folder: Path, mark: str, progress: bool, call: str) -
     carry_folders(plan, folder)
     finish_moves(folder)
     writers = writers_of(plan)
-    for name in (*writers, JOURNAL_NAME):  # of calls that were killed
-        for left in folder.glob(beside_name(name, "*")):
+    for name in (*writers, JOURNAL_NAME):  # left by killed calls
+        for left in folder.glob(temporary_name(name, "*")):
             left.unlink()
-    replace_together(folder, writers, ready)
+    replace_together(folder, writers, temporary)
 
 
 def _write_shard(plan: Plan, shard: OutShard, part: Path, threads: int, report: Callable[[int], object]) -> None:
-    """Write one file, and see that it is on the disk."""
+    """Write one file and sync it to disk."""
     file = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         os.ftruncate(file, shard.size)
@@ -271,7 +278,7 @@ def _write_shard(plan: Plan, shard: OutShard, part: Path, threads: int, report: 
 
 
 def _together(tasks: Sequence[_Task], threads: int, report: Callable[[int], object]) -> None:
-    """Run tasks on some threads. After an error none is begun any more."""
+    """Run tasks on several threads. After an error, no further task is started."""
     with ThreadPoolExecutor(threads) as pool:
         for (size, _), _ in zip(tasks, pool.map(lambda task: task[1](), tasks), strict=True):
             report(size)
@@ -279,7 +286,7 @@ def _together(tasks: Sequence[_Task], threads: int, report: Callable[[int], obje
 
 @contextmanager
 def _one_thread_each() -> Iterator[int]:
-    """Let each thread compute alone, and say how many PyTorch may use: blocks are small, and are shared out whole."""
+    """Within, PyTorch uses one thread per task, since blocks are small; yields the number of threads for tasks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -290,7 +297,7 @@ def _one_thread_each() -> Iterator[int]:
 
 @torch.no_grad()
 def _apply(change: Change, sink: Sink) -> None:
-    """Write the rows of one tensor that belong to the file under way."""
+    """Write the rows of one tensor that belong to the current file."""
     change.storage.sink = sink
     for rows, block in change.blocks():
         change.storage.write(NO_LAYER, rows, block)
@@ -299,7 +306,7 @@ def _apply(change: Change, sink: Sink) -> None:
 
 
 def _carry(checkpoint: Checkpoint, out: Out, sink: Sink) -> None:
-    """Write a tensor of the base; a change may then write over some of its rows."""
+    """Copy a tensor of the base; a change may then overwrite some of its rows."""
     base = out.base
     assert base is not None
     source = checkpoint.file_of(base)

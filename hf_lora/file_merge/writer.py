@@ -1,4 +1,4 @@
-"""Weights that are read from files and written to another file, row by row: the storage of such a merge."""
+"""The storage of weights that are read from files and written to another file, row by row."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .ranges import Checkpoint, bytes_of, read_into, write_from
 
 @dataclass(frozen=True)
 class Sink:
-    """A file under way, for several threads: its descriptor, and where each of its tensors begins."""
+    """The file being written, for several threads: its descriptor, and the offset of each tensor."""
 
     file: int
     starts: Mapping[str, int]
 
 
 class FileStorage(Storage):
-    """A weight whose rows lie in files, and are written to the file under way.
+    """A weight whose rows are read from files and written to the current output file.
 
-    Rows whose tensors belong to another file are computed and not written: their turn comes with that file.
+    Rows of tensors in another output file are computed but not written; they are written with that file.
     """
 
     kind = "file"
@@ -41,8 +41,8 @@ class FileStorage(Storage):
     ) -> None:
         """
         Args:
-            dtype: in which it is written.
-            renamed: the name that it is written under, if not the one that it is read under (of tied weights).
+            dtype: the dtype to write.
+            renamed: the name to write, if it differs from the name to read (for tied weights).
         """
         self._shape, self.runs, self._checkpoint = shape, runs, checkpoint
         self.dtype, self.renamed = dtype, renamed
@@ -51,7 +51,7 @@ class FileStorage(Storage):
 
     @property
     def targets(self) -> dict[str, int]:
-        """Name in the files to write -> how many rows of it are written."""
+        """Name in the output files -> number of rows written."""
         found: dict[str, int] = {}
         for run in self.runs:
             key = self.renamed or run.key
@@ -73,10 +73,10 @@ class FileStorage(Storage):
         return raw.to(torch.float32, copy=True) if into is None else into.copy_(raw)
 
     def write(self, layer: nn.Module, rows: slice, block: Tensor) -> None:
-        """Round rows to the dtype of the file under way, and write those that belong there."""
+        """Round rows to the output dtype, and write those that belong to the current file."""
         assert self.sink is not None
         raw = self._buffer("out", rows, self.dtype).copy_(block)
-        # The sum is the fastest question; it may overflow where no element does.
+        # The sum is the fastest check; it may overflow although no element is infinite.
         if not math.isfinite(raw.sum().item()) and not bool(torch.isfinite(raw).all()):
             raise MergeError(f"a merged value is not finite, or too large for {self.dtype}")
         view, width = bytes_of(raw), raw[0].nbytes
@@ -86,18 +86,18 @@ class FileStorage(Storage):
                 write_from(self.sink.file, view[at * width : (at + count) * width], begin + place * width)
 
     def forget(self) -> None:
-        """Give the buffers back."""
+        """Free the buffers."""
         self._memory.clear()
 
     def _buffer(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Memory for some rows: the same at every call."""
+        """Memory for some rows, reused at every call."""
         count, held = rows.stop - rows.start, self._memory.get(name)
         if held is None or len(held) < count:
             held = self._memory[name] = torch.empty(count, *self._shape[1:], dtype=dtype)
         return held[:count]
 
     def _parts(self, rows: slice) -> Iterator[tuple[str, int, int, int]]:
-        """(tensor on disk, row in it, row in the block, count) of each stretch of a block."""
+        """(tensor on disk, row in it, row in the block, count) of each contiguous part of a block."""
         for run in self.runs:
             begin, end = max(run.row, rows.start), min(run.row + run.length, rows.stop)
             if begin < end:

@@ -1,4 +1,4 @@
-"""Adapters of older versions of other libraries, whose tensors are a pickle, as today's files."""
+"""Convert adapters from old versions of other libraries, which saved tensors as a pickle."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from .format import (
 def convert_adapter(
     folder: str | os.PathLike[str], out: str | os.PathLike[str], *, overwrite: bool = False
 ) -> AdapterFile:
-    """Rewrite an old adapter, whose tensors are a pickle, as safetensors.
+    """Convert an old adapter, whose tensors are a pickle, to safetensors.
 
-    The pickle is read with `weights_only=True`: it can hold tensors and nothing that runs.
+    The pickle is read with `weights_only=True`, so it can contain only tensors and no code.
 
     Args:
-        folder: holds `adapter_model.bin` and `adapter_config.json`.
+        folder: contains `adapter_model.bin` and `adapter_config.json`.
         out: the folder to write.
-        overwrite: write into a folder that is not empty; one that holds an adapter is refused in any case.
+        overwrite: write into a folder that is not empty; one with an adapter is always refused.
 
     Returns:
-        What was written: `path`, `config` and `tensors`.
+        The new adapter: `path`, `config` and `tensors`.
 
     Raises:
-        AdapterFileError: the folder holds no such adapter, its pickle holds more than tensors, or `out` is not empty.
+        AdapterFileError: the folder has no such adapter, its pickle has more than tensors, or `out` is not empty.
     """
     check_new_folder(out, overwrite)
     path = Path(folder)
@@ -46,20 +46,20 @@ def convert_adapter(
     weights = path / LEGACY_WEIGHTS_NAME
     file = own_file(path, LEGACY_WEIGHTS_NAME)
     if file is None:
-        raise AdapterFileError(f"{path} holds no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
+        raise AdapterFileError(f"{path} has no {LEGACY_WEIGHTS_NAME}: nothing to convert.")
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError … by what is wrong
-        raise AdapterFileError(f"{weights} cannot be read as a file of tensors alone ({error}).") from error
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError …
+        raise AdapterFileError(f"{weights} could not be read as a file with only tensors ({error}).") from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise AdapterFileError(f"{weights} holds more than tensors.")
+        raise AdapterFileError(f"{weights} contains more than tensors.")
     values = read_json(path, CONFIG_NAME) or {}
     write_adapter(out, values, tensors, read_extras(path))
     return read_adapter(out)
 
 
 def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """See that a folder can be written without mixing its files with others.
+    """Check that a folder can be written without mixing files.
 
     Raises:
         AdapterFileError: it is a file, it is not empty (unless `overwrite`), or it holds an adapter.

@@ -1,10 +1,10 @@
-"""The names on disk: PEFT's adapter format, and `hf_lora.json` beside it. No other file knows them.
+"""The file format: PEFT's adapter format and `hf_lora.json`. File names and keys are defined here alone.
 
     adapter_config.json           the configuration, in PEFT's fields
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and so on, float32
     hf_lora.json                  base identity, architecture, labels, vocabulary, versions
 
-They take their places together: a failed or killed save leaves the old ones or the new ones.
+They are replaced together: a failed or killed save leaves the old files or the new ones.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass
 class AdapterFile:
-    """An adapter as it lies on disk: its configuration, its tensors by file key, and what is ours alone."""
+    """An adapter on disk: its configuration, its tensors by file key, and the content of hf_lora.json."""
 
     config: LoraConfig
     tensors: dict[str, Tensor]
@@ -59,7 +59,7 @@ class AdapterFile:
     raw: dict[str, Any] = field(default_factory=dict)
     """adapter_config.json as it was read."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
-    """Module -> the base's weight, where another library put a copy of it into the file."""
+    """Module -> a copy of the base's weight, if another library saved one."""
 
 
 def key_of(path: str, key: str) -> str:
@@ -68,9 +68,9 @@ def key_of(path: str, key: str) -> str:
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """(path, role) of a file key: a factor's name, "bias" (whose path is its layer's), or "copy" (its own path).
+    """(path, role) of a file key: a factor's name, "bias" (with the path of its layer), or "copy" (with its own path).
 
-    What a kind of part from outside declares counts as a copy: it has no update of its own to sum up.
+    Tensors of registered custom parts count as copies, since they have no update to summarize.
     """
     path = key.removeprefix(PREFIX)
     if any(path.endswith(f".{suffix}") for kind in PARTS.values() for suffix in kind.keys):
@@ -81,12 +81,12 @@ def split_key(key: str) -> tuple[str, str]:
     module, _, last = path.rpartition(".")
     module, _, role = module.rpartition(".")
     if role.startswith("lora_") and last == "weight":
-        return module, role  # of a method that nobody has registered: a factor all the same
+        return module, role  # a factor of a method that is not registered
     return (module, "bias") if role == "base_layer" and last == "bias" else (path, "copy")
 
 
 def factor_keys() -> Iterator[tuple[str, str]]:
-    """(name on disk, below a module's path, factor) of all that the registered shapes and methods declare."""
+    """(name on disk relative to a module, factor) for all registered shapes and methods."""
     tables: tuple[Shape | Method, ...] = (*SHAPES.values(), *METHODS.values())
     for declaring in tables:
         for factor, suffix in declaring.keys.items():
@@ -94,18 +94,18 @@ def factor_keys() -> Iterator[tuple[str, str]]:
 
 
 def matrices() -> tuple[str, ...]:
-    """The names of the factors whose product is the update: (R, I) first."""
+    """The names of the two factors whose product is the update; (R, I) first."""
     return tuple(Shape.keys)
 
 
 def factors_of(config: LoraConfig) -> tuple[str, ...]:
-    """The names of all factors that a layer of such an adapter has in a file."""
+    """The names of all factors of a layer in a file with this configuration."""
     return (*matrices(), *METHODS[config.method].keys)
 
 
 @dataclass
 class Stored:
-    """One tensor of an adapter's file, and the tensors in memory that it is made of: one, or several that join."""
+    """One tensor of an adapter's file, and the tensors in memory that it consists of: one, or several joined."""
 
     key: str
     members: list[tuple[FactorSpec, Tensor]]
@@ -118,10 +118,10 @@ class Stored:
         return tuple(shape)
 
     def value(self, gathered: Mapping[int, Tensor] | None = None) -> Tensor:
-        """What the file holds; of one tensor that is written as it is, that very tensor.
+        """The value in the file; a single tensor that is saved unchanged is returned itself.
 
         Args:
-            gathered: id of a tensor -> the one to take in its place.
+            gathered: id of a tensor -> its replacement.
         """
         found = [spec.to_disk((gathered or {}).get(id(tensor), tensor)) for spec, tensor in self.members]
         if len(found) == 1:
@@ -130,7 +130,7 @@ class Stored:
         return torch.cat([sign * tensor.detach() for sign, tensor in zip(signs, found, strict=True)], self._axis)
 
     def put(self, value: Tensor) -> None:
-        """Write what a file holds into the tensors in memory. All processes call it."""
+        """Copy the value from a file into the tensors in memory. All processes must call it."""
         pieces = [value] if len(self.members) == 1 else value.split(self._sizes(), self._axis)
         for (spec, held), piece in zip(self.members, pieces, strict=True):
             scatter(held, spec.from_disk(piece * spec.joins if spec.joins else piece))
@@ -144,10 +144,10 @@ class Stored:
 
 
 def stored(parts: Iterable[Part]) -> dict[str, Stored]:
-    """File key -> what it is made of, of all that goes into an adapter's file.
+    """File key -> its tensors, for everything that is saved in an adapter's file.
 
     Raises:
-        AdapterFileError: two tensors have one key.
+        AdapterFileError: two tensors have the same key.
     """
     found: dict[str, Stored] = {}
     for part in parts:
@@ -156,16 +156,16 @@ def stored(parts: Iterable[Part]) -> dict[str, Stored]:
                 continue
             key = key_of(part.path, spec.key)
             if key in found and not spec.joins:
-                raise AdapterFileError(f"Two tensors of the adapter {part.adapter!r} would be called {key} in a file.")
+                raise AdapterFileError(f"Two tensors of the adapter {part.adapter!r} have the same file key {key}.")
             found.setdefault(key, Stored(key, [])).members.append((spec, tensor))
     return found
 
 
 def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the adapter's tensors, module -> weight) of what PEFT puts in a file.
+    """(the adapter's tensors, module -> weight of the base) from a file of PEFT.
 
-    Beside an adapted embedding or output embedding PEFT puts a copy of the base's weight; with trained biases it
-    writes those of whole modules twice more, under its wrapper's names.
+    For an adapted embedding or output embedding, PEFT also saves a copy of the base's weight; with trained biases it
+    saves those of whole modules twice more, under the names of its wrapper.
     """
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
@@ -180,19 +180,19 @@ def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 
 def _is_written_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether `key` names a tensor inside PEFT's wrapper of a module that is in the file under its plain name too."""
+    """Whether `key` is a tensor inside PEFT's wrapper that the file also has under its plain name."""
     match = _PEFT_WRAPPER.match(key)
     if match is None:
         return False
     path, wrapper, inside = match.groups()
     plain = [f"{path}.{inside}"]
-    if wrapper == "modules_to_save":  # the adapter's name may stand after it
+    if wrapper == "modules_to_save":  # may be followed by the adapter's name
         plain.append(f"{path}.{inside.partition('.')[2]}")
     return any(name in tensors for name in plain)
 
 
 def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], faults: Faults) -> None:
-    """Add a fault for every tensor that is missing, misshapen, not finite, or that nothing takes."""
+    """Add a fault for every tensor that is missing, unexpected, not finite, or has the wrong shape."""
     absent, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
 
     def hint(key: str, known: Iterable[str]) -> str:
@@ -207,13 +207,13 @@ def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tenso
         if key in extra:
             faults.add(f"unexpected: {key} {list(tensor.shape)}{hint(key, absent)}")
         elif tensor.shape != expected[key]:
-            continue  # its bytes are not looked at: there may be any number of them
+            continue  # its values are not read, since it may have any size
         elif tensor.is_floating_point() and not fits(tensor, torch.float32):
             faults.add(f"values: {key} holds NaN or infinity")
 
 
 def compare_kinds(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], faults: Faults) -> None:
-    """Add a fault for every tensor of integers where floating-point numbers are expected, or the reverse."""
+    """Add a fault for every integer tensor where floating-point numbers are expected, or the reverse."""
     for key, tensor in tensors.items():
         if key in expected and tensor.is_floating_point() != expected[key].is_floating_point():
             faults.add(f"kind: {key} holds {tensor.dtype} in the file, {expected[key].dtype} in the model")
@@ -223,7 +223,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
     """Read an adapter's folder.
 
     Raises:
-        AdapterFileError: a file is absent, truncated, or not what its name says; the message names it and what to do.
+        AdapterFileError: a file is missing, truncated or malformed; the message names it and what to do.
     """
     path = Path(folder)
     config = read_config(path)
@@ -234,18 +234,18 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             raise AdapterFileError(
                 f"{path} holds {LEGACY_WEIGHTS_NAME}, a pickle. Convert it once: hf-lora convert {path} --out FOLDER"
             )
-        raise AdapterFileError(f"{path} holds {CONFIG_NAME} and no {WEIGHTS_NAME}: the adapter is incomplete.")
+        raise AdapterFileError(f"{path} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter is incomplete.")
     _check_entries(read_header(file, weights))
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
-        raise AdapterFileError(f"{weights} is not a whole safetensors file ({error}). {REPAIR}") from error
+        raise AdapterFileError(f"{weights} is not a complete safetensors file ({error}). {REPAIR}") from error
     own, copies = split_base_copies(tensors)
     return AdapterFile(config, own, read_extras(path), path, read_json(path, CONFIG_NAME) or {}, copies)
 
 
 def _check_entries(file: TensorFile) -> None:
-    """Factors are matrices of floating-point numbers, and nothing is empty."""
+    """Check that factors are floating-point matrices and that nothing is empty."""
     if not file.entries:
         raise AdapterFileError(f"{file.path} holds no tensors.")
     faults = Faults(str(file.path))
@@ -267,7 +267,7 @@ def read_config(path: Path) -> LoraConfig:
     values = read_json(path, CONFIG_NAME)
     if values is None:
         inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}")) if path.is_dir() else []
-        also = f" It holds the adapters {', '.join(inner)} in folders of their own: name one." if inner else ""
+        also = f" Its subfolders {', '.join(inner)} hold adapters: name one of them." if inner else ""
         there = "is not an adapter's folder" if path.is_dir() else "does not exist"
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
     check_config(values, str(file))
@@ -277,23 +277,26 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterFileError(str(error), error.faults) from error
     faults = Faults(str(file))
     check_names(config, faults)
-    faults.check(AdapterFileError, "Import the package that registers these, or load the adapter with what wrote it.")
+    faults.check(
+        AdapterFileError,
+        "Import the package that registers these, or load it with the library that wrote it.",
+    )
     return config
 
 
 def _finish(path: Path) -> None:
-    """Finish a save into this folder that was cut off between its files."""
+    """Finish an interrupted save into this folder."""
     try:
         finish_moves(path)
     except OSError as error:
         raise AdapterFileError(
-            f"{path} holds a save that was cut off, and cannot be written to finish it ({error}). Copy the folder to "
-            "a place that can be written, and load that."
+            f"{path} has an interrupted save, but the folder is not writable, so it could not be finished ({error}). "
+            "Copy the folder to a writable place and load the copy."
         ) from error
 
 
 def read_extras(path: Path) -> dict[str, Any]:
-    """The hf_lora.json of a folder, empty where another library wrote the adapter."""
+    """The hf_lora.json of a folder; empty if another library wrote the adapter."""
     values = read_json(path, EXTRAS_NAME)
     if values is None:
         return {}
@@ -308,14 +311,14 @@ def write_adapter(
     extras: Mapping[str, Any],
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Write an adapter's three files; they take their places together, when all are whole.
+    """Write an adapter's three files, which are replaced together.
 
     Args:
-        allow_nonfinite: write NaN and infinity too, to look at them later. Loading refuses such a file.
+        allow_nonfinite: also write NaN and infinity, for debugging. Loading refuses such a file.
 
     Raises:
         AdapterFileError: a tensor is not finite or empty (a parameter that was not gathered), or no space is left.
-            Files that were there are unchanged.
+            Existing files are unchanged.
     """
     path = Path(folder)
     faults = Faults(f"saving an adapter to {path}")
@@ -327,10 +330,10 @@ def write_adapter(
             faults.add(f"{key} holds NaN or infinity")
         else:
             ready[key] = tensor.detach().to("cpu").contiguous()
-    faults.check(AdapterFileError, "Nothing was written; files that were there are unchanged.")
+    faults.check(AdapterFileError, "Nothing was written; existing files are unchanged.")
     path.mkdir(parents=True, exist_ok=True)
     ready = _unshared(ready)
-    writers: dict[str, Callable[[Path], Any]] = {
+    writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_NAME: lambda file: save_file(ready, file, metadata={"format": "pt"}),
         EXTRAS_NAME: lambda file: file.write_text(_json(extras), encoding="utf-8"),
         CONFIG_NAME: lambda file: file.write_text(_json(config), encoding="utf-8"),
@@ -340,7 +343,7 @@ def write_adapter(
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory; a shared one is written for each name."""
+    """Clone tensors that share memory, which safetensors refuses."""
     seen: set[int] = set()
     result = {}
     for key, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What an adapter's file holds, layer by layer, and how large each update is: without the base model."""
+"""Summarize an adapter's file layer by layer, with the norm of each update, without the base model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class LayerSummary:
     Args:
         path: the layer's name in the model.
         features: (I, O): inputs and outputs (rows and columns of an embedding, channels of a convolution).
-        r, alpha, scaling: its own, after the patterns of the configuration.
+        r, alpha, scaling: the values for this layer, after applying the patterns of the configuration.
         norm: Frobenius norm of the update, scaling · B A.
-        stable_rank: norm² over the largest singular value's square, from 1 to r: how many directions the update
-            really uses; 0 for an update of zero.
-        parameters: elements of all its factors.
+        stable_rank: squared norm divided by the squared largest singular value, from 1 to r: the effective rank of the
+            update; 0 for an update of zero.
+        parameters: number of elements of all its factors.
     """
 
     path: str
@@ -45,16 +45,16 @@ class LayerSummary:
 
 @dataclass
 class AdapterSummary:
-    """What `inspect_adapter` found; `str()` of it is a table.
+    """The result of `inspect_adapter`; `str()` of it is a table.
 
     Args:
         path: the adapter's folder.
         config: its configuration.
-        extras: the content of hf_lora.json, empty where another library wrote the adapter.
-        layers: the adapted layers, in the order of their names.
-        whole: name -> elements, of parameters that are kept whole: heads, `modules_to_save`, biases.
-        parameters: elements of all tensors.
-        bytes: size of the tensors' file.
+        extras: the content of hf_lora.json; empty if another library wrote the adapter.
+        layers: the adapted layers, sorted by name.
+        whole: name -> number of elements, for parameters that are saved completely: heads, `modules_to_save`, biases.
+        parameters: number of elements of all tensors.
+        bytes: size of the weights file.
     """
 
     path: Path
@@ -99,19 +99,19 @@ class AdapterSummary:
         return "\n".join([*head, "", *table, *whole])
 
     def plot(self, file: str | os.PathLike[str]) -> Path:
-        """Draw each layer's update norm over the depth of the model, one line for each kind of layer.
+        """Plot the update norm of each layer over the depth of the model, one line for each kind of layer.
 
         Args:
-            file: an image, such as `norms.png`; the suffix decides the format.
+            file: an image, such as `norms.png`; the suffix determines the format.
 
         Raises:
-            AdapterFileError: matplotlib is not installed, cannot write that kind of file, or the place is not there.
+            AdapterFileError: matplotlib is not installed, does not support the format, or cannot write the file.
         """
         try:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator
         except ImportError as error:
-            raise AdapterFileError("Drawing needs matplotlib. Run: pip install matplotlib") from error
+            raise AdapterFileError("Plotting needs matplotlib. Run: pip install matplotlib") from error
         kinds: dict[str, list[tuple[int, float]]] = {}
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.add_subplot()
@@ -135,15 +135,15 @@ class AdapterSummary:
         try:
             figure.savefig(file, dpi=150)
         except (OSError, ValueError) as error:
-            raise AdapterFileError(f"{file} cannot be drawn ({error}).") from error
+            raise AdapterFileError(f"{file} could not be written ({error}).") from error
         return Path(file)
 
 
 def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
-    """Read an adapter's folder and sum up its layers. No update is formed: its norm comes from R x R matrices.
+    """Read an adapter's folder and summarize its layers. Norms are computed from R x R matrices, not from B A.
 
     Raises:
-        AdapterFileError: a file is absent or broken, or a layer has one factor of two.
+        AdapterFileError: a file is missing or malformed, or a layer lacks one of its factors.
     """
     file = read_adapter(path)
     factors: dict[str, dict[str, Tensor]] = {}
@@ -158,8 +158,8 @@ def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
     half = [name for name, found in factors.items() if found.keys() != set(declared)]
     if half:
         raise AdapterFileError(
-            f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} have not each of "
-            f"{' and '.join(declared)}, and nothing else. The file is incomplete, or of another method."
+            f"{file.path}: {', '.join(half[:5])}{' …' if len(half) > 5 else ''} must have exactly "
+            f"{' and '.join(declared)}. The file is incomplete, or of another method."
         )
     faults = Faults(str(file.path))
     for name, found in factors.items():
@@ -182,11 +182,11 @@ def inspect_folder(path: str | os.PathLike[str]) -> AdapterSummary:
 
 
 def _check_factors(name: str, factors: dict[str, Tensor], faults: Faults) -> None:
-    """Without a model at hand: whether B A can be multiplied."""
+    """Check that B A can be multiplied."""
     a, b = (factors[each] for each in matrices())
     if a.shape[0] % b.shape[1] or b.shape[0] % (a.shape[0] // b.shape[1]):
         down, up = matrices()
-        faults.add(f"{name}: {down} {list(a.shape)} and {up} {list(b.shape)} do not fit together")
+        faults.add(f"{name}: {down} {list(a.shape)} and {up} {list(b.shape)} cannot be multiplied")
     elif not all(fits(t, torch.float32) for t in factors.values()):
         faults.add(f"{name}: its factors hold NaN or infinity")
 
@@ -209,7 +209,7 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
     Args:
         a: (R, I, *kernel).
-        b: (O, R / groups, …); with several groups each block of outputs has ranks of its own.
+        b: (O, R / groups, …); with several groups each block of outputs has separate ranks.
     """
     a, b = a.double().flatten(1), b.double().flatten(1)
     groups = a.shape[0] // b.shape[1]
@@ -222,7 +222,7 @@ def singular_values(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _kind(path: str) -> tuple[str, int | None]:
-    """A layer's name with its first number left open, and that number."""
+    """A layer's name with its first number replaced by `*`, and that number."""
     found = re.search(r"(?:^|\.)(\d+)\.", path)
     if found is None:
         return path, None
@@ -230,5 +230,5 @@ def _kind(path: str) -> tuple[str, int | None]:
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Sorts `layers.10` after `layers.9`."""
+    """A key that sorts `layers.10` after `layers.9`."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,6 +1,6 @@
-"""What the JSON of an adapter may say: each value is of the kind that its reader takes, and none costs much to follow.
+"""Validation of an adapter's JSON files: each value has the type that its reader expects, and none is expensive.
 
-Nothing in it is opened, imported or matched before it has passed here.
+No value is opened, imported or matched before it is checked here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import base64
 import binascii
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..adapt.patterns import is_name, table_pattern, why_invalid
 from ..errors import AdapterFileError, Faults
@@ -17,12 +17,12 @@ from ..safe_io.reading import REPAIR
 
 MAX_RANK = 2**20
 MAX_PATTERNS = 20_000
-"""Rows of `rank_pattern` and of `alpha_pattern`."""
+"""Maximum rows of `rank_pattern` and of `alpha_pattern`."""
 MAX_EXPRESSIONS = 500
-"""Those of them that are more than a name."""
+"""Maximum rows with a regular expression instead of a name."""
 MAX_LABELS = 100_000
 MAX_TEXT = 4096
-"""Characters of a name or a path."""
+"""Maximum characters of a name or a path."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 _NAME = re.compile(r"[\w.-]+")
@@ -31,7 +31,7 @@ _REVISION = re.compile(r"\w[\w./+-]*")
 
 
 def check_config(values: Mapping[str, Any], place: str) -> None:
-    """Refuse an adapter_config.json whose fields are of the wrong kind, or would take for ever to match.
+    """Refuse an adapter_config.json with fields of the wrong type or with patterns that are too expensive.
 
     Raises:
         AdapterFileError: lists every such field.
@@ -60,7 +60,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
 
 
 def check_extras(values: Mapping[str, Any], place: str) -> None:
-    """Refuse an hf_lora.json whose fields are of another kind than we write.
+    """Refuse an hf_lora.json with invalid fields.
 
     Raises:
         AdapterFileError: lists every such field.
@@ -75,22 +75,22 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
     ):
         value = values.get(name)
         if value is not None and not good(value):
-            faults.add(f"{name}={value!r} cannot be")
+            faults.add(f"{name}={value!r} is invalid")
     _check_labels(faults, values.get("id2label"))
     faults.check(AdapterFileError, REPAIR)
 
 
-def is_text(value: Any) -> bool:
-    """Whether a value is a name or a path that can be shown."""
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether a value is a printable name or path."""
     return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
 
 
-def is_revision(value: Any) -> bool:
-    """Whether a value can be a branch, a tag or a commit, and no way through folders."""
+def is_revision(value: object) -> bool:
+    """Whether a value can be a branch, a tag or a commit, without `..`."""
     return is_text(value) and _REVISION.fullmatch(value) is not None and ".." not in value
 
 
-def _check_rank(faults: Faults, name: str, value: Any) -> None:
+def _check_rank(faults: Faults, name: str, value: object) -> None:
     if isinstance(value, int) and value > MAX_RANK:
         faults.add(f"{name} is larger than {MAX_RANK:,}")
 
@@ -105,8 +105,8 @@ def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
     expressions = sum(not is_name(key) for key in table)
     if len(table) > MAX_PATTERNS or expressions > MAX_EXPRESSIONS:
         faults.add(
-            f"{name} has {len(table):,} rows, {expressions:,} of them more than a name (at most {MAX_PATTERNS:,} and "
-            f"{MAX_EXPRESSIONS:,})"
+            f"{name} has {len(table):,} rows, {expressions:,} of them regular expressions (at most {MAX_PATTERNS:,} "
+            f"and {MAX_EXPRESSIONS:,})"
         )
         return
     for key, value in table.items():
@@ -114,7 +114,7 @@ def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
         _check_rank(faults, f"{name}[{key[:100]!r}]", value if name == "rank_pattern" else None)
 
 
-def _check_base(faults: Faults, base: Any) -> None:
+def _check_base(faults: Faults, base: object) -> None:
     if base is None:
         return
     if not isinstance(base, Mapping):
@@ -123,14 +123,14 @@ def _check_base(faults: Faults, base: Any) -> None:
     for name in ("name", "commit", "files", "model_type"):
         good = is_revision if name == "commit" else is_text
         if base.get(name) is not None and not good(base[name]):
-            faults.add(f"base.{name}={base[name]!r} cannot be")
+            faults.add(f"base.{name}={base[name]!r} is invalid")
     weights = base.get("weights")
     if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
         faults.add("base.weights must hold samples of weights")
 
 
-def _is_sample(value: Any) -> bool:
-    """Whether a value is some 16-bit numbers in base64."""
+def _is_sample(value: object) -> bool:
+    """Whether a value is an array of 16-bit numbers in base64."""
     try:
         data = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
     except (binascii.Error, ValueError):
@@ -138,16 +138,16 @@ def _is_sample(value: Any) -> bool:
     return 0 < len(data) <= MAX_TEXT and len(data) % 2 == 0
 
 
-def _check_labels(faults: Faults, labels: Any) -> None:
+def _check_labels(faults: Faults, labels: object) -> None:
     if not labels and labels in (None, {}):
         return
     if not isinstance(labels, Mapping) or len(labels) > MAX_LABELS:
         faults.add(f"id2label must be an object of at most {MAX_LABELS:,} labels")
     elif not all(_NUMBER.fullmatch(key) for key in labels) or len(set(map(int, labels))) < len(labels):
-        faults.add("id2label must have the numbers of the labels as its names, each once")
+        faults.add("id2label must have distinct integers as keys")
     elif any(isinstance(label, (list, dict)) for label in labels.values()):
-        faults.add("id2label must give each label a name")
+        faults.add("id2label must map each key to a name")
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40

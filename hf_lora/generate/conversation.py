@@ -1,13 +1,13 @@
-"""`Conversation`: a chat with a language model that keeps what was said, with its adapter on or off."""
+"""`Conversation`: a multi-turn chat with a language model, with its adapter on or off."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ..data.encode import encode_prompts
 from ..errors import ConfigError, DataError, Faults, StateError
@@ -16,28 +16,28 @@ from .texts import answering, check_sampling, new_tokens, room_for, sampling, wi
 
 
 class Conversation:
-    """A chat in which every answer sees what was said before.
+    """A multi-turn chat with a language model.
 
     Args:
         model: a language model, with adapters or without.
         tokenizer: its tokenizer, with a chat template.
-        system: the system message; None leaves it to the template.
+        system: the system message; default: that of the template, if any.
         max_new_tokens, temperature, top_p: as in `generate_texts`.
-        seed: for the first answer's random numbers; each further answer takes the next seed.
+        seed: random seed of the first answer; each further answer uses the next seed.
 
     Attributes:
-        messages: what was said, without the system message; mappings with `role` and `content`.
-        forgotten: messages that were left out because the model's window is full, since the last `reset`.
+        messages: the messages so far, without the system message; mappings with `role` and `content`.
+        forgotten: number of messages dropped since the last `reset` because the context window is full.
 
     Raises:
-        ConfigError: the tokenizer has no chat template, or a value cannot be used.
-        StateError: the model writes no text.
+        ConfigError: the tokenizer has no chat template, or a value is invalid.
+        StateError: the model does not generate text.
     """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         system: str | None = None,
         max_new_tokens: int = 256,
@@ -49,12 +49,12 @@ class Conversation:
         check_sampling(faults, max_new_tokens, temperature, top_p)
         if tokenizer.chat_template is None:
             faults.add(
-                "the tokenizer has no chat template, so turns cannot be told apart; generate_texts (hf-lora generate) "
-                "continues plain texts"
+                "the tokenizer has no chat template, which turns need; to continue plain texts use generate_texts "
+                "(hf-lora generate)"
             )
         faults.check(ConfigError, "Correct these.")
         if not model.can_generate():
-            raise StateError(f"Conversation: {type(model).__name__} writes no text. Give it a language model.")
+            raise StateError(f"Conversation: {type(model).__name__} does not generate text. Pass a language model.")
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
@@ -68,49 +68,49 @@ class Conversation:
 
     @property
     def adapter_in_use(self) -> bool:
-        """Whether the answers are the adapter's; False for a plain model too."""
+        """Whether answers use the adapter; False for a plain model."""
         return self._adapter
 
     def use_adapter(self, wanted: bool) -> None:
-        """Let the adapter answer, or the base model; what was said stays. Outside `say` the model is not touched.
+        """Turn the adapter on or off for further answers; messages are kept. Outside `say` the model is not changed.
 
         Raises:
-            StateError: the model has no adapter that could be switched.
+            StateError: the model has no adapter.
         """
         if not isinstance(self.model, LoraModel):
             raise StateError(
-                f"use_adapter({wanted}): this {type(self.model).__name__} is a plain or merged model, without an "
-                "adapter beside it. Load the adapter unmerged."
+                f"use_adapter({wanted}): this {type(self.model).__name__} is a plain or merged model without a "
+                "separate adapter. Load the adapter unmerged."
             )
         self._adapter = wanted
 
     def reset(self) -> None:
-        """Forget what was said; the system message and the adapter's switch stay."""
+        """Clear the messages; the system message and the choice of adapter are kept."""
         self.messages.clear()
         self.forgotten = 0
 
     def say(self, text: str, stream: Callable[[str], None] | None = None) -> str:
-        """Say something and get the answer.
+        """Send a user message and return the answer.
 
-        The oldest exchanges are left out (and counted in `forgotten`) once the conversation no longer fits into the
-        model's window with room for an answer. An answer that is interrupted (`KeyboardInterrupt`) is kept as far as
-        it came; after any other error the conversation is what it was.
+        The oldest exchanges are dropped (and counted in `forgotten`) when the conversation no longer fits into the
+        model's context window with room for an answer. If an answer is interrupted (`KeyboardInterrupt`), the part
+        generated so far is kept; after any other error the conversation is unchanged.
 
         Args:
-            stream: called with each piece of the answer as soon as its words are whole.
+            stream: called with each piece of the answer as soon as its words are complete.
 
         Raises:
-            DataError: the text is empty, or alone longer than the window.
+            DataError: the text is empty, or longer than the context window.
         """
         if not text.strip():
-            raise DataError("Conversation.say: the text is empty. Say something.")
-        kept, ids = self._that_fits([*self.messages, {"role": "user", "content": text}])
-        said: list[str] = []
-        streamer = _Streamer(self.tokenizer, said, stream)
+            raise DataError("Conversation.say: the text is empty.")
+        kept, ids = self._fitting([*self.messages, {"role": "user", "content": text}])
+        pieces: list[str] = []
+        streamer = _Streamer(self.tokenizer, pieces, stream)
         options = sampling(self.model, self.tokenizer, self.temperature, self.top_p)
         tokens = torch.tensor([ids], device=self.model.device)
         try:
-            with answering(self.model, self.seed), self._speaker():
+            with answering(self.model, self.seed), self._adapter_choice():
                 written = self.model.generate(
                     input_ids=tokens,
                     attention_mask=torch.ones_like(tokens),
@@ -119,16 +119,15 @@ class Conversation:
                     **options,
                 )
         except KeyboardInterrupt:
-            self._keep(kept, "".join(said))
+            self._keep(kept, "".join(pieces))
             raise
         start = 1 if self.model.config.is_encoder_decoder else len(ids)
-        answer: str = self.tokenizer.decode(
-            new_tokens(written, start, options["eos_token_id"])[0], skip_special_tokens=True
-        )
+        reply = new_tokens(written, start, options["eos_token_id"])[0]
+        answer = str(self.tokenizer.decode(reply, skip_special_tokens=True))
         self._keep(kept, answer)
         return answer
 
-    def _speaker(self) -> Any:
+    def _adapter_choice(self) -> AbstractContextManager[object]:
         if isinstance(self.model, LoraModel) and not self._adapter:
             return self.model.disable_adapter()
         return nullcontext()
@@ -139,8 +138,8 @@ class Conversation:
         if self.seed is not None:
             self.seed += 1
 
-    def _that_fits(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
-        """The newest messages that fit, beginning with the user's, and the prompt's tokens."""
+    def _fitting(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[int]]:
+        """The newest messages that fit, beginning with a user message, and the tokens of the prompt."""
         window = window_of(self.model)
         while True:
             [ids] = encode_prompts(self.tokenizer, [messages], self.system)
@@ -149,23 +148,25 @@ class Conversation:
             if len(messages) == 1:
                 if len(ids) >= window:
                     raise DataError(
-                        f"Conversation.say: the text has {len(ids):,} tokens with its template; the model's window "
-                        f"holds {window:,}, and an answer needs some of them. Shorten it."
+                        f"Conversation.say: the text has {len(ids):,} tokens with its template; the model's context "
+                        f"window has {window:,}, including the answer. Shorten it."
                     )
                 return messages, ids
             messages = messages[2:]
 
 
 class _Streamer(TextStreamer):
-    """Hands on the text of new tokens, and collects it."""
+    """Collects the text of new tokens and passes it on."""
 
-    def __init__(self, tokenizer: Any, said: list[str], stream: Callable[[str], None] | None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pieces: list[str], stream: Callable[[str], None] | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.said = said
+        self.pieces = pieces
         self.stream = stream
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
-            self.said.append(text)
+            self.pieces.append(text)
             if self.stream is not None:
                 self.stream(text)

@@ -50,27 +50,27 @@ def load_for_generation(
     token: str | None = None,
     any_task: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a language model that writes text, and its tokenizer.
+    """Load a language model and its tokenizer.
 
     Args:
         source: an adapter or a full (merged) model: its folder, or its name on the Hub.
-        base_model: folder or name of an adapter's base; None takes the one that the adapter names.
+        base_model: folder or name of an adapter's base; default: the one that the adapter names.
         merge: fold the adapter into the weights.
         revision: branch, tag or commit of `source`.
-        subfolder: of an adapter that is not in the root of `source`.
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`; None keeps the checkpoint's.
-        device: such as `"cuda:1"`; None takes the accelerator if there is one, else the CPU.
+        subfolder: folder of an adapter that is not in the root of `source`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`; default: the checkpoint's.
+        device: such as `"cuda:1"`; default: the accelerator if there is one, else the CPU.
         token: for the Hub.
-        any_task: load an adapter of another kind too, such as a classifier's.
+        any_task: also accept an adapter for another task, such as classification.
 
     Returns:
         (model, tokenizer). The model is in eval mode: a `LoraModel`, or a plain one if merged. The tokenizer is the
         one saved with the adapter, else the base's.
 
     Raises:
-        ConfigError: an argument cannot be used.
-        AdapterFileError: nothing can be loaded from `source`, or it has no tokenizer.
-        StateError: the model is of a kind that writes no text, such as a classifier.
+        ConfigError: an argument is invalid.
+        AdapterFileError: `source` could not be loaded, or it has no tokenizer.
+        StateError: the model does not generate text, such as a classifier.
     """
     call = f"load_for_generation({os.fspath(source)!r})"
     place = _check_arguments(call, dtype, device)
@@ -84,8 +84,7 @@ def load_for_generation(
     else:
         if base_model is not None or merge:
             raise ConfigError(
-                f"{call}: this is not an adapter (no {CONFIG_NAME}), so there is nothing to put on a base model or to "
-                "merge. Leave base_model and merge out."
+                f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge do not apply. Omit them."
             )
         base = source
         model = _load_whole(call, source, folder, revision, dtype, token)
@@ -93,14 +92,14 @@ def load_for_generation(
         task = PIPELINES.get(task_type_of(model) or "")
         what = f"a {task} model" if task else f"a {type(model).__name__}"
         use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
-        raise StateError(f"{call}: this is an adapter of {what}, which writes no text. Use it through {use}.")
+        raise StateError(f"{call}: this is an adapter of {what}, which does not generate text. Use {use}.")
     tokenizer = find_processor("AutoTokenizer", folder, base)
     if tokenizer is None:
         raise AdapterFileError(
-            f"{call}: there is no tokenizer in {folder}, nor with {str(base)!r}. Save the one of the training there: "
+            f"{call}: there is no tokenizer in {folder} or {str(base)!r}. Save the one used in training there: "
             "tokenizer.save_pretrained(folder)."
         )
-    if not getattr(model, "is_quantized", False):  # a quantized one is where it was loaded
+    if not getattr(model, "is_quantized", False):  # a quantized one stays on its device
         model.to(place)
     return model.eval(), tokenizer
 
@@ -113,9 +112,9 @@ def _check_arguments(call: str, dtype: str | None, device: str | None) -> torch.
     if device is not None:
         try:
             place = torch.empty(0, device=device).device
-        except (RuntimeError, AssertionError) as error:  # unknown words, and kinds that this PyTorch was not built for
+        except (RuntimeError, AssertionError) as error:  # unknown names, and backends that PyTorch was built without
             faults.add(f"device={device!r} cannot be used: {str(error).splitlines()[0]}")
-    faults.check(ConfigError, "Correct these, or leave them out.")
+    faults.check(ConfigError, "Correct or omit these.")
     return place
 
 
@@ -127,9 +126,9 @@ def _load_whole(
     dtype: str | None,
     token: str | None,
 ) -> Any:
-    """A full model, if its checkpoint is one that writes text: a head drawn at random would answer, too."""
+    """A full model, if the class of its checkpoint generates text; another class would get a random output head."""
     if Path(source).is_dir() and not (folder / "config.json").is_file():
-        read_config(folder)  # says what is there instead
+        read_config(folder)  # its error names what is there instead
     given = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
     try:
         config = transformers.AutoConfig.from_pretrained(source, **given)
@@ -137,7 +136,7 @@ def _load_whole(
             cls = getattr(transformers, name, None)
             if cls is not None and not cls.can_generate():
                 raise StateError(
-                    f"{call}: this is a {name}, which writes no text. Name a language model, or an adapter of one."
+                    f"{call}: this is a {name}, which does not generate text. Name a language model or its adapter."
                 )
         auto: Any = getattr(
             transformers, "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
@@ -145,7 +144,7 @@ def _load_whole(
         return auto.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError) as error:
         raise AdapterFileError(
-            f"{call}: it holds no adapter, and no language model could be loaded from it "
+            f"{call}: it has no adapter, and no language model could be loaded from it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name."
         ) from error
 
@@ -153,17 +152,19 @@ def _load_whole(
 def loaded(
     call: str, source: Any, tokenizer: Any, any_task: bool = False, **loading: Unpack[Loading]
 ) -> tuple[Any, Any]:
-    """`load_for_generation`, where `source` may also be a model in memory, whose tokenizer is given.
+    """Like `load_for_generation`, but `source` may also be a model in memory, with `tokenizer`.
 
     Raises:
-        ConfigError: a model without its tokenizer, or with options of loading.
+        ConfigError: a model in memory without a tokenizer, or with options for loading.
     """
     if not isinstance(source, PreTrainedModel):
         model, own = load_for_generation(source, any_task=any_task, **loading)
         return model, tokenizer or own
     faults = Faults(f"{call}(a {type(source).__name__} in memory)")
     if tokenizer is None:
-        faults.add("tokenizer= is missing, the one of its training")
-    faults.found += [f"{name}= is for a model that is loaded here" for name, value in loading.items() if value]
-    faults.check(ConfigError, "Correct these, or name the folder that it was saved in.")
+        faults.add("tokenizer= is missing: pass the one used in training")
+    faults.found += [
+        f"{name}= is only for a model loaded from a folder or the Hub" for name, value in loading.items() if value
+    ]
+    faults.check(ConfigError, "Correct these, or pass the folder that the model was saved in.")
     return source, tokenizer

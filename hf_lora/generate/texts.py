@@ -1,4 +1,4 @@
-"""Answers of a language model: to a list of prompts, or to a file of them."""
+"""Generate answers to a list of prompts, or to the prompts in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from ..data.encode import Prompt, encode_prompts
 from ..data.prompts import check_output, read_prompts, write_answers
@@ -23,7 +23,7 @@ from .loading import Loading, loaded
 
 def generate_texts(
     model: Any,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int = 256,
@@ -36,30 +36,30 @@ def generate_texts(
     stop: str | Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Let a model answer prompts, in batches of prompts that are alike in length.
+    """Generate answers to prompts, in batches of prompts of similar length.
 
     Args:
         prompts: texts, or lists of messages whose last one is not the assistant's.
-        max_new_tokens: most tokens of an answer; fewer where the model's window ends.
-        batch_size: prompts at a time. Greedy answers do not depend on it but for rounding.
-        temperature: 0 takes the likeliest token each time; above it, tokens are drawn.
-        top_p: tokens are drawn from the likeliest that hold this share of the probability.
-        seed: for drawing; the global random numbers are then left as they were.
-        system: a message that goes before chats which have none.
-        use_chat_template: put a text into the tokenizer's chat template as the user's message. None: if it has one.
-        stop: an answer ends before any of these.
-        progress: called with the number of prompts that are done.
+        max_new_tokens: maximum length of an answer; it also ends at the end of the model's context window.
+        batch_size: prompts per batch. Greedy answers do not depend on it, except for rounding.
+        temperature: 0 is greedy decoding; above 0, tokens are sampled.
+        top_p: sample from the most likely tokens with this total probability (nucleus sampling).
+        seed: for sampling; the global random state is then unchanged.
+        system: a system message for chats that have none.
+        use_chat_template: apply the tokenizer's chat template to texts, as user messages. Default: if it has one.
+        stop: an answer ends before any of these strings.
+        progress: called with the number of finished prompts.
 
     Returns:
-        The answers in the order of the prompts, without prompt and special tokens.
+        The answers in the order of the prompts, without the prompt and special tokens.
 
     Raises:
-        ConfigError: an argument cannot be used; lists them all.
-        DataError: a prompt is empty, no chat, or longer than the model's window; lists them all.
-        StateError: the model writes no text.
+        ConfigError: an argument is invalid; lists them all.
+        DataError: a prompt is empty, not a chat, or longer than the model's context window; lists them all.
+        StateError: the model does not generate text.
     """
     if not model.can_generate():
-        raise StateError(f"generate_texts: {type(model).__name__} writes no text. Give it a language model.")
+        raise StateError(f"generate_texts: {type(model).__name__} does not generate text. Pass a language model.")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops)
     encoded = encode_prompts(tokenizer, prompts, system, use_chat_template, window_of(model))
@@ -70,7 +70,7 @@ def generate_texts(
         for rows, room in _batches(encoded, batch_size, max_new_tokens, model):
             written = _answer(model, tokenizer, [encoded[r] for r in rows], room, options, stops)
             for row, tokens in zip(rows, written, strict=True):
-                answers[row] = before_stop(tokenizer.decode(tokens, skip_special_tokens=True), stops)
+                answers[row] = before_stop(str(tokenizer.decode(tokens, skip_special_tokens=True)), stops)
             done += len(rows)
             if progress is not None:
                 progress(done)
@@ -96,38 +96,38 @@ def generate_answers(
     progress: Callable[[int, int], None] | None = None,
     **loading: Unpack[Loading],
 ) -> list[str]:
-    """Load a trained model and let it answer prompts, given here or in a file: what `hf-lora generate` does.
+    """Load a model and generate answers to prompts, passed here or in a file, as `hf-lora generate` does.
 
     Args:
         source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
-        file: in place of `prompts`, a .txt with a prompt on each line, or CSV, TSV, JSON, JSONL or parquet.
-        out: JSONL file for the rows of `file` with their answers in a column `generated`; it is replaced once all
-            answers are there.
-        column: of `file`, that of the prompts; default: found by its usual name.
-        progress: called with the number of prompts that are done, and of all.
+        file: instead of `prompts`, a .txt with one prompt per line, or CSV, TSV, JSON, JSONL or Parquet.
+        out: JSONL file for the rows of `file` with their answers in a column `generated`; an existing file is replaced
+            when all answers are generated.
+        column: the column of prompts in `file`; default: found by its usual name.
+        progress: called with the number of finished prompts and the total.
         loading: see `load_for_generation`; all others: see `generate_texts`.
 
     Returns:
         The answers in the order of the prompts.
 
     Raises:
-        ConfigError: arguments do not go together, or `out` could not be written beside the input.
-        DataError: the file is absent or broken, or a prompt cannot be used; lists every such row.
+        ConfigError: arguments contradict each other, or `out` cannot be written.
+        DataError: the file is missing or malformed, or a prompt is invalid; lists every such row.
         AdapterFileError, StateError: see `load_for_generation`.
     """
     if (prompts is None) == (file is None):
-        raise ConfigError("generate_answers: give either prompts (--prompt) or a file of them (--file).")
+        raise ConfigError("generate_answers: pass either prompts (--prompt) or a file of them (--file).")
     if file is None and (out is not None or column is not None):
-        raise ConfigError("generate_answers: out and column belong to a file (--file). Leave them out.")
+        raise ConfigError("generate_answers: out and column need a file (--file). Omit them.")
     table = None if file is None else read_table(file, prompts=True)
-    asked = list(prompts or []) if table is None else read_prompts(table, column)
+    questions = list(prompts or []) if table is None else read_prompts(table, column)
     if table is not None and out is not None:
         check_output(out, table)
     model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
     answers = generate_texts(
-        model, tokenizer, asked, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
+        model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
         top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template, stop=stop,
-        progress=None if progress is None else lambda done: progress(done, len(asked)),
+        progress=None if progress is None else lambda done: progress(done, len(questions)),
     )  # fmt: skip
     if table is not None and out is not None:
         write_answers(table, answers, out)
@@ -139,32 +139,32 @@ def _check_settings(
 ) -> None:
     faults = Faults("generate_texts")
     if isinstance(prompts, str):
-        faults.add("prompts is one text; it must be a list")
+        faults.add("prompts is a string; it must be a list")
     check_sampling(faults, max_new_tokens, temperature, top_p)
     if batch_size < 1:
         faults.add(f"batch_size={batch_size} must be at least 1")
     if not all(stops):
-        faults.add("stop holds an empty text")
+        faults.add("stop contains an empty string")
     faults.check(ConfigError, "Correct these values.")
 
 
 def check_sampling(faults: Faults, max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Add a fault for each of these that `generate` could not use."""
+    """Add a fault for each invalid value."""
     if max_new_tokens < 1:
         faults.add(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not temperature >= 0:
-        faults.add(f"temperature={temperature} must not be negative; 0 takes the likeliest token")
+        faults.add(f"temperature={temperature} must not be negative; 0 is greedy decoding")
     if not 0 < top_p <= 1:
         faults.add(f"top_p={top_p} must be above 0 and at most 1")
 
 
 def window_of(model: Any) -> int | None:
-    """How many tokens the model's positions reach, or None where they have no end."""
+    """The context window in tokens, or None if it is unlimited."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def sampling(model: Any, tokenizer: Any, temperature: float, top_p: float) -> dict[str, Any]:
-    """Arguments for `model.generate`, complete, so that none of the model's own settings for drawing is mixed in."""
+def sampling(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float, top_p: float) -> dict[str, Any]:
+    """Arguments for `model.generate` that override all sampling settings in the model's generation config."""
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     stops = list(dict.fromkeys(e for e in (tokenizer.eos_token_id, *ends) if e is not None))
@@ -174,7 +174,7 @@ def sampling(model: Any, tokenizer: Any, temperature: float, top_p: float) -> di
         "do_sample": draw,
         "temperature": temperature if draw else 1.0,
         "top_p": top_p if draw else 1.0,
-        "top_k": 0 if draw else 50,  # 50 is what generate takes for unset where nothing is drawn
+        "top_k": 0 if draw else 50,  # 50 is the default, which avoids a warning without sampling
         "num_beams": 1,
         "return_dict_in_generate": False,
         "eos_token_id": stops or None,
@@ -184,7 +184,7 @@ def sampling(model: Any, tokenizer: Any, temperature: float, top_p: float) -> di
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Without dropout; afterwards the model trains as before."""
+    """Within, the model is in eval mode; afterwards its mode is restored."""
     trained = model.training
     if trained:
         model.eval()
@@ -197,9 +197,9 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def answering(model: Any, seed: int | None = None) -> Iterator[None]:
-    """Without dropout and, given a seed, with random numbers of its own; afterwards all is as it was.
+    """Within, the model is in eval mode and, with a seed, has a separate random state; afterwards all is restored.
 
-    A `max_length` in the model's own settings is put away meanwhile: transformers warns of it at every call.
+    A `max_length` in the model's generation config is removed meanwhile, since transformers warns about it every time.
     """
     settings = model.generation_config
     alone = nullcontext() if seed is None else torch.random.fork_rng(devices=used_devices())
@@ -215,7 +215,7 @@ def answering(model: Any, seed: int | None = None) -> Iterator[None]:
 
 
 def room_for(model: Any, prompt_length: int, max_new_tokens: int) -> int:
-    """Tokens that an answer may have before the model's window ends."""
+    """The maximum length of an answer within the model's context window."""
     window = window_of(model)
     if window is None:
         return max_new_tokens
@@ -225,7 +225,7 @@ def room_for(model: Any, prompt_length: int, max_new_tokens: int) -> int:
 def _batches(
     encoded: list[list[int]], batch_size: int, max_new_tokens: int, model: Any
 ) -> Iterator[tuple[list[int], int]]:
-    """(rows, most new tokens), longest prompts first; rows that share a batch have the same room."""
+    """(rows, maximum new tokens), longest prompts first; all rows of a batch have the same maximum."""
     rows: list[int] = []
     room = 0
     for row in sorted(range(len(encoded)), key=lambda r: -len(encoded[r])):
@@ -240,9 +240,14 @@ def _batches(
 
 
 def _answer(
-    model: Any, tokenizer: Any, prompts: list[list[int]], room: int, options: dict[str, Any], stops: list[str]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    room: int,
+    options: dict[str, Any],
+    stops: list[str],
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to its end token. Padding goes before the prompts."""
+    """The new tokens of each prompt, up to EOS. Prompts are padded on the left."""
     rows = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(rows, True, options["pad_token_id"], padding_side="left").to(model.device)
     mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left").to(model.device)
@@ -254,24 +259,24 @@ def _answer(
 
 
 class _StopsAt(StoppingCriteria):
-    """Ends the rows whose answer holds one of the texts.
+    """Ends the rows whose answer contains one of the strings.
 
-    `generate(stop_strings=…)` also counts what is in the prompt, fails on a tokenizer whose tokens are words and on a
-    text with characters that no token has, and first reads the whole vocabulary.
+    `generate(stop_strings=…)` also matches the prompt, fails for word-level tokenizers and for strings with characters
+    that no token has, and processes the whole vocabulary first.
     """
 
-    def __init__(self, tokenizer: Any, stops: list[str], start: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: list[str], start: int) -> None:
         self.tokenizer, self.stops, self.start = tokenizer, stops, start
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        # A token adds a character or more in nearly every case, so a stop that just came lies in the last few.
+        # Nearly every token adds at least one character, so a new stop string lies in the last few tokens.
         begin = max(self.start, input_ids.shape[1] - 2 * max(map(len, self.stops)) - 8)
         texts = self.tokenizer.batch_decode(input_ids[:, begin:], skip_special_tokens=True)
         return torch.tensor([any(s in t for s in self.stops) for t in texts], device=input_ids.device)
 
 
 def new_tokens(written: Tensor, start: int, ends: list[int] | None) -> list[list[int]]:
-    """The tokens of rows (B, T) from `start` on, each up to its first end token."""
+    """The tokens of rows (B, T) from `start` on, each up to its first EOS token."""
     rows = []
     for row in written[:, start:].tolist():
         stop = next((i for i, token in enumerate(row) if ends and token in ends), len(row))
@@ -280,5 +285,5 @@ def new_tokens(written: Tensor, start: int, ends: list[int] | None) -> list[list
 
 
 def before_stop(text: str, stops: list[str]) -> str:
-    """The text up to the first of `stops`."""
+    """The text before the first of `stops`."""
     return text[: min((found for s in stops if (found := text.find(s)) >= 0), default=len(text))]

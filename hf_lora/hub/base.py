@@ -1,4 +1,4 @@
-"""Download a base model's files from the Hub as they are: nothing is loaded."""
+"""Download the files of a base model from the Hub without loading it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import constants
 
@@ -18,11 +17,11 @@ from .names import check_repository, chosen, is_folder
 from .network import Repository
 from .snapshot import Snapshot, fetch, in_cache
 
-BESIDE = (
+SMALL_FILES = (
     "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm", "LICENSE*", "NOTICE*",
     "additional_chat_templates/*.jinja",
 )  # fmt: skip
-"""What is downloaded beside the weights. Other folders in a repository hold other forms of the model."""
+"""Downloaded in addition to the weights. Other folders in a repository hold other formats of the model."""
 
 
 def local_base(
@@ -32,20 +31,20 @@ def local_base(
     *,
     adapter: Path | None = None,
 ) -> Path:
-    """The folder of a base model: itself where it is one, else the safetensors files of the Hub's repository.
+    """The folder of a base model: `base` itself if it is a folder, else its files downloaded from the Hub.
 
     Args:
         revision: branch, tag or commit. Default: the commit that `adapter` was trained on, else `main`.
-        adapter: the folder of the adapter that it is for.
+        adapter: the folder of an adapter of this base.
 
     Raises:
-        HubError: neither a folder nor a repository that can be reached.
-        AdapterFileError: the adapter cannot be read.
+        HubError: neither a folder nor a repository that could be reached.
+        AdapterFileError: the adapter could not be read.
     """
     name = os.fspath(base)
     if is_folder(name):
         return Path(name)
-    call = f"{name!r} is not a folder here; pulling the base {name!r}"
+    call = f"{name!r} is not a local folder; downloading the base {name!r}"
     check_repository(name, f"{call}: {name!r} is")
     if revision is None and adapter is not None:
         revision = commit_in_training(read_config(adapter), read_extras(adapter), name)
@@ -54,11 +53,11 @@ def local_base(
     return fetch(repo, cache, _download, partial(_cached, repo, cache), f"hf download {name}")
 
 
-def commit_in_training(config: LoraConfig, extras: Mapping[str, Any], name: str) -> str | None:
-    """The commit of base `name` in the adapter's training; None where that was another base, or is not recorded."""
-    noted = extras.get("base")
-    if isinstance(noted, dict) and noted.get("name") == name and isinstance(noted.get("commit"), str):
-        return str(noted["commit"])
+def commit_in_training(config: LoraConfig, extras: Mapping[str, object], name: str) -> str | None:
+    """The commit of base `name` that the adapter was trained on; None if it was another base or is not recorded."""
+    recorded = extras.get("base")
+    if isinstance(recorded, dict) and recorded.get("name") == name and isinstance(recorded.get("commit"), str):
+        return str(recorded["commit"])
     return config.revision if config.base_model_name_or_path == name else None
 
 
@@ -66,7 +65,7 @@ def _download(snapshot: Snapshot) -> Path:
     weights = [SINGLE_NAME]
     if INDEX_NAME in snapshot.files:
         weights = _shards(snapshot.download([INDEX_NAME], trusting=True) / INDEX_NAME)
-    names = [*chosen(snapshot.files, BESIDE), *(name for name in weights if name in snapshot.files)]
+    names = [*chosen(snapshot.files, SMALL_FILES), *(name for name in weights if name in snapshot.files)]
     return snapshot.download(names, trusting=True)
 
 
@@ -80,7 +79,7 @@ def _cached(repo: Repository, cache: Path) -> Path | None:
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names; none where it cannot be read, which the merge then reports."""
+    """The files that an index names; none if it cannot be read, which the merge then reports."""
     try:
         return sorted({str(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Pull an adapter from the Hub: one commit, and the adapter's files alone."""
+"""Download an adapter from the Hub: the files of the adapter only, from one commit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .snapshot import Snapshot, fetch, in_cache, size_of
 
 
 class FullModelError(AdapterFileError):
-    """A repository holds a full model where an adapter was looked for."""
+    """A repository holds a full model instead of an adapter."""
 
 
 def local_adapter(
@@ -43,18 +43,18 @@ def local_adapter(
     local_files_only: bool = False,
     endpoint: str | None = None,
 ) -> Path:
-    """The folder of an adapter: itself where it is one, else what `pull` downloads from the Hub.
+    """The folder of an adapter: `adapter` itself if it is a folder, else what `pull` downloads from the Hub.
 
     Raises:
-        HubError: neither a folder nor a repository that can be reached; says why, and the next step.
-        AdapterFileError: the repository holds no adapter, or `subfolder` is a link that leads out of the folder.
+        HubError: neither a folder nor a repository that could be reached; says why, and the next step.
+        AdapterFileError: the repository holds no adapter, or `subfolder` is a link that points outside the folder.
     """
     name = os.fspath(adapter)
     if is_folder(name):
         return own_folder(Path(name), check_subfolder(subfolder, f"loading {name!r}"))
     return pull(
         name, revision=revision, token=token, subfolder=subfolder, cache_dir=cache_dir,
-        local_files_only=local_files_only, endpoint=endpoint, call=f"{name!r} is not a folder here; pulling it",
+        local_files_only=local_files_only, endpoint=endpoint, call=f"{name!r} is not a local folder; downloading it",
     )  # fmt: skip
 
 
@@ -73,25 +73,25 @@ def pull(
 ) -> Path:
     """Download an adapter from the Hub.
 
-    All files are of one commit, and each has the size and the hash that the Hub gives.
+    All files are of one commit, and their sizes and hashes are verified.
 
     Args:
         repo_id: such as `user/adapter`.
-        folder: where to put the files, and the card with them: all or none. New or empty, unless `overwrite`; what
-            belongs to another adapter there then goes away. Default: they stay in the cache, without the card.
+        folder: where to write the files and the card, all or none. It must be new or empty unless `overwrite`, which
+            also removes the files of another adapter there. Default: the files stay in the cache, without the card.
         revision: branch, tag, commit or `refs/pr/1`. Default: `main`.
-        subfolder: of an adapter that is not in the repository's root.
+        subfolder: folder of an adapter that is not in the root of the repository.
         token: default: that of `hf auth login` or HF_TOKEN.
-        cache_dir: default: the client's own.
-        local_files_only: take the files from the cache and ask nothing. HF_HUB_OFFLINE does the same.
-        endpoint: of another Hub.
-        call: how messages name this. Default: by repository.
+        cache_dir: default: that of huggingface_hub.
+        local_files_only: use the cache and send no request, as with HF_HUB_OFFLINE.
+        endpoint: URL of another Hub.
+        call: how messages name this call. Default: by repository.
 
     Returns:
         `folder`, or the adapter's folder in the cache.
 
     Raises:
-        HubError: no such repository, revision or access; no network; or what came is not what the Hub says it is.
+        HubError: no such repository, revision or access; no network; or a file differs from its hash on the Hub.
         AdapterFileError: the repository holds no adapter, or `folder` is not empty.
     """
     out = None if folder is None else Path(folder)
@@ -99,7 +99,7 @@ def pull(
         raise AdapterFileError(f"{out} is a file. Name a folder.")
     if out is not None and out.is_dir() and any(out.iterdir()) and not overwrite:
         raise AdapterFileError(f"{out} is not empty. Name a new folder, or pass --overwrite (overwrite=True).")
-    call = call or f"pulling {repo_id!r}"
+    call = call or f"downloading {repo_id!r}"
     check_repository(repo_id, f"{call}: {repo_id!r} is")
     inside = check_subfolder(subfolder, call)
     repo = Repository(repo_id, revision, token, endpoint, call)
@@ -117,7 +117,7 @@ def pull(
 
 
 def _cached(repo: Repository, cache: Path, inside: str) -> Path | None:
-    """The folder in the cache, where it holds a whole adapter.
+    """The folder in the cache, if it holds a complete adapter.
 
     Raises:
         FullModelError: it holds a full model.
@@ -133,7 +133,7 @@ def _require(snapshot: Snapshot, inside: str) -> None:
     """Check that there is an adapter among the files.
 
     Raises:
-        AdapterFileError: says what is there instead.
+        AdapterFileError: names what is there instead.
     """
     prefix, paths, repo_id = f"{inside}/" if inside else "", set(snapshot.files), snapshot.repo.repo_id
     where = f"{repo_id} at {snapshot.repo.revision or 'main'!r}" + (f", folder {inside!r}" if inside else "")
@@ -141,7 +141,7 @@ def _require(snapshot: Snapshot, inside: str) -> None:
         for name in (CONFIG_NAME, EXTRAS_NAME):
             if prefix + name in paths and size_of(snapshot.files[prefix + name]) > MAX_JSON_BYTES:
                 raise AdapterFileError(
-                    f"{where}: {name} has more than {MAX_JSON_BYTES:,} bytes. It was not downloaded."
+                    f"{where}: {name} is larger than {MAX_JSON_BYTES:,} bytes. It was not downloaded."
                 )
         return
     if prefix + CONFIG_NAME in paths:
@@ -151,14 +151,14 @@ def _require(snapshot: Snapshot, inside: str) -> None:
                 f"{repo_id} --local-dir FOLDER` and convert it once: hf-lora convert FOLDER --out NEW"
             )
         raise AdapterFileError(
-            f"{where} holds {CONFIG_NAME} and no {WEIGHTS_NAME}: the adapter is incomplete. Ask its author, or "
-            "name another revision."
+            f"{where} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter is incomplete. Name another revision, or "
+            "ask its author."
         )
     inner, full = inner_adapters(paths), [name for name in FULL_MODEL_FILES if prefix + name in paths]
     if inner:
-        also = f"It holds the adapters {', '.join(inner)} in folders of their own: pass subfolder= (--subfolder)."
+        also = f"Its subfolders {', '.join(inner)} hold adapters: choose one with subfolder= (--subfolder)."
     elif full:
-        also = f"It holds a full model ({', '.join(full)}): load that with transformers' from_pretrained."
+        also = f"It holds a full model ({', '.join(full)}): load it with transformers' from_pretrained."
     else:
         also = f"It holds {', '.join(sorted(paths)[:8]) or 'nothing'}. Check the name and the revision."
     kind = FullModelError if full and not inner else AdapterFileError
@@ -166,19 +166,19 @@ def _require(snapshot: Snapshot, inside: str) -> None:
 
 
 def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> Path:
-    """Copy an adapter's files into a folder; what another adapter left there of its own goes away."""
+    """Copy an adapter's files into a folder, and remove the files of another adapter there."""
     names = chosen(files_below(source), patterns)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AdapterFileError(f"{out} could not be made ({error}). Name another folder.") from error
+        raise AdapterFileError(f"{out} could not be created ({error}). Name another folder.") from error
     for name in names:
-        if "/" in name:  # of a tokenizer; the adapter comes last
+        if "/" in name:  # a tokenizer file; the adapter comes last
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, out / name)
     writers = {name: partial(shutil.copyfile, source / name) for name in sorted(names) if "/" not in name}
     left = set(chosen(files_below(out), (EXTRAS_NAME, *PROCESSING))) - set(names)
-    if EXTRAS_NAME in left:  # replaced in the same moment as the rest, and removed after
+    if EXTRAS_NAME in left:  # emptied atomically with the other files, then removed
         replace_together(out, {**writers, EXTRAS_NAME: lambda place: place.write_text("{}")})
     else:
         replace_together(out, writers)

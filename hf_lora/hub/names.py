@@ -1,6 +1,6 @@
-"""What a repository may be called, and which files of a folder or a repository belong to an adapter.
+"""Valid names of repositories, and which files of a folder or a repository belong to an adapter.
 
-Nothing else is pushed or pulled.
+Nothing else is pushed or downloaded.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME)
 CARD_NAME = "README.md"
 PICTURES = "*.png"
-"""What the card shows."""
+"""Pictures that the card shows."""
 PROCESSING = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "spiece.model",
     "sentencepiece.*", "source.spm", "target.spm", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
 )  # fmt: skip
-"""Tokenizers and processors beside the adapter."""
+"""Files of tokenizers and processors."""
 
 
 def is_folder(name: str) -> bool:
     """Whether it is a folder on this machine."""
     try:
         return Path(name).is_dir()
-    except OSError:  # longer than a path may be
+    except OSError:  # the path is too long
         return False
 
 
 def check_repository(name: str, opening: str) -> None:
-    """Refuse what cannot be the name of a repository.
+    """Refuse an invalid repository name.
 
     Args:
         opening: the beginning of the message.
 
     Raises:
-        HubError: it is not a valid name.
+        HubError: the name is invalid.
     """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"{opening} not a valid name of a repository ({str(error).splitlines()[0]}).") from error
+        raise HubError(f"{opening} not a valid repository name ({str(error).splitlines()[0]}).") from error
 
 
 def check_subfolder(subfolder: str | None, call: str) -> str:
-    """A folder inside a repository, in its plain form; "" for the root.
+    """A normalized folder inside a repository; "" for the root.
 
     Raises:
-        HubError: it leads out of the repository.
+        HubError: it points outside the repository.
     """
     plain = (subfolder or "").strip("/")
     out = plain and any(part in ("", ".", "..") for part in plain.split("/"))
     if out or not plain.isprintable() or "\\" in plain or (subfolder or "").startswith("/"):
-        raise HubError(f"{call}: subfolder={subfolder!r} is not a folder inside a repository. Use one like 'mine'.")
+        raise HubError(f"{call}: subfolder={subfolder!r} is not a folder inside a repository. Use one such as 'mine'.")
     return plain
 
 
 def chosen(paths: Iterable[str], patterns: Iterable[str], subfolder: str = "") -> list[str]:
-    """The paths in `subfolder` that match one of the patterns, at the pattern's own depth."""
+    """The paths in `subfolder` that match one of the patterns; `*` does not match `/`."""
     prefix = f"{subfolder}/" if subfolder else ""
     return [
         path
@@ -84,6 +84,6 @@ def files_below(folder: Path) -> list[str]:
 
 
 def inner_adapters(paths: Iterable[str]) -> list[str]:
-    """Folders of a repository, besides its root, that hold an adapter; checkpoints do not count."""
+    """Subfolders of a repository that hold an adapter, except checkpoints."""
     folders = {path.removesuffix(f"/{CONFIG_NAME}") for path in paths if path.endswith(f"/{CONFIG_NAME}")}
     return sorted(f for f in folders if not f.startswith(("checkpoint-", "last-checkpoint")))

@@ -1,7 +1,7 @@
-"""Requests to the Hub: what fails for a passing reason is tried again; anything else becomes one `HubError`.
+"""Requests to the Hub: transient failures are retried; any other becomes one `HubError`.
 
-huggingface_hub waits without limit for an answer, and gives up at once on many faults that pass. Here each attempt has
-a limit of time, and each call a limit of attempts. No message ever holds a token.
+huggingface_hub has no read timeout, and does not retry many transient failures. Here each attempt has a timeout, and
+each call a maximum number of attempts. No message contains a token.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ logger = logging.get_logger(__name__)
 
 ATTEMPTS = 5
 LONGEST_WAIT = 60.0
-"""Seconds between two attempts. A server that asks for more gets an error that says so."""
-PATIENCE = 180.0
-"""Seconds after which a call is not tried again."""
-SILENCE = 60.0
-"""Seconds without a byte after which an attempt counts as lost."""
-PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
-"""Answers that another attempt may change: another writer's commit came first, too many requests, a busy server."""
+"""Maximum seconds between two attempts. If the server asks for more, the call fails with an error that says so."""
+TOTAL_WAIT = 180.0
+"""Seconds after which a call is not retried."""
+READ_TIMEOUT = 60.0
+"""Seconds without a byte after which an attempt fails."""
+TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+"""Statuses that are retried: a concurrent commit, too many requests, a busy server."""
 NEVER_SENT = ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL")
-"""The HTTP client's errors for an endpoint or a token that no request can be made with."""
+"""The HTTP client's errors for an invalid endpoint or token, with which no request can be sent."""
 TRANSPORT: tuple[type[BaseException], ...] = (
     next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError"), ConnectionError, TimeoutError,
 )  # fmt: skip
-"""Errors of a request. The first is the base of the HTTP client's: huggingface_hub 1 uses httpx, 2 uses httpx2."""
+"""Errors of a request. The first is the base class of the HTTP client: huggingface_hub 1 uses httpx, 2 uses httpx2."""
 
 
 class Unanswered(HubError):
-    """There is no connection to the Hub, none is wanted, or the Hub is out of order."""
+    """There is no connection to the Hub, the client is offline, or the Hub has a server error."""
 
 
 @dataclass
@@ -55,11 +55,11 @@ class Repository:
     """A repository on the Hub at one revision.
 
     Attributes:
-        revision: branch, tag, commit or `refs/pr/1`; None: `main`.
-        token: None: that of `hf auth login` or HF_TOKEN.
-        endpoint: of another Hub.
+        revision: branch, tag, commit or `refs/pr/1`; default: `main`.
+        token: default: that of `hf auth login` or HF_TOKEN.
+        endpoint: URL of another Hub.
         call: what is being done, for messages.
-        private: if it is created. None: as the account's settings say.
+        private: whether to create it as private; default: the account's setting.
     """
 
     repo_id: str
@@ -74,19 +74,19 @@ class Repository:
         return HfApi(endpoint=self.endpoint, token=self.token)
 
     def info(self) -> ModelInfo:
-        """The commit of the revision, with the size and the hash of each file: one request."""
-        return self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True, timeout=SILENCE)
+        """The commit of the revision, with the sizes and hashes of its files, in one request."""
+        return self.api.model_info(self.repo_id, revision=self.revision, files_metadata=True, timeout=READ_TIMEOUT)
 
     def ask(self, do: Callable[[], T], step: str = "", *, writing: bool = False, then: str = "") -> T:
-        """Call `do`, again after a fault that passes.
+        """Call `do`, and retry it after transient failures.
 
         Args:
-            step: which part of the call it is, for messages.
-            writing: whether it needs the right to write.
-            then: what holds after a failure, and how to go on.
+            step: the step of the call, for messages.
+            writing: whether it needs write access.
+            then: the state after a failure and the next step, for messages.
 
         Raises:
-            HubError: it failed, and why. Unanswered: since there is no way to the Hub.
+            HubError: the call failed, and why; `Unanswered` if the Hub could not be reached.
         """
         begin, attempt = time.monotonic(), 0
         while True:
@@ -98,15 +98,15 @@ class Repository:
                 raise
             except Exception as error:
                 pause = _pause(error, attempt)
-                if pause is None or attempt == ATTEMPTS or time.monotonic() - begin + pause > PATIENCE:
+                if pause is None or attempt == ATTEMPTS or time.monotonic() - begin + pause > TOTAL_WAIT:
                     raise self.refusal(error, step, writing=writing, then=then) from cause(error, self.token)
-                said = reason(error, self.token).rstrip(".")
-                logger.warning(f"{self.call}: {said}. Trying again in {pause:.0f} s.")
+                why = reason(error, self.token).rstrip(".")
+                logger.warning(f"{self.call}: {why}. Trying again in {pause:.0f} s.")
             time.sleep(pause)
 
     def refusal(self, error: BaseException, step: str = "", *, writing: bool = False, then: str = "") -> HubError:
-        """The error that a caller gets: what was asked, what is wrong, and what to do."""
-        found, status, said = root(error), status_of(error), reason(error, self.token)
+        """The error for the caller: what was attempted, what is wrong, and what to do."""
+        found, status, why = root(error), status_of(error), reason(error, self.token)
         name, where = self.repo_id, self.endpoint or constants.ENDPOINT
         known = self.token is not False and bool(self.token or get_token())
         login = "Log in with `hf auth login`, set HF_TOKEN, or pass token=."
@@ -117,30 +117,30 @@ class Repository:
         elif isinstance(found, RevisionNotFoundError):
             what = f"{name} has no branch, tag or commit {self.revision or 'main'!r}. {self._revisions()}"
         elif writing and status == 403:
-            what = f"the token may not write to {name} ({said}). Use one with the role `write` of an account that "
+            what = f"the token may not write to {name} ({why}). Use a token with the role `write` of an account that "
             what += "owns it, or open a pull request with create_pr=True"
         elif isinstance(found, RepositoryNotFoundError) or status == 404:
-            access = "the token has no access to it" if known else "no token was given"
+            access = "the token has no access to it" if known else "there is no token"
             what = f"there is no model repository {name} at {where}, or it is private and {access}. Check the name. "
             what += "" if known else login
         elif status == 401:
-            what = f"{said}: {'the token is not valid' if known else 'a token is needed'}. {login}"
+            what = f"{why}: {'the token is not valid' if known else 'a token is needed'}. {login}"
         elif status == 403:
-            what = f"the token gives no access to {name} ({said})"
+            what = f"the token gives no access to {name} ({why})"
         elif status is not None:
-            wait = _asked_for(found)
-            what = said + (f" and asks to wait {wait:.0f} s" if wait else "")
-            what += ". Try again later" if status in PASSING else ""
+            wait = _retry_after(found)
+            what = why + (f" and asks to wait {wait:.0f} s" if wait else "")
+            what += ". Try again later" if status in TRANSIENT else ""
         elif isinstance(found, TRANSPORT):
-            what = f"no answer came from {where} ({said}). Check the connection and try again"
+            what = f"no answer came from {where} ({why}). Check the connection and try again"
         else:
-            what = f"the answer from {where} cannot be used ({said}). Try again"
+            what = f"the answer from {where} cannot be used ({why}). Try again"
         opening = f"{self.call}, {step}" if step else self.call
-        passing = (isinstance(found, TRANSPORT) and status is None) or (status or 0) >= 500
-        return (Unanswered if passing else HubError)(f"{opening}: {what.strip().rstrip('.')}. {then}".strip())
+        unanswered = (isinstance(found, TRANSPORT) and status is None) or (status or 0) >= 500
+        return (Unanswered if unanswered else HubError)(f"{opening}: {what.strip().rstrip('.')}. {then}".strip())
 
     def _revisions(self) -> str:
-        """The names that a revision may have."""
+        """The existing branches and tags, for a message."""
         try:
             with _limited():
                 refs = self.api.list_repo_refs(self.repo_id)
@@ -150,22 +150,22 @@ class Repository:
 
 
 def _pause(error: Exception, attempt: int) -> float | None:
-    """Seconds to wait before another attempt; None where there should be none."""
+    """Seconds to wait before another attempt; None if it should not be retried."""
     found, status = root(error), status_of(error)
-    if status is not None and status not in PASSING:
+    if status is not None and status not in TRANSIENT:
         return None
     if isinstance(found, OfflineModeIsEnabled) or type(found).__name__ in NEVER_SENT:
         return None
     if isinstance(found, OSError) and found.errno is not None and not isinstance(found, TRANSPORT):
-        return None  # no space, no permission: this machine's own
-    asked = _asked_for(found)
-    if asked is not None:
-        return asked if asked <= LONGEST_WAIT else None
+        return None  # a local error, such as no space or no permission
+    wait = _retry_after(found)
+    if wait is not None:
+        return wait if wait <= LONGEST_WAIT else None
     return float(min(2 ** (attempt - 1), LONGEST_WAIT))
 
 
-def _asked_for(error: BaseException) -> float | None:
-    """Seconds that the server wants us to wait."""
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds that the server asks to wait."""
     headers = getattr(getattr(error, "response", None), "headers", {})
     found = re.fullmatch(r"\s*(\d+)\s*", headers.get("Retry-After") or "")
     found = found or re.search(r"\br=0\s*;\s*t=(\d+)", headers.get("ratelimit") or "")
@@ -179,13 +179,13 @@ _before: Any = None
 
 @contextlib.contextmanager
 def _limited() -> Iterator[None]:
-    """Give the client, which all threads share, a limit of time where it has none; several calls may overlap."""
+    """Within, the client shared by all threads has a read timeout, if it had none. Calls may overlap."""
     global _before, _running
     client = get_session()
     with _lock:
         _running += 1
         if client.timeout.read is None:
-            _before, client.timeout = client.timeout, SILENCE
+            _before, client.timeout = client.timeout, READ_TIMEOUT
     try:
         yield
     finally:
@@ -199,7 +199,7 @@ def _limited() -> Iterator[None]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it was made of."""
+    """An error and its causes."""
     at: BaseException | None = error
     while at is not None:
         yield at
@@ -207,27 +207,27 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def root(error: BaseException) -> BaseException:
-    """The HTTP or connection error that another one was made of; itself where there is none."""
+    """The HTTP or connection error that caused an error; the error itself if there is none."""
     return next((found for found in _chain(error) if isinstance(found, TRANSPORT)), error)
 
 
 def status_of(error: BaseException) -> int | None:
-    """The status of the answer that an error is about; None where none came."""
+    """The HTTP status of the response to which an error belongs; None without a response."""
     status: int | None = getattr(getattr(root(error), "response", None), "status_code", None)
     return status
 
 
 def scrub(text: str, token: str | bool | None = None) -> str:
-    """A text without tokens."""
+    """A text with tokens replaced by `***`."""
     for secret in (token, get_token()):
         if isinstance(secret, str) and secret.strip():
-            for form in (repr(secret)[1:-1], secret.strip()):  # the client quotes one that cannot be in a header
-                text = text.replace(form, "***")
+            for written in (repr(secret)[1:-1], secret.strip()):  # the client quotes one that is invalid in a header
+                text = text.replace(written, "***")
     return re.sub(r"\bhf_[A-Za-z0-9]{16,}", "***", text)
 
 
 def reason(error: BaseException, token: str | bool | None = None) -> str:
-    """What went wrong, in a line."""
+    """What went wrong, in one line."""
     found, status = root(error), status_of(error)
     if status is not None:
         message = getattr(found, "server_message", None) or ""
@@ -237,5 +237,5 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
 
 
 def cause(error: BaseException, token: str | bool | None) -> BaseException | None:
-    """The error to show as the cause; None where its text, or that of one behind it, holds a token."""
+    """The error to show as the cause; None if its text, or that of one of its causes, contains a token."""
     return None if any(scrub(str(found), token) != str(found) for found in _chain(error)) else error

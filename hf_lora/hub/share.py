@@ -1,4 +1,4 @@
-"""Push the adapters of a model, with a card and, if asked, the tokenizer."""
+"""Push the adapters of a model, with a card and, optionally the tokenizer."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ def push_model(
 ) -> CommitInfo:
     """Push the adapters of a model as one commit.
 
-    A single adapter, and one named "default", goes to the repository's root; others go to folders of their names, as
-    `save_pretrained` puts them.
+    A single adapter, and one named "default", goes to the root of the repository; others go to folders with their
+    names, as in `save_pretrained`.
 
     Args:
         repo_id, private, revision, create_pr, commit_message, commit_description, token, endpoint, subfolder: see
             `hub.upload.push`.
-        adapter_name: push this one alone, to the root.
-        tokenizer: a tokenizer or processor to push beside it.
-        card: write README.md; what somebody wrote on the Hub around our part is kept.
-        tags: more tags of the card.
-        max_shard_size: accepted because transformers' `push_to_hub` has it; an adapter is one file.
+        adapter_name: push only this one, to the root.
+        tokenizer: a tokenizer or processor to push with it.
+        card: write README.md; text added by others on the Hub is kept.
+        tags: additional tags for the card.
+        max_shard_size: ignored; accepted because transformers' `push_to_hub` has it.
 
     Raises:
-        AdapterFileError: a tensor is empty or not finite; the network was not asked.
-        HubError: the Hub refused it or could not be reached; the repository is as it was, or has the whole commit.
+        AdapterFileError: a tensor is empty or not finite; no request was sent.
+        HubError: the Hub rejected the push or could not be reached; the repository is unchanged, or has the whole
+            commit.
     """
     names = [adapter_name] if adapter_name is not None else list(require_state(model, "push_to_hub").adapters)
     with tempfile.TemporaryDirectory(prefix="hf_lora-") as folder:

@@ -1,7 +1,7 @@
-"""A repository at one commit, in the client's cache; each file is compared with the hash that the Hub gives.
+"""A repository at one commit, in huggingface_hub's cache; the hash of each file is verified.
 
-`snapshot_download` does not compare hashes, waits without limit for the list of files, and takes an older commit from
-the cache where the Hub refuses access; so each file is downloaded by itself.
+`snapshot_download` does not verify hashes, has no timeout for the list of files, and uses an older commit from the
+cache if the Hub denies access; so each file is downloaded separately.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Snapshot:
     """The files of one commit.
 
     Attributes:
-        files: path -> what the Hub says of the file.
+        files: path -> metadata of the file on the Hub.
     """
 
     repo: Repository
@@ -43,13 +43,13 @@ class Snapshot:
         return self.cache / f"models--{self.repo.repo_id.replace('/', '--')}" / "snapshots" / self.commit
 
     def download(self, names: Iterable[str], trusting: bool = False) -> Path:
-        """Download files into the cache; their folder.
+        """Download files into the cache and return their folder.
 
         Args:
-            trusting: take a file that the cache has at its full size as it is, without computing its hash.
+            trusting: use a file in the cache if its size is right, without computing its hash.
 
         Raises:
-            HubError: a file could not be downloaded, or not as the Hub has it; it is not kept.
+            HubError: a file could not be downloaded, or its hash is wrong; it is not kept.
         """
         for name in names:
             path, again = self.folder / name, False
@@ -57,16 +57,16 @@ class Snapshot:
                 continue
             for _ in range(3):
                 path = self.repo.ask(partial(self._file, name, again), name)
-                if _is_whole(path, self.files[name]):
+                if _has_right_hash(path, self.files[name]):
                     break
                 again = True
-                path.resolve().unlink(missing_ok=True)  # so that no other program takes it for the file
+                path.resolve().unlink(missing_ok=True)  # so that no other program uses it
                 path.unlink(missing_ok=True)
             else:
                 raise HubError(
-                    f"{self.repo.call}: {name} arrived three times with other content than the Hub says it has "
-                    f"({size_of(self.files[name])} bytes). Nothing was kept. Try again; if it happens each time, "
-                    "something on the way changes files."
+                    f"{self.repo.call}: {name} was downloaded three times and each time differed from its hash on the "
+                    f"Hub ({size_of(self.files[name])} bytes). Nothing was kept. Try again; if it happens again, a "
+                    "proxy may be changing files."
                 )
         return self.folder
 
@@ -79,8 +79,8 @@ class Snapshot:
             )
         )  # fmt: skip
 
-    def note(self) -> None:
-        """Let the cache know the commit of the branch or tag, for offline use; called when all files are there."""
+    def record_revision(self) -> None:
+        """Record the commit of the branch or tag in the cache, for offline use, once all files are downloaded."""
         revision = (self.repo.revision or "main").lstrip("/")
         ref = self.folder.parents[1] / "refs" / revision
         if _COMMIT.fullmatch(revision) or ".." in revision.split("/"):
@@ -88,16 +88,16 @@ class Snapshot:
         if ref.is_file() and ref.read_text(encoding="utf-8") == self.commit:
             return
         ref.parent.mkdir(parents=True, exist_ok=True)
-        aside = ref.with_name(f".{ref.name}.{os.getpid()}.tmp")
-        aside.write_text(self.commit, encoding="utf-8")
-        aside.replace(ref)
+        temporary = ref.with_name(f".{ref.name}.{os.getpid()}.tmp")
+        temporary.write_text(self.commit, encoding="utf-8")
+        temporary.replace(ref)
 
 
 def snapshot_of(repo: Repository, info: ModelInfo, cache: Path) -> Snapshot:
-    """The repository at the commit that the Hub has told of.
+    """The repository at the commit in the response of the Hub.
 
     Raises:
-        ValueError: it told none.
+        ValueError: the response has no valid commit.
     """
     if info.sha is None or not _COMMIT.fullmatch(info.sha):
         raise ValueError(f"{info.sha!r} is not a commit")
@@ -109,16 +109,16 @@ def fetch(
     cache: Path,
     download: Callable[[Snapshot], Path],
     cached: Callable[[], Path | None],
-    once: str,
+    command: str,
     local_files_only: bool = False,
 ) -> Path:
-    """Download files of one commit from the Hub; the folder of that commit in the cache.
+    """Download files of one commit from the Hub, and return the folder of that commit in the cache.
 
     Args:
-        download: downloads what is needed of a snapshot.
-        cached: the folder in the cache, where it has all that is needed.
-        once: the command that downloads it, for messages.
-        local_files_only: take them from the cache and ask nothing. HF_HUB_OFFLINE does the same.
+        download: downloads the needed files of a snapshot.
+        cached: returns the folder in the cache if it has all needed files.
+        command: the command that downloads them, for messages.
+        local_files_only: use the cache and send no request, as with HF_HUB_OFFLINE.
 
     Raises:
         HubError: they could not be loaded.
@@ -127,8 +127,8 @@ def fetch(
         found = cached()
         if found is None:
             raise HubError(
-                f"{repo.call}: the network was not asked (HF_HUB_OFFLINE or local_files_only), and the cache {cache} "
-                f"does not hold {repo.repo_id} at {repo.revision or 'main'!r}. Download it once with a network: {once}"
+                f"{repo.call}: offline (HF_HUB_OFFLINE or local_files_only), and the cache {cache} does not have "
+                f"{repo.repo_id} at {repo.revision or 'main'!r}. Download it once with a network: {command}"
             )
         return found
     try:
@@ -137,18 +137,18 @@ def fetch(
         found = cached()
         if found is None:
             raise
-        logger.warning(f"{repo.call}: the Hub does not answer; commit {found.name} is used from the cache.")
+        logger.warning(f"{repo.call}: the Hub does not answer; using commit {found.name} from the cache.")
         return found
     folder = download(snapshot)
-    snapshot.note()
+    snapshot.record_revision()
     return folder
 
 
 def in_cache(repo: Repository, cache: Path, *names: str) -> Path | None:
-    """The folder in the cache of the commit that the revision was when it was last asked for.
+    """The cached folder of the commit to which the revision was last resolved.
 
     Args:
-        names: a file of the repository that marks it as downloaded; the first that is there.
+        names: files whose presence marks the commit as downloaded; any of them is enough.
     """
     for name in names:
         found = try_to_load_from_cache(repo.repo_id, name, cache_dir=cache, revision=repo.revision)
@@ -157,14 +157,14 @@ def in_cache(repo: Repository, cache: Path, *names: str) -> Path | None:
     return None
 
 
-def size_of(said: RepoSibling) -> int:
-    """The bytes of a file, as the Hub has it."""
-    return int((said.lfs.size if said.lfs else said.size) or 0)
+def size_of(entry: RepoSibling) -> int:
+    """The size of a file on the Hub in bytes."""
+    return int((entry.lfs.size if entry.lfs else entry.size) or 0)
 
 
-def _is_whole(path: Path, said: RepoSibling) -> bool:
-    """Whether a file has the hash that the Hub gives, if any: of the content, or of git's object."""
-    if said.lfs is None and said.blob_id is None:  # some mirrors give none
+def _has_right_hash(path: Path, entry: RepoSibling) -> bool:
+    """Whether a file has the hash on the Hub, if there is one: of its content, or of its git object."""
+    if entry.lfs is None and entry.blob_id is None:  # some mirrors have no hashes
         return True
     with path.open("rb") as file:
-        return sha_fileobj(file).hex() == said.lfs.sha256 if said.lfs else git_hash(file.read()) == said.blob_id
+        return sha_fileobj(file).hex() == entry.lfs.sha256 if entry.lfs else git_hash(file.read()) == entry.blob_id

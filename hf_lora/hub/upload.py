@@ -1,7 +1,7 @@
-"""Push an adapter to the Hub: its own files alone, in one commit that is made whole or not at all.
+"""Push an adapter to the Hub: only its files, in one atomic commit.
 
-Everything that can be checked here is checked before the network is asked. The commit names its parent, so another
-writer's commit in between is noticed; then all is done again on top of it.
+Everything that can be checked locally is checked before the first request. The commit names its parent, so that a
+concurrent commit is detected; then the push is repeated on top of it.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ def push(
     tokenizer: bool = True,
     call: str | None = None,
 ) -> CommitInfo:
-    """Push the adapter in a folder, and those in folders of their own in it, to the Hub as one commit.
+    """Push the adapters in a folder and its direct subfolders to the Hub as one commit.
 
-    It holds `adapter_config.json`, `adapter_model.safetensors`, `hf_lora.json`, README.md with its pictures, and the
-    tokenizer or processor beside them; never a checkpoint, an optimizer's state or anything else. A file that the Hub
-    has already is not sent again, and where nothing has changed there is no new commit.
+    It contains `adapter_config.json`, `adapter_model.safetensors`, `hf_lora.json`, README.md with its pictures, and
+    the tokenizer or processor; never a checkpoint, an optimizer state or anything else. Files that the Hub already has
+    are not sent again, and if nothing changed there is no new commit.
 
     Args:
-        repo_id: `user/adapter`; without a user, that of the token. It is created where it does not exist.
-        private: for a new repository. Default: as the account's settings say.
-        revision: the branch; one that does not exist is made from `main`. Default: `main`.
+        repo_id: `user/adapter`; default user: that of the token. The repository is created if it does not exist.
+        private: for a new repository. Default: the account's setting.
+        revision: the branch; one that does not exist is created from `main`. Default: `main`.
         create_pr: open a pull request against `revision` instead of committing to it.
         commit_message: default: `Upload adapter`.
         token: default: that of `hf auth login` or HF_TOKEN.
-        endpoint: of another Hub.
-        subfolder: where in the repository the folder's files go. Default: its root.
-        tokenizer: push tokenizers and processors too.
-        call: how messages name this. Default: by folder and repository.
+        endpoint: URL of another Hub.
+        subfolder: folder in the repository for the files. Default: its root.
+        tokenizer: also push tokenizers and processors.
+        call: how messages name this call. Default: by folder and repository.
 
     Returns:
-        What the client says of the commit: `oid`, `commit_url`, and `pr_url` of a pull request.
+        The `CommitInfo` of huggingface_hub: `oid`, `commit_url`, and `pr_url` of a pull request.
 
     Raises:
-        AdapterFileError: the folder holds no complete adapter; the network was not asked.
-        HubError: the Hub refused it or could not be reached. The folder and the repository are as they were, or the
-            whole commit is there.
+        AdapterFileError: the folder holds no complete adapter; no request was sent.
+        HubError: the Hub rejected the push or could not be reached. The folder and the repository are unchanged, or
+            the whole commit exists.
     """
     call = call or f"pushing {str(folder)!r} to {repo_id!r}"
     repo = Repository(repo_id, revision, token, endpoint, call, private)
     inside = check_subfolder(subfolder, call)
     check_repository(repo_id, f"{call}: {repo_id!r} is")
     if (revision or "").startswith("refs/") and create_pr:
-        raise HubError(f"{call}: create_pr=True needs a branch to open a pull request against, not {revision!r}.")
+        raise HubError(f"{call}: create_pr=True needs a branch as revision, not {revision!r}.")
     prefix = f"{inside}/" if inside else ""
     files = {prefix + name: path for name, path in pushed_files(folder, call, tokenizer).items()}
     return commit_files(repo, files, commit_message or "Upload adapter", commit_description or "", create_pr)
@@ -79,12 +79,12 @@ def push(
 def ensure_repository(
     repo_id: str, *, private: bool | None = None, token: str | bool | None = None, endpoint: str | None = None
 ) -> str:
-    """Create a repository where there is none; its full name, with the user.
+    """Create a repository if it does not exist, and return its full name, with the user.
 
     Raises:
         HubError: it could not be created, or the token may not write.
     """
-    repo = Repository(repo_id, None, token, endpoint, f"making the repository {repo_id!r}", private)
+    repo = Repository(repo_id, None, token, endpoint, f"creating the repository {repo_id!r}", private)
     return repo.ask(partial(_create, repo), writing=True)
 
 
@@ -96,10 +96,10 @@ def _create(repo: Repository) -> str:
 
 
 def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = True) -> dict[str, Path]:
-    """Path in the repository -> file, of what is pushed of a folder.
+    """Path in the repository -> local file, for all files of a folder that are pushed.
 
     Raises:
-        AdapterFileError: it holds no adapter, or an incomplete one; lists every fault.
+        AdapterFileError: it has no adapter, or an incomplete one; lists every fault.
     """
     top = Path(folder)
     if not top.is_dir():
@@ -107,12 +107,12 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
     adapters = [path for path in (top, *sorted(top.iterdir())) if _is_adapter(path, top)]
     if not adapters:
         full = [name for name in FULL_MODEL_FILES if (top / name).is_file()]
-        also = f" It holds a full model ({', '.join(full)}): push that with its own push_to_hub." if full else ""
-        raise AdapterFileError(f"{call}: {top} holds no adapter (no {CONFIG_NAME}).{also}")
+        also = f" It holds a full model ({', '.join(full)}): push it with its own push_to_hub." if full else ""
+        raise AdapterFileError(f"{call}: {top} has no adapter (no {CONFIG_NAME}).{also}")
     files, found = dict[str, Path](), dict[str, None]()
-    beside = (CARD_NAME, PICTURES, *(PROCESSING if tokenizer else ()))
-    for place in {top: None, **dict.fromkeys(adapters)}:  # the card and tokenizer of several adapters are above them
-        patterns = (*ADAPTER, *beside) if place in adapters else beside
+    others = (CARD_NAME, PICTURES, *(PROCESSING if tokenizer else ()))
+    for place in {top: None, **dict.fromkeys(adapters)}:  # several adapters share the card and tokenizer of `top`
+        patterns = (*ADAPTER, *others) if place in adapters else others
         prefix = "" if place == top else f"{place.name}/"
         files |= {prefix + name: place / name for name in chosen(files_below(place), patterns)}
     checks: list[Callable[[], object]] = [partial(read_adapter, place) for place in adapters]
@@ -121,7 +121,7 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
         try:
             check()
         except AdapterFileError as error:
-            found[str(error)] = None  # of a folder that is a link, once
+            found[str(error)] = None  # listed once if the folder is a link
     faults = Faults(call)
     for fault in found:
         faults.add(fault)
@@ -130,7 +130,7 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
 
 
 def _check_own(top: Path, path: Path) -> None:
-    """Refuse a link that leads out of the folder."""
+    """Refuse a link that points outside the folder."""
     own_file(own_folder(top, path.parent.relative_to(top).as_posix()), path.name)
 
 
@@ -144,9 +144,9 @@ def _is_adapter(path: Path, top: Path) -> bool:
 def commit_files(
     repo: Repository, files: Mapping[str, Path], message: str, description: str = "", create_pr: bool = False
 ) -> CommitInfo:
-    """Commit files to a branch; the repository and the branch are created where they do not exist.
+    """Commit files to a branch; the repository and the branch are created if they do not exist.
 
-    Of a card, what somebody wrote on the Hub is kept: see `card_to_push`.
+    Text added to the card on the Hub is kept: see `card_to_push`.
 
     Raises:
         HubError: see `push`.
@@ -160,7 +160,7 @@ def commit_files(
             for path, file in files.items()
         ]
         extras = {f"{path.removesuffix(CONFIG_NAME)}{EXTRAS_NAME}" for path in files if _is_config(path)}
-        stale = sorted((extras - files.keys()) & head.files.keys())  # of another adapter, which is replaced
+        stale = sorted((extras - files.keys()) & head.files.keys())  # of a previous adapter
         operations += [CommitOperationDelete(path, is_folder=False) for path in stale]
         try:
             return repo.api.create_commit(
@@ -171,17 +171,17 @@ def commit_files(
             if create_pr and _may_be_done(error):
                 where = f"{repo.endpoint or constants.ENDPOINT}/{repo.repo_id}/discussions"
                 raise HubError(
-                    f"{repo.call}: the answer to the commit was lost, and the pull request may have been opened. "
-                    f"Look at {where} before you push again."
+                    f"{repo.call}: the response to the commit was lost, and the pull request may have been opened. "
+                    f"Check {where} before you push again."
                 ) from cause(error, repo.token)
             raise
 
-    then = "Nothing here was changed, and on the Hub is what was there or the whole commit. Make the same call again."
+    then = "Local files are unchanged; the Hub has the previous state or the whole commit. Repeat the same call."
     return repo.ask(attempt, writing=True, then=then)
 
 
 def _prepare(repo: Repository, create_pr: bool) -> ModelInfo:
-    """The repository as it is; it and the branch are created where they do not exist."""
+    """The current state of the repository; it and the branch are created if they do not exist."""
     api, branch = repo.api, None if (repo.revision or "main") == "main" or create_pr else repo.revision
     if "/" not in repo.repo_id:
         repo.repo_id = f"{api.whoami()['name']}/{repo.repo_id}"
@@ -189,7 +189,7 @@ def _prepare(repo: Repository, create_pr: bool) -> ModelInfo:
         return repo.info()
     except RevisionNotFoundError:
         if branch is None or branch.startswith("refs/"):
-            raise  # neither is created by committing to it
+            raise  # main and refs are never created
     except RepositoryNotFoundError:
         repo.repo_id = _create(repo)
     if branch is not None:
@@ -198,13 +198,13 @@ def _prepare(repo: Repository, create_pr: bool) -> ModelInfo:
 
 
 def _refuse_full_model(repo: Repository, files: Mapping[str, Path], head: Snapshot) -> None:
-    """Other loaders take an adapter beside a full model for the full model, and overlook it."""
+    """Refuse to push an adapter next to a full model: other loaders would ignore the adapter."""
     for path in filter(_is_config, files):
-        beside = [name for name in FULL_MODEL_FILES if path.removesuffix(CONFIG_NAME) + name in head.files]
-        if beside:
+        full = [name for name in FULL_MODEL_FILES if path.removesuffix(CONFIG_NAME) + name in head.files]
+        if full:
             raise HubError(
-                f"{repo.call}: {repo.repo_id} holds a full model there ({', '.join(beside)}), and other loaders would "
-                "overlook the adapter beside it. Push to a repository of its own, or with subfolder=."
+                f"{repo.call}: {repo.repo_id} already holds a full model there ({', '.join(full)}), and other loaders "
+                "would ignore an adapter next to it. Push to another repository, or pass subfolder=."
             )
 
 
@@ -215,7 +215,7 @@ def _card(head: Snapshot, path: str, file: Path) -> bytes:
         return card_to_push(file.read_bytes().decode("utf-8"), there.decode("utf-8"), call).encode()
     except UnicodeDecodeError as error:
         raise AdapterFileError(
-            f"{call}, here or on the Hub, is not UTF-8 ({error}). Nothing was sent. Repair it there and push again."
+            f"{call}, local or on the Hub, is not UTF-8 ({error}). Nothing was sent. Repair it and push again."
         ) from error
 
 
@@ -224,7 +224,7 @@ def _is_config(path: str) -> bool:
 
 
 def _may_be_done(error: BaseException) -> bool:
-    """Whether a commit may have been made: its answer was lost, or could not be read."""
+    """Whether a commit may have been created: the response was lost, or could not be read."""
     try:
         url = str(root(error).request.url)  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):

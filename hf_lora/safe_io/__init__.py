@@ -1,8 +1,8 @@
-"""Files: reading untrusted ones within bounds, and writing files that are whole or absent.
+"""Reading untrusted files with limits, and writing files atomically.
 
-In: paths. Out: JSON values and safetensors headers; files that take their places together.
+In: paths. Out: JSON values and safetensors headers; files that are replaced together.
 
-- `reading`: which files are opened, and JSON within bounds.
-- `headers`: safetensors headers: which tensor lies where.
-- `atomic`: several files that replace others together, or not at all.
+- `reading`: which files are opened, and JSON with limits.
+- `headers`: safetensors headers, validated.
+- `atomic`: replace several files together, or none.
 """

@@ -1,8 +1,9 @@
-"""Several files that take their places together, or not at all.
+"""Replace several files together, or none.
 
-Each file is written beside its place. Once all are whole and on the disk, a journal that names the moves is written:
-from then on the new files count, and whoever reads the folder next finishes moves that were cut off. Before that the
-old files count. So a process may be killed at any moment, and no mixture of old and new is ever read.
+Each file is written under a temporary name in the same folder. Once all are complete and synced to disk, a journal of
+the renames is written: from then on the new files count, and the next reader of the folder finishes interrupted
+renames. Before that the old files count. So a process may be killed at any time, and a mixture of old and new files
+is never read.
 """
 
 from __future__ import annotations
@@ -23,25 +24,25 @@ from .reading import is_name, read_json
 
 JOURNAL_NAME = ".hf_lora_moves.json"
 _STALE = 3600.0
-"""After so many seconds a half-written file beside its place is taken for that of a process that was killed."""
+"""Seconds after which a temporary file is assumed to be left by a killed process."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = (
     *(os.strerror(code).lower() for code in _FULL),
-    *("pytorchstreamwriter failed", "inline_container.cc", "iostream error"),  # torch's own texts
+    *("pytorchstreamwriter failed", "inline_container.cc", "iostream error"),  # torch's texts
 )
 
 
 def replace_together(
-    folder: Path, writers: Mapping[str, Callable[[Path], Any]], ready: Mapping[str, Path] | None = None
+    folder: Path, writers: Mapping[str, Callable[[Path], object]], ready: Mapping[str, Path] | None = None
 ) -> None:
-    """Let each writer make its file beside its place; once all are whole and on the disk, move them there.
+    """Let each writer write a temporary file; once all are complete and synced to disk, rename them.
 
     Args:
-        ready: name -> a file of `beside_name` that is whole and on the disk already. It moves with the others, and
-            before them; if they cannot be written, it stays where it is.
+        ready: name -> a complete and synced file with a name from `temporary_name`. It is renamed with the others, and
+            before them; if they cannot be written, it is kept.
 
     Raises:
-        AdapterFileError: no space is left; the files that were there are unchanged, and nothing half-written is left.
+        AdapterFileError: no space is left; existing files are unchanged, and no partial file is left.
     """
     finish_moves(folder)
     _sweep(folder, writers)
@@ -52,13 +53,13 @@ def replace_together(
     name = JOURNAL_NAME
     try:
         for name, write in writers.items():
-            staged[name] = _beside(folder, name)
+            staged[name] = _new_temporary(folder, name)
             write(staged[name])
             with staged[name].open("rb") as file:
                 os.fsync(file.fileno())
             staged[name].chmod(0o666 & ~umask)
         name = JOURNAL_NAME
-        staged[name] = _beside(folder, name)
+        staged[name] = _new_temporary(folder, name)
         with staged[name].open("w", encoding="utf-8") as text:
             moves = {**ready, **staged}
             json.dump({place: path.name for place, path in moves.items() if place != JOURNAL_NAME}, text)
@@ -70,15 +71,15 @@ def replace_together(
             left.unlink(missing_ok=True)
         if isinstance(error, Exception) and is_full(error):
             raise AdapterFileError(
-                f"{folder}: {name} cannot be written, since {no_space(folder)} ({error}). Nothing half-written is "
-                "left, and files that were there are unchanged. Free space or name another folder, and save again."
+                f"{folder}: {name} could not be written, since {no_space(folder)} ({error}). No partial file is left, "
+                "and existing files are unchanged. Free space or name another folder, and save again."
             ) from error
         raise
     sync_folder(folder)
     try:
         finish_moves(folder)
     except OSError:
-        if all(path.exists() for path in (*ready.values(), *staged.values())):  # none was moved: the old files count
+        if all(path.exists() for path in (*ready.values(), *staged.values())):  # none was renamed: the old files count
             (folder / JOURNAL_NAME).unlink(missing_ok=True)
             for left in staged.values():
                 left.unlink(missing_ok=True)
@@ -86,12 +87,12 @@ def replace_together(
 
 
 def finish_moves(folder: str | os.PathLike[str]) -> None:
-    """Finish the moves of a save that was cut off during them, if there was one.
+    """Finish the renames of an interrupted save, if there was one.
 
     Several processes may do so at once.
 
     Raises:
-        AdapterFileError: the journal is not one of ours.
+        AdapterFileError: the journal was not written by this module.
         OSError: the folder cannot be written.
     """
     path = Path(folder)
@@ -99,17 +100,17 @@ def finish_moves(folder: str | os.PathLike[str]) -> None:
     moves = read_json(path, JOURNAL_NAME)
     if moves is None:
         return
-    if not all(is_name(name) and _is_beside(beside, name) for name, beside in moves.items()):
-        raise AdapterFileError(f"{journal} names files that are not its own. Copy or save the adapter again.")
-    for name, beside in moves.items():
-        with contextlib.suppress(FileNotFoundError):  # moved before the cut, or by another process
-            (path / beside).replace(path / name)
+    if not all(is_name(name) and _is_temporary(source, name) for name, source in moves.items()):
+        raise AdapterFileError(f"{journal} names unexpected files. Copy or save the adapter again.")
+    for name, source in moves.items():
+        with contextlib.suppress(FileNotFoundError):  # renamed before the interruption, or by another process
+            (path / source).replace(path / name)
     sync_folder(path)
     journal.unlink(missing_ok=True)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:
-    """Write the names in a folder to the disk, where the system can do so."""
+    """Sync the names in a folder to disk, if the system supports it."""
     with contextlib.suppress(OSError):  # not every file system can
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -119,9 +120,9 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a write failed because the disk, the quota or the largest size of a file is used up.
+    """Whether a write failed because the disk, the quota or the maximum file size is exhausted.
 
-    safetensors raises an error with the system's text, and torch one with a text of its own.
+    safetensors raises an error with the system's text, torch one with other texts.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
@@ -133,7 +134,7 @@ def is_full(error: BaseException | None) -> bool:
 
 
 def no_space(folder: str | os.PathLike[str]) -> str:
-    """The text "no space is left", with what the system says is free."""
+    """The text "no space is left", with the free space."""
     try:
         usage = shutil.disk_usage(folder)
     except OSError:
@@ -141,24 +142,24 @@ def no_space(folder: str | os.PathLike[str]) -> str:
     return f"no space is left ({usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free)"
 
 
-def beside_name(name: str, middle: str) -> str:
-    """What a file is called while it waits beside its place."""
+def temporary_name(name: str, middle: str) -> str:
+    """The temporary name of a file."""
     return f".{name.lstrip('.')}.{middle}.tmp"
 
 
-def _is_beside(beside: Any, name: str) -> bool:
-    """Whether `beside_name` may have made this name."""
-    return is_name(beside) and beside.startswith(f".{name.lstrip('.')}.") and beside.endswith(".tmp")
+def _is_temporary(temporary: object, name: str) -> bool:
+    """Whether this may be a name from `temporary_name`."""
+    return is_name(temporary) and temporary.startswith(f".{name.lstrip('.')}.") and temporary.endswith(".tmp")
 
 
-def _beside(folder: Path, name: str) -> Path:
+def _new_temporary(folder: Path, name: str) -> Path:
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{name.lstrip('.')}.", suffix=".tmp")
     os.close(handle)
     return Path(temporary)
 
 
 def _sweep(folder: Path, names: Mapping[str, Any]) -> None:
-    """Remove what a process that was killed long ago left half-written."""
+    """Remove temporary files left by processes that were killed long ago."""
     for name in names:
         for left in folder.glob(f".{name}.*.tmp"):
             with contextlib.suppress(OSError):

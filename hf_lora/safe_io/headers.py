@@ -1,8 +1,8 @@
-"""Safetensors headers, of which every claim is checked before anything is read by it.
+"""Safetensors headers, which are validated before any tensor is read.
 
 8 bytes     the header's length n, little endian
 n bytes     JSON: {"name": {"dtype", "shape", "data_offsets": [start, end]}, …, "__metadata__": {…}}
-the rest    the tensors, end to end; offsets count from here
+the rest    the tensors, contiguous; offsets count from here
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..errors import AdapterFileError, Faults
 from .reading import REPAIR, parse_json
 
 HEADER_BYTES = 2**20
-"""A header may have so many bytes in any case …"""
+"""Size of a header that is always allowed. …"""
 HEADER_SHARE = 16
-"""… and beyond that one for each 16 bytes of tensors …"""
+"""… Beyond that, one byte for each 16 bytes of tensors …"""
 MAX_HEADER_BYTES = 64 * 2**20
-"""… up to here."""
+"""… up to this limit."""
 MAX_NAME = 1024
-"""Characters of a tensor's name."""
+"""Maximum characters of a tensor's name."""
 MAX_DIMENSIONS = 8
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -51,7 +51,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class TensorFile:
-    """One safetensors file: its tensors in the order in which their bytes lie, and its header as it was read."""
+    """One safetensors file: its tensors in the order of their bytes, and its raw header."""
 
     path: Path
     entries: list[Entry]
@@ -61,16 +61,16 @@ class TensorFile:
 
 
 def read_header(file: Path, place: Path | None = None) -> TensorFile:
-    """Read the header of a safetensors file; the tensors are not touched.
+    """Read the header of a safetensors file, but not its tensors.
 
     Args:
-        place: how the file is called in messages; default: `file`.
+        place: the name of the file in messages; default: `file`.
 
     Raises:
         AdapterFileError: lists what is wrong.
     """
     place = place or file
-    broken = f"{place} is not a whole safetensors file"
+    broken = f"{place} is not a complete safetensors file"
     header, size = _header_bytes(file, place, broken)
     if not header.startswith(b"{"):
         raise AdapterFileError(f"{broken} (its header is not a JSON object). {REPAIR}")
@@ -81,10 +81,10 @@ def read_header(file: Path, place: Path | None = None) -> TensorFile:
     faults = Faults(broken)
     metadata = values.pop("__metadata__", None)
     if metadata is not None and not _are_texts(metadata):
-        faults.add("__metadata__ must map names to texts")
+        faults.add("__metadata__ must map names to strings")
     entries: list[Entry] = []
     begin = 8 + len(header)
-    while values:  # so that no more is held at once than has to be
+    while values:  # frees memory during the loop
         name, value = values.popitem()
         fault = _fault_of_name(name) or _fault_of_entry(value)
         if fault:
@@ -109,31 +109,31 @@ def _header_bytes(file: Path, place: Path, broken: str) -> tuple[bytes, int]:
             length = int.from_bytes(start, "little")
             behind = size - 8 - length
             if len(start) < 8 or behind < 0:
-                raise AdapterFileError(f"{broken} (it ends in its header). {REPAIR}")
+                raise AdapterFileError(f"{broken} (it ends within its header). {REPAIR}")
             allowed = min(MAX_HEADER_BYTES, HEADER_BYTES + behind // HEADER_SHARE)
             if length > allowed:
-                what = f"its header has {length:,} bytes, at most {allowed:,} here"
+                what = f"its header has {length:,} bytes; the maximum for this file is {allowed:,}"
                 raise AdapterFileError(f"{broken} ({what}). {REPAIR}")
             return opened.read(length), size
     except OSError as error:
-        raise AdapterFileError(f"{place} cannot be read ({error}).") from error
+        raise AdapterFileError(f"{place} could not be read ({error}).") from error
 
 
-def _are_texts(metadata: Any) -> bool:
+def _are_texts(metadata: object) -> bool:
     return isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
 
 
 def _fault_of_name(name: str) -> str | None:
     if not name or len(name) > MAX_NAME:
-        return f"a name has from 1 to {MAX_NAME} characters"
+        return f"a name must have 1 to {MAX_NAME} characters"
     if not name.isprintable():
-        return "a name with characters that cannot be shown"
+        return "a name must not have unprintable characters"
     return None
 
 
-def _fault_of_entry(value: Any) -> str | None:
+def _fault_of_entry(value: object) -> str | None:
     if not isinstance(value, Mapping) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        return "a tensor has dtype, shape and data_offsets"
+        return "a tensor must have dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"dtype {str(dtype)[:40]!r} is not one of {', '.join(DTYPES)}"
@@ -143,23 +143,23 @@ def _fault_of_entry(value: Any) -> str | None:
         return "its data_offsets must be two integers >= 0"
     start, end = offsets
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        return f"{dtype} {shape} does not fill its bytes {start} to {end}"
+        return f"{dtype} {shape} does not match its byte range {start} to {end}"
     return None
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
 
 def _check_places(entries: Iterable[Entry], begin: int, size: int, faults: Faults) -> None:
-    """Tensors lie end to end: each byte behind the header belongs to one of them."""
+    """Check that the tensors are contiguous: each byte after the header belongs to exactly one of them."""
     at, before = begin, "the header"
     for entry in entries:
         if entry.start != at:
             faults.add(f"{entry.name}: {'overlaps with' if entry.start < at else 'leaves a gap to'} {before}")
         at, before = max(at, entry.end), entry.name
     if at > size:
-        faults.add(f"its tensors reach to byte {at:,} of {size:,}")
+        faults.add(f"its tensors end at byte {at:,}, but the file has {size:,} bytes")
     elif at < size:
         faults.add(f"{size - at:,} bytes at its end belong to no tensor")
 
@@ -167,7 +167,7 @@ def _check_places(entries: Iterable[Entry], begin: int, size: int, faults: Fault
 def header_of(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
 ) -> bytes:
-    """The header of a file that holds these tensors in this order, without its length."""
+    """The header of a file with these tensors in this order, without the length field."""
     table: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
     place = 0
     for name, dtype, shape in tensors:

@@ -1,7 +1,7 @@
-"""Reading untrusted files: which are opened, and JSON within bounds.
+"""Reading untrusted files: which files are opened, and JSON with limits.
 
-An adapter's folder may come from anyone. Only JSON and safetensors are read from it, no name and no link leads out of
-it, and each size is bounded before memory is taken for it. Nothing here knows what the files mean.
+An adapter's folder may come from anyone. Only JSON and safetensors are read from it, names and links cannot point
+outside it, and each size is checked before memory is allocated. This module does not interpret the files.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from ..errors import AdapterFileError
 
 MAX_JSON_BYTES = 4 * 2**20
-"""Of adapter_config.json and hf_lora.json. Those of the largest models are a few hundred kB."""
+"""Limit for adapter_config.json and hf_lora.json. Those of the largest models are a few hundred kB."""
 MAX_JSON_VALUES = 250_000
 MAX_JSON_DEPTH = 32
 REPAIR = "Copy or download it again."
@@ -25,17 +25,17 @@ REPAIR = "Copy or download it again."
 _JSON_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 
 
-def is_name(name: Any) -> bool:
-    """Whether it can name a file in a folder, and leads nowhere else."""
+def is_name(name: object) -> TypeGuard[str]:
+    """Whether it is a valid file name without folders."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 def own_file(folder: Path, name: str) -> Path | None:
-    """A file of a folder, with links resolved; None where there is none.
+    """A file of a folder, with links resolved; None if it does not exist.
 
     Raises:
-        AdapterFileError: it lies outside the folder, or is not a regular file. The blobs of the Hub's cache, which its
-            snapshots consist of links to, belong to the folder.
+        AdapterFileError: it is outside the folder, or not a regular file. In the Hub's cache, links to its blobs are
+            allowed.
     """
     if not is_name(name):
         raise AdapterFileError(f"{folder}: {name!r} is not the name of a file in this folder. {REPAIR}")
@@ -46,41 +46,40 @@ def own_file(folder: Path, name: str) -> Path | None:
         target, home = place.resolve(strict=True), folder.resolve(strict=True)
         if not target.is_relative_to(home) and target.parent not in _blobs(home):
             raise AdapterFileError(
-                f"{place} is a link that leads out of its folder, to {target}. If it is yours, put the file itself "
-                "there."
+                f"{place} is a link that points outside its folder, to {target}. If you trust it, copy the file there."
             )
         if not stat.S_ISREG(target.stat().st_mode):
             raise AdapterFileError(f"{place} is not a regular file. {REPAIR}")
-    except (OSError, RuntimeError, ValueError) as error:  # a broken link, a circle of links, a NUL in the path
+    except (OSError, RuntimeError, ValueError) as error:  # a broken link, a cycle of links, a NUL in the path
         if isinstance(error, AdapterFileError):
             raise
         if isinstance(error, FileNotFoundError) and not os.path.lexists(place):
             return None  # another process has just moved it
-        raise AdapterFileError(f"{place} cannot be opened ({error}). {REPAIR}") from error
+        raise AdapterFileError(f"{place} could not be opened ({error}). {REPAIR}") from error
     return target
 
 
 def own_folder(folder: Path, subfolder: str) -> Path:
-    """A folder in a folder, which need not be there.
+    """A subfolder, which may not exist.
 
     Raises:
-        AdapterFileError: a link leads out of the folder on the way.
+        AdapterFileError: a link in its path points outside the folder.
     """
     inside = folder / subfolder
     try:
         target = inside.resolve()
         out = not target.is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # a circle of links, a NUL in the path
-        raise AdapterFileError(f"{inside} cannot be opened ({error}). {REPAIR}") from error
+    except (OSError, RuntimeError, ValueError) as error:  # a cycle of links, a NUL in the path
+        raise AdapterFileError(f"{inside} could not be opened ({error}). {REPAIR}") from error
     if out:
         raise AdapterFileError(
-            f"{inside} is a link that leads out of its folder, to {target}. If it is yours, name that."
+            f"{inside} is a link that points outside its folder, to {target}. If you trust it, name the target."
         )
     return inside
 
 
 def _blobs(home: Path) -> list[Path]:
-    """Where the Hub's cache keeps the contents for a folder `<repository>/snapshots/<commit>[/…]`."""
+    """The blob folders of the Hub's cache for a folder `<repository>/snapshots/<commit>[/…]`."""
     return [
         parent.parent / "blobs"
         for child, parent in zip((home, *home.parents), home.parents, strict=False)
@@ -89,10 +88,10 @@ def _blobs(home: Path) -> list[Path]:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any] | None:
-    """The object in a JSON file of a folder; None where there is no such file.
+    """The object in a JSON file of a folder; None if there is no such file.
 
     Raises:
-        AdapterFileError: it is not a JSON object, too large, nested too deep, or has a name twice.
+        AdapterFileError: it is not a JSON object, too large, nested too deeply, or has a duplicate name.
     """
     file = own_file(folder, name)
     if file is None:
@@ -104,37 +103,35 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
     except FileNotFoundError:  # another process has just moved it
         return None
     except OSError as error:
-        raise AdapterFileError(f"{place} cannot be read ({error}).") from error
+        raise AdapterFileError(f"{place} could not be read ({error}).") from error
     if len(data) > MAX_JSON_BYTES:
-        raise AdapterFileError(f"{place} has more than {MAX_JSON_BYTES:,} bytes, the limit for a file of an adapter.")
+        raise AdapterFileError(f"{place} is larger than {MAX_JSON_BYTES:,} bytes, the limit for a file of an adapter.")
     values = parse_json(data, str(place))
     if not isinstance(values, dict):
-        raise AdapterFileError(f"{place} holds {type(values).__name__}, not an object.")
+        raise AdapterFileError(f"{place} contains {type(values).__name__}, not an object.")
     return values
 
 
 def parse_json(data: bytes, place: str, most: int = MAX_JSON_VALUES) -> Any:
-    """JSON as its standard has it, in UTF-8: no NaN, no name twice in an object, and no more than `most` values."""
+    """Parse strict JSON in UTF-8: no NaN, no duplicate names in an object, and at most `most` values."""
     depth = values = 0
     for token in _JSON_TOKENS.finditer(data):
         sign = token[0]
         depth += (sign in b"[{") - (sign in b"]}")
         values += sign in b"[{,"
         if depth > MAX_JSON_DEPTH or values > most:
-            what = (
-                f"is nested more than {MAX_JSON_DEPTH} deep" if values <= most else f"holds more than {most:,} values"
-            )
-            raise AdapterFileError(f"{place} {what}, more than a file of an adapter may.")
+            what = f"has more than {MAX_JSON_DEPTH} levels" if values <= most else f"has more than {most:,} values"
+            raise AdapterFileError(f"{place} {what}, the limit for a file of an adapter.")
     try:
         text = data.decode("utf-8")
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite)
-        json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a character cannot be shown or written again
+        found = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode("utf-8")  # a lone surrogate cannot be encoded
     except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{place} is not JSON ({error}).") from error
+        raise AdapterFileError(f"{place} is not valid JSON ({error}).") from error
     return found
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
@@ -150,5 +147,5 @@ def _no_constant(name: str) -> NoReturn:
 def _finite(number: str) -> float:
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(f"{number[:40]} is larger than any number that can be held")
+        raise ValueError(f"{number[:40]} is too large for a float")
     return value

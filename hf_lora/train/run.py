@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..adapt.heads import find_heads, outside_backbone
 from ..data import tasks
 from ..data.chat import chat_rows, is_templated, show_batch
-from ..data.formats import describe, recognise
+from ..data.formats import describe, recognize_format
 from ..data.tables import Table, read_table
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
 from ..errors import ConfigError, Faults, nearest
@@ -177,7 +177,7 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     length = run.max_length or min(WINDOW, getattr(settings, "max_position_embeddings", None) or WINDOW)
     rows, lines, cut = {}, [], 0
     for split, table in tables.items():
-        form = recognise(table, run.text_column, run.completion_column)
+        form = recognize_format(table, run.text_column, run.completion_column)
         lines.append(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
         labelled, long = chat_rows(
             table, form, tokenizer, length,

@@ -30,7 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..adapt.state import require_state, state_of
 from ..compat import name_or_path
 from ..data.chat import chat_rows
-from ..data.formats import recognise
+from ..data.formats import recognize_format
 from ..data.tables import table_of
 from ..errors import ConfigError, TargetError
 from ..files.format import CONFIG_NAME
@@ -154,7 +154,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         if not any(_is_chat(values[0]) for values in first.values()):
             return data
         table, limit = table_of(data, name), self._label_config.max_length or sys.maxsize
-        rows, cut = chat_rows(table, recognise(table), self._label_tokenizer, limit)
+        rows, cut = chat_rows(table, recognize_format(table), self._label_tokenizer, limit)
         if cut:
             logger.warning(
                 f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and lose their end."

@@ -14,7 +14,7 @@ from helpers import run_command, tiny_bert, tiny_llama, tiny_t5, write_lines
 
 from hf_lora import ConfigError, DataError, LoraModel, StateError, evaluate, generate_texts, load_for_generation
 from hf_lora.data.chat import chat_rows
-from hf_lora.data.formats import recognise
+from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import read_table
 from hf_lora.data.tasks import choose_columns
 from hf_lora.evaluation import run as evaluation
@@ -81,7 +81,7 @@ def test_the_scores_are_those_of_the_models_own_loss(
     model, tokenizer = loaded
     model = model if kind == "adapter" else tiny_softcapped()
     table = read_table(chats)
-    rows, _ = chat_rows(table, recognise(table), tokenizer, 64)
+    rows, _ = chat_rows(table, recognize_format(table), tokenizer, 64)
     loss, accuracy, tokens = own_scores(model, rows)
     found = score_rows(model, rows, batch_size)
     assert found["loss"] == pytest.approx(loss, rel=1e-12)
@@ -90,13 +90,13 @@ def test_the_scores_are_those_of_the_models_own_loss(
     assert found["tokens"] == tokens == sum(t != -100 for row in rows for t in row["labels"][1:])
 
 
-def test_only_labelled_tokens_meet_the_head(
+def test_only_labeled_tokens_meet_the_head(
     loaded: tuple[Any, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens without a label never meet the head, once it is proved."""
     model, tokenizer = loaded
     table = read_table(chats)
-    rows, _ = chat_rows(table, recognise(table), tokenizer, 64)
+    rows, _ = chat_rows(table, recognize_format(table), tokenizer, 64)
     seen: list[int] = []
     head = model.get_output_embeddings()
     own = evaluation.find_frozen_head(model)
@@ -118,7 +118,7 @@ def test_only_labelled_tokens_meet_the_head(
 def test_eval_prints_the_scores(chat_adapter: str, loaded: tuple[Any, Any], chats: Path) -> None:
     model, tokenizer = loaded
     table = read_table(chats).first(2)
-    rows, _ = chat_rows(table, recognise(table), tokenizer, 64)
+    rows, _ = chat_rows(table, recognize_format(table), tokenizer, 64)
     loss, accuracy, tokens = own_scores(model, rows)
     found = json.loads(run(chat_adapter, "--file", chats, "--limit", 2, "--json").stdout)
     expected = {
@@ -193,12 +193,12 @@ def test_rows_without_a_question_or_an_answer(loaded: tuple[Any, Any], tmp_path:
     def failing(*rows: Any) -> str:
         table = read_table(write_lines(tmp_path / "rows.jsonl", list(rows)))
         with pytest.raises(DataError) as error:
-            score_answers(*loaded, table, recognise(table))
+            score_answers(*loaded, table, recognize_format(table))
         return str(error.value)
 
-    assert "no answer can be told" in failing({"text": "door"})
+    assert "not split into prompt and answer" in failing({"text": "door"})
     first = {"messages": [{"role": "assistant", "content": "now"}]}
-    assert "line 2: the assistant speaks first" in failing(chat("a", "b"), first)
+    assert "line 2: the assistant message is the first" in failing(chat("a", "b"), first)
     assert "line 1: it has tools" in failing(chat("a", "b") | {"tools": [{"name": "x"}]})
 
 
@@ -221,7 +221,7 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
     assert model.training
     model.eval()
     assert scores.metrics == pytest.approx(evaluate(chat_adapter, chats, limit=2).metrics, rel=1e-4)
-    with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is for a model that is loaded here"):
+    with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is only for a model"):
         evaluate(model, chats, dtype="float32")
 
 
@@ -231,8 +231,7 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
 def test_words_that_do_not_go_together(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [chat("a", "b")])
     assert (
-        "belong to generate=True (--generate)"
-        in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
+        "need generate=True (--generate)" in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
     )
     assert "limit=0" in run("nowhere", "--file", file, "--limit", 0, code=2).stderr
     assert "batch_size=0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
@@ -261,7 +260,7 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
     for size in (1, 2, 8):
         found = json.loads(run(adapter_folder, "--file", file, "--batch-size", size, "--json").stdout)
         assert found == pytest.approx({"rows": 5, **expected})
-    assert "writes no text" in run(adapter_folder, "--file", file, "--generate", code=2).stderr
+    assert "does not generate text" in run(adapter_folder, "--file", file, "--generate", code=2).stderr
     model.train()
     assert evaluate(model, file, tokenizer=tokenizer).metrics == pytest.approx(expected)
     assert model.training
@@ -277,6 +276,6 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
 def test_adapters_of_other_kinds_are_refused(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
     table = read_table(file)
-    with pytest.raises(StateError, match="language models and text classifiers"):
+    with pytest.raises(StateError, match="only language models and text classifiers"):
         evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, table, choose_columns(table))
     assert evaluation.task_type_of(tiny_llama()) == "CAUSAL_LM"

@@ -132,19 +132,19 @@ def test_chats_are_shown_then_learned(chat_folder: Path, tmp_path: Path) -> None
     ("content", "message"),
     [
         ('{"messages": [}\n', "bad.jsonl:\n  - line 1, column 15: Expecting value"),
-        ("", "bad.jsonl holds no rows"),
+        ("", "bad.jsonl has no rows"),
         (chats(USER, {**BOT, "role": "asistant"}), "line 1, column 'messages', message 2"),
-        (chats(USER), "line 1, column 'messages': the assistant never speaks"),
+        (chats(USER), "line 1, column 'messages': there is no assistant message"),
         (
             chats(USER, BOT) + '{"prompt": "a", "completion": "b"}',
-            "line 1 fills 'messages', line 2 fills 'prompt' and 'completion' alone",
+            "line 1 fills 'messages', line 2 fills only 'prompt' and 'completion'",
         ),
         (
             chats({**USER, "content": "door " * 80}, BOT),
-            "line 1: of its 86 tokens the first 64 hold nothing to learn",
+            "line 1: none of the first 64 of its 86 tokens is trained",
         ),
-        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: the bytes are not UTF-8"),
-        (json.dumps({"words": "a"}), "cannot tell what its columns 'words' are"),
+        (b'{"text": "a"}\n{"text": "\xff"}', "bad.jsonl, line 2: not valid UTF-8"),
+        (json.dumps({"words": "a"}), "its columns 'words' match no known format"),
     ],
 )  # fmt: skip
 def test_bad_chats_are_one_error_with_their_line(

@@ -213,17 +213,17 @@ def test_prompts_of_other_files(tmp_path: Path) -> None:
 
 def test_rows_without_a_prompt_are_all_named(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"prompt": "a"}, {"prompt": " "}, {"prompt": 3}])
-    with pytest.raises(DataError, match=r"(?s)line 2, column 'prompt': the text is empty.*line 3.*not a text"):
+    with pytest.raises(DataError, match=r"(?s)line 2, column 'prompt': the text is empty.*line 3.*not text"):
         read_prompts(read_table(file, prompts=True))
     file = write_lines(tmp_path / "b.jsonl", [{"messages": [ASSISTANT]}, {"messages": "[{"}, {"messages": [USER]}])
-    with pytest.raises(DataError, match=r"(?s)line 1.*user never speaks.*line 2.*not JSON") as error:
+    with pytest.raises(DataError, match=r"(?s)line 1.*no user message.*line 2.*not valid JSON") as error:
         read_prompts(read_table(file, prompts=True))
     assert str(error.value).count("  - ") == 2
     file = write_lines(tmp_path / "g.jsonl", [{"messages": [USER], "tools": [{"name": "x"}]}])
     with pytest.raises(DataError, match="line 1, column 'tools'"):
         read_prompts(read_table(file, prompts=True))
     file = write_lines(tmp_path / "c.jsonl", [{"a": "b"}])
-    with pytest.raises(DataError, match=r"It has 'a'; usual are messages.*--column"):
+    with pytest.raises(DataError, match=r"It has 'a'; known names are messages.*--column"):
         read_prompts(read_table(file, prompts=True))
     for name, content, fault in (("d.txt", b"\n \n", "no rows"), ("e.txt", b"\xff\xfe\xfa", "UTF-8")):
         (tmp_path / name).write_bytes(content)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_lora.data.chat import chat_rows, is_templated, label_chat, label_pair, label_text, show_batch
-from hf_lora.data.formats import recognise
+from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import Table, read_table
 from hf_lora.errors import ConfigError, DataError
 
@@ -228,8 +228,8 @@ def test_a_token_across_the_border_is_not_learned_and_is_told() -> None:
     assert pieces[-5:] == [":", " hello", " to", "</s>", "\n"]  # the prompt ends with the space of " hello"
     assert labels == [-100] * (len(ids) - 3) + ids[-3:-1] + [-100]
     data = Table("a.jsonl", {"messages": [messages]}, [1], "line", {})
-    with pytest.warns(UserWarning, match=r"in 1 of 1 rows the tokens at the beginning of an answer also hold"):
-        chat_rows(data, recognise(data), tokenizer, 100)
+    with pytest.warns(UserWarning, match=r"in 1 of 1 rows the first token of an answer also holds"):
+        chat_rows(data, recognize_format(data), tokenizer, 100)
 
 
 def test_tool_calls_are_learned_and_tools_reach_the_template(bytes_: Any) -> None:
@@ -272,7 +272,7 @@ def test_the_last_turn_alone_and_the_prompts_of_pairs(bytes_: Any) -> None:
         assert ids == whole[: len(ids)]  # the user's last words, which nobody answers, are left out
         last = max(t for t, label in enumerate(all_labels) if label != -100)
         assert [t for t, label in enumerate(labels) if label != -100] == [last - 1, last]
-        _, later = label_chat(bytes_, messages, learned_from=4)
+        _, later = label_chat(bytes_, messages, train_from=4)
         first = next(t for t, label in enumerate(later) if label != -100)
         assert later[first:] == all_labels[first:]
         assert bytes_.decode([label for label in later if label != -100]).startswith("assistant\nassistant<|eot_id|>")
@@ -281,13 +281,13 @@ def test_the_last_turn_alone_and_the_prompts_of_pairs(bytes_: Any) -> None:
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [
-        (PLAIN["chatml"], [("user", "a")], "the assistant never speaks"),
-        (PLAIN["chatml"], [("assistant", "a"), ("user", "b")], "message 1: the assistant speaks first"),
+        (PLAIN["chatml"], [("user", "a")], "there is no assistant message"),
+        (PLAIN["chatml"], [("assistant", "a"), ("user", "b")], "message 1: the assistant message is the first"),
         (PLAIN["chatml"].replace("m['content'] + ", ""), CHATS["one"], "message 2: no token of the"),
-        ("{{ raise_exception('no system') }}", CHATS["one"], "refuses the chat (TemplateError: no system)"),
+        ("{{ raise_exception('no system') }}", CHATS["one"], "rejects the chat (TemplateError: no system)"),
         (
             PLAIN["chatml"][:-len("{% endif %}")] + "{{ '<think>' }}{% endif %}", CHATS["one"],
-            "message 2: the template begins the turn otherwise than its generation prompt",
+            "message 2: the template does not begin the turn with its generation prompt",
         ),
         (
             MARKED["chatml"].replace("m['role'] == 'assistant'", "m['role'] == 'assistant' and loop.last"),
@@ -296,7 +296,7 @@ def test_the_last_turn_alone_and_the_prompts_of_pairs(bytes_: Any) -> None:
         (None, CHATS["one"], "the tokenizer has no chat template"),
     ],
 )  # fmt: skip
-def test_chats_that_cannot_be_labelled(
+def test_chats_that_cannot_be_labeled(
     bytes_: Any, template: str | None, turns: list[tuple[str, str]], message: str
 ) -> None:
     bytes_.chat_template = template
@@ -321,14 +321,14 @@ def test_texts_and_pairs_end_with_the_end_token(bytes_: Any) -> None:
     assert label_text(both, "2+2=") == ([1, *ask, end], [1, *ask, end])
     endless = byte_tokenizer(eos=None)
     for label in (lambda: label_pair(endless, "a", "b"), lambda: label_text(endless, "a")):
-        with pytest.raises(DataError, match=r"no end token.*Set tokenizer.eos_token"):
+        with pytest.raises(DataError, match=r"no EOS token.*Set tokenizer.eos_token"):
             label()
 
 
 def rows_of(columns: dict[str, list[Any]], tokenizer: Any, max_length: int = 1000, **options: Any) -> Any:
     count = len(next(iter(columns.values())))
     table = Table("a.jsonl", columns, list(range(1, count + 1)), "line", {})
-    return chat_rows(table, recognise(table), tokenizer, max_length, **options)
+    return chat_rows(table, recognize_format(table), tokenizer, max_length, **options)
 
 
 def test_every_form_becomes_rows(bytes_: Any) -> None:
@@ -356,7 +356,7 @@ def test_every_form_becomes_rows(bytes_: Any) -> None:
 
 def test_the_template_is_asked_for_where_there_is_one_to_use(bytes_: Any) -> None:
     def form(**columns: list[Any]) -> Any:
-        return recognise(Table("a.jsonl", columns, [1], "line", {}))
+        return recognize_format(Table("a.jsonl", columns, [1], "line", {}))
 
     bytes_.chat_template = PLAIN["chatml"]
     pair, text, messages = form(question=["a"], answer=["b"]), form(text=["a"]), form(messages=[chat(CHATS["one"])])
@@ -364,7 +364,7 @@ def test_the_template_is_asked_for_where_there_is_one_to_use(bytes_: Any) -> Non
     assert not is_templated(text, bytes_)
     with pytest.raises(ConfigError, match="holds texts without turns"):
         is_templated(text, bytes_, True)
-    with pytest.raises(ConfigError, match="no form without a template"):
+    with pytest.raises(ConfigError, match="need the template"):
         is_templated(messages, bytes_, False)
     bytes_.chat_template = None
     assert not is_templated(pair, bytes_)
@@ -382,13 +382,13 @@ def test_long_rows_are_cut_and_those_that_lose_their_answer_are_listed(bytes_: A
     count = len(label_chat(bytes_, long)[0])
     with pytest.raises(DataError) as error:
         rows_of({"messages": [short, long, long]}, bytes_, max_length=40)
-    lines = [f"a.jsonl, line {n}: of its {count} tokens the first 40 hold nothing to learn" for n in (2, 3)]
+    lines = [f"a.jsonl, line {n}: none of the first 40 of its {count} tokens is trained" for n in (2, 3)]
     assert all(line in str(error.value) for line in lines)
     assert "line 1:" not in str(error.value)
     assert "Raise max_length" in str(error.value)
 
 
-def test_rows_that_cannot_be_labelled_are_listed_with_their_lines(bytes_: Any, tmp_path: Path) -> None:
+def test_rows_that_cannot_be_labeled_are_listed_with_their_lines(bytes_: Any, tmp_path: Path) -> None:
     bytes_.chat_template = FORGETS
     thought = "<think>2</think>4"
     twice = chat([("user", "2+2?"), ("assistant", thought), ("user", "sure?"), ("assistant", "4")])
@@ -397,21 +397,21 @@ def test_rows_that_cannot_be_labelled_are_listed_with_their_lines(bytes_: Any, t
     file.write_text("\n".join(json.dumps({"messages": m}) for m in (chat(CHATS["one"]), twice, first)), "utf-8")
     table = read_table(file)
     with pytest.raises(DataError) as error:
-        chat_rows(table, recognise(table), bytes_, 1000)
+        chat_rows(table, recognize_format(table), bytes_, 1000)
     assert f"{file}, line 2: message 2: the template rewrites earlier turns" in str(error.value)
-    assert f"{file}, line 3: message 1: the assistant speaks first" in str(error.value)
+    assert f"{file}, line 3: message 1: the assistant message is the first" in str(error.value)
     assert "line 1:" not in str(error.value)
     assert "last_turn_only" in str(error.value)
-    with pytest.raises(DataError, match=r"line 1: the tokenizer has no end token"):
+    with pytest.raises(DataError, match=r"line 1: the tokenizer has no EOS token"):
         rows_of({"text": ["a"]}, byte_tokenizer(eos=None))
     empty = Table("a.jsonl", {"text": []}, [], "line", {})
-    with pytest.raises(DataError, match=r"a\.jsonl holds no rows"):
-        chat_rows(empty, recognise(empty), bytes_, 10)
+    with pytest.raises(DataError, match=r"a\.jsonl has no rows"):
+        chat_rows(empty, recognize_format(empty), bytes_, 10)
 
 
 def test_a_row_in_which_nothing_is_learned_is_an_error(bytes_: Any) -> None:
     """A row of one token has none that another predicts."""
-    with pytest.raises(DataError, match=r"line 2: nothing in it is learned \(all labels are ignored\)"):
+    with pytest.raises(DataError, match=r"line 2: none of its tokens is trained \(all labels are ignored\)"):
         rows_of({"text": ["ab", "</s>"]}, bytes_)
 
 

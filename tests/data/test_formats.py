@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_lora.data.formats import Example, describe, read_examples, recognise
+from hf_lora.data.formats import Example, describe, read_examples, recognize_format
 from hf_lora.data.tables import Table, read_table
 from hf_lora.errors import DataError
 
@@ -23,7 +23,7 @@ def table(**columns: list[Any]) -> Table:
 
 
 def read(data: Table, **named: str) -> list[Example]:
-    return read_examples(data, recognise(data, **named))
+    return read_examples(data, recognize_format(data, **named))
 
 
 @pytest.mark.parametrize(
@@ -75,8 +75,8 @@ def read(data: Table, **named: str) -> list[Example]:
         ({"messages": [None], "text": ["a"]}, "text: 1 texts from 'text'; loss on every token; not used: 'messages'"),
     ],
 )
-def test_forms_are_told_by_their_columns_and_printed(columns: dict[str, list[Any]], line: str) -> None:
-    assert describe(recognise(table(**columns))) == line
+def test_formats_are_recognized_by_their_columns_and_printed(columns: dict[str, list[Any]], line: str) -> None:
+    assert describe(recognize_format(table(**columns))) == line
 
 
 def test_named_columns_win() -> None:
@@ -85,17 +85,20 @@ def test_named_columns_win() -> None:
     assert read(data, text="log") == [Example(messages=CHAT)]
     assert read(data, text="query") == [Example(text="2+2?")]
     assert read(data, completion="reply") == [Example(prompt="a", completion="4")]
-    assert "through the chat template" in describe(recognise(data, "query", "reply"), templated=True)
+    assert "through the chat template" in describe(recognize_format(data, "query", "reply"), templated=True)
     with pytest.raises(DataError, match=r"no column 'repl' \(did you mean 'reply'\?\)"):
-        recognise(data, completion="repl")
+        recognize_format(data, completion="repl")
     with pytest.raises(DataError, match=r"which column holds the prompts for 'reply'.*text_column"):
-        recognise(table(query=["a"], reply=["b"]), completion="reply")
+        recognize_format(table(query=["a"], reply=["b"]), completion="reply")
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"a": ["x"], "b": ["y"]}, "cannot tell what its columns 'a', 'b' are. The forms are: 'messages'; 'convers"),
+        (
+            {"a": ["x"], "b": ["y"]},
+            "its columns 'a', 'b' match no known format. The formats are: 'messages'; 'convers",
+        ),
         (
             {"instruction": ["a"], "output": ["b"], "response": ["c"]},
             "'instruction' and 'output'; or 'instruction'",
@@ -103,21 +106,21 @@ def test_named_columns_win() -> None:
         ({"prompt": ["a"], "answer": ["b"], "response": ["c"]}, "text_column and completion_column"),
         (
             {"messages": [None, CHAT, None], "prompt": [None, None, "a"], "completion": [None, None, "b"]},
-            "rows.jsonl mixes forms: line 3 fills 'messages', line 4 fills 'prompt' and 'completion' alone",
+            "rows.jsonl mixes formats: line 3 fills 'messages', line 4 fills only 'prompt' and 'completion'",
         ),
         (
             {"prompt": ["a", None], "completion": ["b", None], "text": [None, "c"]},
-            "mixes forms: line 2 fills 'prompt' and 'completion', line 3 fills 'text' alone",
+            "mixes formats: line 2 fills 'prompt' and 'completion', line 3 fills only 'text'",
         ),
         (
             {"question": ["a", None], "answer": ["b", None], "prompt": [None, "a"], "completion": [None, "b"]},
-            "mixes forms: line 3 fills 'prompt' and 'completion', line 2 fills 'question' and 'answer' alone",
+            "mixes formats: line 3 fills 'prompt' and 'completion', line 2 fills only 'question' and 'answer'",
         ),
     ],
 )
 def test_columns_that_fit_no_form_or_several(columns: dict[str, list[Any]], message: str) -> None:
     with pytest.raises(DataError) as error:
-        recognise(table(**columns))
+        recognize_format(table(**columns))
     assert message in str(error.value)
 
 
@@ -127,7 +130,7 @@ def test_every_form_is_read_into_messages_or_texts() -> None:
     roles = [m["role"] for m in read(table(conversations=[[system, *spoken]]))[0].messages or []]
     assert roles == ["system", "user", "assistant", "user", "assistant", "assistant", "assistant"]
     assert read(table(conversations=[[{"from": "human", "value": "2+2?"}, ANSWER]])) == [Example(messages=CHAT)]
-    assert read(table(prompt=[[ASK]], completion=[[ANSWER]])) == [Example(messages=CHAT, learned_from=1)]
+    assert read(table(prompt=[[ASK]], completion=[[ANSWER]])) == [Example(messages=CHAT, train_from=1)]
     pair = table(instruction=["Add.", "Wait."], input=["2+2", ""], output=["4", "ok"])
     assert [e.prompt for e in read(pair)] == ["Add.\n\n2+2", "Wait."]
     assert read(table(prompt=[""], completion=["b"])) == [Example(prompt="", completion="b")]
@@ -149,7 +152,7 @@ def test_lists_of_messages_may_be_json_text_in_their_cells(tmp_path: Path) -> No
     file.write_text('messages\n"[{]"\n"[{""role"": ""user""}]"\n', encoding="utf-8")
     with pytest.raises(DataError) as error:
         read(read_table(file))
-    assert f"{file}, line 2, column 'messages': not JSON (Expecting property name" in str(error.value)
+    assert f"{file}, line 2, column 'messages': not valid JSON (Expecting property name" in str(error.value)
     assert "at character 3)" in str(error.value)
     assert f"{file}, line 3, column 'messages', message 1: no content" in str(error.value)
 
@@ -169,21 +172,21 @@ def test_all_faults_of_chats_are_listed_with_their_places() -> None:
         read(table(messages=[CHAT, *bad], tools=[None, *["{"] * 2, *[None] * 6]))
     for part in (
         "line 3, column 'messages', message 2: the role 'asistant' is unknown (did you mean 'assistant'?)",
-        "line 4, column 'messages': the assistant never speaks",
+        "line 4, column 'messages': there is no assistant message",
         "line 5, column 'messages', message 1: no content",
         "line 5, column 'messages', message 2: the content is a int, not text",
         "line 5, column 'messages', message 3: the content is empty",
-        "line 6, column 'messages': it is empty",
-        "line 7, column 'messages': it is empty",
-        "line 8, column 'messages': a dict where a list is needed",
-        "line 9, column 'messages', message 2: a str where an object is needed",
+        "line 6, column 'messages': the cell is empty",
+        "line 7, column 'messages': the cell is empty",
+        "line 8, column 'messages': a dict instead of a list",
+        "line 9, column 'messages', message 2: a str instead of an object",
         "line 10, column 'messages', message 1: no role",
-        "line 3, column 'tools': not JSON",
+        "line 3, column 'tools': not valid JSON",
         "the roles are system, developer, user, assistant, tool",
     ):
         assert part in str(error.value)
     assert "line 2" not in str(error.value)
-    with pytest.raises(DataError, match=r"line 2, column 'completion': the assistant never speaks"):
+    with pytest.raises(DataError, match=r"line 2, column 'completion': there is no assistant message"):
         read(table(prompt=[[*CHAT, ASK]], completion=[[ASK]]))
 
 
@@ -191,8 +194,8 @@ def test_faults_of_texts_are_listed_with_their_places() -> None:
     pair = table(instruction=["a", "", "c", "d"], input=[None, "", 3, ""], output=["x", "y", "z", None])
     with pytest.raises(DataError) as error:
         read(pair)
-    for part in ("line 3, column 'instruction': the text is empty", "line 4, column 'input': 3 is not a text",
-                 "line 5, column 'output': None is not a text"):  # fmt: skip
+    for part in ("line 3, column 'instruction': the text is empty", "line 4, column 'input': 3 is not text",
+                 "line 5, column 'output': None is not text"):  # fmt: skip
         assert part in str(error.value)
     with pytest.raises(DataError, match=r"line 3, column 'text': the text is empty"):
         read(table(text=["a", " "]))
@@ -202,8 +205,8 @@ def test_faults_of_texts_are_listed_with_their_places() -> None:
     ("content", "message"),
     [
         (b'{"messages": [}\n', "line 1, column 15: Expecting value"),
-        (b"", "holds no rows"),
-        (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: the bytes are not UTF-8"),
+        (b"", "has no rows"),
+        (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: not valid UTF-8"),
     ],
 )
 def test_broken_files_are_refused_before_their_form_is_told(tmp_path: Path, content: bytes, message: str) -> None:

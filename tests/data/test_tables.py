@@ -74,21 +74,21 @@ def test_parquet_and_a_datasets_folder(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.csv", "", "a.csv is empty"),
-        ("a.csv", "text,label\n", "a.csv holds no rows"),
+        ("a.csv", "text,label\n", "a.csv has no rows"),
         ("a.csv", "text,label\na,x\nb\nc,y,z\n", "line 3: 1 fields, but line 1 names 2 columns\n  - line 4: 3 fields"),
         ("a.csv", 'text,label\n"a\nb",x\nc\n', "line 4: 1 fields"),
         ("a.csv", 'text,label\n"a,x\n', "line 2: unexpected end of data"),
         ("a.csv", "text,text\na,b\n", "'text' are listed more than once"),
-        ("a.csv", b"text,label\na,x\n\xff\xfe,y\n", "a.csv, line 3: the bytes are not UTF-8"),
+        ("a.csv", b"text,label\na,x\n\xff\xfe,y\n", "a.csv, line 3: not valid UTF-8"),
         ("a.jsonl", '{"text": "a"}\n{"text": }\n[1]\n{"a"', "line 2, column 10: Expecting value\n  - line 4, column"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', "line 2: [1] is not a JSON object"),
-        ("a.jsonl", "\n", "a.jsonl holds no rows"),
+        ("a.jsonl", "\n", "a.jsonl has no rows"),
         ("a.json", "", "a.json is empty"),
         ("a.json", '[{"text": "a"},\n {"text": "b",}]', "a.json, line 2, column"),
-        ("a.json", "3", "holds a int"),
+        ("a.json", "3", "contains a int"),
         ("a.json", "[3]", "item 1: 3 is not a JSON object"),
-        ("a.parquet", "PAR", "is not a whole parquet file"),
-        ("a.txt", "text", "cannot tell what kind of file"),
+        ("a.parquet", "PAR", "is not a complete Parquet file"),
+        ("a.txt", "text", "unknown file type"),
     ],
 )
 def test_broken_files_are_named_with_their_lines(tmp_path: Path, name: str, text: str | bytes, message: str) -> None:
@@ -118,7 +118,7 @@ def test_the_task_is_told_by_the_columns() -> None:
     assert choose_task(table(messages=chat, category=["x"])) == "causal-lm"
     assert choose_task(table(text=["a"], kind=["x"]), label="kind") == "text-classification"
     assert choose_task(table(a=["a"], b=["x"]), completion="b") == "causal-lm"
-    with pytest.raises(DataError, match="Say which with task="):
+    with pytest.raises(DataError, match="Choose one with task="):
         choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
 
@@ -159,7 +159,7 @@ def test_classification_rows() -> None:
     bad = table(text=["a", " ", 3], label=["x", "yy", "x"])
     with pytest.raises(DataError) as error:
         classification_rows(bad, choose_columns(bad), ["x", "y"], Words())
-    for part in ("line 3, column 'text': the text is empty", "line 4, column 'text': 3 is not a text",
+    for part in ("line 3, column 'text': the text is empty", "line 4, column 'text': 3 is not text",
                  "line 3, column 'label': 'yy' is not a label of the training data (did you mean 'y'?)"):  # fmt: skip
         assert part in str(error.value)
 

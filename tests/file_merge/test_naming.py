@@ -28,7 +28,7 @@ def test_nothing_else_is_asked_of_the_loader() -> None:
     asked = {
         f"{node.module.removeprefix('transformers.')}.{alias.name}"
         for node in ast.walk(ast.parse(Path(str(naming.__file__)).read_text()))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.")
         for alias in node.names
     }
     assert asked

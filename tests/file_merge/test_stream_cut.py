@@ -61,7 +61,7 @@ def cut_off(writes: int, base: Path, adapter: Path, out: Path, **options: Any) -
 
 
 def whole_files(out: Path) -> dict[str, Path]:
-    """Name -> the file of a merge that was cut off that is whole and waits beside its place."""
+    """Name -> the file of an interrupted merge that is complete under its temporary name."""
     return {path.name.split(".safetensors")[0][1:] + ".safetensors": path for path in out.glob(".*.safetensors.*.tmp")}
 
 
@@ -145,7 +145,7 @@ def test_a_cut_off_merge_of_other_inputs_is_not_mixed_with(inputs: tuple[Path, P
     out = tmp_path / "out"
     cut_off(20, base, adapter, out)
     assert whole_files(out)
-    with pytest.raises(AdapterFileError, match="was cut off"):
+    with pytest.raises(AdapterFileError, match="interrupted"):
         merge_files(base, adapter, out, dtype="float32")
     merge_files(base, adapter, out, dtype="float32", overwrite=True)
     assert contents(out) == contents(merge_files(base, adapter, tmp_path / "whole", dtype="float32"))
@@ -193,7 +193,7 @@ def test_a_full_disk_keeps_the_files_that_are_whole(inputs: tuple[Path, Path], t
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
     try:
-        with pytest.raises(AdapterFileError, match=r"no space is left(.|\n)*the same call goes on"):
+        with pytest.raises(AdapterFileError, match=r"no space is left(.|\n)*repeat the same call"):
             merge_files(base, adapter, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -186,12 +186,12 @@ def test_a_truncated_file(folder: Path, kept: int) -> None:
     (folder / WEIGHTS_NAME).write_bytes(whole[:kept])
     message = refused(folder)
     assert WEIGHTS_NAME in message
-    assert "not a whole safetensors file" in message
+    assert "not a complete safetensors file" in message
 
 
 def test_a_file_of_another_kind(folder: Path) -> None:
     (folder / WEIGHTS_NAME).write_bytes(pickle.dumps({"a": 1}) * 100)
-    assert "not a whole safetensors file" in refused(folder)
+    assert "not a complete safetensors file" in refused(folder)
     save_file({}, folder / WEIGHTS_NAME)
     assert "no tensors" in refused(folder)
 
@@ -200,9 +200,9 @@ def test_a_file_of_another_kind(folder: Path) -> None:
 def test_broken_json(folder: Path, name: str) -> None:
     text = (folder / name).read_text()
     (folder / name).write_text(text[: len(text) // 2])
-    assert f"{name} is not JSON" in refused(folder)
+    assert f"{name} is not valid JSON" in refused(folder)
     (folder / name).write_text("[1, 2]")
-    assert f"{name} holds list" in refused(folder)
+    assert f"{name} contains list" in refused(folder)
 
 
 def test_a_config_with_broken_fields_lists_them(folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_missing_folder_file_or_config(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match="does not exist"):
         read_adapter(tmp_path / "absent")
     message = refused(tmp_path / "absent")
-    assert "is not a folder" in message
+    assert "is not a local folder" in message
 
 
 def test_a_folder_of_folders_names_the_adapters_in_it(tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_an_old_pickled_file_is_converted_on_demand_only(folder: Path, saved: Pa
 def test_a_malicious_pickle_is_refused_and_does_not_run(folder: Path, tmp_path: Path) -> None:
     (folder / WEIGHTS_NAME).unlink()
     torch.save({"x": Attack(tmp_path / "pwned")}, folder / LEGACY_WEIGHTS_NAME)
-    with pytest.raises(AdapterFileError, match="cannot be read as a file of tensors alone"):
+    with pytest.raises(AdapterFileError, match="could not be read as a file with only tensors"):
         convert_adapter(folder, tmp_path / "new")
     assert not (tmp_path / "pwned").exists()
     assert not (tmp_path / "new").exists()

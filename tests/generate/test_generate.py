@@ -136,7 +136,9 @@ def test_gpt2_at_the_end_of_its_window(tokenizer: Any) -> None:
     answers = generate_texts(model, plain, [short, long], max_new_tokens=8)
     assert [len(a.split()) for a in answers] == [8, 2]
     assert answers == [generate_texts(model, plain, [p], max_new_tokens=8)[0] for p in (short, long)]
-    with pytest.raises(DataError, match=r"(?s)prompt 1 has 32 tokens; the model's window holds 32.*prompt 2 is empty"):
+    with pytest.raises(
+        DataError, match=r"(?s)prompt 1 has 32 tokens; the model's context window has 32.*prompt 2 is empty"
+    ):
         generate_texts(model, plain, [short, long + " w6 w7", ""], max_new_tokens=8)
 
 
@@ -236,7 +238,14 @@ def test_prompts_that_cannot_be_used_are_all_named(adapted: Any, tokenizer: Any)
         generate_texts(adapted, tokenizer, wrong)
     faults = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
     assert [f.split()[2] for f in faults] == ["1", "2", "3", "4", "5", "6"]
-    for part in ("is empty", "no messages", "'role' and 'content'", "ends with the assistant", "who?", "73 tokens"):
+    for part in (
+        "is empty",
+        "no messages",
+        "'role' and 'content'",
+        "ends with an assistant message",
+        "who?",
+        "73 tokens",
+    ):
         assert part in str(error.value)
 
 
@@ -255,7 +264,7 @@ def test_settings_that_cannot_be_used_are_all_named(adapted: Any, tokenizer: Any
         generate_texts(adapted, tiny_tokenizer(None), chat)
     with pytest.raises(ConfigError, match="plain texts"):
         generate_texts(adapted, tokenizer, chat, use_chat_template=False)
-    with pytest.raises(StateError, match="writes no text"):
+    with pytest.raises(StateError, match="does not generate text"):
         generate_texts(tiny_bert(), tokenizer, ["w9"])
 
 
@@ -306,13 +315,13 @@ def test_the_tokenizer_of_the_training_comes_first(folders: Path, tmp_path: Path
 
 
 def test_what_cannot_be_loaded_is_said(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="not a folder here"):
+    with pytest.raises(AdapterFileError, match="not a local folder"):
         load_for_generation("nobody/no-such-model")
     with pytest.raises(AdapterFileError, match=r"no adapter_config\.json"):
         load_for_generation(tmp_path)
     with pytest.raises(StateError, match=r'adapter of a text-classification model.*pipeline\("text-classification"'):
         load_for_generation(folders / "three")
-    with pytest.raises(StateError, match="BertForSequenceClassification, which writes no text"):
+    with pytest.raises(StateError, match="BertForSequenceClassification, which does not generate text"):
         load_for_generation(folders / "bert")
     with pytest.raises(ConfigError, match=r"(?s)dtype='bf16'.*bfloat16.*device='gpu9'"):
         load_for_generation(folders / "adapter", dtype="bf16", device="gpu9")
@@ -385,7 +394,7 @@ def test_the_oldest_exchanges_are_left_out_when_the_window_is_full(adapted: Any,
     prompt = tokenizer.apply_chat_template(chat.messages[:-1], add_generation_prompt=True, tokenize=False)
     assert last == own_answer(adapted, tokenizer, tokenizer(prompt)["input_ids"])
     before = list(chat.messages)
-    with pytest.raises(DataError, match=r"has 73 tokens.*holds 64"):
+    with pytest.raises(DataError, match=r"has 73 tokens.*window has 64"):
         chat.say(" ".join(["w9"] * 70))
     assert chat.messages == before
     assert chat.say(" ".join(["w9"] * 57))  # alone, with four tokens for the answer
@@ -415,7 +424,7 @@ def test_an_interrupted_answer_is_kept_as_far_as_it_came(adapted: Any, tokenizer
 def test_what_no_conversation_can_be_had_with(adapted: Any, tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"(?s)top_p=2.*no chat template"):
         Conversation(adapted, tiny_tokenizer(None), top_p=2)
-    with pytest.raises(StateError, match="writes no text"):
+    with pytest.raises(StateError, match="does not generate text"):
         Conversation(tiny_bert(), tokenizer)
     with pytest.raises(DataError, match="empty"):
         Conversation(adapted, tokenizer).say("  ")

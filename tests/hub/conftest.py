@@ -50,7 +50,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The seconds of each wait, which does not happen; stalls are noticed soon."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    monkeypatch.setattr(network, "SILENCE", 0.25)
+    monkeypatch.setattr(network, "READ_TIMEOUT", 0.25)
     for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setattr(constants, name, 0.25)
     from huggingface_hub import file_download

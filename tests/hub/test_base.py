@@ -51,7 +51,7 @@ def test_names_on_the_hub_are_merged_with_the_base_of_the_training(pushed: Local
     assert "no model repository user/none" in told
     assert not pushed.asked("* /user/base/*"), "the small one is looked for first"
     told = run_command("merge", "user/none", "user/ad", tmp_path / "four", "--subfolder", "mine", code=2).stderr
-    assert "pulling the base 'user/none': there is no model repository user/none" in told
+    assert "downloading the base 'user/none': there is no model repository user/none" in told
     assert run_command("inspect", "user/ad", "--subfolder", "mine").output.count("self_attn.q_proj") == 2
 
 
@@ -76,7 +76,7 @@ def test_a_base_arrives_as_the_hub_has_it(
 
 def test_a_base_that_never_arrives_whole_is_not_kept(with_base: LocalHub, waits: list[float]) -> None:
     with_base.fail(WEIGHTS, "corrupt", times=99)
-    with pytest.raises(HubError, match=r"model.safetensors arrived three times with other content"):
+    with pytest.raises(HubError, match=r"model.safetensors was downloaded three times"):
         local_base("user/base")
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
@@ -90,7 +90,7 @@ def test_without_a_network_the_cache_is_used(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (local_base("user/base") / "model.safetensors").is_file()
     (local_base("user/base") / "model.safetensors").unlink()
-    with pytest.raises(HubError, match=r"does not hold user/base at 'main'. Download it once .*hf download user/base"):
+    with pytest.raises(HubError, match=r"does not have user/base at 'main'. Download it once .*hf download user/base"):
         local_base("user/base")
 
 
@@ -100,8 +100,8 @@ def test_a_base_that_could_not_be_loaded(with_base: LocalHub) -> None:
         ("user/none", None, "no model repository user/none"),
         ("user/base", "v9", "no branch, tag or commit 'v9'. It has main."),
         ("user/gated", None, "gated. Ask for access"),
-        ("a/b/c", None, "not a valid name of a repository"),
-        ("x" * 300, None, "not a valid name of a repository"),
+        ("a/b/c", None, "not a valid repository name"),
+        ("x" * 300, None, "not a valid repository name"),
     ]:
         token = with_base.add_user("guest") if name == "user/gated" else None
         with pytest.raises(HubError, match=words):

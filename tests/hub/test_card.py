@@ -124,7 +124,7 @@ def test_the_configuration_is_the_files_and_the_runs(trained: Any) -> None:
     rows, tensors = table(content(folder)), load_file(folder / "adapter_model.safetensors")
     layers = {key.rpartition(".lora_A")[0] for key in tensors if ".lora_A" in key}
     assert rows["Parameters of the adapter"] == f"{sum(t.numel() for t in tensors.values()):,}"
-    assert rows["Its file"] == f"{(folder / 'adapter_model.safetensors').stat().st_size:,} bytes"
+    assert rows["File size"] == f"{(folder / 'adapter_model.safetensors').stat().st_size:,} bytes"
     assert rows["Adapted layers"].startswith(f"{len(layers)}: ")
     trainable = sum(p.numel() for p in trained.model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in trained.model.parameters())
@@ -296,7 +296,7 @@ def test_before_the_first_save_the_card_is_of_the_model(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.create_model_card()
     assert table(content(tmp_path))["Rank r"] == "8"
-    assert "Its file" not in table(content(tmp_path))
+    assert "File size" not in table(content(tmp_path))
 
 
 def test_pushes_bring_the_card_and_the_picture(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_pushes_bring_the_card_and_the_picture(tmp_path: Path) -> None:
         files = hub.files("user/bert-three")
     rows = table(while_training["README.md"].decode())
     assert rows["Steps"] == "6"
-    assert rows["Its file"] == f"{len(while_training['adapter_model.safetensors']):,} bytes"
+    assert rows["File size"] == f"{len(while_training['adapter_model.safetensors']):,} bytes"
     text = files["README.md"].decode()
     assert 'LoraModel.from_pretrained("user/bert-three"' in text
     assert "# bert-three\n" in text

@@ -127,10 +127,10 @@ def test_a_readme_with_the_lines_of_windows_keeps_them(readme: Path) -> None:
         (b"---\n- a\n- b\n---\n", "not a mapping"),
         (b"---\nmodel-index: [1]\n---\n", "model-index cannot be read"),
         (b"text \xff\xfe", "not UTF-8"),
-        (b"<!-- hf_lora:begin -->\ntext", "not one pair"),
-        (b"text\n<!-- hf_lora:end {} -->\n", "not one pair"),
-        (b"<!-- hf_lora:end {} -->\n<!-- hf_lora:begin -->\n", "not one pair"),
-        (b"<!-- hf_lora:begin -->\n<!-- hf_lora:end {} -->\n" * 2, "not one pair"),
+        (b"<!-- hf_lora:begin -->\ntext", "must be one begin and one end"),
+        (b"text\n<!-- hf_lora:end {} -->\n", "must be one begin and one end"),
+        (b"<!-- hf_lora:end {} -->\n<!-- hf_lora:begin -->\n", "must be one begin and one end"),
+        (b"<!-- hf_lora:begin -->\n<!-- hf_lora:end {} -->\n" * 2, "must be one begin and one end"),
     ],
 )
 def test_a_readme_that_cannot_be_kept_is_refused_and_left_alone(readme: Path, content: bytes, match: str) -> None:

@@ -61,7 +61,7 @@ def test_pushing(hub: LocalHub, adapter_folder: Path, waits: list[float], step: 
         refused = str(error)
     if refused:
         assert fault == "corrupt" or step == "create", refused
-        assert "Make the same call again" in refused
+        assert "Repeat the same call" in refused
     else:
         assert hub.files("user/ad").keys() == EXPECTED
         assert len(hub.commits("user/ad")) == 2
@@ -113,7 +113,7 @@ def test_a_push_that_never_succeeds(
         assert hub.files("user/ad").keys() == EXPECTED | {"notes.md"}
         assert len(hub.commits("user/ad")) == len(commits) + 1
         return
-    with pytest.raises(HubError, match="Make the same call again"):
+    with pytest.raises(HubError, match="Repeat the same call"):
         push(adapter_folder, "user/ad")
     assert len(waits) <= 6 * network.ATTEMPTS
     assert hub.files("user/ad") == before
@@ -136,7 +136,7 @@ def test_a_pull_that_never_succeeds(
     with pytest.raises(AdapterFileError, match="user/ad"):
         pull("user/ad", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(HubError, match="does not hold user/ad"):
+    with pytest.raises(HubError, match="does not have user/ad"):
         pull("user/ad", local_files_only=True)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
@@ -195,7 +195,7 @@ def test_a_commit_of_somebody_else_in_between(hub: LocalHub, adapter_folder: Pat
 def test_a_lost_answer_makes_no_second_pull_request(hub: LocalHub, adapter_folder: Path, waits: list[float]) -> None:
     hub.add_repo("user/ad")
     hub.fail(PUSH["commit"], "lose")
-    with pytest.raises(HubError, match=r"may have been opened. Look at .*/user/ad/discussions"):
+    with pytest.raises(HubError, match=r"may have been opened. Check .*/user/ad/discussions"):
         push(adapter_folder, "user/ad", create_pr=True)
     assert len(hub.repo("user/ad").pulls) == 1
     hub.fail(PUSH["commit"], "status", status=200)  # an answer that cannot be read

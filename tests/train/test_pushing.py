@@ -93,7 +93,7 @@ def test_a_full_disk_of_temporary_files_stops_no_training(
 
 
 def test_a_repository_that_cannot_be_made_is_said_before_training(arguments: Make, hub: LocalHub) -> None:
-    with pytest.raises(HubError, match=r"making the repository 'user/run'.*may not write"):
+    with pytest.raises(HubError, match=r"creating the repository 'user/run'.*may not write"):
         trainer(arguments, "end", hub_token=hub.add_user("guest"))
     assert not hub.api.repos
 

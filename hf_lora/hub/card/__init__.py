@@ -1,9 +1,9 @@
 """The model card: `README.md` of an adapter.
 
-In: an adapter's folder and what is known of its training. Out: a README; what its author wrote in it stays.
+In: an adapter's folder and facts about its training. Out: a README, in which the author's text is kept.
 
-- `write`: `write_card`, which fills `card_template.md.jinja`.
-- `card_data`: what the card tells of the adapter and of its training.
-- `curve`, `escape`: a picture of the losses; names and commands made harmless.
-- `readme`: the part of a README that is replaced at each writing.
+- `write`: `write_card`, which renders `card_template.md.jinja`.
+- `card_data`: facts about the adapter and its training.
+- `curve`, `escape`: a plot of the losses; escaping of names and commands.
+- `readme`: the generated part of a README, which is replaced at each write.
 """

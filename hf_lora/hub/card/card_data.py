@@ -1,4 +1,4 @@
-"""What a card tells: of the adapter, read off its files or off a model, and of the run that trained it."""
+"""The content of a card: facts about the adapter, from its files or a model, and about the run that trained it."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ TASK_TYPES = {
 
 @dataclass
 class Adapter:
-    """An adapter without its numbers.
+    """An adapter without the values of its tensors.
 
     Attributes:
-        shapes: of its tensors, by their keys in the file.
-        bytes, digest: of the file with the tensors; None where the card is written before it.
+        shapes: key in the file -> shape of the tensor.
+        bytes, digest: size and hash of the weights file; None if it is not written yet.
     """
 
     config: LoraConfig
@@ -53,12 +53,12 @@ class Adapter:
 
     @property
     def layers(self) -> list[str]:
-        """The adapted layers, by path."""
+        """Paths of the adapted layers."""
         return sorted({path for path, role in map(split_key, self.shapes) if role not in ("bias", "copy")})
 
     @property
     def whole(self) -> list[str]:
-        """The modules that are kept whole, by path."""
+        """Paths of the modules that are saved completely."""
         return sorted({path.rpartition(".")[0] for path, role in map(split_key, self.shapes) if role == "copy"})
 
     @property
@@ -73,7 +73,7 @@ class Adapter:
 
     @property
     def base_is_on_hub(self) -> bool:
-        """Whether the base came from the Hub under the name in the configuration, rather than from a folder."""
+        """Whether the base was loaded from the Hub, with the name in the configuration, and not from a folder."""
         identity = self.extras.get("base")
         found = is_repository(self.config.base_model_name_or_path)
         return found and (not isinstance(identity, dict) or bool(identity.get("commit")))
@@ -85,12 +85,12 @@ class Adapter:
 
     @property
     def classifies(self) -> bool:
-        """Whether the model gives texts, images … or parts of them classes that have names."""
+        """Whether the model is a classifier with named classes."""
         return "Classification" in self.architecture or self.config.task_type in ("SEQ_CLS", "TOKEN_CLS")
 
     @property
     def labels(self) -> list[str]:
-        """The names of a classifier's classes, in their order; none where nobody has named them."""
+        """The names of a classifier's classes, in order; empty if they have only default names."""
         id2label = self.extras.get("id2label")
         if not self.classifies or not isinstance(id2label, dict):
             return []
@@ -99,9 +99,9 @@ class Adapter:
 
     @property
     def unit(self) -> str:
-        """Of the loss that a model of this class computes by itself; empty where it is not sure."""
+        """The unit of the loss that the model computes; empty if unknown."""
         if self.task == "text-generation":
-            return "nats a token"
+            return "nats per token"
         labels = self.extras.get("num_labels")
         crosses = self.classifies and isinstance(labels, int) and labels > 1
         return "nats" if crosses and self.extras.get("problem_type") != "regression" else ""
@@ -117,14 +117,14 @@ class Adapter:
 
 
 def read_facts(folder: Path) -> Adapter:
-    """The adapter in a folder; its tensors are not read, but for a hash of their file.
+    """The adapter in a folder; its weights file is hashed but not loaded.
 
     Raises:
-        AdapterFileError: the folder holds no adapter, or a broken one.
+        AdapterFileError: the folder has no adapter, or it is malformed.
     """
     config, file = read_config(folder), folder / WEIGHTS_NAME
     if not file.is_file():
-        raise AdapterFileError(f"{folder} holds no {WEIGHTS_NAME}: save the adapter first, then write its card.")
+        raise AdapterFileError(f"{folder} has no {WEIGHTS_NAME}: save the adapter first, then write its card.")
     shapes = {entry.name: entry.shape for entry in read_header(file).entries}
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:32]
@@ -132,14 +132,14 @@ def read_facts(folder: Path) -> Adapter:
 
 
 def facts_of(model: nn.Module, name: str, folders: Iterable[Path]) -> Adapter:
-    """The adapter of a model; with its file, where one of the folders holds the same values.
+    """The adapter of a model, with size and hash if one of the folders holds the same values.
 
-    Values that are spread over devices are not compared: this is called by one process alone.
+    Sharded tensors are not compared, since only one process calls this.
     """
     tensors = adapter_state_dict(model, name)
     spread = any(t.numel() == 0 or hasattr(t, "to_local") or t.is_meta for t in tensors.values())
     for folder in folders:
-        with contextlib.suppress(AdapterFileError, SafetensorError, OSError):  # absent, or broken
+        with contextlib.suppress(AdapterFileError, SafetensorError, OSError):  # missing or malformed
             if spread or _same_values(folder, tensors):
                 return read_facts(folder)
     config = LoraConfig.from_dict(config_on_disk(model, name))
@@ -158,14 +158,14 @@ def _same_values(folder: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
 
 @dataclass
 class Score:
-    """One number that was measured.
+    """One result.
 
     Args:
         metric: its id, such as `accuracy`.
-        value: a float; a text such as `nan` where it is not finite.
-        data: what it was measured on, for people.
-        dataset: the data set's id on the Hub.
-        step: where it is of an earlier moment than the saved weights: after which step.
+        value: a float; a string such as `nan` if it is not finite.
+        data: description of the evaluation data.
+        dataset: id of the dataset on the Hub.
+        step: the training step of the evaluation, if it was before the saved weights.
     """
 
     metric: str
@@ -187,7 +187,7 @@ class Score:
 
 @dataclass
 class Run:
-    """What is known of the training, in plain values, so that a README can hold it as JSON; `unit`: of the loss."""
+    """Facts about the training, as plain values that a README stores as JSON; `unit` is that of the loss."""
 
     scores: list[Score] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
@@ -202,7 +202,7 @@ class Run:
 
     @classmethod
     def from_json(cls, values: Any) -> Run | None:
-        """None where somebody has changed the values so that they cannot be read."""
+        """None if the values were edited and cannot be read."""
         try:
             run = cls(**values)
             run.scores = [Score(**score) for score in values["scores"]]
@@ -215,16 +215,16 @@ class Run:
 
 
 NUMBERS = ("value", "step")
-"""The fields of a score that are not texts."""
+"""The fields of a score that are not strings."""
 TIMES = ("runtime", "samples_per_second", "steps_per_second", "preparation_time", "compilation_time", "num_tokens")
-"""How the names of what `evaluate` measures of itself, and not of the model, end."""
+"""Suffixes of the timings in the results of `evaluate`, which are not metrics."""
 
 
 def scores_of(metrics: Mapping[str, Any], prefix: str = "", **where: Any) -> list[Score]:
-    """The numbers of `trainer.evaluate()` or of an `evaluate` metric as scores.
+    """The results of `trainer.evaluate()` or of an `evaluate` metric as scores.
 
     Args:
-        prefix: `eval`, where the names begin with it.
+        prefix: prefix of the names, such as `eval`.
         **where: further fields of `Score`.
     """
     start = f"{prefix}_" if prefix else ""
@@ -238,13 +238,13 @@ def scores_of(metrics: Mapping[str, Any], prefix: str = "", **where: Any) -> lis
 
 
 def _number(value: Any) -> float | str:
-    """A number as JSON can hold it; a text where it is not finite, or was one."""
+    """A number for JSON; a string if it is not finite or already a string."""
     number = value if isinstance(value, str) else float(value)
     return number if isinstance(number, str) or math.isfinite(number) else str(number)
 
 
 def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | None = None) -> list[Score]:
-    """Results as a caller has them: a mapping such as `trainer.evaluate()` returns, or `EvalResult`s."""
+    """Results from a caller: a mapping such as `trainer.evaluate()` returns, or `EvalResult`s."""
     if isinstance(results, Mapping):
         prefixes = {key.removesuffix("_runtime") for key in results if key.endswith("_runtime")}
         prefixes = prefixes or {p for p in ("eval", "test") if all(key.startswith(f"{p}_") for key in results)} or {""}
@@ -262,12 +262,12 @@ def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | 
 
 
 def title(metric: str) -> str:
-    """A metric's id for people."""
+    """The display name of a metric."""
     return {"f1": "F1"}.get(metric, metric.replace("_", " ").capitalize() if metric.islower() else metric)
 
 
 def is_repository(name: str | os.PathLike[str] | None) -> bool:
-    """Whether a name is one on the Hub, or may be, rather than a folder here."""
+    """Whether a name is a valid repository name and not a local path."""
     try:
         check_repository(os.fspath(name or ""), "")
     except HubError:

@@ -1,19 +1,18 @@
-"""A picture of the losses of a training, where matplotlib is installed."""
+"""A plot of the losses of a training, if matplotlib is installed."""
 
 from __future__ import annotations
 
 import io
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 Points = list[tuple[float, float]]
 
 
-def losses_of(history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    """Name -> (step, loss) of a Trainer's log: `train`, and one for each set that was evaluated.
+def losses_of(history: Iterable[Mapping[str, object]]) -> dict[str, Points]:
+    """Name -> (step, loss) from a Trainer's log: `train`, and one for each evaluation dataset.
 
-    Evaluations after the end of the training are left out: they are of one moment, and may be of other weights.
+    Evaluations after the end of the training are omitted, since they may be of other weights.
     """
     found: dict[str, Points] = {}
     for entry in history:
@@ -28,15 +27,15 @@ def losses_of(history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
     return found
 
 
-def draw_curve(history: Iterable[Mapping[str, Any]], unit: str = "") -> bytes | None:
+def draw_curve(history: Iterable[Mapping[str, object]], unit: str = "") -> bytes | None:
     """Draw the training and evaluation losses by step as a PNG.
 
     Args:
         history: `trainer.state.log_history`.
-        unit: of the loss, such as nats a token.
+        unit: of the loss, such as nats per token.
 
     Returns:
-        The PNG, the same for the same history; None without matplotlib, or where no loss was logged twice.
+        The PNG, which is deterministic; None without matplotlib, or if no loss was logged twice.
     """
     losses = losses_of(history)
     if not any(len(points) > 1 for points in losses.values()):
@@ -47,7 +46,7 @@ def draw_curve(history: Iterable[Mapping[str, Any]], unit: str = "") -> bytes | 
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
-    with matplotlib.style.context("default"):  # whatever the user's own style is
+    with matplotlib.style.context("default"):  # independent of the user's style
         figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
         axes = figure.subplots()
         for name, points in losses.items():

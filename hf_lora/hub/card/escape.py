@@ -1,7 +1,6 @@
-"""Names that others chose, made safe for a card: as Markdown, as code, or as a command line.
+"""Escape untrusted names for a card: as Markdown, as code, or as a command line.
 
-In Markdown, what could be markup becomes a numeric entity, which a renderer shows as the character and never reads as
-markup. Home directories and secrets are removed from everything.
+In Markdown, characters that could be markup become numeric entities. Home directories and secrets are always removed.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..network import scrub
 
@@ -28,12 +26,12 @@ _SECRET_FLAG = re.compile(
     re.IGNORECASE,
 )
 _MARKUP = re.compile(r"""[!"#$&'*:;<>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
-"""ASCII that may be markup; round brackets are not without square ones."""
+"""ASCII characters that may be markup; parentheses are not, without square brackets."""
 _PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
 _NOTEBOOKS = ("ipykernel_launcher.py", "colab_kernel_launcher.py")
 
 
-def clean(value: Any) -> str:
+def clean(value: object) -> str:
     """One line without control characters, lone surrogates, secrets and home directories."""
     line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
     line = _SECRETS.sub(HIDDEN, scrub(line.encode("utf-8", "replace").decode("utf-8")))
@@ -43,34 +41,34 @@ def clean(value: Any) -> str:
     return _HOMES.sub("~", line).strip()
 
 
-def text(value: Any) -> str:
-    """A value as Markdown text that shows as it is, also in a cell of a table."""
+def text(value: object) -> str:
+    """A value as literal Markdown text, also for a table cell."""
     return _MARKUP.sub(lambda match: f"&#{ord(match[0])};", clean(value))
 
 
-def code(value: Any) -> str:
-    """A value in a code span; one that backticks cannot hold in a table is in `<code>` as entities."""
+def code(value: object) -> str:
+    """A value in a code span; `<code>` with entities if backticks do not work in a table."""
     line = clean(value)
     if not line or _PLAIN_CODE.fullmatch(line):
         return f"`{line}`" if line else ""
     return "<code>" + re.sub(r"[^A-Za-z0-9 ]", lambda match: f"&#{ord(match[0])};", line) + "</code>"
 
 
-def literal(value: Any) -> str:
+def literal(value: object) -> str:
     """A string as a Python literal on one line."""
     return json.dumps(clean(value))
 
 
 def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: int = 1) -> str | None:
-    """The command that started this program, as one line of a shell; None in a notebook or an interactive session.
+    """The command that started this program, as one shell line; None in a notebook or an interactive session.
 
-    Paths below the working directory become relative, others lose their folders; the values of flags such as
-    `--hub_token` are left out.
+    Paths below the working directory become relative, others lose their folders; values of flags such as `--hub_token`
+    are hidden.
 
     Args:
         argv: `sys.argv`.
-        original: `sys.orig_argv`, which tells `python -m module`.
-        processes: how many of them the program ran in.
+        original: `sys.orig_argv`, to recognize `python -m module`.
+        processes: number of processes of the program.
     """
     program, *words = argv or [""]
     if program in ("", "-", "-c") or Path(program).name in _NOTEBOOKS:
@@ -97,7 +95,7 @@ def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: i
 
 
 def _module(original: Sequence[str]) -> str | None:
-    """What follows `-m` where Python itself was told to run a module."""
+    """The module after `-m` if Python was started with it."""
     words = list(original)[1:]
     while words and words[0].startswith("-"):
         if words[0] == "-m":
@@ -107,7 +105,7 @@ def _module(original: Sequence[str]) -> str | None:
 
 
 def _short(word: str) -> str:
-    """A word of a command line without the folders of absolute paths that are not below the working directory."""
+    """A word of a command line; absolute paths outside the working directory lose their folders."""
     name, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
     here = os.getcwd()
     if os.path.isabs(value):

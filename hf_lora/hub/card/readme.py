@@ -1,7 +1,7 @@
-"""A README of which one part is ours: replaced at each writing, while the rest stays as its author left it.
+"""A README with one generated part, which is replaced at each write; the rest is kept unchanged.
 
-Our part of the text is between two markers. Of the metadata at the top, ours are set; the second marker holds a record
-of what we wrote, which tells an author's change from our own older value. What an author added or changed stays.
+The generated text is between two markers. The second marker also stores the generated metadata, to distinguish an
+author's change from an older generated value. Metadata that an author added or changed are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BEGIN = "<!-- hf_lora:begin. From here to the other mark hf_lora writes; all els
 _MARKER = re.compile(r"^<!-- hf_lora:(begin|end)\b(.*)-->[ \t]*(?=\r?$)", re.MULTILINE)
 INDEX = "model-index"
 NOTHING = "\n\0"
-"""The author's text where there is none."""
+"""The value of `outside` without any text of the author."""
 REPAIR = "Nothing was written. Repair the file, or move it away and call again."
 
 Metadata = dict[str, Any]
@@ -34,12 +34,12 @@ Metadata = dict[str, Any]
 
 @dataclass
 class Readme:
-    """A README in its parts. Without markers, all text is before our part.
+    """The parts of a README. Without markers, all text is in `before`.
 
     Attributes:
-        front: the metadata as they were written, with the lines around them.
-        ours: what is between the markers; None where there are none.
-        record: what we noted last time; empty where it cannot be read.
+        front: the source text of the metadata, with the lines around them.
+        ours: the text between the markers; None without markers.
+        record: the data stored by the last write; empty if it cannot be read.
     """
 
     metadata: Metadata = field(default_factory=dict)
@@ -52,7 +52,7 @@ class Readme:
 
     @property
     def outside(self) -> str:
-        """The author's text."""
+        """The text of the author."""
         return f"{self.before.strip()}{NOTHING}{self.after.strip()}".replace("\r\n", "\n")
 
 
@@ -60,7 +60,7 @@ def split_readme(content: str, where: str) -> Readme:
     """The parts of a README.
 
     Raises:
-        AdapterFileError: its metadata are not a YAML mapping, or its markers are not one pair in their order.
+        AdapterFileError: its metadata are not a YAML mapping, or its markers are not one begin and one end.
     """
     readme = Readme(newline="\r\n" if "\r\n" in content else "\n")
     content = content.removeprefix("\ufeff")
@@ -80,7 +80,7 @@ def split_readme(content: str, where: str) -> Readme:
         return readme
     if [marker[1] for marker in markers] != ["begin", "end"]:
         raise AdapterFileError(
-            f"{where}: the markers around the part that hf_lora writes are not one pair but "
+            f"{where}: the markers around the generated part must be one begin and one end, but are "
             f"{', '.join(marker[1] for marker in markers)}. {REPAIR}"
         )
     begin, end = markers
@@ -95,10 +95,10 @@ def split_readme(content: str, where: str) -> Readme:
 
 
 def join_readme(old: Readme, metadata: Metadata, body: str, record: Mapping[str, Any], where: str) -> str:
-    """The README with another part of ours; `record` comes back from `split_readme`.
+    """The README with a new generated part; `record` is returned by `split_readme`.
 
     Raises:
-        AdapterFileError: a `model-index` that somebody else wrote cannot be read.
+        AdapterFileError: an existing `model-index` cannot be read.
     """
     was = old.record.get("metadata")
     merged, written = _merge(old.metadata, metadata, was if isinstance(was, dict) else {}, where)
@@ -115,10 +115,10 @@ def join_readme(old: Readme, metadata: Metadata, body: str, record: Mapping[str,
 
 
 def _merge(old: Metadata, ours: Metadata, was: Metadata, where: str) -> tuple[Metadata, Metadata]:
-    """(the metadata to write, the record of what of them is ours).
+    """(the metadata to write, the generated part of them, to record).
 
-    Of each key, our values but for those that the author removed, then those that the author added; where there can be
-    one value alone, the author's.
+    A list has the generated items that the author did not remove, then those that the author added. A single value is
+    the author's if there is one.
     """
     merged, written = dict(old), dict[str, Any]()
     for key in {**was, **ours}:
@@ -136,7 +136,7 @@ def _merge(old: Metadata, ours: Metadata, was: Metadata, where: str) -> tuple[Me
 
 
 def _merge_results(there: Any, now: Any, before: list[Any], where: str) -> tuple[Any, list[str]]:
-    """(the model index with the results of others kept after ours, the marks of ours)."""
+    """(the model index, with results of others after the generated ones; the hashes of the generated ones)."""
     try:
         name, present = model_index_to_eval_results(there) if there else ("", [])
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
@@ -158,35 +158,35 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> list[Any]:
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
 
 
 def card_to_push(here: str, there: str, where: str) -> str:
-    """The card to push: our part from here; the text around it from where it was changed since the last push.
+    """The card to push: the local generated part, and the text around it from where it changed since the last push.
 
     Args:
-        here: the text of the file here. Without our markers it was written by hand and is pushed as it is.
-        there: the text on the Hub; empty where there is no file.
-        where: names them in errors.
+        here: the text of the local file. Without markers it was written by hand and is pushed unchanged.
+        there: the text on the Hub; empty if there is no file.
+        where: their name in errors.
 
     Raises:
-        AdapterFileError: one of them has broken metadata, or markers that are not a pair.
+        AdapterFileError: one of them has malformed metadata or markers.
     """
-    mine = split_readme(here, f"{where}, here")
+    mine = split_readme(here, f"{where}, local")
     if mine.ours is None or here == there:
         return here
     theirs = split_readme(there, f"{where}, on the Hub")
-    pushed = theirs.record.get("outside")  # the hash of the author's text when both were the same
+    pushed = theirs.record.get("outside")  # the hash of the author's text when both were equal
     if mine.outside not in (NOTHING, theirs.outside):
         if theirs.outside == NOTHING or _hash(theirs.outside) == pushed:  # not edited there since
             theirs.before, theirs.ours, theirs.after = mine.before, mine.ours, mine.after
         elif _hash(mine.outside) != pushed:
             logger.warning(
-                f"{where}: the text around the generated part differs here and on the Hub, where somebody changed it. "
-                "That of the Hub is kept; edit it there, or pull it first."
+                f"{where}: the text around the generated part was changed on the Hub and differs from the local one. "
+                "The text on the Hub is kept; edit it there, or pull it first."
             )
     record = {**mine.record, "outside": _hash(mine.outside) if mine.outside == theirs.outside else pushed}
     return join_readme(theirs, mine.metadata, mine.ours, record, where)

@@ -1,8 +1,8 @@
-"""`README.md` of an adapter: what it is, how good it is, how it was made, and how to use it.
+"""The model card (`README.md`) of an adapter: what it is, its results, how it was trained, and how to use it.
 
-All numbers come from the adapter's files and the run's log; what is not known has no line. What a person writes
-outside of our part of the file is kept (see readme.py). What a run told is recorded in the file too, beside a hash of
-the weights: a card written again without the run still tells it, as long as the weights are the same.
+All numbers come from the adapter's files and the log of the run; unknown facts are omitted. Text outside the generated
+part of the file is kept (see readme.py). The facts about the run are also stored in the file, with a hash of the
+weights: a card that is written again without the run keeps them as long as the weights are the same.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ PICTURE_NAME = "training_loss.png"
 TEMPLATE = Path(__file__).with_name("card_template.md.jinja")
 TEXTS = ("base_model", "repo_id", "model_name", "license", "task")
 LISTS = ("tags", "datasets", "language")
-"""Arguments of `write_card` that hold until another value is given."""
+"""Arguments of `write_card` that are kept until they are changed."""
 PIPELINE_INPUTS = {
     "text-classification": "A text to classify.",
     "token-classification": "A text with names in it.",
     "text-generation": "The beginning of a text",
 }
-"""Tasks of `pipeline` that take one text, each with such a text."""
+"""Tasks of `pipeline` with one text as input -> an example input."""
 
 
 def write_card(
@@ -55,34 +55,34 @@ def write_card(
     run: Run | None = None,
     adapter: Adapter | None = None,
 ) -> Path:
-    """Write the `README.md` of an adapter's folder, and a picture of its losses where matplotlib is installed.
+    """Write the `README.md` of an adapter's folder, and a plot of its losses if matplotlib is installed.
 
-    Our part of it is between two markers. Text outside of them, and metadata that somebody added or changed, are kept;
-    a README without markers is kept whole and our part is put after it. Written twice, it has the same bytes.
+    The generated part is between two markers. Text outside of them, and metadata that were added or changed by hand,
+    are kept; a README without markers is kept, and the generated part is appended. Writing twice gives the same bytes.
 
     Args:
         folder: the adapter's folder.
-        results: what was measured: a mapping of metrics to numbers, such as `trainer.evaluate()` returns, or
+        results: a mapping of metrics to numbers, such as `trainer.evaluate()` returns, or
             `huggingface_hub.EvalResult`s.
-        data: what a mapping of results was measured on, for people.
-        history: `trainer.state.log_history`, for the picture.
-        base_model: the base's name on the Hub, where the adapter was trained on a folder.
+        data: description of the evaluation data of a mapping of results.
+        history: `trainer.state.log_history`, for the plot.
+        base_model: name of the base on the Hub, if the adapter was trained on a local folder.
         repo_id: the adapter's name on the Hub, for the snippets. Default: they name the folder.
         model_name: the title. Default: that of the repository or folder.
         license: id of the adapter's license.
-        language: code of the language, or several.
-        tags: more of them.
+        language: a language code, or several.
+        tags: additional tags.
         datasets: names on the Hub.
-        task: the Hub's name of the task, where the model's class does not tell it.
-        run: what is known of the training; `trainer.create_model_card()` fills it.
-        adapter: what is known of the adapter, where it is not in `folder` yet.
+        task: name of the task on the Hub. Default: that of the model's class.
+        run: facts about the training, from `trainer.create_model_card()`.
+        adapter: facts about the adapter, if it is not in `folder` yet.
 
     Returns:
-        The file. What is None of the arguments from `base_model` to `task` stays as it was given before.
+        The file. Arguments from `base_model` to `task` that are None keep the value of the previous call.
 
     Raises:
-        AdapterFileError: the folder holds no adapter, or a README that cannot be kept (broken metadata, or markers
-            that are not a pair). Nothing was written.
+        AdapterFileError: the folder has no adapter, or a README with malformed metadata or markers. Nothing was
+            written.
     """
     path, arguments = Path(folder), locals()
     facts = adapter or read_facts(path)
@@ -92,7 +92,7 @@ def write_card(
     known = run or _run_before(old, facts) or Run()
     if results is not None:
         known.scores = scores_given(results, data)
-    writers: dict[str, Callable[[Path], Any]] = {}
+    writers: dict[str, Callable[[Path], object]] = {}
     if history is not None:
         picture = draw_curve(history, known.unit)
         known.picture = picture is not None
@@ -117,7 +117,7 @@ def _read(file: Path) -> Readme:
 
 
 def _given(old: Readme, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of `write_card` over those of earlier calls: texts, and lists of texts."""
+    """The arguments of `write_card`, with those of earlier calls as defaults."""
     before, given = old.record.get("given"), dict[str, Any]()
     for name, value in arguments.items():
         if value is None and isinstance(before, dict):
@@ -129,13 +129,13 @@ def _given(old: Readme, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _run_before(old: Readme, facts: Adapter) -> Run | None:
-    """What an earlier card told of the run, where it was of these weights."""
+    """The facts about the run in an earlier card, if it was for the same weights."""
     same = facts.digest is not None and old.record.get("weights") == facts.digest
     return Run.from_json(old.record.get("run")) if same else None
 
 
 def _card_text(folder: Path, facts: Adapter, run: Run, given: Mapping[str, Any], old: Readme) -> str:
-    """The whole README: our part made anew, the rest from `old`."""
+    """The whole README: a new generated part, the rest from `old`."""
     local = facts.config.base_model_name_or_path or (facts.extras.get("base") or {}).get("name")
     base = given.get("base_model") or local
     on_hub = is_repository(base) if given.get("base_model") else facts.base_is_on_hub
@@ -148,7 +148,7 @@ def _card_text(folder: Path, facts: Adapter, run: Run, given: Mapping[str, Any],
     environment.filters |= {"text": text, "code": code, "literal": literal, "title": title, "number": _number}
     body = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=name, base=shown, base_on_hub=on_hub, task=task, datasets=datasets, facts=facts, scores=run.scores,
-        tells_data=any(s.data or s.dataset for s in run.scores), labels=facts.labels, adapter=adapter,
+        shows_data=any(s.data or s.dataset for s in run.scores), labels=facts.labels, adapter=adapter,
         repo_id=given.get("repo_id"), picture=PICTURE_NAME if run.picture else None, command=run.command,
         rows=_rows(facts, run, shown), versions={**facts.versions, **run.versions},
         **_snippets(folder, facts, adapter, shown, base == local and on_hub, task),
@@ -163,10 +163,10 @@ def _card_text(folder: Path, facts: Adapter, run: Run, given: Mapping[str, Any],
 def _snippets(
     folder: Path, facts: Adapter, adapter: str, base: str | None, base_is_found: bool, task: str | None
 ) -> dict[str, Any]:
-    """What the snippets of the template are filled with: arguments as they are typed, and which snippets there are.
+    """Variables of the template for the snippets: arguments as source code, and which snippets to show.
 
     Args:
-        base_is_found: whether the adapter's own configuration leads to the base, wherever the adapter is loaded.
+        base_is_found: whether the adapter's configuration names the base, so that the snippet does not need to.
     """
     import transformers
 
@@ -201,7 +201,7 @@ def _metadata(
     data = ModelCardData(
         base_model=base,
         base_model_relation="adapter" if base else None,
-        library_name="peft",  # whose format it is: the Hub counts its downloads by it
+        library_name="peft",  # the format is PEFT's, and the Hub counts downloads by this name
         pipeline_tag=task,
         license=given.get("license"),
         language=languages[0] if len(languages) == 1 else languages or None,
@@ -232,9 +232,9 @@ def _rows(facts: Adapter, run: Run, base: str | None) -> list[tuple[str, str]]:
         ("Dropout", f"{config.lora_dropout:g}"),
         ("Trained biases", code(config.bias) if config.bias != "none" else ""),
         ("Adapted layers", f"{len(facts.layers)}: {kinds}"),
-        ("Trained whole", ", ".join(code(path) for path in facts.whole)),
+        ("Fully trained", ", ".join(code(path) for path in facts.whole)),
         ("Parameters of the adapter", f"{facts.parameters:,}"),
-        ("Its file", f"{facts.bytes:,} bytes" if facts.bytes else ""),
+        ("File size", f"{facts.bytes:,} bytes" if facts.bytes else ""),
         *((label, text(value)) for label, value in run.settings.items()),
     ]
     return [(label, value) for label, value in rows if value]
