@@ -65,10 +65,10 @@ def test_a_chat_through_a_pipe(chat_adapter: str, llama_folder: str, loaded: tup
     assert second
     assert said[1:] == [
         "> open the door", first,
-        "> /base", "The base model answers.",
+        "> /base", "Using the base model.",
         "> close it", second,
-        "> /adapter", "The adapter answers.",
-        "> /reset", "What was said is forgotten.",
+        "> /adapter", "Using the adapter.",
+        "> /reset", "The conversation is cleared.",
         "> open the door", first, "",
     ]  # fmt: skip
 
@@ -77,7 +77,7 @@ def test_the_commands_of_a_chat(chat_adapter: str, loaded: tuple[Any, Any]) -> N
     said = chat(chat_adapter, "/system please", "the door", "", "/hlep", "/help", "/quit", "never read")
     assert said[1:3] == ["> /system please", "The system message is: please"]
     assert said[4] == Conversation(*loaded, system="please", max_new_tokens=6).say("the door")
-    assert said[7] == "There is no command /hlep (did you mean '/help'?). /help lists them."
+    assert said[7] == "Unknown command /hlep (did you mean '/help'?). /help lists the commands."
     assert [line.split()[0] for line in said[9:15]] == ["/base", "/adapter", "/reset", "/system", "/help", "/quit"]
     assert said[-1] == "> /quit"
 
@@ -124,7 +124,7 @@ def test_ctrl_c_at_the_prompt_leaves(chat_adapter: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(generate.sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", pressed)
-    assert generate._ask() is None
+    assert generate._read_line() is None
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "eval"])
