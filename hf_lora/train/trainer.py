@@ -28,9 +28,9 @@ from ..model import LoraModel
 from . import start
 from .card import CardWriter
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
-from .checkpoint.pushing import Pusher, make_repository, reported
+from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
-from .checkpoint.store import CheckpointStore, forget_lost_best, save_adapters
+from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_adapters
 from .engines import broadcast_trainable, check_engine, check_same_adapters
 from .head_loss import HeadLoss
 from .optimizer import give_rates
@@ -174,7 +174,7 @@ class LoraTrainerMixin(_Trainer):
         ):
             self._own_optimizer = optimizer
         if self.is_deepspeed_enabled:
-            self._checkpoints.note_groups(optimizer)
+            self._checkpoints.record_groups(optimizer)
         return optimizer
 
     # A step ----------------------------------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ class LoraTrainerMixin(_Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            forget_lost_best(self.state, self._get_output_dir(None))
+            forget_incomplete_best(self.state, self._get_output_dir(None))
             found = self._checkpoints.has_optimizer(checkpoint, self._bare_model, self.optimizer)
             if self._is_sharded:
                 if found:
@@ -374,7 +374,7 @@ class LoraTrainerMixin(_Trainer):
         self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
         self._finish_current_push()
         job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
-        return job.result() if blocking else reported(job)
+        return job.result() if blocking else log_failure(job)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         waits = push_is_running(self) and not self.args.hub_always_push
@@ -384,7 +384,7 @@ class LoraTrainerMixin(_Trainer):
         self.create_model_card()
         made = (self.args, str(self.hub_model_id), self.state, Path(checkpoint_folder), self.processing_class)
         job = self._pusher.push_checkpoint(*made)
-        add_push(self, job and reported(job))
+        add_push(self, job and log_failure(job))
 
 
 def _is_trainers(method: Any, own: Any) -> bool:

@@ -1,4 +1,4 @@
-"""`accelerator.save_state` for adapters: hooks for training scripts that use Accelerate without a Trainer."""
+"""`accelerator.save_state` for adapters: hooks for training scripts that use Accelerate without Trainer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .store import adapter_folder
 
 
 def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
-    """Let `accelerator.save_state(folder)` write adapters in place of whole models, and `load_state` read them.
+    """Make `accelerator.save_state(folder)` write adapters instead of whole models, and `load_state` read them.
 
     Call it once, after `Accelerator()`. Optimizers, schedulers, samplers, random states and prepared models without
-    adapters are saved as before. The adapter of the first model lies in the folder itself, so that
-    `LoraModel.from_pretrained(folder)` loads it; those of further models in `model_1`, `model_2` … in it.
+    adapters are saved as before. The first model's adapter is in the folder itself, so that
+    `LoraModel.from_pretrained(folder)` loads it; those of further models are in its subfolders `model_1`, `model_2`, …
 
     Returns:
-        The two handles; `handle.remove()` takes a hook off.
+        The two handles; `handle.remove()` removes a hook.
 
     Raises:
-        StateError: FSDP or DeepSpeed runs, under which Accelerate writes the model before any hook is asked.
+        StateError: under FSDP or DeepSpeed, where Accelerate writes the model before it calls a hook.
     """
     engine = running_engine(accelerator)
     if engine in ("FSDP", "DEEPSPEED"):
@@ -38,7 +38,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
         )
 
     def adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module, list[str]]]:
-        """(index, bare model, its adapters) of the models that have some, the last one first."""
+        """(index, unwrapped model, its adapters) of the models with adapters, the last one first."""
         bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
         found = [
             (i, m, list(require_state(m, "save_state").adapters))

@@ -1,4 +1,4 @@
-"""A frozen BatchNorm stays in eval mode: its running statistics are the base's, and in no adapter's file."""
+"""Frozen BatchNorm stays in eval mode: its running statistics belong to the base and are not saved with adapters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Watch
 
 
 class FrozenBatchNorm(Watch):
-    """Keeps it so in a model that has no `LoraModel.train`, which does it by itself."""
+    """Keeps frozen BatchNorms in eval mode in models without `LoraModel.train`, which does the same."""
 
     _handle: RemovableHandle | None = None
 
