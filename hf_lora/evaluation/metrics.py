@@ -124,7 +124,7 @@ class ComputeMetrics:
         self.compute_kwargs = compute_kwargs
         self._classes = 0
         self._losses = any(_name(m) == PERPLEXITY for m in self.metrics)
-        self._labelled = not all(_name(m) == PERPLEXITY for m in self.metrics)
+        self._labeled = not all(_name(m) == PERPLEXITY for m in self.metrics)
         self._seen: dict[str, list[Any]] = {}
         """Of each batch `predictions` and `references`, the classes that count, and `losses` (B, 2)."""
 
@@ -134,7 +134,7 @@ class ComputeMetrics:
         Token ids from `generate` and the outputs of regression pass unchanged.
         """
         if isinstance(logits, Kept):
-            parts = [logits.predictions] * self._labelled + [logits.losses] * self._losses
+            parts = [logits.predictions] * self._labeled + [logits.losses] * self._losses
             return parts[0] if len(parts) == 1 else tuple(parts)
         logits = logits[0] if isinstance(logits, (tuple, list)) else logits
         if not logits.is_floating_point():
@@ -148,7 +148,7 @@ class ComputeMetrics:
             return logits.squeeze(-1)
         self._classes = max(self._classes, logits.shape[-1])
         kept = []
-        if self._labelled:
+        if self._labeled:
             kept.append(logits.argmax(-1))
         if self._losses:
             shift = self.shift_labels is not False
@@ -164,7 +164,7 @@ class ComputeMetrics:
             kept = self.preprocess_logits_for_metrics(torch.as_tensor(raw), torch.as_tensor(labels))
             predictions = tuple(_array(k) for k in kept) if isinstance(kept, tuple) else _array(kept)
         parts = list(predictions) if isinstance(predictions, (tuple, list)) else [predictions]
-        if self._labelled:
+        if self._labeled:
             chosen, wanted = self._aligned(_array(parts[0]), _array(labels))
             if wanted.size and np.issubdtype(wanted.dtype, np.integer):
                 self._classes = max(self._classes, int(wanted.max()) + 1, int(chosen.max()) + 1)
@@ -189,7 +189,7 @@ class ComputeMetrics:
 
     def _is_kept(self, predictions: Any, labels: Any) -> bool:
         """Whether `predictions` went through `preprocess_logits_for_metrics`."""
-        if self._labelled and self._losses:
+        if self._labeled and self._losses:
             return isinstance(predictions, (tuple, list)) and np.ndim(predictions[0]) == np.ndim(labels)
         if isinstance(predictions, (tuple, list)):
             return False

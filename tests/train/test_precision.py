@@ -43,7 +43,7 @@ def precision_line(told: list[str]) -> str:
             "base float32; adapters float32; products in the base's dtype; optimizer adamw_torch_fused",
         ),
         (torch.float32, {"bf16": True}, "base float32; adapters float32; products bfloat16 by autocast"),
-        (torch.float32, {"fp16": True}, "products float16 by autocast, the loss not scaled"),
+        (torch.float32, {"fp16": True}, "products float16 by autocast, without loss scaling"),
         (torch.bfloat16, {}, "base bfloat16; adapters float32; products in the base's dtype"),
         (torch.bfloat16, {"bf16": True, "optim": "sgd"}, "products bfloat16 by autocast; optimizer sgd on float32"),
     ],
@@ -77,7 +77,7 @@ def test_a_run_does_not_go_on_over_another_form_of_the_base(arguments: Make, tmp
 
     trainer(1).train()
     fp4 = trainer(2, bnb_4bit_quant_type="fp4")
-    with pytest.raises(AdapterFileError, match=r"it was bitsandbytes NF4 then, and is bitsandbytes FP4 now"):
+    with pytest.raises(AdapterFileError, match=r"then bitsandbytes NF4, now bitsandbytes FP4"):
         fp4.train(resume_from_checkpoint=True)
     resumed = trainer(2)
     resumed.train(resume_from_checkpoint=True)
