@@ -13,7 +13,13 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_jit_checkpoint import CheckpointManager
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_load_best_model": (),
@@ -121,7 +127,7 @@ def held_load_report() -> Iterator[Callable[[], None]]:
         logger.removeFilter(hold)
 
 
-def shifts_labels(trainer: Any) -> bool:
+def shifts_labels(trainer: Trainer) -> bool:
     """Whether the model's loss compares position t with label t + 1.
 
     Trainer has two criteria, each incomplete: the model's loss (`Trainer._loss_shifts_labels`, since 5.17), which
@@ -136,7 +142,7 @@ def shifts_labels(trainer: Any) -> bool:
     return causal or bool(getattr(trainer, "_loss_shifts_labels", False))
 
 
-def scales_loss(optimizer: Any) -> bool:
+def scales_loss(optimizer: object) -> bool:
     """Whether the loss is scaled (fp16), so that an occasional overflow of gradients is normal.
 
     `AcceleratedOptimizer.scaler` is None or absent without scaling.
@@ -144,13 +150,13 @@ def scales_loss(optimizer: Any) -> bool:
     return getattr(optimizer, "scaler", None) is not None
 
 
-def push_is_running(trainer: Any) -> bool:
+def push_is_running(trainer: Trainer) -> bool:
     """Whether Trainer is still uploading the last checkpoint (`Trainer.push_in_progress`, futures or None)."""
     push = getattr(trainer, "push_in_progress", None)
     return push is not None and not push.is_done()
 
 
-def add_push(trainer: Any, job: Any) -> None:
+def add_push(trainer: Any, job: Future[CommitInfo] | None) -> None:
     """Make Trainer wait for one more upload at the end (`PushInProgress.jobs`); no effect if `job` is None."""
     from transformers.utils.hub import PushInProgress
 
@@ -163,12 +169,12 @@ def add_push(trainer: Any, job: Any) -> None:
         trainer.push_in_progress = PushInProgress(jobs)
 
 
-def train_batch_size(trainer: Any) -> int:
+def train_batch_size(trainer: Trainer) -> int:
     """Rows per device and micro-batch: `Trainer._train_batch_size`, which auto_find_batch_size lowers."""
     return int(getattr(trainer, "_train_batch_size", None) or trainer.args.per_device_train_batch_size)
 
 
-def handles_sigterm(manager: Any) -> bool:
+def handles_sigterm(manager: CheckpointManager) -> bool:
     """Whether a `CheckpointManager`'s handler (`_sigterm_handler`) is installed."""
     return bool(signal.getsignal(signal.SIGTERM) == manager._sigterm_handler)
 
@@ -212,7 +218,7 @@ def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loads_to_plain_cpu(args: Any) -> Iterator[None]:
+def loads_to_plain_cpu(args: TrainingArguments) -> Iterator[None]:
     """Within, `args.device` is `cpu` instead of `cpu:0`, to which `torch.load` cannot restore.
 
     With several processes Accelerate uses `cpu:0`, and Trainer 5.17 (not 5.23) loads the optimizer to `args.device`.
@@ -257,7 +263,7 @@ def name_or_path(model: Any) -> str:
     return str(model.config._name_or_path)
 
 
-def is_own_model(name: Any) -> bool:
+def is_own_model(name: object) -> bool:
     """Whether `name` is a model class of transformers (`_class_to_module`), found without importing it.
 
     Model classes are in `models.<model>.modeling_<model>`; auto classes do not count.

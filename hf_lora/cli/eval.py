@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -72,7 +71,7 @@ def eval_(
         typer.echo(f"answers: {predictions}")
 
 
-def _readable(metrics: dict[str, Any], fields: dict[str, dict[str, float]]) -> str:
+def _readable(metrics: dict[str, int | float], fields: dict[str, dict[str, float]]) -> str:
     lines = [f"{name}: {value:,{'.4g' if isinstance(value, float) else ''}}" for name, value in metrics.items()]
     if fields:
         width = max(len("field"), *map(len, fields))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import LoraError, nearest
+
+if TYPE_CHECKING:
+    from ..generate.conversation import Conversation
 
 SOURCE = typer.Argument(..., help="Folder or Hub name of an adapter or a full model.", show_default=False)
 BASE_MODEL = typer.Option(None, help="The adapter's base model (default: the one in its config).")
@@ -102,7 +105,7 @@ def _read_line() -> str | None:
     return line.strip()
 
 
-def _command(conversation: Any, word: str, rest: str) -> str:
+def _command(conversation: Conversation, word: str, rest: str) -> str:
     if word in ("/base", "/adapter"):
         conversation.use_adapter(word == "/adapter")
         return "Using the adapter." if word == "/adapter" else "Using the base model."
@@ -118,7 +121,7 @@ def _command(conversation: Any, word: str, rest: str) -> str:
     return f"Unknown command {word}{nearest(word, known)}. /help lists the commands."
 
 
-def _answer(conversation: Any, text: str) -> None:
+def _answer(conversation: Conversation, text: str) -> None:
     before = conversation.forgotten
     try:
         conversation.say(text, lambda piece: typer.echo(piece, nl=False))

@@ -6,13 +6,14 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_parameters
@@ -37,7 +38,7 @@ class CardWriter:
     def __init__(self) -> None:
         self.arguments: dict[str, Any] = {}
 
-    def write(self, trainer: Any, model: nn.Module, given: Mapping[str, Any]) -> None:
+    def write(self, trainer: Trainer, model: nn.Module, given: Mapping[str, Any]) -> None:
         """Write the card of the adapter to `output_dir`; `given` are the arguments of `Trainer.create_model_card`.
 
         If the existing README cannot be kept, this is an AdapterFileError, or a warning during training.
@@ -77,7 +78,7 @@ _CARD = {"language", "license", "tags", "model_name", "task", "base_model", "dat
 
 
 def run_of(
-    trainer: Any, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
+    trainer: Trainer, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
 ) -> Run:
     """The facts of a Trainer's run. Default names of the data: those of the metrics and the datasets."""
     named = [name for name in datasets if is_repository(name)]
@@ -103,9 +104,9 @@ def run_of(
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def final_scores(trainer: Any) -> list[Score]:
+def final_scores(trainer: Trainer) -> list[Score]:
     """The evaluation of the current weights; if there was none, the last evaluation, with its step."""
-    history = trainer.state.log_history
+    history: list[dict[str, Any]] = trainer.state.log_history
     ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
     after = history[ends[-1] + 1 :] if ends else []
     best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
@@ -137,7 +138,7 @@ def _prefixes(entry: Mapping[str, Any]) -> list[str]:
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
+def settings_of(trainer: Trainer, model: nn.Module) -> dict[str, str]:
     """Label -> value of each setting of the run; unused settings are empty."""
     args, state = trainer.args, trainer.state
     ended: dict[str, Any] = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
@@ -145,29 +146,32 @@ def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
     share = f"{trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.3g} %)"
     per_device = train_batch_size(trainer)
     parts = [
-        (per_device, "a device"), (args.gradient_accumulation_steps, "accumulated"), (args.world_size, "processes"),
-    ]  # fmt: skip
+        (per_device, "per device"),
+        (args.gradient_accumulation_steps, "accumulation steps"),
+        (args.world_size, "processes"),
+    ]
     rows = math.prod(count for count, _ in parts)
-    factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "a device")
+    factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "per device")
     mixed, base = "bf16" if args.bf16 else "fp16" if args.fp16 else "", base_precision(model)
     warmup = args.warmup_steps
     schedule = getattr(args.lr_scheduler_type, "value", str(args.lr_scheduler_type))
+    rows_trained, longest = trainer.train_dataset, getattr(args, "max_length", None)
     ratio, head = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     settings = {
         "Trained": share,
         "Learning rate": f"{args.learning_rate:g}",
         "Learning rate of B": f"{ratio * args.learning_rate:g}" if ratio else "",
         "Learning rate of the heads": f"{head:g}" if head else "",
-        "Schedule": f"{schedule}, warm-up of {_steps(warmup)}" if warmup else schedule,
+        "Schedule": f"{schedule}, warmup of {_steps(warmup)}" if warmup else schedule,
         "Optimizer": getattr(args.optim, "value", str(args.optim)),
         "Weight decay": f"{args.weight_decay:g}" if args.weight_decay else "",
-        "Largest gradient norm": f"{args.max_grad_norm:g}" if args.max_grad_norm else "",
+        "Maximum gradient norm": f"{args.max_grad_norm:g}" if args.max_grad_norm else "",
         "Label smoothing": f"{args.label_smoothing_factor:g}" if args.label_smoothing_factor else "",
         "Batch": f"{rows} row{'s' if rows > 1 else ''}" + (f" ({factors})" if rows != per_device else ""),
         "Epochs": f"{state.epoch:.4g}" if state.epoch else "",
         "Steps": f"{state.global_step:,}" if state.global_step else "",
-        "Rows trained on": f"{len(trainer.train_dataset):,}" if hasattr(trainer.train_dataset, "__len__") else "",
-        "Longest row": f"{args.max_length:,} tokens" if getattr(args, "max_length", None) else "",
+        "Rows trained on": f"{len(rows_trained):,}" if isinstance(rows_trained, Sized) else "",
+        "Maximum row length": f"{longest:,} tokens" if longest else "",
         "Packed": "yes" if getattr(args, "packing", False) else "",
         "Seed": str(args.seed),
         "Precision": f"{mixed} autocast, base in {base}" if mixed else f"base in {base}",
@@ -180,7 +184,7 @@ def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
     return settings
 
 
-def versions_of(trainer: Any, model: nn.Module) -> dict[str, str]:
+def versions_of(trainer: Trainer, model: nn.Module) -> dict[str, str]:
     """Library -> version, for the libraries used in the run that `hf_lora.json` does not list."""
     bases = {cls.__module__.partition(".")[0] for cls in type(trainer).__mro__}
     data = {type(part).__module__.partition(".")[0] for part in (trainer.train_dataset, trainer.eval_dataset)}
@@ -196,7 +200,7 @@ def versions_of(trainer: Any, model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _hardware(args: Any) -> str:
+def _hardware(args: TrainingArguments) -> str:
     device = args.device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -220,7 +224,7 @@ def _steps(warmup: float) -> str:
     return f"{100 * warmup:g} % of the steps" if warmup < 1 else f"{warmup:g} steps"
 
 
-def _source(data: Any) -> tuple[str, str] | None:
+def _source(data: object) -> tuple[str, str] | None:
     """(repository, commit) of a dataset from the Hub, from the URLs of its files."""
     files = getattr(getattr(data, "info", None), "download_checksums", None)
     found = {match.groups() for url in files or () if (match := _ON_HUB.match(str(url)))}

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.state import require_state
@@ -30,7 +33,7 @@ Groups = Sequence[Mapping[str, Any]]
 _NAMES = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
 
 
-def requested_engine(args: Any) -> tuple[str, str] | None:
+def requested_engine(args: TrainingArguments) -> tuple[str, str] | None:
     """(engine, source of the request): the training arguments, or the environment set by `accelerate launch`."""
     for name, variable in _NAMES.items():
         if getattr(args, name.lower(), None):
@@ -40,13 +43,15 @@ def requested_engine(args: Any) -> tuple[str, str] | None:
     return None
 
 
-def running_engine(accelerator: Any) -> str:
+def running_engine(accelerator: Accelerator) -> str:
     """The engine that Accelerate runs, such as NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED."""
     kind = accelerator.distributed_type
     return str(getattr(kind, "value", kind)).upper()
 
 
-def check_engine(args: Any, accelerator: Any, model: Any, accept_ddp_fallback: bool, call: str) -> None:
+def check_engine(
+    args: TrainingArguments, accelerator: Accelerator, model: nn.Module | None, accept_ddp_fallback: bool, call: str
+) -> None:
     """Refuse an engine other than the requested one, or one that does not support adapters.
 
     Raises:
@@ -85,7 +90,7 @@ def check_engine(args: Any, accelerator: Any, model: Any, accept_ddp_fallback: b
             _check_quantized(model, accelerator, call)
 
 
-def _check_quantized(model: nn.Module, accelerator: Any, call: str) -> None:
+def _check_quantized(model: nn.Module, accelerator: Accelerator, call: str) -> None:
     """Warn about quantized weights that FSDP2 does not shard, and refuse those that it cannot handle."""
     whole = unshardable(model)
     parameters = dict(model.named_parameters())
@@ -229,7 +234,7 @@ def _kinds(inner: Any, parts: Sequence[Tensor]) -> tuple[list[str], dict[str, An
     return keys, single
 
 
-def schedule_state(scheduler: Any, optimizer: Any, groups: Groups) -> dict[str, Any]:
+def schedule_state(scheduler: LRScheduler, optimizer: Any, groups: Groups) -> dict[str, Any]:
     """The schedule's `state_dict`, with a learning rate for each group that the optimizer was created with."""
     state: dict[str, Any] = scheduler.state_dict()
     count = sum(bool(group["params"]) for group in groups)
@@ -242,7 +247,7 @@ def schedule_state(scheduler: Any, optimizer: Any, groups: Groups) -> dict[str, 
     return _at(places, state, count)
 
 
-def load_schedule_state(scheduler: Any, optimizer: Any, groups: Groups, state: Mapping[str, Any]) -> None:
+def load_schedule_state(scheduler: LRScheduler, optimizer: Any, groups: Groups, state: dict[str, Any]) -> None:
     """Load the result of `schedule_state` or of an ordinary schedule's `state_dict`."""
     if zero_partitions(getattr(optimizer, "optimizer", optimizer)) is not None:
         state = _at([i for i, group in enumerate(groups) if group["params"]], state, len(groups))

@@ -51,7 +51,7 @@ def split_by_rate(optimizer: Optimizer, rates: dict[int, float]) -> None:
     """
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        parts: dict[float | None, list[Any]] = {None: []}  # the common rate first: it is logged
+        parts: dict[float | None, list[nn.Parameter]] = {None: []}  # the common rate first: it is logged
         for parameter in group["params"]:
             parts.setdefault(rates.get(id(parameter)), []).append(parameter)
         if len(parts) > 1 and not parts[None]:

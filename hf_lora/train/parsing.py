@@ -145,7 +145,7 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _as_flag(name: str, value: Any) -> list[str]:
+def _as_flag(name: str, value: object) -> list[str]:
     """A YAML value as command-line arguments, so that one parser checks both."""
     if value is None or value == []:
         return []

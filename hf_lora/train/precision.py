@@ -7,12 +7,13 @@ from math import prod
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..adapt.dequantize import quantized_layers
 
 
-def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
+def precision_line(model: nn.Module, accelerator: Accelerator, optimizer: str) -> str:
     """The precision of the base, the adapters, the products and the optimizer.
 
     Args:
@@ -43,14 +44,14 @@ def quantization(model: nn.Module) -> list[str]:
     return sorted({storage.form(layer) for layer, storage in quantized_layers(model).values()})
 
 
-def _products(model: nn.Module, accelerator: Any) -> str:
+def _products(model: nn.Module, accelerator: Accelerator) -> str:
     text = _dense_products(model, accelerator)
     own = {storage.compute_dtype(layer) for layer, storage in quantized_layers(model).values()}
     named = ", ".join(sorted(_name(dtype) for dtype in own if dtype is not None))
     return f"{text}, those of 4-bit layers in {named}" if named else text
 
 
-def _dense_products(model: nn.Module, accelerator: Any) -> str:
+def _dense_products(model: nn.Module, accelerator: Accelerator) -> str:
     mixed = str(accelerator.mixed_precision)
     if mixed == "fp8":
         return "float8 if Accelerate's backend supports it (experimental)"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
@@ -126,7 +126,7 @@ def prepare(parsed: Parsed) -> Prepared:
     return (_classifier if task == CLASSIFICATION else _language_model)(parsed, tables, tokenizer)
 
 
-def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
+def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from .trainer import LoraTrainer
@@ -161,7 +161,7 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Pre
     return Prepared(trainer, rows, lines)
 
 
-def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
+def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     try:
         from .sft import LoraSFTConfig, LoraSFTTrainer
     except ImportError as error:
@@ -200,7 +200,7 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     return Prepared(trainer, rows, lines)
 
 
-def _common(rows: dict[str, Any], tokenizer: Any, metrics: list[str]) -> dict[str, Any]:
+def _common(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, metrics: list[str]) -> dict[str, Any]:
     """Arguments that both Trainers take."""
     from ..evaluation.metrics import build_compute_metrics
 

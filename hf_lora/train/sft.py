@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +209,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
 
 
 def _over_head(
-    head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any]
+    head: FrozenHead, forward: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]
 ) -> tuple[FusedCausalLMOutput | None, str | None]:
     """The result of TRL's forward with a fused head; None and the reason if the head does not fit."""
     with head.catch(model, shifted(inputs["labels"]), entropy=True) as caught:
@@ -241,7 +241,7 @@ def _keep_dtypes(model: Any) -> Iterator[None]:
                 parameter.data = values
 
 
-def _config_of(arguments: Any, model: Any) -> SFTConfig:
+def _config_of(arguments: TrainingArguments | None, model: Any) -> SFTConfig:
     if arguments is None:
         name = model if isinstance(model, str) else name_or_path(model)
         return LoraSFTConfig(f"{str(name).rpartition('/')[2] or 'model'}-SFT")
@@ -253,6 +253,6 @@ def _tokenizer(folder: str, model: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder if has_own else name_or_path(model))
 
 
-def _is_chat(cell: Any) -> bool:
+def _is_chat(cell: object) -> bool:
     first = cell[0] if isinstance(cell, list) and cell else None
     return isinstance(first, dict) and bool({"role", "from"} & set(first))

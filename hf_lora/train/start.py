@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
@@ -132,7 +133,7 @@ def check_start(model: nn.Module, call: str) -> None:
         )
 
 
-def start_lines(model: nn.Module, accelerator: Any, optimizer: Any) -> list[str]:
+def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:
     """Lines with the trainable share, each active adapter and the precision. `optimizer` may be its name in `args`."""
     state = require_state(model, "train")
     adapters = [summary(model, state, name) for name in state.activity.active]
@@ -190,5 +191,5 @@ def find_shared_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
         )
 
 
-def _listed(names: Any) -> str:
+def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))

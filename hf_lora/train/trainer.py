@@ -77,7 +77,7 @@ class LoraTrainerMixin(_Trainer):
         self._lora_config = lora_config
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
-        self._own_optimizer: Any = None
+        self._own_optimizer: torch.optim.Optimizer | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
         self._sharing_pending = False
@@ -140,7 +140,7 @@ class LoraTrainerMixin(_Trainer):
                 watch.finished()
             self._sharing_pending = False
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._begin()
         if resume_from_checkpoint is None or not self._is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -387,7 +387,7 @@ class LoraTrainerMixin(_Trainer):
         add_push(self, job and log_failure(job))
 
 
-def _is_trainers(method: Any, own: Any) -> bool:
+def _is_trainers(method: object, own: object) -> bool:
     """Whether a bound method is Trainer's, and not overridden by a subclass."""
     return getattr(method, "__func__", None) is own
 

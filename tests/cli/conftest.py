@@ -44,7 +44,7 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def texts_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same 24 labelled texts as CSV and JSONL, and prompts with completions."""
+    """The same 24 labeled texts as CSV and JSONL, and prompts with completions."""
     folder = tmp_path_factory.mktemp("texts")
     rows = [
         (f"{'open' if i % 2 else 'close'} the {WORDS[i % len(WORDS)]}", "yes" if i % 2 else "no") for i in range(24)

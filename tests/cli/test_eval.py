@@ -90,7 +90,7 @@ def test_the_scores_are_those_of_the_models_own_loss(
     assert found["tokens"] == tokens == sum(t != -100 for row in rows for t in row["labels"][1:])
 
 
-def test_only_labelled_tokens_meet_the_head(
+def test_only_labeled_tokens_meet_the_head(
     loaded: tuple[Any, Any], chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens without a label never meet the head, once it is proved."""

@@ -237,7 +237,7 @@ def test_engines_that_adapters_cannot_follow_are_refused(arguments: Any) -> None
     check_engine(arguments(), _Accelerator("DEEPSPEED", deepspeed_plugin=plugin), model, False, "LoraTrainer")
 
 
-def test_fsdp_says_which_quantised_weights_stay_whole(tmp_path: Path, arguments: Any, messages: list[str]) -> None:
+def test_fsdp_says_which_quantized_weights_stay_whole(tmp_path: Path, arguments: Any, messages: list[str]) -> None:
     base, fsdp = save_base(tmp_path / "base"), _Accelerator("FSDP")
     check_engine(arguments(), fsdp, load(base, "nf4", bnb_4bit_quant_storage=torch.float32), False, "LoraTrainer")
     assert not messages

@@ -62,7 +62,7 @@ def sft(model: Any, tokenizer: Any, data: Any, tmp_path: Path, **values: Any) ->
     return LoraSFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer, **given)
 
 
-def labelled(tokenizer: Any, chats: Any) -> Any:
+def labeled(tokenizer: Any, chats: Any) -> Any:
     rows, _ = chat_rows(table_of(chats, "chats"), recognise(table_of(chats, "chats")), tokenizer, 96)
     return datasets.Dataset.from_list(rows)
 
@@ -82,7 +82,7 @@ def one_step(trainer: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[
 def test_loss_gradients_and_metrics_are_trls(
     packing: bool, loss_type: str, tokenizer: Any, chats: Any, tmp_path: Path
 ) -> None:
-    data = labelled(tokenizer, chats)
+    data = labeled(tokenizer, chats)
     arguments = trl.SFTConfig(str(tmp_path), packing=packing, loss_type=loss_type, **QUIET)
     theirs = one_step(trl.SFTTrainer(adapted(llama()), arguments, train_dataset=data, processing_class=tokenizer))
     ours = one_step(sft(adapted(llama()), tokenizer, chats, tmp_path, packing=packing, loss_type=loss_type))
@@ -106,7 +106,7 @@ def test_packed_rows_cost_the_same_loss_a_token_as_rows_one_by_one(tokenizer: An
         metrics = trainer.evaluate()
         results.append((metrics["eval_perplexity"], metrics["eval_accuracy"]))
         model.__dict__.pop("forward")
-    rows = labelled(tokenizer, chats)
+    rows = labeled(tokenizer, chats)
     total, right, count = 0.0, 0, 0
     for row in rows:
         labels = torch.tensor(row["labels"][1:])

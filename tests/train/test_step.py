@@ -147,7 +147,7 @@ def test_a_step_waits_for_the_device_no_more_often_than_trainers(make: Any, data
         counts.append(waits.waits.count)
     ours, theirs = counts
     assert theirs["aten::_local_scalar_dense"] > 0  # the filter of NaN looks at every loss: the count works
-    # The loss over the head has to know which tokens are labelled, once a step, before the forward.
+    # The loss over the head has to know which tokens are labeled, once a step, before the forward.
     allowed = {**theirs, "aten::nonzero": theirs["aten::nonzero"] + (3 if make is tiny_llama else 0)}
     for name, count in ours.items():
         assert count <= allowed[name], name

@@ -47,7 +47,7 @@ class Field(NamedTuple):
         of_optimizer: whether it is about the optimizer's state, and so is checked only when that is loaded.
     """
 
-    save: Callable[[Path, Run], Any]
+    save: Callable[[Path, Run], object]
     resume: Callable[[Path, Any, Run], None]
     of_optimizer: bool
 

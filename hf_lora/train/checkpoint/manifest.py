@@ -84,7 +84,7 @@ def atomic_checkpoint(folder: str | Path, writes: bool = True) -> Iterator[None]
         ) from error
 
 
-def finish_checkpoint(folder: str | Path, step: int, fields: Mapping[str, Any] | None = None) -> None:
+def finish_checkpoint(folder: str | Path, step: int, fields: Mapping[str, object] | None = None) -> None:
     """Write the manifest, after every file of all processes; then delete the checkpoint that was replaced.
 
     Args:
@@ -99,7 +99,7 @@ def finish_checkpoint(folder: str | Path, step: int, fields: Mapping[str, Any] |
     for inner in {folder, *(folder / name for name in files)}:
         if inner.is_dir():
             sync_folder(inner)
-    content: dict[str, Any] = {"format": _FORMAT, "step": step, "files": files, **(fields or {})}
+    content: dict[str, object] = {"format": _FORMAT, "step": step, "files": files, **(fields or {})}
     content["seal"] = _seal(content)
     aside = folder / (MANIFEST_NAME + ".tmp")
     with open(aside, "w", encoding="utf-8") as file:
@@ -202,15 +202,15 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     return str(chosen) if chosen else None
 
 
-def checkpoint_to_resume(asked: str | bool | None, output_dir: str) -> str | None:
-    """The folder that `train(resume_from_checkpoint=asked)` resumes from; AdapterFileError if it is incomplete."""
-    found = last_checkpoint(output_dir) if asked is True else asked or None
-    if found is None and asked:
+def checkpoint_to_resume(requested: str | bool | None, output_dir: str) -> str | None:
+    """The folder that `train(resume_from_checkpoint=requested)` resumes from; AdapterFileError if it is incomplete."""
+    found = last_checkpoint(output_dir) if requested is True else requested or None
+    if found is None and requested:
         raise AdapterFileError(
             f"train(resume_from_checkpoint=True): no complete checkpoint in {output_dir}. Call train() to start from "
             "the beginning."
         )
-    if found is not None and asked is not True:
+    if found is not None and requested is not True:
         require_complete(found, contents=True)
     return found
 
@@ -316,7 +316,7 @@ def _sha256(path: Path, sync: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def _seal(content: Mapping[str, object]) -> str:
     """A hash of the manifest itself."""
     rest = {key: value for key, value in content.items() if key != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

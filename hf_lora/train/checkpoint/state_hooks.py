@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...adapt.gather import gathered_state
 from ...adapt.state import require_state, state_of
@@ -16,7 +18,7 @@ from ..engines import running_engine
 from .store import adapter_folder
 
 
-def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
+def register_adapter_hooks(accelerator: Accelerator) -> tuple[RemovableHandle, RemovableHandle]:
     """Make `accelerator.save_state(folder)` write adapters instead of whole models, and `load_state` read them.
 
     Call it once, after `Accelerator()`. Optimizers, schedulers, samplers, random states and prepared models without
@@ -47,7 +49,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
         ]
         return found[::-1]
 
-    def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+    def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], output_dir: str) -> None:
         each_node = accelerator.project_configuration.save_on_each_node
         writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
         for index, model, names in adapted(models):

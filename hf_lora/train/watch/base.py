@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import TrainerCallback
 
 
@@ -15,7 +15,7 @@ class Watch(TrainerCallback):
     `LoraTrainer` calls them for every `Watch` among its callbacks: its own (`guard`, `finite`) and those passed to it.
     """
 
-    def before_step(self, model: nn.Module, optimizer: Any, loss: Tensor, step: int) -> None:
+    def before_step(self, model: nn.Module, optimizer: Optimizer, loss: Tensor, step: int) -> None:
         """Called when all gradients of a step are computed, before clipping and the step. Not under DeepSpeed.
 
         Args:

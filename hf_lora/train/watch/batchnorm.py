@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ...adapt.batchnorm import hold_batchnorm
 from ...model import LoraModel
@@ -17,7 +16,14 @@ class FrozenBatchNorm(Watch):
 
     _handle: RemovableHandle | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self.finished()
         if isinstance(model, nn.Module) and not isinstance(model, LoraModel):
             self._handle = model.register_forward_pre_hook(lambda module, _: hold_batchnorm(module))

@@ -10,12 +10,12 @@ itself. DeepSpeed steps within its backward pass, so the loss is checked before 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...compat import scales_loss
@@ -48,7 +48,7 @@ class FiniteWatch(Watch):
         self.skipped: list[int] = []
         """The skipped steps, counted from 1."""
 
-    def before_step(self, model: nn.Module, optimizer: Any, loss: Tensor, step: int) -> None:
+    def before_step(self, model: nn.Module, optimizer: Optimizer, loss: Tensor, step: int) -> None:
         if scales_loss(optimizer):
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -68,10 +68,14 @@ class FiniteWatch(Watch):
         for parameter in parameters:
             parameter.grad = None  # optimizers skip parameters without a gradient
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.skipped = []
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.skipped and state.is_world_process_zero:
             logger.warning(
                 f"{len(self.skipped)} of {state.global_step} steps were skipped because their loss or gradients were "

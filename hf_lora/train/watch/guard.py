@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
@@ -32,6 +34,7 @@ from ...adapt.walk import adapter_layers
 from ...errors import TrainingError
 from ...layers.contract import FactorSpec
 from ...layers.distributed import is_sharded, local_part, of_all_ranks
+from ...layers.site import Site
 from .base import Watch, listed
 
 logger = logging.get_logger(__name__)
@@ -47,7 +50,7 @@ class _Watched:
     """One adapted layer and what was observed."""
 
     name: str
-    layer: Any
+    layer: Site
     adapters: list[str]
     calls: int = 0
     learned: bool = False
@@ -56,7 +59,7 @@ class _Watched:
     def ran(self) -> bool:
         return self.calls > 0 or self.learned
 
-    def count(self, module: Any, args: Any) -> None:
+    def count(self, module: nn.Module, args: object) -> None:
         if module.training or torch.is_grad_enabled():  # calls during an evaluation do not count
             self.calls += 1
 
@@ -98,7 +101,14 @@ class LayerGuard(Watch):
         self._counts_calls = True
         self._sees_gradients = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self.finished()
         if self.steps < 1 or model is None or state_of(model) is None:
             return
@@ -114,7 +124,9 @@ class LayerGuard(Watch):
                 if self._counts_calls:
                     self._handles.append(layer.host().register_forward_pre_hook(watched.count))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         found = [(w, largest) for w in self.watched if (largest := w.largest_gradient()) is not None]
         if not found:
             return
@@ -125,9 +137,15 @@ class LayerGuard(Watch):
             watched.learned |= 0 < value < math.inf  # an overflow, which loss scaling skips, does not count
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
-        if not self.watched:
+        if not self.watched or model is None:
             return
         self._share()
         if self._sees_gradients and not any(w.learned for w in self.watched):
@@ -145,7 +163,9 @@ class LayerGuard(Watch):
         if self._seen >= (PATIENCE * self.steps if waits else self.steps):
             self._report(model, optimizer, state.is_world_process_zero)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         # The run was shorter than the check: too few steps to remove adapters, so this only warns.
         idle = [w.name for w in self.watched if not w.ran] if self._counts_calls else []
         if idle and self._seen and state.is_world_process_zero:
@@ -175,7 +195,7 @@ class LayerGuard(Watch):
         """Whether similar layers are called only occasionally."""
         return len({w.calls for w in self._siblings(watched)}) > 1
 
-    def _report(self, model: Any, optimizer: Any, main: bool) -> None:
+    def _report(self, model: nn.Module, optimizer: Optimizer | None, main: bool) -> None:
         uncalled = [w for w in self.watched if not w.ran] if self._counts_calls else []
         later = [w for w in uncalled if self._may_run_later(w)]
         uncalled = [w for w in uncalled if w not in later]
@@ -212,7 +232,7 @@ class LayerGuard(Watch):
                 logger.warning(text.format(steps, listed([w.name for w in found])))
 
 
-def _drop(model: Any, optimizer: Any, dropped: list[_Watched]) -> None:
+def _drop(model: nn.Module, optimizer: Optimizer | None, dropped: list[_Watched]) -> None:
     """Remove the adapters of layers, and their parameters from the optimizer."""
     gone = {id(tensor) for w in dropped for _, tensor in w.factors()}
     for adapter in {a for w in dropped for a in w.adapters}:
