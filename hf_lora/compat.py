@@ -1,8 +1,8 @@
-"""The private names of other libraries that hf_lora touches, in one place.
+"""The private names of other libraries that hf_lora uses, in one place.
 
-Seen in transformers 5.17 and 5.23, accelerate 1.15, torch 2.11 and 2.13, TRL 1.16 and DeepSpeed 0.19, where nothing
-else is said. tests/test_compat.py compares this file with what is installed, so that a release that renames one of
-them fails there and not in somebody's training run.
+Verified, unless stated otherwise, with transformers 5.17 and 5.23, accelerate 1.15, torch 2.11 and 2.13, TRL 1.16 and
+DeepSpeed 0.19. tests/test_compat.py compares this file with the installed versions, so that a changed name fails a
+test and not a training run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import logging
 import re
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+    from transformers import Trainer, TrainingArguments
+    from transformers.trainer_jit_checkpoint import CheckpointManager
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_load_best_model": (),
@@ -40,7 +46,7 @@ CALLED: dict[str, tuple[str, ...]] = {
     "_load_scaler": ("checkpoint",),
     "_prepare_inputs": ("inputs",),
 }
-"""Private methods of `transformers.Trainer` that are called or looked for -> their parameters after self."""
+"""Private methods of `transformers.Trainer` that are called or checked -> their parameters after self."""
 
 
 LOADING: dict[str, tuple[str, ...]] = {
@@ -55,7 +61,7 @@ LOADING: dict[str, tuple[str, ...]] = {
     ),
     "modeling_utils.PreTrainedModel.tie_weights": ("missing_keys", "recompute_mapping"),
 }  # fmt: skip
-"""What reads names of checkpoints as transformers' loader does -> its first parameters after self."""
+"""Functions of transformers that map the names in checkpoints -> their first parameters after self."""
 
 
 ATTRIBUTES: dict[str, str] = {
@@ -91,12 +97,12 @@ ATTRIBUTES: dict[str, str] = {
     "_hp_mapping": "deepspeed.utils.tensor_fragment",
     "_z3_optimizer": "deepspeed.runtime.zero.stage3",
 }
-"""Private attributes that are used elsewhere in the package -> the module or class where each was seen."""
+"""Private attributes that are used elsewhere in the package -> the module or class that has them."""
 
 
 @contextlib.contextmanager
 def held_load_report() -> Iterator[Callable[[], None]]:
-    """Keep back the table of missing keys that `from_pretrained` logs; calling what is yielded logs it after all.
+    """Hold back the table of missing keys that `from_pretrained` logs; calling the yielded function logs it.
 
     The record comes from the logger of `transformers.modeling_utils` and has "LOAD REPORT" in its text.
     """
@@ -121,11 +127,11 @@ def held_load_report() -> Iterator[Callable[[], None]]:
         logger.removeFilter(hold)
 
 
-def shifts_labels(trainer: Any) -> bool:
-    """Whether the model's own loss compares position t with label t + 1.
+def shifts_labels(trainer: Trainer) -> bool:
+    """Whether the model's loss compares position t with label t + 1.
 
-    Trainer knows it in two ways, each with gaps: by the model's loss (`Trainer._loss_shifts_labels`, since 5.17),
-    which misses classes whose name says nothing of it, and by the class's place among the causal language models.
+    Trainer has two criteria, each incomplete: the model's loss (`Trainer._loss_shifts_labels`, since 5.17), which
+    depends on the class name, and whether the class is in the mapping of causal language models.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -136,22 +142,22 @@ def shifts_labels(trainer: Any) -> bool:
     return causal or bool(getattr(trainer, "_loss_shifts_labels", False))
 
 
-def scales_loss(optimizer: Any) -> bool:
-    """Whether gradients come from a scaled loss (fp16), where an overflow now and then is normal.
+def scales_loss(optimizer: object) -> bool:
+    """Whether the loss is scaled (fp16), so that an occasional overflow of gradients is normal.
 
     `AcceleratedOptimizer.scaler` is None or absent without scaling.
     """
     return getattr(optimizer, "scaler", None) is not None
 
 
-def push_is_running(trainer: Any) -> bool:
+def push_is_running(trainer: Trainer) -> bool:
     """Whether Trainer is still uploading the last checkpoint (`Trainer.push_in_progress`, futures or None)."""
     push = getattr(trainer, "push_in_progress", None)
     return push is not None and not push.is_done()
 
 
-def add_push(trainer: Any, job: Any) -> None:
-    """Let Trainer wait for one more upload at its end (`PushInProgress.jobs`); nothing where `job` is None."""
+def add_push(trainer: Any, job: Future[CommitInfo] | None) -> None:
+    """Make Trainer wait for one more upload at the end (`PushInProgress.jobs`); no effect if `job` is None."""
     from transformers.utils.hub import PushInProgress
 
     if job is None:
@@ -163,19 +169,19 @@ def add_push(trainer: Any, job: Any) -> None:
         trainer.push_in_progress = PushInProgress(jobs)
 
 
-def train_batch_size(trainer: Any) -> int:
-    """Rows a device and micro-batch: `Trainer._train_batch_size`, which auto_find_batch_size lowers."""
+def train_batch_size(trainer: Trainer) -> int:
+    """Rows per device and micro-batch: `Trainer._train_batch_size`, which auto_find_batch_size lowers."""
     return int(getattr(trainer, "_train_batch_size", None) or trainer.args.per_device_train_batch_size)
 
 
-def heeds_sigterm(manager: Any) -> bool:
-    """Whether the handler of a `CheckpointManager` (`_sigterm_handler`) is the process's own now."""
+def handles_sigterm(manager: CheckpointManager) -> bool:
+    """Whether a `CheckpointManager`'s handler (`_sigterm_handler`) is installed."""
     return bool(signal.getsignal(signal.SIGTERM) == manager._sigterm_handler)
 
 
 @contextlib.contextmanager
 def after_state_is_written(state: Any, then: Callable[[], None]) -> Iterator[None]:
-    """Call `then` when Trainer has written trainer_state.json, the last file of a checkpoint.
+    """Within, call `then` after Trainer writes trainer_state.json, the last file of a checkpoint.
 
     `Trainer._save_checkpoint` calls `TrainerState.save_to_json`, then pushes and deletes older checkpoints.
     """
@@ -194,9 +200,9 @@ def after_state_is_written(state: Any, then: Callable[[], None]) -> Iterator[Non
 
 @contextlib.contextmanager
 def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
-    """Let Trainer delete older checkpoints with `rotate` in place of `transformers.trainer.rotate_checkpoints`.
+    """Within, Trainer deletes older checkpoints with `rotate` instead of `transformers.trainer.rotate_checkpoints`.
 
-    Trainer calls it as the last thing of a save, with `output_dir`, `save_total_limit` and `best_model_checkpoint`.
+    Trainer calls it at the end of a save, with `output_dir`, `save_total_limit` and `best_model_checkpoint`.
     """
     trainer: Any = importlib.import_module("transformers.trainer")
     own = trainer.rotate_checkpoints
@@ -212,11 +218,11 @@ def rotates_with(rotate: Callable[..., None]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def loads_to_plain_cpu(args: Any) -> Iterator[None]:
-    """Let `args.device` be `cpu` where it is `cpu:0`, to which `torch.load` cannot restore.
+def loads_to_plain_cpu(args: TrainingArguments) -> Iterator[None]:
+    """Within, `args.device` is `cpu` instead of `cpu:0`, to which `torch.load` cannot restore.
 
-    Accelerate numbers the CPU where there are several processes, and Trainer loads the optimizer to `args.device` (in
-    5.17, no longer in 5.23). `TrainingArguments._setup_devices` is the cached property behind it.
+    With several processes Accelerate uses `cpu:0`, and Trainer 5.17 (not 5.23) loads the optimizer to `args.device`.
+    `TrainingArguments._setup_devices` is the cached property behind it.
     """
     numbered = args.device
     if numbered.type != "cpu" or numbered.index is None:
@@ -230,7 +236,7 @@ def loads_to_plain_cpu(args: Any) -> Iterator[None]:
 
 
 def zero_partitions(optimizer: Any) -> list[Any] | None:
-    """The flat float32 parts that a ZeRO optimizer of DeepSpeed trains on this process; None for any other optimizer.
+    """The flat float32 partitions that a DeepSpeed ZeRO optimizer trains on this process; None for other optimizers.
 
     `DeepSpeedZeroOptimizer_Stage3`, `DeepSpeedZeroOptimizer` (stages 1 and 2) and `BF16_Optimizer` in DeepSpeed 0.19.
     """
@@ -242,9 +248,9 @@ def zero_partitions(optimizer: Any) -> list[Any] | None:
 
 
 def link_states(zero: Any) -> None:
-    """Let a ZeRO-1/2 optimizer see the states of its parts, as at its first step.
+    """Link the states of a ZeRO-1/2 optimizer to its partitions, as its first step does.
 
-    `_lazy_init_hp_params_optimizer_state`, `_hp_optimizer_states_linked` in DeepSpeed 0.19; stage 3 has no need of it.
+    `_lazy_init_hp_params_optimizer_state`, `_hp_optimizer_states_linked` in DeepSpeed 0.19; not needed for stage 3.
     """
     link = getattr(zero, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
@@ -253,14 +259,14 @@ def link_states(zero: Any) -> None:
 
 
 def name_or_path(model: Any) -> str:
-    """Where `from_pretrained` loaded a model from (`config._name_or_path`)."""
+    """The name or path that `from_pretrained` loaded a model from (`config._name_or_path`)."""
     return str(model.config._name_or_path)
 
 
-def is_own_model(name: Any) -> bool:
-    """Whether a name is that of a model's class in transformers (`_class_to_module`); nothing is imported to tell.
+def is_own_model(name: object) -> bool:
+    """Whether `name` is a model class of transformers (`_class_to_module`), found without importing it.
 
-    The classes of models lie in `models.<model>.modeling_<model>`; the auto classes are none.
+    Model classes are in `models.<model>.modeling_<model>`; auto classes do not count.
     """
     import transformers
 

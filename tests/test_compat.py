@@ -142,10 +142,10 @@ def test_the_handler_of_sigterm_is_told_from_another() -> None:
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
     manager, before = CheckpointManager(trainer=None), signal.getsignal(signal.SIGTERM)
-    assert not compat.heeds_sigterm(manager)
+    assert not compat.handles_sigterm(manager)
     try:
         manager.setup_signal_handler()
-        assert compat.heeds_sigterm(manager)
+        assert compat.handles_sigterm(manager)
         assert manager.is_checkpoint_requested is False
     finally:
         signal.signal(signal.SIGTERM, before)

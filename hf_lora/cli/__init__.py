@@ -1,4 +1,4 @@
-"""The `hf-lora` command. Nothing heavy is imported before a command needs it, so `--help` answers at once."""
+"""The `hf-lora` command. Large libraries are imported when a command runs, so `--help` is fast."""
 
 from __future__ import annotations
 

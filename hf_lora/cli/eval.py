@@ -1,10 +1,9 @@
-"""`hf-lora eval`: how good a trained model is on a file."""
+"""`hf-lora eval`: the metrics of a trained model on a file."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -31,14 +30,12 @@ def register(app: typer.Typer) -> None:
 def eval_(
     source: str = SOURCE,
     file: str = typer.Option(..., help="CSV, TSV, JSON, JSONL or parquet file.", show_default=False),
-    generate: bool = typer.Option(False, "--generate", help="Let the model write the answers, and compare them."),
-    predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the written answers."),
-    limit: int | None = typer.Option(None, help="Rows to take from the file's beginning (default: all)."),
-    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts (default: found by name)."),
-    completion_column: str | None = typer.Option(
-        None, help="Column of the answers, or labels (default: found by name)."
-    ),
-    max_length: int | None = typer.Option(None, help="Tokens kept of a row (default: the model's window)."),
+    generate: bool = typer.Option(False, "--generate", help="Generate the answers and compare them."),
+    predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the generated answers."),
+    limit: int | None = typer.Option(None, help="Number of rows, from the start of the file (default: all)."),
+    text_column: str | None = typer.Option(None, help="Column of texts or prompts (default: found by name)."),
+    completion_column: str | None = typer.Option(None, help="Column of answers or labels (default: found by name)."),
+    max_length: int | None = typer.Option(None, help="Maximum tokens per row (default: the model's context length)."),
     as_json: bool = typer.Option(False, "--json", help="Print the metrics as JSON."),
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
@@ -50,10 +47,10 @@ def eval_(
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
 ) -> None:
-    """Measure a trained model on a file.
+    """Evaluate a trained model on a file.
 
-    A language model's perplexity and token accuracy over the answers; with --generate, how many of the answers that it
-    writes are right, and where they are JSON, how many of their fields. A classifier's accuracy and F1.
+    For a language model: perplexity and token accuracy over the answers; with --generate, the share of generated
+    answers that are correct and, if they are JSON, the scores of their fields. For a classifier: accuracy and F1.
     """
     from ..evaluation.run import evaluate
 
@@ -64,17 +61,17 @@ def eval_(
         subfolder=subfolder, dtype=dtype, device=device,
     )  # fmt: skip
     if found.cut:
-        typer.echo(f"{found.cut:,} rows are longer than the limit of tokens and lost their end.", err=True)
+        typer.echo(f"{found.cut:,} rows are longer than the token limit and were truncated.", err=True)
     metrics = {"rows": found.rows, **found.metrics}
     if as_json:
         typer.echo(json.dumps(metrics | ({"fields": found.fields} if found.fields else {})))
         return
     typer.echo(_readable(metrics, found.fields))
     if predictions is not None:
-        typer.echo(f"the answers: {predictions}")
+        typer.echo(f"answers: {predictions}")
 
 
-def _readable(metrics: dict[str, Any], fields: dict[str, dict[str, float]]) -> str:
+def _readable(metrics: dict[str, int | float], fields: dict[str, dict[str, float]]) -> str:
     lines = [f"{name}: {value:,{'.4g' if isinstance(value, float) else ''}}" for name, value in metrics.items()]
     if fields:
         width = max(len("field"), *map(len, fields))

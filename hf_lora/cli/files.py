@@ -1,4 +1,4 @@
-"""`hf-lora merge`, `convert` and `inspect`: what is done with an adapter's files."""
+"""`hf-lora merge`, `convert` and `inspect`: commands for the files of adapters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 
-SUBFOLDER = typer.Option(None, help="Folder in ADAPTER that holds it.")
-ADAPTER = typer.Argument(..., help="The adapter's folder, or its name on the Hub.", show_default=False)
+SUBFOLDER = typer.Option(None, help="Folder within ADAPTER that holds the adapter.")
+ADAPTER = typer.Argument(..., help="The adapter's folder or its name on the Hub.", show_default=False)
 
 
 def register(app: typer.Typer) -> None:
@@ -22,30 +22,30 @@ def merge(
         ...,
         metavar="[BASE] ADAPTER [OUT]",
         show_default=False,
-        help="ADAPTER alone, with --out: the model is loaded. BASE ADAPTER OUT: merged file by file, without loading. "
-        "BASE and ADAPTER are folders, or names on the Hub.",
+        help="ADAPTER with --out: load the model and merge. BASE ADAPTER OUT: merge file by file without loading the "
+        "model. BASE and ADAPTER are folders or names on the Hub.",
     ),
     out: Path | None = typer.Option(None, help="Folder for the full model.", show_default=False),
-    base: str | None = typer.Option(None, help="The base model; default: the one that the adapter names."),
-    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: the base's own."),
-    untie: bool = typer.Option(False, "--untie", help="Give an adapted layer with a shared weight its own."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
+    base: str | None = typer.Option(None, help="The base model; default: the one in the adapter's config."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: the base model's dtype."),
+    untie: bool = typer.Option(False, "--untie", help="Untie an adapted layer whose weight is shared."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Write to a folder that is not empty."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
     subfolder: str | None = SUBFOLDER,
     base_revision: str | None = typer.Option(
         None, help="Branch, tag or commit of the base model; default: the commit that the adapter was trained on."
     ),
     allow_other_base: bool = typer.Option(
-        False, "--allow-other-base", help="Merge into another base than the adapter was trained on."
+        False, "--allow-other-base", help="Merge into a base other than the one that the adapter was trained on."
     ),
-    quiet: bool = typer.Option(False, "--quiet", help="No progress bar. Only without loading."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress bar (for merging without loading)."),
 ) -> None:
-    """Save the base model with an adapter in it.
+    """Merge an adapter into its base model and save the result.
 
-    The adapter is folded into the weights; the folder gets a full model and its tokenizer.
+    The folder gets a full model and its tokenizer.
 
-    hf-lora merge ADAPTER --out OUT loads the base that the adapter names, whatever form it has. hf-lora merge BASE
-    ADAPTER OUT works on safetensors files and needs little memory; cut off, the same command goes on.
+    hf-lora merge ADAPTER --out OUT loads the adapter's base model in any format. hf-lora merge BASE ADAPTER OUT works
+    on safetensors files and needs little memory; after an interruption, the same command continues.
     """
     target: str | Path
     if len(what) == 3 and out is None and base is None:
@@ -53,9 +53,7 @@ def merge(
     elif len(what) == 1 and out is not None:
         adapter, target = what[0], out
     else:
-        raise typer.BadParameter(
-            "say hf-lora merge ADAPTER --out OUT [--base BASE], or hf-lora merge BASE ADAPTER OUT"
-        )
+        raise typer.BadParameter("use hf-lora merge ADAPTER --out OUT [--base BASE] or hf-lora merge BASE ADAPTER OUT")
     from ..export import merge_to_folder
 
     folder = merge_to_folder(
@@ -68,12 +66,12 @@ def merge(
 
 def convert(
     folder: Path = typer.Argument(..., help="A folder with adapter_model.bin.", show_default=False),
-    out: Path = typer.Option(..., help="Folder for the adapter in today's format.", show_default=False),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
+    out: Path = typer.Option(..., help="Folder for the converted adapter.", show_default=False),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Write to a folder that is not empty."),
 ) -> None:
-    """Rewrite an old .bin adapter as safetensors.
+    """Convert an old .bin adapter to safetensors.
 
-    The old file is a pickle; it is read as tensors alone, and nothing in it is run.
+    The old file is a pickle; only tensors are read from it, and no code in it runs.
     """
     from ..files.convert import convert_adapter
 
@@ -83,17 +81,17 @@ def convert(
 
 def inspect(
     adapter: str = ADAPTER,
-    plot: Path | None = typer.Option(None, help="Image to draw each layer's update norm in, such as norms.png."),
+    plot: Path | None = typer.Option(None, help="Image file for a plot of each layer's update norm."),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
     subfolder: str | None = SUBFOLDER,
 ) -> None:
-    """Show what an adapter's file holds.
+    """Show the contents of an adapter file.
 
-    A table of its layers with ranks, norms of the updates and parameters, and the size of the file.
+    A table of its layers with ranks, update norms and parameter counts, and the size of the file.
     """
     from ..export import inspect_adapter
 
     summary = inspect_adapter(adapter, revision=revision, subfolder=subfolder)
     typer.echo(str(summary))
     if plot is not None:
-        typer.echo(f"drawn: {summary.plot(plot)}")
+        typer.echo(f"plot: {summary.plot(plot)}")

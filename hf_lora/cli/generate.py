@@ -1,37 +1,40 @@
-"""`hf-lora chat` and `generate`: using a trained language model."""
+"""`hf-lora chat` and `generate`: text generation with a trained language model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..errors import LoraError, nearest
 
-SOURCE = typer.Argument(..., help="Folder or Hub name of an adapter, or of a full model.", show_default=False)
-BASE_MODEL = typer.Option(None, help="The adapter's base model (default: the one that the adapter names).")
-MERGE = typer.Option(False, "--merge", help="Fold the adapter into the weights first.")
+if TYPE_CHECKING:
+    from ..generate.conversation import Conversation
+
+SOURCE = typer.Argument(..., help="Folder or Hub name of an adapter or a full model.", show_default=False)
+BASE_MODEL = typer.Option(None, help="The adapter's base model (default: the one in its config).")
+MERGE = typer.Option(False, "--merge", help="Merge the adapter into the weights first.")
 REVISION = typer.Option(None, help="Branch, tag or commit of SOURCE.")
-SUBFOLDER = typer.Option(None, help="Folder in SOURCE that holds the adapter.")
+SUBFOLDER = typer.Option(None, help="Folder within SOURCE that holds the adapter.")
 DTYPE = typer.Option(None, help="float32, bfloat16 or float16 (default: the checkpoint's).")
-DEVICE = typer.Option(None, help="Such as cuda:1 (default: the accelerator if there is one).")
-MAX_NEW_TOKENS = typer.Option(256, help="Most tokens of an answer.")
-BATCH_SIZE = typer.Option(8, help="Prompts at a time.")
-TEMPERATURE = typer.Option(0.0, help="0 takes the likeliest token; above it, tokens are drawn.")
-TOP_P = typer.Option(1.0, help="Draw from the likeliest tokens that hold this share of the probability.")
-SEED = typer.Option(None, help="For drawing.")
-SYSTEM = typer.Option(None, help="System message of the chats that have none.")
+DEVICE = typer.Option(None, help="Device, such as cuda:1 (default: the accelerator, if any).")
+MAX_NEW_TOKENS = typer.Option(256, help="Maximum tokens per answer.")
+BATCH_SIZE = typer.Option(8, help="Prompts per batch.")
+TEMPERATURE = typer.Option(0.0, help="Sampling temperature; 0: greedy decoding.")
+TOP_P = typer.Option(1.0, help="Sample from the most likely tokens whose total probability is this.")
+SEED = typer.Option(None, help="Random seed for sampling.")
+SYSTEM = typer.Option(None, help="System message for chats without one.")
 
 HELP = """\
-/base          the base model answers from now on
-/adapter       the adapter answers again
-/reset         forget what was said
-/system TEXT   the system message; without a text, the template's own
-/help          this list
-/quit          leave, as do Ctrl-D and, at the prompt, Ctrl-C"""
+/base          use the base model without the adapter
+/adapter       use the adapter again
+/reset         clear the conversation
+/system TEXT   set the system message; without a text: the template's default
+/help          show this list
+/quit          quit; also Ctrl-D and, at the prompt, Ctrl-C"""
 
 
 def register(app: typer.Typer) -> None:
@@ -54,9 +57,9 @@ def chat(
     top_p: float = TOP_P,
     seed: int | None = SEED,
 ) -> None:
-    """Talk with a trained model.
+    """Chat with a trained model.
 
-    Answers appear word by word, and the conversation is kept. /base and /adapter switch who answers.
+    Answers are streamed, and the conversation is kept. /base and /adapter turn the adapter off and on.
     """
     from ..generate.conversation import Conversation
     from ..generate.loading import load_for_generation
@@ -71,10 +74,8 @@ def chat(
         kind = f"adapter {source} on {model.config._name_or_path}, not merged"
     else:
         kind = f"adapter {source}, merged" if merge else f"model {source}"
-    typer.echo(
-        f"{kind} ({model.dtype}, {model.device}). /help lists the commands, /quit leaves.".replace("torch.", "")
-    )
-    while (line := _ask()) is not None:
+    typer.echo(f"{kind} ({model.dtype}, {model.device}). /help lists the commands, /quit quits.".replace("torch.", ""))
+    while (line := _read_line()) is not None:
         word, _, rest = line.partition(" ")
         if word in ("/quit", "/exit"):
             return
@@ -83,15 +84,15 @@ def chat(
                 typer.echo(_command(conversation, word, rest.strip()))
             elif line:
                 _answer(conversation, line)
-        except LoraError as error:  # what does not fit is said, and the conversation goes on
+        except LoraError as error:  # the conversation continues
             typer.echo(f"Error: {error}", err=True)
 
 
-def _ask() -> str | None:
-    """The next line that was typed, or None at the end. What comes through a pipe is shown, as if it were typed."""
+def _read_line() -> str | None:
+    """The next line of input, or None at the end. Lines from a pipe are echoed."""
     try:
         if sys.stdin.isatty():
-            import readline  # noqa: F401  input then knows the arrow keys
+            import readline  # noqa: F401  adds arrow keys and history to input()
 
             return input("> ").strip()
         line = sys.stdin.readline()
@@ -104,23 +105,23 @@ def _ask() -> str | None:
     return line.strip()
 
 
-def _command(conversation: Any, word: str, rest: str) -> str:
+def _command(conversation: Conversation, word: str, rest: str) -> str:
     if word in ("/base", "/adapter"):
         conversation.use_adapter(word == "/adapter")
-        return "The adapter answers." if word == "/adapter" else "The base model answers."
+        return "Using the adapter." if word == "/adapter" else "Using the base model."
     if word == "/reset":
         conversation.reset()
-        return "What was said is forgotten."
+        return "The conversation is cleared."
     if word == "/system":
         conversation.system = rest or None
-        return f"The system message is: {rest}" if rest else "The system message is the template's own."
+        return f"The system message is: {rest}" if rest else "The system message is the template's default."
     if word == "/help":
         return HELP
     known = [line.split()[0] for line in HELP.splitlines()]
-    return f"There is no command {word}{nearest(word, known)}. /help lists them."
+    return f"Unknown command {word}{nearest(word, known)}. /help lists the commands."
 
 
-def _answer(conversation: Any, text: str) -> None:
+def _answer(conversation: Conversation, text: str) -> None:
     before = conversation.forgotten
     try:
         conversation.say(text, lambda piece: typer.echo(piece, nl=False))
@@ -129,18 +130,18 @@ def _answer(conversation: Any, text: str) -> None:
         typer.echo(" … (stopped)")
     if conversation.forgotten > before:
         typer.echo(
-            f"(The model's window is full: the oldest {conversation.forgotten - before} messages were left out.)"
+            f"(The model's context is full: the oldest {conversation.forgotten - before} messages were left out.)"
         )
 
 
 def generate(
     source: str = SOURCE,
-    prompt: list[str] = typer.Option([], help="A prompt; may be given more than once.", show_default=False),
+    prompt: list[str] = typer.Option([], help="A prompt; can be repeated.", show_default=False),
     file: Path | None = typer.Option(
-        None, help="Prompts: a .txt file with one a line, or CSV, TSV, JSON, JSONL or parquet."
+        None, help="File of prompts: .txt with one per line, or CSV, TSV, JSON, JSONL or parquet."
     ),
-    out: Path | None = typer.Option(None, help="JSONL file for the rows with their answers (default: printed)."),
-    column: str | None = typer.Option(None, help="Column of the prompts (default: found by name)."),
+    out: Path | None = typer.Option(None, help="JSONL file for the rows with answers (default: print them)."),
+    column: str | None = typer.Option(None, help="Column of prompts (default: found by name)."),
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
     revision: str | None = REVISION,
@@ -148,17 +149,17 @@ def generate(
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
-    raw: bool = typer.Option(False, "--raw", help="Continue the prompts as they are, without the chat template."),
+    raw: bool = typer.Option(False, "--raw", help="Continue the prompts without the chat template."),
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     temperature: float = TEMPERATURE,
     top_p: float = TOP_P,
     seed: int | None = SEED,
-    stop: list[str] = typer.Option([], help="An answer ends before this text.", show_default=False),
+    stop: list[str] = typer.Option([], help="Stop an answer before this text; can be repeated.", show_default=False),
 ) -> None:
-    """Let a trained model answer prompts.
+    """Generate answers to prompts.
 
-    They are given here or in a file; the answers are printed or written to a JSONL file beside the columns they had.
+    Prompts come from the command line or a file. Answers are printed, or written with the file's columns as JSONL.
     """
     from ..generate.texts import generate_answers
 
@@ -172,7 +173,7 @@ def generate(
 
 
 def progress_line() -> Callable[[int, int], None] | None:
-    """Shows on a terminal how many prompts are answered; None where there is none."""
+    """A function that shows progress on the terminal; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
 

@@ -1,4 +1,4 @@
-"""`hf-lora push` and `pull`: adapters to and from the Hub, with the token of `hf auth login` or HF_TOKEN."""
+"""`hf-lora push` and `pull`: upload and download adapters, with the token of `hf auth login` or HF_TOKEN."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def push(
     folder: Path = typer.Argument(..., help="The adapter's folder.", show_default=False),
     repo: str = typer.Argument(..., help="The repository, such as user/adapter.", show_default=False),
     private: bool | None = typer.Option(
-        None, "--private/--public", help="For a new repository; default: the account's setting.", show_default=False
+        None, "--private/--public", help="Visibility of a new repository; default: the account's.", show_default=False
     ),
-    revision: str | None = typer.Option(None, help="Branch; a new one is made from main."),
+    revision: str | None = typer.Option(None, help="Branch; created from main if it does not exist."),
     create_pr: bool = typer.Option(False, "--create-pr", help="Open a pull request."),
-    message: str | None = typer.Option(None, "--message", "-m", help="Of the commit."),
-    subfolder: str | None = typer.Option(None, help="Folder in the repository to push to."),
-    tokenizer: bool = typer.Option(True, "--tokenizer/--no-tokenizer", help="Push a tokenizer that is there."),
+    message: str | None = typer.Option(None, "--message", "-m", help="Commit message."),
+    subfolder: str | None = typer.Option(None, help="Folder within the repository to push to."),
+    tokenizer: bool = typer.Option(True, "--tokenizer/--no-tokenizer", help="Push the folder's tokenizer, if any."),
 ) -> None:
-    """Push an adapter to the Hub, in one commit.
+    """Push an adapter to the Hub in one commit.
 
-    The adapter's own files go up, and nothing else in the folder.
+    Only the adapter's files are pushed; other files in the folder are not.
     """
     from ..hub import upload
 
@@ -41,16 +41,16 @@ def push(
 def pull(
     repo: str = typer.Argument(..., help="The repository, such as user/adapter.", show_default=False),
     folder: Path | None = typer.Argument(
-        None, help="A new folder for the files; default: they stay in the cache.", show_default=False
+        None, help="A new folder for the files; default: the cache.", show_default=False
     ),
     revision: str | None = typer.Option(None, help="Branch, tag, commit or refs/pr/1."),
-    subfolder: str | None = typer.Option(None, help="Folder in the repository that holds the adapter."),
-    offline: bool = typer.Option(False, "--offline", help="Take it from the cache and ask nothing."),
-    overwrite: bool = typer.Option(False, "--overwrite", help="Write into a folder that is not empty."),
+    subfolder: str | None = typer.Option(None, help="Folder within the repository that holds the adapter."),
+    offline: bool = typer.Option(False, "--offline", help="Use the cache, without network access."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Write to a folder that is not empty."),
 ) -> None:
     """Download an adapter from the Hub.
 
-    All files are of one commit, and each has the hash that the Hub gives.
+    All files come from one commit, and each is checked against the Hub's hash.
     """
     from ..hub import download
 

@@ -1,4 +1,4 @@
-"""The `hf-lora` command itself: its groups of commands, and what it makes of an error."""
+"""The `hf-lora` application: registers the commands and reports errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import files, generate, hub, train
 
 
 class _Commands(TyperGroup):
-    """Our own errors say what to do next, so they are printed without a traceback; others keep theirs."""
+    """Prints a LoraError without a traceback; other exceptions keep theirs."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -40,8 +40,8 @@ files.register(app)
 hub.register(app)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"hf-lora {__version__}")
         raise typer.Exit
 
@@ -56,5 +56,5 @@ def _options(
 
 
 def main() -> None:
-    """Run the command with the words that the shell gave."""
+    """Run the command with `sys.argv`."""
     app()

@@ -1,4 +1,4 @@
-"""`hf-lora train`: the options that say what to train on are declared here; all others go to one argument parser."""
+"""`hf-lora train`: the model and data options are declared here; all others go to `train.parsing`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 import typer
 
 EPILOG = """\
-Every other field of LoraTrainingArguments, so of transformers' TrainingArguments too, is an option as well:
+Every field of LoraTrainingArguments, and so of transformers' TrainingArguments, is an option as well:
 --num-train-epochs 5, --learning-rate 1e-3, --lora-r 16, --lora-target-modules query value, --bf16 …
-`hf-lora train --all-options` lists them. A YAML file given with --config holds any of them as `name: value`; options
-on the command line win over it.
+`hf-lora train --all-options` lists them. A YAML file (--config) can set any option as `name: value`; the command line
+overrides it.
 
 Example: hf-lora train --model MODEL --train-file train.csv --test-file test.csv --lora-r 16 --output-dir my-adapter
 """
@@ -30,27 +30,29 @@ def register(app: typer.Typer) -> None:
 
 def train(
     ctx: typer.Context,
-    config: Path | None = typer.Option(None, help="YAML file with any of the options."),
-    model: str | None = typer.Option(None, help="Base model: a folder or a name on the Hub."),
-    task: str | None = typer.Option(None, help="text-classification or causal-lm; default: found from the columns."),
+    config: Path | None = typer.Option(None, help="YAML file of options."),
+    model: str | None = typer.Option(None, help="Base model: folder or Hub name."),
+    task: str | None = typer.Option(None, help="text-classification or causal-lm; default: from the columns."),
     train_file: str | None = typer.Option(None, help="CSV, TSV, JSON, JSONL or parquet file to train on."),
-    eval_file: str | None = typer.Option(None, help="File for the evaluations during training."),
-    test_file: str | None = typer.Option(None, help="File for the evaluation at the end."),
-    dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, in place of files."),
-    train_split: str | None = typer.Option(None, help="Split of the data set to train on; default: train."),
-    eval_split: str | None = typer.Option(None, help="Split for the evaluations during training."),
-    test_split: str | None = typer.Option(None, help="Split for the evaluation at the end."),
-    text_column: str | None = typer.Option(None, help="Column of the texts, or prompts; default: found by name."),
-    label_column: str | None = typer.Option(None, help="Column of the labels; default: found by name."),
-    completion_column: str | None = typer.Option(None, help="Column of what is learned after the prompt (causal-lm)."),
-    max_length: int | None = typer.Option(None, help="Tokens of a text, and of a packed row; default: 512 or 1024."),
+    eval_file: str | None = typer.Option(None, help="File for evaluations during training."),
+    test_file: str | None = typer.Option(None, help="File for the final evaluation."),
+    dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, instead of files."),
+    train_split: str | None = typer.Option(None, help="Dataset split to train on; default: train."),
+    eval_split: str | None = typer.Option(None, help="Split for evaluations during training."),
+    test_split: str | None = typer.Option(None, help="Split for the final evaluation."),
+    text_column: str | None = typer.Option(None, help="Column of texts or prompts; default: found by name."),
+    label_column: str | None = typer.Option(None, help="Column of labels; default: found by name."),
+    completion_column: str | None = typer.Option(None, help="Column of answers, which are trained (causal-lm)."),
+    max_length: int | None = typer.Option(None, help="Maximum tokens per text and packed row; default: 512 or 1024."),
     output_dir: str | None = typer.Option(None, help="Folder for the adapter; default: hf_lora_run."),
-    show_batch: bool = typer.Option(False, "--show-batch", help="Print a batch: what is learned of it; and leave."),
-    all_options: bool = typer.Option(False, "--all-options", help="List every option, and leave."),
+    show_batch: bool = typer.Option(
+        False, "--show-batch", help="Show the trained tokens of the first batch and exit."
+    ),
+    all_options: bool = typer.Option(False, "--all-options", help="List every option and exit."),
 ) -> None:
-    """Fine-tune a model on files of text.
+    """Fine-tune a model on text files.
 
-    The task is text classification, or a causal language model on chats, pairs of prompt and answer, or texts. The
+    The task is text classification or causal language modeling on chats, prompt-answer pairs or plain texts. The
     adapter and the tokenizer are saved.
     """
     from ..train.parsing import argument_parser, parse_arguments

@@ -1,11 +1,11 @@
 """Training an adapter with transformers' Trainer.
 
-In: a model and rows. Out: an adapter and checkpoints that hold the adapter alone.
+In: a model and rows. Out: an adapter, and checkpoints that contain only the adapter and the state of training.
 
-- `trainer`: `LoraTrainer` and the mixin that does the same to any Trainer; `sft` for TRL's.
-- `arguments`, `parsing`: flags, YAML and what they may say.
-- `run`: from files of text to a saved adapter, which is what `hf-lora train` does.
-- `start`, `precision`, `engines`, `optimizer`, `head_loss`, `card`: what the trainer does at which moment.
-- `checkpoint/`: checkpoints that are complete or do not count, and resuming from them.
-- `watch/`: objects that look at a run: layers that do not learn, values that are not finite.
+- `trainer`: `LoraTrainer` and the mixin for any Trainer; `sft` for TRL's.
+- `arguments`, `parsing`: command-line flags and YAML.
+- `run`: from text files to a saved adapter; runs `hf-lora train`.
+- `start`, `precision`, `engines`, `optimizer`, `head_loss`, `card`: the parts of the trainer.
+- `checkpoint/`: complete checkpoints, and resuming from them.
+- `watch/`: checks during a run: layers that are not trained, values that are not finite.
 """

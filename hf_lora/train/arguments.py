@@ -1,7 +1,7 @@
 """LoRA as command-line flags: the dataclasses that `HfArgumentParser` reads from flags, YAML, JSON or a dict.
 
-`HfArgumentParser` takes one type for each flag: no `list | str`, no `bool | str`, no dict with typed values. So the
-fields hold the forms that it can read (`list[str]`, a `re:` prefix, JSON text), and `lora_config()` turns them into a
+`HfArgumentParser` supports one type per flag: no `list | str`, no `bool | str`, no dict with typed values. So the
+fields have types that it can parse (`list[str]`, a `re:` prefix, JSON text), and `lora_config()` converts them to a
 `LoraConfig`.
 """
 
@@ -24,12 +24,12 @@ logger = logging.get_logger(__name__)
 REGEX = "re:"
 _INIT = {"true": True, "false": False}
 _IN_CONFIG = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_init": "init_lora_weights"}
-"""What LoraConfig calls these; the others it calls so without lora_ in front."""
+"""The names in LoraConfig; other fields have the same name without the prefix lora_."""
 _INIT_NAMES = sorted({*_INIT, *(INITS.keys() - {init_name(True), init_name(False)})}, reverse=True)
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass as `HfArgumentParser` reads it: its default, and its help."""
+    """A dataclass field for `HfArgumentParser`, with its default and help text."""
     metadata["help"] = text
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -38,85 +38,80 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
 
 @dataclass
 class LoraArguments:
-    """The LoRA fields alone, for a script that parses them beside its own dataclasses.
+    """Only the LoRA fields, for a script that parses them along with its own dataclasses.
 
-    `LoraTrainingArguments` holds the same fields together with Trainer's.
+    `LoraTrainingArguments` has the same fields and Trainer's.
 
     Raises:
-        ConfigError: lists every field whose text cannot be read or whose value is wrong.
+        ConfigError: lists every field that cannot be parsed or has an invalid value.
     """
 
     lora_r: int = flag(8, "Rank of every adapted layer.")
     lora_alpha: float | None = flag(None, "The update is scaled by alpha / r. Default: 2 r.")
-    lora_dropout: float = flag(0.0, "Dropout of the adapter's input, in training only; at least 0 and below 1.")
+    lora_dropout: float = flag(0.0, "Dropout of the adapter's input in training; >= 0 and < 1.")
     lora_target_modules: list[str] = flag(
         ["all-linear"],
-        "Names or suffixes of the modules to adapt, or one of: all-linear (every linear layer but the output head), "
-        "attention, re:PATTERN (a regular expression matched against whole names).",
+        "Names or suffixes of the modules to adapt, or one of: all-linear (every linear layer except the output "
+        "head), attention, re:PATTERN (a regular expression that matches full names).",
     )
-    lora_exclude_modules: list[str] | None = flag(
-        None, "Names or suffixes of modules to leave out, or one re:PATTERN."
-    )
+    lora_exclude_modules: list[str] | None = flag(None, "Names or suffixes of modules to exclude, or one re:PATTERN.")
     lora_layers_to_transform: list[int] | None = flag(None, "Indices of the layers to adapt. Default: all.")
     lora_layers_pattern: list[str] | None = flag(
-        None, "Names of the lists that lora_layers_to_transform counts in, such as layers."
+        None, "Names of the module lists that lora_layers_to_transform indexes, such as layers."
     )
     lora_rank_pattern: dict[str, Any] | str | None = flag(
-        None, 'Ranks of some modules, as JSON: {"name or pattern": 16}.'
+        None, 'Ranks for single modules, as JSON: {"name or pattern": 16}.'
     )
     lora_alpha_pattern: dict[str, Any] | str | None = flag(
-        None, 'Alphas of some modules, as JSON: {"name or pattern": 32}.'
+        None, 'Alphas for single modules, as JSON: {"name or pattern": 32}.'
     )
     lora_use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
     lora_bias: Literal["none", "all", "lora_only"] = flag(
-        "none", "Which biases are trained: none, those of the adapted layers, or all."
+        "none", "Biases to train: none, those of the adapted layers (lora_only), or all."
     )
     lora_modules_to_save: list[str] | None = flag(
         None,
-        "Modules trained whole and kept in the adapter; the one word none for none at all. Default: a "
-        "task head that the base checkpoint did not hold.",
+        "Modules to train whole and save with the adapter; none: no module. Default: a task head that the base "
+        "checkpoint did not have.",
     )
     lora_init: str = flag(
         "true",
-        "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: B random too (for tests).",
+        "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests).",
         choices=_INIT_NAMES,
     )
-    lora_task_type: str | None = flag(
-        None, "PEFT's name of the task, such as CAUSAL_LM or SEQ_CLS, for the saved config."
-    )
+    lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
     lora_allow_bypassed: bool = flag(
-        False, "Adapt named modules even where their parent uses their weight without calling them."
+        False, "Adapt named modules even if their parent uses their weight without calling them."
     )
     loraplus_lr_ratio: float | None = flag(
-        None, "LoRA+ (Hayou et al. 2024): the learning rate of B over that of A, which is learning_rate. Default: 1."
+        None, "LoRA+ (Hayou et al. 2024): ratio of the learning rate of B to that of A (learning_rate). Default: 1."
     )
     head_learning_rate: float | None = flag(
-        None, "Learning rate of what is trained whole: heads, modules to save. Default: learning_rate."
+        None, "Learning rate of modules trained whole, such as heads. Default: learning_rate."
     )
     frozen_head_loss: bool = flag(
         True,
-        "Compute the loss of a causal language model over its frozen head without holding the logits, "
-        "where the model allows it.",
+        "Compute the loss of a causal language model with a frozen head without storing the logits, if the model "
+        "allows it.",
     )
     share_inputs: bool = flag(
         True,
-        "Let layers that get one and the same input (query, key and value) read it once. Which they are "
-        "is found on the first batch.",
+        "Compute layers with the same input (query, key and value) together. They are detected on the first batch.",
     )
-    keep_freed_memory: bool = flag(False, "Without effect: kept so that files and scripts with it go on working.")
+    keep_freed_memory: bool = flag(False, "No effect; kept for files and scripts that set it.")
     accept_ddp_fallback: bool = flag(
         False,
-        "Train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something else, as "
-        "it does on a CPU: every process then holds the whole model.",
+        "Train even if FSDP or DeepSpeed was requested but Accelerate runs another engine, as on a CPU: every process "
+        "then holds the whole model.",
     )
     lora_guard_steps: int = flag(
-        4, "For how many optimizer steps it is checked that every adapted layer learns; 0: not at all."
+        4, "Number of optimizer steps in which to check that every adapted layer is trained; 0: no check."
     )
 
     nonfinite: Literal["stop", "skip"] = flag(
         "stop",
-        "What to do where a loss or gradient is not finite, before it reaches the weights. stop: an error "
-        "with the step and the tensors. skip: leave the step out, and count it.",
+        "What to do if a loss or gradient is not finite, before the optimizer step. stop: an error with the step and "
+        "the tensors. skip: skip the step and count it.",
     )
 
     def __post_init__(self) -> None:
@@ -127,7 +122,7 @@ class LoraArguments:
         self.lora_config()
         if self.keep_freed_memory:
             logger.warning_once(
-                "keep_freed_memory has no effect any more; the environment variables of the C library do the same: "
+                "keep_freed_memory no longer has any effect; use environment variables of the C library instead: "
                 "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9223372036854775807 (glibc)."
             )
 
@@ -135,10 +130,10 @@ class LoraArguments:
         """The `LoraConfig` that the fields describe.
 
         Raises:
-            ConfigError: lists every field whose text cannot be read or whose value is wrong.
+            ConfigError: lists every field that cannot be parsed or has an invalid value.
         """
         faults = Faults(f"{type(self).__name__}(…)")
-        values = {_IN_CONFIG.get(name, name.removeprefix("lora_")): getattr(self, name) for name in _shaping()}
+        values = {_IN_CONFIG.get(name, name.removeprefix("lora_")): getattr(self, name) for name in _config_fields()}
         for name in ("target_modules", "exclude_modules"):
             values[name] = _names_or_regex(faults, f"lora_{name}", values[name])
         for name in ("rank_pattern", "alpha_pattern"):
@@ -150,44 +145,48 @@ class LoraArguments:
         for name in ("loraplus_lr_ratio", "head_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
-                faults.add(f"{name}={rate!r} must be above 0")
+                faults.add(f"{name}={rate!r} must be > 0")
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")
         check_names(LoraConfig(init_lora_weights=values["init_lora_weights"]), unknown)
         faults.found += [_as_flag(fault) for fault in unknown.found]
         if self.lora_guard_steps < 0:
-            faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be 0 (off) or more")
+            faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be an integer >= 0 (0: off)")
         config = None
         try:
             config = LoraConfig(**values)
         except ConfigError as error:
             faults.found += [_as_flag(fault) for fault in error.faults]
-        faults.check(ConfigError, "Correct these fields; each is LoraConfig's of that name with lora_ in front.")
+        faults.check(ConfigError, "Correct these fields; they are LoraConfig's fields with the prefix lora_.")
         assert config is not None
         return config
 
     def changed_lora_fields(self) -> list[str]:
-        """The names of the fields that shape the adapter and do not hold their defaults."""
+        """The names of the fields that define the adapter and differ from their defaults."""
         default = LoraArguments()
-        return [name for name in (*_shaping(), "lora_allow_bypassed") if getattr(self, name) != getattr(default, name)]
+        return [
+            name
+            for name in (*_config_fields(), "lora_allow_bypassed")
+            if getattr(self, name) != getattr(default, name)
+        ]
 
 
-def _shaping() -> list[str]:
-    """The names of the fields that LoraConfig has too."""
+def _config_fields() -> list[str]:
+    """The names of the fields that LoraConfig also has."""
     other = ("lora_allow_bypassed", "lora_guard_steps")
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
 @dataclass
 class LoraTrainingArguments(LoraArguments, TrainingArguments):
-    """`transformers.TrainingArguments` with the LoRA fields: takes its place in an existing script.
+    """A drop-in replacement for `transformers.TrainingArguments` with the LoRA fields.
 
-    Every field of `TrainingArguments` keeps its name, its default and its position. The fields of `LoraArguments`
-    come on top, as flags `--lora_r`, `--lora_target_modules query value`, `--loraplus_lr_ratio` …
+    Every field of `TrainingArguments` keeps its name, default and position. The fields of `LoraArguments` are added as
+    flags `--lora_r`, `--lora_target_modules query value`, `--loraplus_lr_ratio`, …
 
     Raises:
-        ConfigError: lists every LoRA field with a wrong value.
+        ConfigError: lists every LoRA field with an invalid value.
     """
 
 
@@ -197,13 +196,13 @@ class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
 
 
 def _as_flag(fault: str) -> str:
-    """What LoraConfig says of one of its fields, under the name of the flag."""
+    """A fault of a LoraConfig field, with the name of the flag."""
     fault = fault.replace("init_lora_weights", "init", 1)
     return fault if fault.startswith("lora_") else f"lora_{fault}"
 
 
 def _names(value: list[str] | str | None) -> list[str] | None:
-    """A list of names; YAML may give one name, and flags may be separated by commas as well as by blanks."""
+    """A list of names. YAML may have a single name, and flags may be separated by commas or spaces."""
     if value is None:
         return None
     items = [value] if isinstance(value, str) else list(value)
@@ -214,12 +213,12 @@ def _names_or_regex(faults: Faults, name: str, value: list[str] | str | None) ->
     items = [value] if isinstance(value, str) else list(value or [])
     if any(str(item).startswith(REGEX) for item in items):
         if len(items) > 1:
-            faults.add(f"{name}={items!r}: a {REGEX} pattern stands alone; write the names into it")
+            faults.add(f"{name}={items!r}: a {REGEX} pattern must be the only item; put the names in the pattern")
         return str(items[0]).removeprefix(REGEX)
     names = _names(value)
     presets = [item for item in names or [] if item in PRESETS]
     if presets and names != presets[:1]:
-        faults.add(f"{name}={names!r}: {presets[0]!r} stands alone")
+        faults.add(f"{name}={names!r}: {presets[0]!r} must be the only item")
     return presets[0] if presets else names
 
 

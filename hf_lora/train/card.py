@@ -1,4 +1,4 @@
-"""The card of a Trainer's adapter: the facts of the run, from its arguments and its log."""
+"""The model card of a Trainer's adapter: facts of the run from its arguments and its log."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_parameters
@@ -32,54 +33,54 @@ _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+|[^/@]+)@([0-9a-f]{40})/")
 
 
 class CardWriter:
-    """Writes `README.md`, and remembers what earlier calls were given."""
+    """Writes `README.md`, and reuses the arguments of earlier calls."""
 
     def __init__(self) -> None:
-        self.words: dict[str, Any] = {}
+        self.arguments: dict[str, Any] = {}
 
-    def write(self, trainer: Any, model: nn.Module, given: Mapping[str, Any]) -> None:
+    def write(self, trainer: Trainer, model: nn.Module, given: Mapping[str, Any]) -> None:
         """Write the card of the adapter to `output_dir`; `given` are the arguments of `Trainer.create_model_card`.
 
-        A README there that cannot be kept is an AdapterFileError, and during the training a warning.
+        If the existing README cannot be kept, this is an AdapterFileError, or a warning during training.
         """
-        ordered = sorted(given.items(), key=lambda entry: entry[0] == "dataset")  # it wins over TRL's word for it
-        self.words |= {_WORDS.get(name, name): value for name, value in ordered if value is not None}
-        words = {name: value for name, value in self.words.items() if name in _CARD}
-        data, split = _first(words.pop("data", None)), _first(words.pop("split", None))
-        words |= {name: _first(words.get(name)) for name in ("task", "license")}
+        ordered = sorted(given.items(), key=lambda entry: entry[0] == "dataset")  # overrides TRL's dataset_name
+        self.arguments |= {_NAMES.get(name, name): value for name, value in ordered if value is not None}
+        known = {name: value for name, value in self.arguments.items() if name in _CARD}
+        data, split = _first(known.pop("data", None)), _first(known.pop("split", None))
+        known |= {name: _first(known.get(name)) for name in ("task", "license")}
         for key in ("tags", "datasets"):
-            words[key] = [words[key]] if isinstance(words.get(key), str) else words.get(key)
+            known[key] = [known[key]] if isinstance(known.get(key), str) else known.get(key)
         folder = Path(str(trainer.args.output_dir))
         state = require_state(model, "create_model_card")
         name = next(iter(state.activity.active or state.adapters))
-        run = run_of(trainer, model, data, split, words["datasets"] or [])
+        run = run_of(trainer, model, data, split, known["datasets"] or [])
         plain_loss = trainer.compute_loss_func is None and getattr(trainer.args, "loss_type", None) in (None, "nll")
-        # As it is now it may be saved in the folder, or in the checkpoint of this step.
+        # The current adapter may be saved in the folder or in the checkpoint of this step.
         saved = [adapter_folder(model, f, name) for f in (folder, folder / f"checkpoint-{trainer.state.global_step}")]
         repository = trainer.hub_model_id or trainer.args.hub_model_id
         try:
             facts = facts_of(model, name, saved)
             run.unit = facts.unit if plain_loss else ""
             history = trainer.state.log_history
-            write_card(folder, history=history, repo_id=repository, run=run, adapter=facts, **words)
+            write_card(folder, history=history, repo_id=repository, run=run, adapter=facts, **known)
         except AdapterFileError as error:
             if not trainer.is_in_train:
                 raise
-            logger.warning(f"The card was not written, and the training goes on. {error}")
+            logger.warning(f"The card was not written; training continues. {error}")
 
 
-_WORDS = {
+_NAMES = {
     "tasks": "task", "finetuned_from": "base_model", "dataset_tags": "datasets", "dataset": "data",
     "dataset_name": "data", "dataset_args": "split",
 }  # fmt: skip
-"""Argument of `create_model_card` -> of `write_card`; `dataset_name` is TRL's word."""
+"""Argument of `create_model_card` -> argument of `write_card`; `dataset_name` is TRL's."""
 _CARD = {"language", "license", "tags", "model_name", "task", "base_model", "datasets", "data", "split"}
 
 
 def run_of(
-    trainer: Any, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
+    trainer: Trainer, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
 ) -> Run:
-    """What a Trainer knows of its run. By default the names of the data are those of their metrics and of the sets."""
+    """The facts of a Trainer's run. Default names of the data: those of the metrics and the datasets."""
     named = [name for name in datasets if is_repository(name)]
     trained, evaluated = _source(trainer.train_dataset), _source(trainer.eval_dataset)
     found = [source[0] for source in (trained, evaluated) if source is not None]
@@ -103,9 +104,9 @@ def run_of(
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-def final_scores(trainer: Any) -> list[Score]:
-    """The evaluation of the weights that the model holds now; where there was none, the last, with its step."""
-    history = trainer.state.log_history
+def final_scores(trainer: Trainer) -> list[Score]:
+    """The evaluation of the current weights; if there was none, the last evaluation, with its step."""
+    history: list[dict[str, Any]] = trainer.state.log_history
     ends = [i for i, entry in enumerate(history) if "train_runtime" in entry]
     after = history[ends[-1] + 1 :] if ends else []
     best = trainer.state.best_global_step if ends and trainer.args.load_best_model_at_end else None
@@ -137,37 +138,40 @@ def _prefixes(entry: Mapping[str, Any]) -> list[str]:
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
-    """Label -> value of what the run was; the values that stand for nothing are empty."""
+def settings_of(trainer: Trainer, model: nn.Module) -> dict[str, str]:
+    """Label -> value of each setting of the run; unused settings are empty."""
     args, state = trainer.args, trainer.state
     ended: dict[str, Any] = next((e for e in reversed(state.log_history) if "train_runtime" in e), {})
     trainable, total = trainable_parameters(model)
     share = f"{trainable:,} of {total:,} parameters ({100 * trainable / max(1, total):.3g} %)"
     per_device = train_batch_size(trainer)
     parts = [
-        (per_device, "a device"), (args.gradient_accumulation_steps, "accumulated"), (args.world_size, "processes"),
-    ]  # fmt: skip
+        (per_device, "per device"),
+        (args.gradient_accumulation_steps, "accumulation steps"),
+        (args.world_size, "processes"),
+    ]
     rows = math.prod(count for count, _ in parts)
-    factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "a device")
+    factors = " × ".join(f"{count} {what}" for count, what in parts if count > 1 or what == "per device")
     mixed, base = "bf16" if args.bf16 else "fp16" if args.fp16 else "", base_precision(model)
     warmup = args.warmup_steps
     schedule = getattr(args.lr_scheduler_type, "value", str(args.lr_scheduler_type))
+    rows_trained, longest = trainer.train_dataset, getattr(args, "max_length", None)
     ratio, head = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     settings = {
         "Trained": share,
         "Learning rate": f"{args.learning_rate:g}",
         "Learning rate of B": f"{ratio * args.learning_rate:g}" if ratio else "",
         "Learning rate of the heads": f"{head:g}" if head else "",
-        "Schedule": f"{schedule}, warm-up of {_steps(warmup)}" if warmup else schedule,
+        "Schedule": f"{schedule}, warmup of {_steps(warmup)}" if warmup else schedule,
         "Optimizer": getattr(args.optim, "value", str(args.optim)),
         "Weight decay": f"{args.weight_decay:g}" if args.weight_decay else "",
-        "Largest gradient norm": f"{args.max_grad_norm:g}" if args.max_grad_norm else "",
+        "Maximum gradient norm": f"{args.max_grad_norm:g}" if args.max_grad_norm else "",
         "Label smoothing": f"{args.label_smoothing_factor:g}" if args.label_smoothing_factor else "",
         "Batch": f"{rows} row{'s' if rows > 1 else ''}" + (f" ({factors})" if rows != per_device else ""),
         "Epochs": f"{state.epoch:.4g}" if state.epoch else "",
         "Steps": f"{state.global_step:,}" if state.global_step else "",
-        "Rows trained on": f"{len(trainer.train_dataset):,}" if hasattr(trainer.train_dataset, "__len__") else "",
-        "Longest row": f"{args.max_length:,} tokens" if getattr(args, "max_length", None) else "",
+        "Rows trained on": f"{len(rows_trained):,}" if isinstance(rows_trained, Sized) else "",
+        "Maximum row length": f"{longest:,} tokens" if longest else "",
         "Packed": "yes" if getattr(args, "packing", False) else "",
         "Seed": str(args.seed),
         "Precision": f"{mixed} autocast, base in {base}" if mixed else f"base in {base}",
@@ -175,28 +179,28 @@ def settings_of(trainer: Any, model: nn.Module) -> dict[str, str]:
         "Time": _seconds(ended.get("train_runtime")),
         "Mean training loss": f"{ended['train_loss']:.4g}" if "train_loss" in ended else "",
     }
-    if not state.global_step:  # nothing was trained here: only what holds all the same
+    if not state.global_step:  # without training, only these apply
         settings = {name: settings[name] for name in ("Trained", "Precision", "Hardware")}
     return settings
 
 
-def versions_of(trainer: Any, model: nn.Module) -> dict[str, str]:
-    """Library -> version of what takes part in the run, beside what `hf_lora.json` names."""
+def versions_of(trainer: Trainer, model: nn.Module) -> dict[str, str]:
+    """Library -> version, for the libraries used in the run that `hf_lora.json` does not list."""
     bases = {cls.__module__.partition(".")[0] for cls in type(trainer).__mro__}
     data = {type(part).__module__.partition(".")[0] for part in (trainer.train_dataset, trainer.eval_dataset)}
-    taking_part = {
+    used = {
         "accelerate": True, "trl": "trl" in bases, "datasets": "datasets" in data,
         **dict.fromkeys(libraries_of(model), True),
         "deepspeed": trainer.is_deepspeed_enabled,
     }  # fmt: skip
     found = {"python": platform.python_version()}
-    found |= {name: metadata.version(name) for name, there in taking_part.items() if there}
+    found |= {name: metadata.version(name) for name, is_used in used.items() if is_used}
     if trainer.args.device.type == "cuda" and torch.version.cuda:
         found["CUDA"] = torch.version.cuda
     return found
 
 
-def _hardware(args: Any) -> str:
+def _hardware(args: TrainingArguments) -> str:
     device = args.device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -216,12 +220,12 @@ def _seconds(time: float | None) -> str:
 
 
 def _steps(warmup: float) -> str:
-    """Trainer takes a fraction of all steps, or their number."""
+    """Trainer's warmup is a fraction of all steps or a number of steps."""
     return f"{100 * warmup:g} % of the steps" if warmup < 1 else f"{warmup:g} steps"
 
 
-def _source(data: Any) -> tuple[str, str] | None:
-    """(repository, commit) of a data set that came from the Hub: it remembers the files that it was made of."""
+def _source(data: object) -> tuple[str, str] | None:
+    """(repository, commit) of a dataset from the Hub, from the URLs of its files."""
     files = getattr(getattr(data, "info", None), "download_checksums", None)
     found = {match.groups() for url in files or () if (match := _ON_HUB.match(str(url)))}
     only = found.pop() if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""The loss over the frozen head, for a training run: found on the first batch, given up where it does not fit."""
+"""The loss over the frozen head in a training run: set up on the first batch, turned off if it does not fit."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ Result = TypeVar("Result")
 
 
 class HeadLoss:
-    """Where a model is a causal language model with a frozen head, its logits are never made as a whole.
+    """Computes the loss of a causal language model with a frozen head without the full logits.
 
     Args:
-        enabled: False leaves every loss to the model.
-        speaks: whether this process logs which loss it is.
+        enabled: if False, the model computes every loss.
+        logs: whether this process logs which loss is used.
     """
 
-    def __init__(self, enabled: bool = True, speaks: bool = True) -> None:
-        self.enabled, self.speaks = enabled, speaks
+    def __init__(self, enabled: bool = True, logs: bool = True) -> None:
+        self.enabled, self.logs = enabled, logs
         self.head: FrozenHead | None = None
         """None before the first batch, and for other models."""
-        self._of: Any = None
+        self._model: nn.Module | None = None
 
     def restart(self) -> None:
-        """Look for the head again: another adapter may train it, which the last one left frozen."""
-        self._of = None
+        """Look for the head again, because the active adapter may have changed and may train it."""
+        self._model = None
 
     def find(self, model: nn.Module, inputs: Mapping[str, Any]) -> FrozenHead | None:
-        """The head that the loss of this batch can be computed over; None where it is left to the model."""
+        """The head for the loss of this batch; None if the model computes the loss."""
         labels = inputs.get("labels")
         if "shift_labels" in inputs or not isinstance(labels, Tensor) or labels.dim() != 2:
             return None
-        if self._of is not model:
-            self._of = model
+        if self._model is not model:
+            self._model = model
             self.head = find_frozen_head(model) if self.enabled else None
             if self.head is not None:
                 self.head.prove(model, inputs)
-                self._say()
+                self._log()
         return self.head if self.head is not None and self.head.off is None else None
 
     def compute(self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result]) -> Result | None:
-        """What `forward` returns, with the model's loss over its frozen head; None where that does not fit.
+        """The result of `forward`, with the model's loss over its frozen head; None if that does not fit.
 
         Args:
-            model: without what Accelerate puts around it.
-            inputs: the batch, with `labels` (B, T), that `forward` calls the model with.
+            model: without Accelerate's wrappers.
+            inputs: the batch, with `labels` (B, T), that `forward` passes to the model.
         """
         found = self._under(model, inputs, forward)
         return None if found is None else found[0]
@@ -58,23 +58,23 @@ class HeadLoss:
     def predict(
         self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result]
     ) -> tuple[Result, Scores] | None:
-        """As `compute`, with what the labels are worth and the likeliest tokens, in place of logits."""
+        """Like `compute`, and with the labels' log-probabilities and the most likely tokens instead of logits."""
         found = self._under(model, inputs, forward, predictions=True)
         return None if found is None or found[1].scores is None else (found[0], found[1].scores)
 
     def give_up(self, fault: str | None) -> None:
-        """Leave the loss to the model from here on."""
+        """Let the model compute the loss from now on."""
         if self.head is not None:
             self.head.off = fault
-            self._say()
+            self._log()
 
     def line(self) -> str:
-        """Which loss it is, for people; empty where there was no choice."""
+        """A line that names the loss in use; empty if there was no choice."""
         if self.head is None:
             return ""
         if self.head.off is not None:
-            return f"loss: the model's own, over all its logits, since {self.head.off}"
-        return f"loss: over the frozen {self.head.name} in chunks of tokens; the logits are never held"
+            return f"loss: the model's, over all logits, because {self.head.off}"
+        return f"loss: over the frozen {self.head.name} in chunks of tokens, without storing the logits"
 
     def _under(
         self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[], Result], predictions: bool = False
@@ -89,6 +89,6 @@ class HeadLoss:
         self.give_up(caught.fault)
         return None
 
-    def _say(self) -> None:
-        if self.speaks:
+    def _log(self) -> None:
+        if self.logs:
             logger.info(self.line())

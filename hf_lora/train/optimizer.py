@@ -1,7 +1,7 @@
 """Different learning rates for A, B and the heads, as parameter groups of Trainer's own optimizer.
 
-LoRA+ (Hayou, Ghosh, Yu 2024, arXiv:2402.12354): with one rate for both factors, wide layers do not learn efficiently;
-B wants a higher rate than A.
+LoRA+ (Hayou, Ghosh, Yu 2024, arXiv:2402.12354): with one learning rate for both factors, wide layers are trained
+inefficiently; B needs a higher rate than A.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainingArguments
 
 from ..adapt.walk import parts
 from ..errors import ConfigError
 
 
-def give_rates(optimizer: Any, model: nn.Module, args: Any, was_given: bool) -> bool:
-    """Give B and the heads the rates that the arguments ask for, if any; not to an optimizer that `was_given`."""
+def set_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, was_given: bool) -> bool:
+    """Set the learning rates of B and the heads, if `args` has any; ConfigError if the optimizer `was_given`."""
     ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     if ratio is None and head_rate is None:
         return False
     if was_given:
         raise ConfigError(
-            "loraplus_lr_ratio and head_learning_rate make the optimizer's parameter groups, but an optimizer was "
-            "handed to the Trainer. Leave either out."
+            "loraplus_lr_ratio and head_learning_rate set the optimizer's parameter groups, but an optimizer was "
+            "passed to the Trainer. Use one or the other."
         )
     split_by_rate(optimizer, learning_rates(model, args.learning_rate, ratio, head_rate))
     return True
@@ -31,7 +33,7 @@ def give_rates(optimizer: Any, model: nn.Module, args: Any, was_given: bool) -> 
 def learning_rates(
     model: nn.Module, learning_rate: float, loraplus_lr_ratio: float | None, head_learning_rate: float | None
 ) -> dict[int, float]:
-    """id of a parameter -> its learning rate, for those that do not have the common one."""
+    """id of a parameter -> its learning rate, for those that differ from the common one."""
     rates: dict[int, float] = {}
     for part in parts(model):
         for spec, tensor in part.tensors():
@@ -42,14 +44,14 @@ def learning_rates(
     return rates
 
 
-def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
-    """Split the groups of a fresh optimizer so that each parameter has its rate; all else of a group is kept.
+def split_by_rate(optimizer: Optimizer, rates: dict[int, float]) -> None:
+    """Split the groups of a new optimizer so that each parameter has its rate; other options are kept.
 
-    A scheduler multiplies every group's rate by the same factor, so the ratios stay through training.
+    A scheduler multiplies every group's rate by the same factor, so the ratios stay constant.
     """
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        parts: dict[float | None, list[Any]] = {None: []}  # the common rate first: it is the one that is logged
+        parts: dict[float | None, list[nn.Parameter]] = {None: []}  # the common rate first: it is logged
         for parameter in group["params"]:
             parts.setdefault(rates.get(id(parameter)), []).append(parameter)
         if len(parts) > 1 and not parts[None]:
@@ -61,5 +63,5 @@ def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
     if not any(id_ in placed for id_ in rates) or any(placed[i] != rate for i, rate in rates.items() if i in placed):
         raise ConfigError(
             f"loraplus_lr_ratio and head_learning_rate need an optimizer with parameter groups; "
-            f"{type(optimizer).__name__} manages its parameters by itself. Choose another optim, such as adamw_torch."
+            f"{type(optimizer).__name__} has none of its own. Choose another optim, such as adamw_torch."
         )

@@ -1,4 +1,4 @@
-"""The arguments of `hf-lora train`: flags on top of a YAML file, as dataclasses.
+"""The arguments of `hf-lora train` as dataclasses: flags, which override a YAML file.
 
 A script calls `finetune` with the same names: `finetune({"model": …, "train_file": …})`.
 """
@@ -29,62 +29,60 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "report_to": ["none"],
 }
-"""Other defaults than Trainer's, whose own suit long runs of large models."""
+"""Defaults that differ from Trainer's, which are meant for long runs of large models."""
 
 
 @dataclass
 class RunArguments:
-    """What to train on what data; the rest of a run is in `LoraTrainingArguments`."""
+    """Model and data; the other arguments are in `LoraTrainingArguments`."""
 
     model: str | None = flag(None, "Folder or Hub name of the base model.")
     model_revision: str | None = flag(None, "Branch, tag or commit of the base model.")
-    dtype: str | None = flag(None, "Type of the frozen weights, such as bfloat16. Default: the checkpoint's.")
-    task: str | None = flag(None, "text-classification or causal-lm. Default: found from the columns.")
+    dtype: str | None = flag(None, "Dtype of the frozen weights, such as bfloat16. Default: the checkpoint's.")
+    task: str | None = flag(None, "text-classification or causal-lm. Default: inferred from the columns.")
     train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file.")
-    eval_file: str | None = flag(None, "File for the evaluations during training.")
-    test_file: str | None = flag(None, "File for the evaluation at the end.")
-    dataset: str | None = flag(None, "Name for datasets.load_dataset, in place of files.")
-    dataset_config: str | None = flag(None, "Configuration of the data set.")
-    train_split: str = flag("train", "Split of the data set to train on.")
-    eval_split: str | None = flag(None, "Split for the evaluations during training.")
-    test_split: str | None = flag(None, "Split for the evaluation at the end.")
-    text_column: str | None = flag(None, "Column of the texts, or of the prompts.")
+    eval_file: str | None = flag(None, "File for evaluations during training.")
+    test_file: str | None = flag(None, "File for the final evaluation.")
+    dataset: str | None = flag(None, "Name for datasets.load_dataset, instead of files.")
+    dataset_config: str | None = flag(None, "Configuration of the dataset.")
+    train_split: str = flag("train", "Dataset split to train on.")
+    eval_split: str | None = flag(None, "Split for evaluations during training.")
+    test_split: str | None = flag(None, "Split for the final evaluation.")
+    text_column: str | None = flag(None, "Column of texts or prompts.")
     pair_column: str | None = flag(None, "Column of the second text of a pair.")
-    label_column: str | None = flag(None, "Column of the labels.")
-    completion_column: str | None = flag(
-        None, "Column of the answers, which are learned after the prompt (causal-lm)."
-    )
+    label_column: str | None = flag(None, "Column of labels.")
+    completion_column: str | None = flag(None, "Column of answers, trained on after the prompt (causal-lm).")
     max_length: int | None = flag(
-        None, "Tokens kept of a text, and of a packed row. Default: 512, of a causal-lm 1024, at most."
+        None, "Maximum tokens per text and per packed row. Default: at most 512, or 1024 for causal-lm."
     )
     packing: bool = flag(
-        True, "Put several texts into one row of max_length tokens; they do not see each other (causal-lm)."
+        True, "Pack several texts into one row of max_length tokens, without attention between them (causal-lm)."
     )
     use_chat_template: bool | None = flag(
         None,
-        "Whether pairs of texts are turns of a chat (causal-lm). Default: where the tokenizer has a "
-        "template, but columns called prompt and completion are put together as they are.",
+        "Whether pairs of texts are turns of a chat (causal-lm). Default: yes if the tokenizer has a template, except "
+        "for columns named prompt and completion, which are concatenated.",
     )
-    last_turn_only: bool = flag(False, "Of each chat, learn the assistant's last turn alone (causal-lm).")
+    last_turn_only: bool = flag(False, "Train only on the assistant's last turn of each chat (causal-lm).")
 
 
 @dataclass
 class Parsed:
-    """What a command line and its YAML file say."""
+    """The arguments of a command line and its YAML file."""
 
     run: RunArguments
     training: LoraTrainingArguments
     given: frozenset[str]
-    """Names of the arguments that were given, rather than left at their defaults."""
+    """Names of the arguments that were set explicitly."""
 
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` lists what each argument takes.")
+        raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` describes every argument.")
 
 
 def argument_parser() -> HfArgumentParser:
-    """The parser of `RunArguments` and `LoraTrainingArguments` with the defaults of a run."""
+    """The parser of `RunArguments` and `LoraTrainingArguments`, with `DEFAULTS`."""
     classes: Any = (RunArguments, LoraTrainingArguments)
     usage = "hf-lora train [--config FILE] [--NAME VALUE ...]"
     parser = _Parser(classes, prog="hf-lora train", usage=usage, allow_abbrev=False, add_help=False)
@@ -93,14 +91,14 @@ def argument_parser() -> HfArgumentParser:
 
 
 def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Parsed:
-    """Read flags, on top of a YAML file of the same names.
+    """Parse flags, which override a YAML file.
 
     Args:
-        argv: flags such as `--lora-r 16`; `-` and `_` in a name are the same.
-        config: a YAML file with one mapping of names to values, or such a mapping.
+        argv: flags such as `--lora-r 16`; `-` and `_` in a name are equivalent.
+        config: a YAML file with a mapping of names to values, or such a mapping.
 
     Raises:
-        ConfigError: a name is unknown (the message has the nearest), or a value cannot be read.
+        ConfigError: a name is unknown (the message suggests a similar one), or a value is invalid.
     """
     parser = argument_parser()
     known = {f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init}
@@ -111,14 +109,14 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         if name not in known:
             faults.add(f"{name} is not an argument{nearest(name, known)}")
     faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
-    empty = {name: value for name, value in values.items() if value == []}  # argparse cannot say it
+    empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
     lines = [word for name, value in values.items() for word in _as_flag(name, value)]
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
         raise
-    except ValueError as error:  # TrainingArguments found two that contradict, or a word that it does not know
+    except ValueError as error:  # TrainingArguments found a conflict or an unknown value
         raise ConfigError(f"hf-lora train: {error}") from error
     run, training, rest = parsed[0], parsed[1], parsed[-1]
     faults = Faults("hf-lora train")
@@ -126,8 +124,8 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
             faults.add(f"{word} is not an argument{_as_flags(nearest(name, known))}")
-        elif not faults.found:  # after an unknown name it is that one's value
-            faults.add(f"{word} is not an argument: names begin with --")
+        elif not faults.found:  # after an unknown name, it is its value
+            faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
     return Parsed(run, training, frozenset(named | set(empty)))
@@ -137,18 +135,18 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--config {config} cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"--config {config} could not be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {config} is not YAML ({error}).") from error
+        raise ConfigError(f"--config {config} is not valid YAML ({error}).") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {config} must hold lines of the form `name: value`.")
+        raise ConfigError(f"--config {config} must consist of lines `name: value`.")
     return values
 
 
-def _as_flag(name: str, value: Any) -> list[str]:
-    """A YAML value as words of a command line, so that one parser checks both."""
+def _as_flag(name: str, value: object) -> list[str]:
+    """A YAML value as command-line arguments, so that one parser checks both."""
     if value is None or value == []:
         return []
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""What is computed in which precision, in one line at the start of training."""
+"""A line about the precision of a run, logged at the start of training."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from math import prod
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..adapt.dequantize import quantized_layers
 
 
-def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
+def precision_line(model: nn.Module, accelerator: Accelerator, optimizer: str) -> str:
     """The precision of the base, the adapters, the products and the optimizer.
 
     Args:
-        accelerator: an `accelerate.Accelerator`, whose mixed precision counts.
-        optimizer: its name.
+        accelerator: an `accelerate.Accelerator`, for its mixed precision.
+        optimizer: name of the optimizer.
     """
     base = base_precision(model)
     trained = _listed(Counter({_name(p.dtype): p.numel() for p in model.parameters() if p.requires_grad}))
@@ -26,7 +27,7 @@ def precision_line(model: nn.Module, accelerator: Any, optimizer: str) -> str:
 
 
 def base_precision(model: nn.Module) -> str:
-    """The kinds of the frozen weights, most elements first: `"bitsandbytes NF4, bfloat16"`."""
+    """The formats of the frozen weights, most elements first: `"bitsandbytes NF4, bfloat16"`."""
     counts: Counter[str] = Counter()
     packed = set()
     for layer, storage in quantized_layers(model).values():
@@ -39,28 +40,28 @@ def base_precision(model: nn.Module) -> str:
 
 
 def quantization(model: nn.Module) -> list[str]:
-    """The forms in which layers of the base are quantized; none where all are dense."""
+    """The quantization formats of the base's layers; empty if all are dense."""
     return sorted({storage.form(layer) for layer, storage in quantized_layers(model).values()})
 
 
-def _products(model: nn.Module, accelerator: Any) -> str:
+def _products(model: nn.Module, accelerator: Accelerator) -> str:
     text = _dense_products(model, accelerator)
     own = {storage.compute_dtype(layer) for layer, storage in quantized_layers(model).values()}
     named = ", ".join(sorted(_name(dtype) for dtype in own if dtype is not None))
     return f"{text}, those of 4-bit layers in {named}" if named else text
 
 
-def _dense_products(model: nn.Module, accelerator: Any) -> str:
+def _dense_products(model: nn.Module, accelerator: Accelerator) -> str:
     mixed = str(accelerator.mixed_precision)
     if mixed == "fp8":
-        return "float8 where Accelerate's backend has it (experimental)"
+        return "float8 if Accelerate's backend supports it (experimental)"
     if mixed == "bf16":
         return "bfloat16 by autocast"
     if mixed == "fp16":
         if getattr(accelerator, "scaler", None) is not None:
-            return "float16 by autocast, the loss scaled"
+            return "float16 by autocast, with loss scaling"
         if accelerator.device.type == "cpu":
-            return "float16 by autocast, the loss not scaled (Accelerate does so on accelerators alone)"
+            return "float16 by autocast, without loss scaling (Accelerate scales only on accelerators)"
         return "float16 by autocast"
     dtypes = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     text = "in the base's dtype"
@@ -73,7 +74,7 @@ def _tf32() -> bool:
     backends: Any = torch.backends
     try:
         return "tf32" in (backends.fp32_precision, backends.cuda.matmul.fp32_precision)
-    except (AttributeError, RuntimeError):  # the older switches were used, and PyTorch forbids to ask the newer ones
+    except (AttributeError, RuntimeError):  # with the older switches set, PyTorch refuses to read the newer ones
         return bool(torch.backends.cuda.matmul.allow_tf32)
 
 

@@ -1,4 +1,4 @@
-"""`finetune`: from files of text to a saved adapter. It is what `hf-lora train` runs."""
+"""`finetune`: from text files to a saved adapter. `hf-lora train` runs it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
@@ -25,18 +25,18 @@ from .start import start_lines
 
 logger = logging.get_logger(__name__)
 LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
-"""Where none is given; a classifier's model is usually small, and small models want more."""
+"""Defaults; classifiers are usually small models, which need a higher rate."""
 
 WINDOW = 1024
-"""Tokens of a causal language model's row, where nothing is said and the model takes as many."""
+"""Default tokens per row of a causal language model, if its context is not shorter."""
 
 
 @dataclass
 class RunResult:
-    """What `finetune` did: the trained model, the final metrics, and the folder of the adapter.
+    """The result of `finetune`: the trained model, the final metrics, and the folder of the adapter.
 
     Args:
-        loss: which loss a language model was trained with; empty for other models.
+        loss: the loss that a language model was trained with; empty for other models.
     """
 
     model: Any
@@ -49,7 +49,7 @@ class RunResult:
 
 @dataclass
 class Prepared:
-    """A Trainer that is ready, the rows of each split, and what the data are, in lines."""
+    """A Trainer ready to train, the rows of each split, and lines that describe the data."""
 
     trainer: Any
     rows: dict[str, Any]
@@ -57,7 +57,7 @@ class Prepared:
 
     @property
     def prefix(self) -> str:
-        """Of the metrics of the evaluation at the end."""
+        """The prefix of the final metrics."""
         return "test" if "test" in self.rows else "eval"
 
 
@@ -68,13 +68,13 @@ def finetune(
 
     Args:
         arguments: the arguments of `hf-lora train` by name, such as `{"model": "bert-base", "train_file": "train.csv",
-            "lora_r": 16, "output_dir": "my-adapter"}`; a YAML file of them; or what `parse_arguments` read.
-        report: called once, before the first step, with a text that says what is trained on what. Default: it is
-            logged at INFO.
+            "lora_r": 16, "output_dir": "my-adapter"}`; a YAML file of them; or the result of `parse_arguments`.
+        report: called once, before the first step, with a text that describes the data and the adapter. Default: log
+            it at INFO.
 
     Raises:
-        ConfigError: an argument is missing, or two contradict.
-        DataError: the data are absent, broken, or do not fit the task.
+        ConfigError: an argument is missing, or two are in conflict.
+        DataError: the data are missing, invalid, or do not fit the task.
         TargetError, TrainingError: see `LoraTrainer`.
     """
     parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
@@ -82,7 +82,7 @@ def finetune(
     trainer, training = ready.trainer, parsed.training
     if trainer.is_world_process_zero():
         lines = start_lines(trainer.model, trainer.accelerator, training.optim) if report is not None else []
-        (report or logger.info)("\n".join([*ready.lines, *lines]))  # the trainer logs the others itself
+        (report or logger.info)("\n".join([*ready.lines, *lines]))  # the trainer logs the other lines
     start = time.perf_counter()
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
@@ -93,23 +93,23 @@ def finetune(
     trainer.save_state()
     if metrics and trainer.is_world_process_zero():
         trainer.save_metrics(ready.prefix, metrics)
-    trainer.create_model_card(**_names_of_data(parsed.run, ready.prefix))
+    trainer.create_model_card(**_data_of_card(parsed.run, ready.prefix))
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
 
 
 def first_batch(parsed: Parsed) -> str:
-    """The first training batch of a causal language model as text: what of it is learned, and what is not."""
+    """The first training batch of a causal language model as text that shows which tokens are trained."""
     ready = prepare(parsed)
     batch = next(iter(ready.trainer.get_train_dataloader()))
     if batch["labels"].dim() != 2:
-        raise ConfigError("--show-batch shows what a language model learns; a classifier learns each row's label.")
+        raise ConfigError("--show-batch is for language models; a classifier is trained on each row's label.")
     return "\n".join([*ready.lines, show_batch(ready.trainer.processing_class, batch)])
 
 
 def prepare(parsed: Parsed) -> Prepared:
-    """All that comes before the first step of training."""
+    """Everything before the first step of training."""
     from transformers import AutoTokenizer
 
     run, training = parsed.run, parsed.training
@@ -119,14 +119,14 @@ def prepare(parsed: Parsed) -> Prepared:
     if "learning_rate" not in parsed.given:
         training.learning_rate = LEARNING_RATES[task]
     if "dataloader_pin_memory" not in parsed.given:
-        training.dataloader_pin_memory = torch.accelerator.is_available()  # without one, torch warns of it
+        training.dataloader_pin_memory = torch.accelerator.is_available()  # avoids torch's warning on a CPU
     if not {"eval", "test"} & set(tables):
         training.eval_strategy = "no"
     tokenizer = AutoTokenizer.from_pretrained(run.model, revision=run.model_revision)
     return (_classifier if task == CLASSIFICATION else _language_model)(parsed, tables, tokenizer)
 
 
-def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
+def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from .trainer import LoraTrainer
@@ -143,9 +143,9 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Pre
     used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
     counts = ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
     lines = [f"{CLASSIFICATION} from the columns {used}: {counts}, {len(labels)} labels"]
-    lines += _cut(sum(r.cut for r in rows.values()), "texts")
+    lines += _truncation(sum(r.cut for r in rows.values()), "texts")
 
-    set_seed(training.seed)  # a new head draws random numbers
+    set_seed(training.seed)  # for the random weights of a new head
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     model = AutoModelForSequenceClassification.from_pretrained(
         str(run.model), num_labels=len(labels), **names, ignore_mismatched_sizes=True, **_loading(run)
@@ -153,20 +153,20 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Pre
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     if training.lora_modules_to_save is None and not find_heads(model):
-        # The checkpoint held a head for as many labels. Nothing says that they are these, so it is trained too.
+        # The checkpoint has a head with this number of labels. They may be other labels, so it is trained too.
         training.lora_modules_to_save = outside_backbone(model)
     trainer = LoraTrainer(
-        model, training, DataCollatorWithPadding(tokenizer), **_given(rows, tokenizer, ["accuracy", "f1"])
+        model, training, DataCollatorWithPadding(tokenizer), **_common(rows, tokenizer, ["accuracy", "f1"])
     )
     return Prepared(trainer, rows, lines)
 
 
-def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) -> Prepared:
+def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
     try:
         from .sft import LoraSFTConfig, LoraSFTTrainer
     except ImportError as error:
         raise ConfigError(
-            f"Training a causal language model goes through TRL, which cannot be imported ({error}). Run: pip install "
+            f"Training a causal language model requires TRL, which could not be imported ({error}). Run: pip install "
             '"hf_lora[chat]"'
         ) from error
     from datasets import Dataset
@@ -185,9 +185,9 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
         )  # fmt: skip
         rows[split] = Dataset.from_dict({key: [row[key] for row in labelled] for key in ("input_ids", "labels")})
         cut += long
-    lines += _cut(cut, "rows")
+    lines += _truncation(cut, "rows")
 
-    # A packed row is a batch already: more of them to a step would only mean fewer steps.
+    # A packed row holds many texts, so one row per device is a sufficient batch.
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
         if name not in parsed.given:
             setattr(training, name, 1 if run.packing else 8)
@@ -195,13 +195,13 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: Any) ->
     trainer = LoraSFTTrainer(
         AutoModelForCausalLM.from_pretrained(str(run.model), **_loading(run)),
         LoraSFTConfig.of(training, packing=run.packing, max_length=length),
-        **_given(rows, tokenizer, ["accuracy", "perplexity"]),
+        **_common(rows, tokenizer, ["accuracy", "perplexity"]),
     )
     return Prepared(trainer, rows, lines)
 
 
-def _given(rows: dict[str, Any], tokenizer: Any, metrics: list[str]) -> dict[str, Any]:
-    """What every Trainer is given."""
+def _common(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, metrics: list[str]) -> dict[str, Any]:
+    """Arguments that both Trainers take."""
     from ..evaluation.metrics import build_compute_metrics
 
     evaluated = rows.get("eval", rows.get("test"))
@@ -213,16 +213,16 @@ def _check(parsed: Parsed) -> None:
     run, training = parsed.run, parsed.training
     faults = Faults("hf-lora train")
     if not run.model:
-        faults.add("no model: give --model, a folder or a name on the Hub")
+        faults.add("no model: pass --model with a folder or a name on the Hub")
     if bool(run.train_file) == bool(run.dataset):
-        faults.add("give either --train-file or --dataset to train on")
+        faults.add("pass either --train-file or --dataset")
     if run.task is not None and run.task not in TASKS:
         faults.add(f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is {' or '.join(TASKS)}")
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
-            faults.add(f"{file} and the split {split!r} cannot both be evaluated: leave one out")
+            faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
-        faults.add("load_best_model_at_end chooses by data of its own: give --eval-file (not the test data)")
+        faults.add("load_best_model_at_end needs separate evaluation data: pass --eval-file (not the test data)")
     faults.check(ConfigError, "`hf-lora train --help` shows an example.")
 
 
@@ -240,8 +240,8 @@ def _read_tables(run: RunArguments) -> dict[str, Table]:
     return tables
 
 
-def _names_of_data(run: RunArguments, prefix: str) -> dict[str, Any]:
-    """What the card calls the data of the evaluation at the end."""
+def _data_of_card(run: RunArguments, prefix: str) -> dict[str, str | None]:
+    """Arguments of the card about the data of the final evaluation."""
     file, split = (run.test_file, run.test_split) if prefix == "test" else (run.eval_file, run.eval_split)
     if file:
         return {"dataset": Path(file).name}
@@ -252,6 +252,6 @@ def _loading(run: RunArguments) -> dict[str, Any]:
     return {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
 
 
-def _cut(cut: int, what: str) -> list[str]:
-    text = f"{cut:,} {what} reach the limit of tokens and may have lost their end; --max-length raises it."
+def _truncation(cut: int, what: str) -> list[str]:
+    text = f"{cut:,} {what} reach the token limit and may be truncated; --max-length raises the limit."
     return [text] if cut else []

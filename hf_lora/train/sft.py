@@ -1,8 +1,8 @@
 """`LoraSFTTrainer`: TRL's SFTTrainer for LoRA adapters.
 
-Packing, its collator, truncation and the training loop are TRL's. What is added: the assistant's tokens are found for
-any chat template (see spans.py), packed documents are attended to one by one (see packing.py), and without a Triton
-device the loss is ours (see loss.py): TRL's kernel multiplies every position by the head there, learned or not.
+Packing, its collator, truncation and the training loop are TRL's. Added here: the assistant's tokens are found for any
+chat template (`data.chat`), packed documents have separate attention (`loss.packed_attention`), and without a Triton
+device the loss is `loss.frozen_head`'s: TRL's kernel multiplies every position by the head, trained or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +46,21 @@ logger = logging.get_logger(__name__)
 
 @dataclasses.dataclass
 class LoraSFTConfig(LoraArguments, SFTConfig):
-    """`trl.SFTConfig` with the LoRA fields: takes its place in an existing script.
+    """A drop-in replacement for `trl.SFTConfig` with the LoRA fields.
 
-    Three defaults differ: rows are packed, of chats the assistant's tokens alone are learned, and bfloat16 is not
-    turned on where there is no accelerator.
+    Three defaults differ: rows are packed, only the assistant's tokens of chats are trained, and bfloat16 is off
+    without an accelerator.
 
     Raises:
-        ConfigError: lists every LoRA field with a wrong value.
+        ConfigError: lists every LoRA field with an invalid value.
     """
 
     packing: bool = dataclasses.field(
         default=True,
-        metadata={"help": "Put several rows into one of max_length tokens; they do not see each other."},
+        metadata={"help": "Pack several rows into one of max_length tokens, without attention between them."},
     )
     assistant_only_loss: bool = dataclasses.field(
-        default=True, metadata={"help": "Of chats, learn what the assistant says alone."}
+        default=True, metadata={"help": "Train only on the assistant's messages of chats."}
     )
 
     def __post_init__(self) -> None:
@@ -70,10 +70,10 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
 
     @classmethod
     def of(cls, arguments: TrainingArguments, **more: Any) -> LoraSFTConfig:
-        """The same arguments, from those of another Trainer.
+        """The same arguments as those of another Trainer.
 
         Args:
-            more: fields that `arguments` lacks, or other values for them.
+            more: further fields, or other values.
         """
         known = {f.name for f in dataclasses.fields(cls) if f.init}
         given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name in known}
@@ -81,16 +81,16 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
 
 
 class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` that trains a LoRA adapter; takes its place in an existing script.
+    """A drop-in replacement for `trl.SFTTrainer` that trains a LoRA adapter.
 
-    Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); a
-    `peft_config` counts as one. `model` may also be the folder of an adapter, which is trained on. Data sets of chats
-    (`messages`, `conversations`, or lists of messages as `prompt` and `completion`) get their labels here, unless
-    `assistant_only_loss` is off; all others are TRL's to prepare.
+    Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); `peft_config`
+    is accepted in its place. `model` may also be the folder of an adapter, whose training then continues. Datasets of
+    chats (`messages`, `conversations`, or lists of messages as `prompt` and `completion`) are labeled here, unless
+    `assistant_only_loss` is off; TRL prepares all others.
 
     Raises:
         ConfigError: an argument cannot be used, or the tokenizer has no end token.
-        DataError: lists every chat of which nothing can be learned.
+        DataError: lists every chat without trainable tokens.
         TargetError: the output head is adapted, which the loss over it would leave untrained.
     """
 
@@ -99,7 +99,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         given.pop("self")
         peft_config = given.pop("peft_config", None)
         if peft_config is not None and lora_config is not None:
-            raise ConfigError(f"{type(self).__name__}(…): both lora_config and peft_config are given. Leave one out.")
+            raise ConfigError(f"{type(self).__name__}(…): both lora_config and peft_config are given. Pass only one.")
         model, config = given.get("model"), _config_of(given.get("args"), given.get("model"))
         if isinstance(model, str) and Path(model, CONFIG_NAME).is_file():
             options: Any = config.model_init_kwargs or {}
@@ -112,20 +112,20 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             tokenizer = given["processing_class"] = AutoTokenizer.from_pretrained(name)
         if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None:
             raise ConfigError(
-                f"{type(self).__name__}(…): the tokenizer has no end token, so the model would never learn to stop. "
-                "Set tokenizer.eos_token to the token that ends a text or a turn."
+                f"{type(self).__name__}(…): the tokenizer has no end token, so the model would not learn to stop. Set "
+                "tokenizer.eos_token to the token that ends a text or a turn."
             )
         self._label_tokenizer, self._label_config = tokenizer, config
         self._labels_chats = config.assistant_only_loss and given.get("formatting_func") is None
         for name in ("train_dataset", "eval_dataset"):
-            given[name] = self._labelled(given.get(name), name)
-        # TRL would look for marks in the template, and for messages in data that have labels already.
+            given[name] = self._labeled(given.get(name), name)
+        # TRL would require marks in the template, and messages in data that are already labeled.
         config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
-        with _dtypes_kept(given.get("model")):
+        with _keep_dtypes(given.get("model")):
             lora = peft_config if lora_config is None else lora_config
             super().__init__(**{**given, "args": config}, lora_config=lora)
         config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
-        self._take_head()
+        self._replace_fused_forward()
 
     def _adapt(self, model: nn.Module) -> None:
         fresh = state_of(model) is None
@@ -133,19 +133,19 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         if isinstance(head, LoraLayer):
             if fresh:
-                model.unload()  # type: ignore[operator]  # nothing of the model was changed when the error is seen
+                model.unload()  # type: ignore[operator]  # after the error, the model is unchanged
             raise TargetError(
-                f"{type(self).__name__}(…): the output head is adapted, and the loss over it reads its weight alone, "
-                "so the adapter would stay as it is. Leave the head out of target_modules, or train it whole with "
+                f"{type(self).__name__}(…): the output head is adapted, but the loss over it reads only its weight, "
+                "so the adapter would not be trained. Exclude the head from target_modules, or train it whole with "
                 "modules_to_save."
             )
 
     # The data --------------------------------------------------------------------------------------------------------
 
-    def _labelled(self, data: Any, name: str) -> Any:
-        """A data set of chats as tokens and labels; any other as it is."""
+    def _labeled(self, data: Any, name: str) -> Any:
+        """A dataset of chats as tokens and labels; any other unchanged."""
         if isinstance(data, dict):
-            return {key: self._labelled(part, f"{name}[{key!r}]") for key, part in data.items()}
+            return {key: self._labeled(part, f"{name}[{key!r}]") for key, part in data.items()}
         if not self._labels_chats or not isinstance(data, Dataset) or not len(data):
             return data
         if {"input_ids", "image", "images"} & set(data.column_names):
@@ -157,7 +157,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         rows, cut = chat_rows(table, recognize_format(table), self._label_tokenizer, limit)
         if cut:
             logger.warning(
-                f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and lose their end."
+                f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and are truncated."
             )
         return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
 
@@ -170,24 +170,24 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             yield
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`; see `LoraTrainerMixin`."""
+        """Like `Trainer.train`; see `LoraTrainerMixin`."""
         with self._by_document():
             return super().train(*args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As `SFTTrainer.evaluate`; data sets of chats are labelled as those of the training."""
+        """Like `SFTTrainer.evaluate`; datasets of chats are labeled as for training."""
         with self._by_document():
-            return super().evaluate(self._labelled(eval_dataset, "eval_dataset"), *args, **kwargs)
+            return super().evaluate(self._labeled(eval_dataset, "eval_dataset"), *args, **kwargs)
 
     # The loss --------------------------------------------------------------------------------------------------------
 
-    def _take_head(self) -> None:
-        """Compute the loss of TRL's fused head our way, except where a Triton kernel does it."""
+    def _replace_fused_forward(self) -> None:
+        """Replace TRL's fused loss over the head by `HeadLoss`, except where a Triton kernel computes it."""
         model: Any = self.model
         fused = model.__dict__.get("forward")
         if fused is None:
             return
-        # It stands on the instance, so it would outlive the adapter.
+        # It is an attribute of the instance, so it must be removed with the adapter.
         require_state(model, type(self).__name__).borrowed.append("forward")
         if is_triton_available() and self.args.device.type in ("cuda", "xpu"):
             return
@@ -209,16 +209,16 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
 
 
 def _over_head(
-    head: FrozenHead, forward: Any, model: Any, inputs: dict[str, Any]
+    head: FrozenHead, forward: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]
 ) -> tuple[FusedCausalLMOutput | None, str | None]:
-    """What TRL's forward with a fused head returns; None and the reason where the head does not fit after all."""
+    """The result of TRL's forward with a fused head; None and the reason if the head does not fit."""
     with head.catch(model, shifted(inputs["labels"]), entropy=True) as caught:
         outputs = forward(**inputs)
     scores = caught.scores
     if caught.fault is not None or scores is None:
         return None, caught.fault
     assert scores.entropy is not None
-    # TRL counts a position for each label but the first.
+    # TRL has one position per label except the first.
     return FusedCausalLMOutput(
         loss=outputs["loss"], log_probs=scores.log_probs[:, :-1], entropy=scores.entropy[:, :-1],
         is_top1=scores.hits[:, :-1], label_mask=scores.mask[:, :-1], aux_loss=outputs.get("aux_loss"),
@@ -226,10 +226,10 @@ def _over_head(
 
 
 @contextlib.contextmanager
-def _dtypes_kept(model: Any) -> Iterator[None]:
-    """Undo what TRL does to a model over a 4- or 8-bit base: all that requires a gradient becomes bfloat16.
+def _keep_dtypes(model: Any) -> Iterator[None]:
+    """Undo TRL's conversion of trainable parameters to bfloat16 in a model with a 4- or 8-bit base.
 
-    Those are the adapters, which are float32 masters, or the norms, which are the base's to keep.
+    Adapters are float32 master weights, and trained norms keep the base's dtype.
     """
     quantized = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
     kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantized else {}
@@ -241,7 +241,7 @@ def _dtypes_kept(model: Any) -> Iterator[None]:
                 parameter.data = values
 
 
-def _config_of(arguments: Any, model: Any) -> SFTConfig:
+def _config_of(arguments: TrainingArguments | None, model: Any) -> SFTConfig:
     if arguments is None:
         name = model if isinstance(model, str) else name_or_path(model)
         return LoraSFTConfig(f"{str(name).rpartition('/')[2] or 'model'}-SFT")
@@ -253,6 +253,6 @@ def _tokenizer(folder: str, model: Any) -> Any:
     return AutoTokenizer.from_pretrained(folder if has_own else name_or_path(model))
 
 
-def _is_chat(cell: Any) -> bool:
+def _is_chat(cell: object) -> bool:
     first = cell[0] if isinstance(cell, list) and cell else None
     return isinstance(first, dict) and bool({"role", "from"} & set(first))

@@ -1,9 +1,9 @@
-"""`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin that does the same to any Trainer.
+"""`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin for any Trainer.
 
-The training loop is Trainer's. `LoraTrainerMixin` overrides its hooks, all of them here, each in a few lines that call
-what does the work: `CheckpointStore` (checkpoints that are complete or do not count), `HeadLoss` (the loss over a
-frozen head), the watches `guard` and `finite`, `CardWriter` and `Pusher`. Where a release of Trainer changes, this is
-the file to read, and compat.py lists the private names it relies on.
+The training loop is Trainer's. `LoraTrainerMixin` overrides Trainer's methods, all in this file, each in a few lines
+that call `CheckpointStore` (complete checkpoints), `HeadLoss` (the loss over a frozen head), the watches `guard` and
+`finite`, `CardWriter` and `Pusher`. After a release of Trainer, check this file; compat.py lists the private names in
+use.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from ..model import LoraModel
 from . import start
 from .card import CardWriter
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
-from .checkpoint.pushing import Pusher, make_repository, reported
+from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
-from .checkpoint.store import CheckpointStore, forget_lost_best, save_adapters
+from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_adapters
 from .engines import broadcast_trainable, check_engine, check_same_adapters
 from .head_loss import HeadLoss
-from .optimizer import give_rates
+from .optimizer import set_rates
 from .precision import quantization
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
@@ -48,22 +48,22 @@ else:
 
 
 class LoraTrainerMixin(_Trainer):
-    """Put before any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
+    """A mixin for any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
 
-    Takes every argument of the Trainer that it is mixed into, in the same order, and two more by keyword.
+    Takes every argument of that Trainer, in the same order, and two more by keyword.
 
     Args:
-        lora_config: what to adapt: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA
-            fields of the training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to
-            what `model_init` returns. A model that has adapters already is trained as it is.
-        accept_ddp_fallback: train all the same where FSDP or DeepSpeed was asked for and Accelerate runs something
-            else, as it does on a CPU; also a training argument.
+        lora_config: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA fields of the
+            training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to the result of
+            `model_init`. A model that already has adapters is trained unchanged.
+        accept_ddp_fallback: train even if FSDP or DeepSpeed was requested but Accelerate runs another engine, as on a
+            CPU; also a training argument.
 
     Raises:
-        StateError: `lora_config` is given and the model has adapters already, or the model is sharded already.
+        StateError: `lora_config` is given but the model already has adapters, or the model is already sharded.
         TargetError, ConfigError: the configuration does not fit the model; see `apply_lora`.
-        ConfigError: the engine is not the one that was asked for, or is not supported.
-        TrainingError: from `train`: nothing would be learned, or a value is not finite.
+        ConfigError: the engine is not the requested one, or is not supported.
+        TrainingError: from `train`: no parameter is trainable, or a value is not finite.
         AdapterFileError: from `train`: the checkpoint is not complete, or does not fit the model.
     """
 
@@ -77,10 +77,10 @@ class LoraTrainerMixin(_Trainer):
         self._lora_config = lora_config
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
-        self._own_optimizer: Any = None
+        self._own_optimizer: torch.optim.Optimizer | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        self._sharing_is_due = False
+        self._sharing_pending = False
         super().__init__(*args, **kwargs)
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
@@ -93,11 +93,11 @@ class LoraTrainerMixin(_Trainer):
 
     @property
     def _bare_model(self) -> Any:
-        """The model without what Accelerate and torch.compile put around it."""
+        """The model without the wrappers of Accelerate and torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
-    def _is_sharded(self) -> bool:  # engines under which Trainer knows only PEFT's models and whole ones
+    def _is_sharded(self) -> bool:  # engines under which Trainer supports only PEFT models and full models
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _watches(self) -> list[Watch]:
@@ -106,8 +106,8 @@ class LoraTrainerMixin(_Trainer):
     # Where the adapter comes from ------------------------------------------------------------------------------------
 
     def create_accelerator_and_postprocess(self) -> None:
-        # Trainer calls this first of all, with the seed set, the model (if one was given) and the arguments in place.
-        with start.unused_parameters_found(self.args):
+        # Trainer calls this first, after it sets the seed, the model (if one was passed) and the arguments.
+        with start.find_unused_parameters(self.args):
             super().create_accelerator_and_postprocess()
         accepts = self._accept_ddp_fallback or getattr(self.args, "accept_ddp_fallback", False)
         check_engine(self.args, self.accelerator, self.model, accepts, type(self).__name__)
@@ -115,12 +115,12 @@ class LoraTrainerMixin(_Trainer):
             self._adapt(self.model)
         own = type(self)._build_accelerator_args is Trainer._build_accelerator_args
         if own and self.accelerator.ddp_handler is not None:
-            # Nobody else has asked for anything here. Gradients then lie in what is sent, and are not copied.
+            # No subclass configures DDP. Gradients are then views of the buckets, and are not copied.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
-        start.take_trial(self.args, trial, getattr(self, "hp_space", None))
+        start.apply_trial(self.args, trial, getattr(self, "hp_space", None))
         self._adapt(model)
         return model
 
@@ -131,20 +131,20 @@ class LoraTrainerMixin(_Trainer):
     # The start of training -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `Trainer.train`. `resume_from_checkpoint=True` takes the newest complete checkpoint in `output_dir`."""
+        """Like `Trainer.train`; `resume_from_checkpoint=True` uses the newest complete checkpoint in `output_dir`."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             for watch in self._watches():
                 watch.finished()
-            self._sharing_is_due = False
+            self._sharing_pending = False
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._begin()
         if resume_from_checkpoint is None or not self._is_sharded:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Under these engines Trainer would look for a whole model here, and for the engine's own files.
+        # Under these engines Trainer would look for a full model here, and for the engine's files.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._load_from_checkpoint(resume_from_checkpoint)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -152,7 +152,7 @@ class LoraTrainerMixin(_Trainer):
         return prepared
 
     def _begin(self) -> None:
-        """What every run of `train` checks and logs before its first step."""
+        """The checks and log messages of every run of `train` before its first step."""
         model, call = self._bare_model, f"{type(self).__name__}.train"
         start.check_start(model, call)
         check_same_adapters(model, call)
@@ -162,25 +162,25 @@ class LoraTrainerMixin(_Trainer):
             logger.info("\n".join(start.start_lines(model, self.accelerator, self.optimizer or self.args.optim)))
             start.warn_at_start(model, self.args.learning_rate if self.optimizer is None else None, self._base_dtype)
         self._flops_per_token = self._step_loss = None
-        self._sharing_is_due = start.may_share_inputs(self, model)
+        self._sharing_pending = start.may_share_inputs(self, model)
         self.head_loss.restart()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """As `Trainer.create_optimizer`; then B and the heads get the rates that the arguments ask for."""
+        """Like `Trainer.create_optimizer`; then sets the learning rates of B and the heads from the arguments."""
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if (present is None or present is not self._own_optimizer) and give_rates(
+        if (present is None or present is not self._own_optimizer) and set_rates(
             optimizer, self._bare_model, self.args, was_given=present is not None
         ):
             self._own_optimizer = optimizer
         if self.is_deepspeed_enabled:
-            self._checkpoints.note_groups(optimizer)
+            self._checkpoints.record_groups(optimizer)
         return optimizer
 
     # A step ----------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As `Trainer.training_step`; then the watches see the loss and the gradients of a whole step."""
+        """Like `Trainer.training_step`; then the watches check the loss and the gradients of a whole step."""
         loss = super().training_step(*args, **kwargs)
         if self.is_deepspeed_enabled or self.optimizer is None:
             return loss
@@ -194,12 +194,12 @@ class LoraTrainerMixin(_Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """As `Trainer.compute_loss`; over the frozen head where nobody asks for the outputs."""
+        """Like `Trainer.compute_loss`; over the frozen head if the outputs are not needed."""
         bare = self._bare_model
         trains = bare.training and torch.is_grad_enabled()
-        if self._sharing_is_due and trains:
-            # Here and not at the first batch of all: a resumed run has the same groups from its first step, too.
-            self._sharing_is_due = False
+        if self._sharing_pending and trains:
+            # At the first batch of this run, so that a resumed run has the same groups from its first step.
+            self._sharing_pending = False
             popped = {"labels"} if self.label_smoother is not None or self.compute_loss_func is not None else set()
             start.find_shared_inputs(bare, {k: v for k, v in inputs.items() if k not in popped})
         own, result = super().compute_loss, None
@@ -219,15 +219,15 @@ class LoraTrainerMixin(_Trainer):
         ignore_keys: list[str] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any]:
-        """As `Trainer.prediction_step`; over the frozen head where the metrics are of `build_compute_metrics`."""
+        """Like `Trainer.prediction_step`; over the frozen head if the metrics are from `build_compute_metrics`."""
         own = super().prediction_step
         reduces: Any = self.preprocess_logits_for_metrics
         ours = isinstance(self.compute_metrics, ComputeMetrics)
-        ours = ours and getattr(reduces, "__self__", None) is self.compute_metrics  # nothing else looks at the logits
+        ours = ours and getattr(reduces, "__self__", None) is self.compute_metrics  # no other use of the logits
         plain = prediction_loss_only and _is_trainers(own, Trainer.prediction_step)
         if (ours or plain) and self._leaves_logits_out():
             inputs = self._prepare_inputs(inputs)
-            # Trainer counts the labels of a batch in its own way, and the value should be the one it shows.
+            # The count of labels is Trainer's, so that the loss equals the one that Trainer reports.
             count = functools.partial(self._get_num_items_in_batch, [inputs], self.args.device)
             batch = {**inputs, "use_cache": False}
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -241,13 +241,13 @@ class LoraTrainerMixin(_Trainer):
         return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
 
     def _leaves_logits_out(self) -> bool:
-        """Whether nobody asks for the logits, so that the loss may be computed over the frozen head."""
+        """Whether the logits are not needed, so that the loss may be computed over the frozen head."""
         args = self.args
         others = args.torch_compile or args.n_gpu > 1 or args.use_liger_kernel
         return not others and self.label_smoother is None and self.compute_loss_func is None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # Trainer counts the parameters again at every step, which takes longer the more tensors there are.
+        # Trainer counts the parameters at every step, which is slow with many tensors.
         name = getattr(self.model, "main_input_name", "input_ids")
         own = super().floating_point_ops
         if not _is_trainers(own, Trainer.floating_point_ops) or name not in inputs:
@@ -259,13 +259,13 @@ class LoraTrainerMixin(_Trainer):
     # Files -----------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, of the adapter; a TrainingError where a trained tensor holds NaN or infinity."""
+        """Like `Trainer.save_model`, for the adapter; TrainingError if a trained tensor has NaN or infinite values."""
         folder = str(output_dir or self.args.output_dir)
         check_finite(self._bare_model, f"save_model({folder!r})")
         if not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return
-        # Trainer would gather the base here, or write the shards of this process.
+        # Trainer would gather the base, or write the shards of this process.
         state = gathered_state(self._bare_model)
         if self.args.should_save:  # older transformers let every process write in `_save`
             self._save(folder, state_dict=state)
@@ -275,7 +275,7 @@ class LoraTrainerMixin(_Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self._bare_model, LoraModel):
             super()._save(output_dir, state_dict)
-        elif self.args.should_save:  # a module without save_pretrained: Trainer would write all its weights
+        elif self.args.should_save:  # a module without save_pretrained, of which Trainer would write all weights
             folder = str(output_dir or self.args.output_dir)
             save_adapters(self._bare_model, folder, state_dict)
             if self.processing_class is not None:
@@ -287,7 +287,7 @@ class LoraTrainerMixin(_Trainer):
         folder = Path(self._get_output_dir(trial), f"checkpoint-{step}")
         with (
             store.writing(folder, bare, self.args.should_save, self.accelerator.wait_for_everyone),
-            # trainer_state.json is the last file; the push and the deletion of older ones count on the manifest.
+            # trainer_state.json is the last file; the push and the deletion of older ones need the manifest.
             after_state_is_written(self.state, lambda: store.finish(folder, step, bare, self.optimizer)),
             rotates_with(functools.partial(rotate_checkpoints, newest=folder)),
         ):
@@ -295,7 +295,7 @@ class LoraTrainerMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # every process has written its own before the manifest lists them
+        self.accelerator.wait_for_everyone()  # every process must write its file before the manifest lists them
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_sharded:
@@ -313,7 +313,7 @@ class LoraTrainerMixin(_Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            forget_lost_best(self.state, self._get_output_dir(None))
+            forget_incomplete_best(self.state, self._get_output_dir(None))
             found = self._checkpoints.has_optimizer(checkpoint, self._bare_model, self.optimizer)
             if self._is_sharded:
                 if found:
@@ -328,16 +328,16 @@ class LoraTrainerMixin(_Trainer):
         """Write the card of the adapter to `output_dir`: see `write_card`.
 
         Takes the arguments of `Trainer.create_model_card`: `finetuned_from` is the base's name on the Hub, `dataset`
-        and `dataset_args` are the data and the split of the evaluation. They count for later calls too, as in a push.
+        and `dataset_args` are the data and the split of the evaluation. Later calls, as in a push, reuse them.
 
-        A README that cannot be kept is an AdapterFileError; during the training it is a warning.
+        If the existing README cannot be kept, this is an AdapterFileError, or a warning during training.
         """
         if self.is_world_process_zero():
             names = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
             self._card.write(self, self._bare_model, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository before training starts, so that a HubError says then what is wrong with it."""
+        """Create the repository before training starts, so that a HubError is raised early."""
         if self.is_world_process_zero():
             self.hub_model_id: Any = make_repository(self.args, token, private)
             self.push_in_progress = None
@@ -354,13 +354,13 @@ class LoraTrainerMixin(_Trainer):
         """Save the adapter, write its card, and push both, with the tokenizer, as one commit.
 
         Args:
-            blocking: wait for it; else a future is returned.
-            token, revision: default: `hub_token` and `hub_revision`, else those of the client.
-            private: for a new repository.
-            kwargs: for `create_model_card`.
+            blocking: wait for the push; if False, return a future.
+            token, revision: default: `hub_token` and `hub_revision`, else the client's.
+            private: visibility of a new repository.
+            kwargs: arguments of `create_model_card`.
 
         Raises:
-            HubError: the Hub refused it or could not be reached; `output_dir` holds all that is needed to try again.
+            HubError: the Hub refused the push or could not be reached; `output_dir` has all files to try again.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -374,7 +374,7 @@ class LoraTrainerMixin(_Trainer):
         self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
         self._finish_current_push()
         job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
-        return job.result() if blocking else reported(job)
+        return job.result() if blocking else log_failure(job)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         waits = push_is_running(self) and not self.args.hub_always_push
@@ -384,17 +384,17 @@ class LoraTrainerMixin(_Trainer):
         self.create_model_card()
         made = (self.args, str(self.hub_model_id), self.state, Path(checkpoint_folder), self.processing_class)
         job = self._pusher.push_checkpoint(*made)
-        add_push(self, job and reported(job))
+        add_push(self, job and log_failure(job))
 
 
-def _is_trainers(method: Any, own: Any) -> bool:
-    """Whether a bound method is Trainer's own: a subclass that overrides it keeps its way."""
+def _is_trainers(method: object, own: object) -> bool:
+    """Whether a bound method is Trainer's, and not overridden by a subclass."""
     return getattr(method, "__func__", None) is own
 
 
 class LoraTrainer(LoraTrainerMixin, Trainer):
-    """`transformers.Trainer` for LoRA adapters: takes its place in an existing script; see `LoraTrainerMixin`."""
+    """A drop-in replacement for `transformers.Trainer` that trains LoRA adapters; see `LoraTrainerMixin`."""
 
 
 class LoraSeq2SeqTrainer(LoraTrainerMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` for LoRA adapters: takes its place in a script; see `LoraTrainerMixin`."""
+    """A drop-in replacement for `transformers.Seq2SeqTrainer` that trains LoRA adapters; see `LoraTrainerMixin`."""

@@ -180,12 +180,12 @@ def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
         (["--model", "m", "--train-file", "/nowhere/t.csv"], "/nowhere/t.csv does not exist"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be an integer >= 1"),
-        (["--config", "/nowhere/run.yaml"], "cannot be read"),
-        (["--model", "m", "t.csv"], "t.csv is not an argument: names begin with --"),
+        (["--config", "/nowhere/run.yaml"], "could not be read"),
+        (["--model", "m", "t.csv"], "t.csv is not an argument: names start with --"),
         (["--load-best-model-at-end", "--eval-strategy", "steps", "--save-strategy", "epoch"], "strategy"),
         (
             ["--model", "m", "--train-file", "t.csv", "--load-best-model-at-end", "--eval-strategy", "epoch"],
-            "chooses by data of its own",
+            "needs separate evaluation data",
         ),
     ],
 )
@@ -204,10 +204,10 @@ def test_every_default_is_an_argument_and_is_overridden() -> None:
 def test_yaml_that_is_none(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("lora_r: [")
-    with pytest.raises(ConfigError, match="is not YAML"):
+    with pytest.raises(ConfigError, match="is not valid YAML"):
         parse_arguments([], config)
     config.write_text("- lora_r")
-    with pytest.raises(ConfigError, match="lines of the form"):
+    with pytest.raises(ConfigError, match="consist of lines"):
         parse_arguments([], config)
     config.write_text("lora_modules_to_save: []\n")
     assert parse_arguments([], config).training.lora_config().modules_to_save == []

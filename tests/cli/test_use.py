@@ -54,46 +54,46 @@ def test_models_on_the_hub_and_adapters_in_folders(
 
 
 def test_a_chat_through_a_pipe(chat_adapter: str, llama_folder: str, loaded: tuple[Any, Any]) -> None:
-    said = chat(chat_adapter, "open the door", "/base", "close it", "/adapter", "/reset", "open the door")
+    lines = chat(chat_adapter, "open the door", "/base", "close it", "/adapter", "/reset", "open the door")
     reference = Conversation(*loaded, max_new_tokens=6)
     first = reference.say("open the door")
     reference.use_adapter(False)
     second = reference.say("close it")
     assert first != second
-    assert said[0].startswith(f"adapter {chat_adapter} on {llama_folder}, not merged (float32, cpu). /help lists")
+    assert lines[0].startswith(f"adapter {chat_adapter} on {llama_folder}, not merged (float32, cpu). /help lists")
     assert first
     assert second
-    assert said[1:] == [
+    assert lines[1:] == [
         "> open the door", first,
-        "> /base", "The base model answers.",
+        "> /base", "Using the base model.",
         "> close it", second,
-        "> /adapter", "The adapter answers.",
-        "> /reset", "What was said is forgotten.",
+        "> /adapter", "Using the adapter.",
+        "> /reset", "The conversation is cleared.",
         "> open the door", first, "",
     ]  # fmt: skip
 
 
 def test_the_commands_of_a_chat(chat_adapter: str, loaded: tuple[Any, Any]) -> None:
-    said = chat(chat_adapter, "/system please", "the door", "", "/hlep", "/help", "/quit", "never read")
-    assert said[1:3] == ["> /system please", "The system message is: please"]
-    assert said[4] == Conversation(*loaded, system="please", max_new_tokens=6).say("the door")
-    assert said[7] == "There is no command /hlep (did you mean '/help'?). /help lists them."
-    assert [line.split()[0] for line in said[9:15]] == ["/base", "/adapter", "/reset", "/system", "/help", "/quit"]
-    assert said[-1] == "> /quit"
+    lines = chat(chat_adapter, "/system please", "the door", "", "/hlep", "/help", "/quit", "never read")
+    assert lines[1:3] == ["> /system please", "The system message is: please"]
+    assert lines[4] == Conversation(*loaded, system="please", max_new_tokens=6).say("the door")
+    assert lines[7] == "Unknown command /hlep (did you mean '/help'?). /help lists the commands."
+    assert [line.split()[0] for line in lines[9:15]] == ["/base", "/adapter", "/reset", "/system", "/help", "/quit"]
+    assert lines[-1] == "> /quit"
 
 
 def test_a_merged_adapter_says_so_and_cannot_be_switched(chat_adapter: str) -> None:
-    said = chat(chat_adapter, "/base", "door", options=("--merge",))
-    assert f"adapter {chat_adapter}, merged" in said[0]
-    assert "plain or merged model" in " ".join(said)
-    assert "> door" in said, "the conversation went on"
+    lines = chat(chat_adapter, "/base", "door", options=("--merge",))
+    assert f"adapter {chat_adapter}, merged" in lines[0]
+    assert "plain or merged model" in " ".join(lines)
+    assert "> door" in lines, "the conversation went on"
 
 
 def test_a_full_window_and_a_message_that_is_too_long_are_said(chat_adapter: str) -> None:
-    said = chat(chat_adapter, *["door " * 20] * 3, "door " * 70, "door")
-    assert any("the oldest 2 messages were left out" in line for line in said)
-    assert any("Shorten it" in line for line in said)
-    assert "> door" in said, "the conversation went on"
+    lines = chat(chat_adapter, *["door " * 20] * 3, "door " * 70, "door")
+    assert any("the oldest 2 messages were left out" in line for line in lines)
+    assert any("Shorten it" in line for line in lines)
+    assert "> door" in lines, "the conversation went on"
 
 
 def test_ctrl_c_stops_the_answer_alone(chat_adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +106,9 @@ def test_ctrl_c_stops_the_answer_alone(chat_adapter: str, monkeypatch: pytest.Mo
         return say(self, text, stream)
 
     monkeypatch.setattr(Conversation, "say", interrupted)
-    said = chat(chat_adapter, "stop", "door")
-    assert said[2] == "half … (stopped)"
-    assert said[3] == "> door"
+    lines = chat(chat_adapter, "stop", "door")
+    assert lines[2] == "half … (stopped)"
+    assert lines[3] == "> door"
 
 
 def test_ctrl_c_at_the_prompt_leaves(chat_adapter: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +124,7 @@ def test_ctrl_c_at_the_prompt_leaves(chat_adapter: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(generate.sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", pressed)
-    assert generate._ask() is None
+    assert generate._read_line() is None
 
 
 @pytest.mark.parametrize("command", ["chat", "generate", "eval"])

@@ -29,8 +29,8 @@ MESSAGES = {
     ("train/engines.py", "DDP, or load it in 4 bits with bnb_4bit_quant_storage=torch.bfloat16."),
     (
         "train/engines.py",
-        ": every process holds them whole. Load the base with bnb_4bit_quant_storage=torch.bfloat16 (the dtype of its "
-        "other weights) and they are.",
+        ": every process holds all of them. To shard them, load the base with bnb_4bit_quant_storage=torch.bfloat16 "
+        "(the dtype of its other weights).",
     ),
     ("adapt/targets.py", "llm_int8_skip_modules or modules_to_not_convert: "),
 }

@@ -21,4 +21,4 @@ def test_two_processes(tmp_path: Path) -> None:
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (done.stdout + done.stderr).count("the adapter was taken off these layers") == 1
+    assert (done.stdout + done.stderr).count("the adapter was removed from these layers") == 1

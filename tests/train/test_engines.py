@@ -206,7 +206,7 @@ def test_an_engine_that_is_not_there_is_an_error(arguments: Any, name: str, monk
     alone, args = _Accelerator("NO"), arguments()
     check_engine(args, alone, None, False, "LoraTrainer")
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(ConfigError, match=rf"{name.upper()} was asked for by the launch[\s\S]*accept_ddp_fallback"):
+    with pytest.raises(ConfigError, match=rf"{name.upper()} was requested by the launch[\s\S]*accept_ddp_fallback"):
         check_engine(args, alone, None, False, "LoraTrainer")
     check_engine(args, alone, None, True, "LoraTrainer")
     monkeypatch.delenv(f"ACCELERATE_USE_{name.upper()}")
@@ -218,7 +218,7 @@ def test_an_engine_that_is_not_there_is_an_error(arguments: Any, name: str, monk
 def test_nothing_is_changed_before_the_engine_is_refused(arguments: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, args = tiny_bert(), arguments()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match="FSDP was asked for"):
+    with pytest.raises(ConfigError, match="FSDP was requested"):
         LoraTrainer(model, args)
     assert not isinstance(model, LoraModel)
     assert isinstance(LoraTrainer(model, args, accept_ddp_fallback=True).model, LoraModel)
@@ -237,14 +237,14 @@ def test_engines_that_adapters_cannot_follow_are_refused(arguments: Any) -> None
     check_engine(arguments(), _Accelerator("DEEPSPEED", deepspeed_plugin=plugin), model, False, "LoraTrainer")
 
 
-def test_fsdp_says_which_quantised_weights_stay_whole(tmp_path: Path, arguments: Any, messages: list[str]) -> None:
+def test_fsdp_says_which_quantized_weights_stay_whole(tmp_path: Path, arguments: Any, messages: list[str]) -> None:
     base, fsdp = save_base(tmp_path / "base"), _Accelerator("FSDP")
     check_engine(arguments(), fsdp, load(base, "nf4", bnb_4bit_quant_storage=torch.float32), False, "LoraTrainer")
     assert not messages
     check_engine(arguments(), fsdp, load(base, "nf4"), False, "LoraTrainer")
-    assert "does not split 14 quantized weights" in messages[-1]
+    assert "does not shard 14 quantized weights" in messages[-1]
     assert "bnb_4bit_quant_storage" in messages[-1]
-    with pytest.raises(ConfigError, match="cannot split 14 quantized weights"):
+    with pytest.raises(ConfigError, match="cannot shard 14 quantized weights"):
         check_engine(arguments(), fsdp, load(base, "int8"), False, "LoraTrainer")
 
 

@@ -16,7 +16,7 @@ Make = Callable[..., Any]
 STEPS = 12
 
 
-def quantised_llama(tmp_path: Any, **options: Any) -> Any:
+def quantized_llama(tmp_path: Any, **options: Any) -> Any:
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -43,7 +43,7 @@ def precision_line(told: list[str]) -> str:
             "base float32; adapters float32; products in the base's dtype; optimizer adamw_torch_fused",
         ),
         (torch.float32, {"bf16": True}, "base float32; adapters float32; products bfloat16 by autocast"),
-        (torch.float32, {"fp16": True}, "products float16 by autocast, the loss not scaled"),
+        (torch.float32, {"fp16": True}, "products float16 by autocast, without loss scaling"),
         (torch.bfloat16, {}, "base bfloat16; adapters float32; products in the base's dtype"),
         (torch.bfloat16, {"bf16": True, "optim": "sgd"}, "products bfloat16 by autocast; optimizer sgd on float32"),
     ],
@@ -61,8 +61,8 @@ def test_the_start_says_the_precision(
     assert "AcceleratedOptimizer" not in precision_line(told[1:])
 
 
-def test_the_start_says_how_the_base_is_quantised(arguments: Make, told: list[str], tmp_path: Any) -> None:
-    model = quantised_llama(tmp_path, bnb_4bit_compute_dtype=torch.bfloat16)
+def test_the_start_says_how_the_base_is_quantized(arguments: Make, told: list[str], tmp_path: Any) -> None:
+    model = quantized_llama(tmp_path, bnb_4bit_compute_dtype=torch.bfloat16)
     LoraTrainer(model, arguments(max_steps=1), train_dataset=texts(4)).train()
     line = precision_line(told)
     assert "base bitsandbytes NF4, float32;" in line
@@ -73,11 +73,11 @@ def test_the_start_says_how_the_base_is_quantised(arguments: Make, told: list[st
 def test_a_run_does_not_go_on_over_another_form_of_the_base(arguments: Make, tmp_path: Any) -> None:
     def trainer(steps: int, **options: Any) -> Any:
         args = arguments(max_steps=steps, save_strategy="steps", save_steps=1)
-        return LoraTrainer(quantised_llama(tmp_path, **options), args, train_dataset=texts(4))
+        return LoraTrainer(quantized_llama(tmp_path, **options), args, train_dataset=texts(4))
 
     trainer(1).train()
     fp4 = trainer(2, bnb_4bit_quant_type="fp4")
-    with pytest.raises(AdapterFileError, match=r"it was bitsandbytes NF4 then, and is bitsandbytes FP4 now"):
+    with pytest.raises(AdapterFileError, match=r"then bitsandbytes NF4, now bitsandbytes FP4"):
         fp4.train(resume_from_checkpoint=True)
     resumed = trainer(2)
     resumed.train(resume_from_checkpoint=True)

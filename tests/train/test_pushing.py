@@ -70,7 +70,7 @@ def test_a_push_that_fails_stops_no_training(
     run = trainer(arguments, "every_save", hub_token=hub.token)
     run.train()
     assert run.state.global_step == 4
-    assert any("push in the background failed" in text and "403" in text for text in messages)
+    assert any("background push failed" in text and "403" in text for text in messages)
     with pytest.raises(HubError, match="403"):
         run.push_to_hub()
     hub.clear()
@@ -88,7 +88,7 @@ def test_a_full_disk_of_temporary_files_stops_no_training(
     monkeypatch.setattr("hf_lora.train.checkpoint.pushing._copied", full)
     run.train()
     assert run.state.global_step == 4
-    assert any("training goes on without this push" in text and "No space" in text for text in messages)
+    assert any("training continues without this push" in text and "No space" in text for text in messages)
     assert hub.files("user/run") == {}
 
 

@@ -289,7 +289,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(small_disk: Pat
         trainer_of(args).train()
     names = sorted(int(p.name.partition("-")[2]) for p in (small_disk / "run").glob("checkpoint-*"))
     assert names
-    assert f"Saving {small_disk / 'run' / f'checkpoint-{names[-1] + 2}'}: it cannot be written" in str(caught.value)
+    assert f"Saving {small_disk / 'run' / f'checkpoint-{names[-1] + 2}'}: it could not be written" in str(caught.value)
     assert f"{small_disk / 'run' / f'checkpoint-{names[-1]}'} is complete and intact" in str(caught.value)
     assert all(why_incomplete(small_disk / "run" / f"checkpoint-{step}", contents=True) == [] for step in names)
     args.save_total_limit = 1  # as the message says; the newest one is then the only one while the next is written
@@ -325,7 +325,7 @@ def test_whatever_file_does_not_fit(folder: Path, arguments: Make, monkeypatch: 
     else:
         monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", limited(trainer._save_optimizer_and_scheduler))
     before = {p.name: p.read_bytes() for p in (folder / "checkpoint-2").iterdir()}
-    with pytest.raises(AdapterFileError, match=r"checkpoint-2: it cannot be written(.|\n)*is complete and intact"):
+    with pytest.raises(AdapterFileError, match=r"checkpoint-2: it could not be written(.|\n)*is complete and intact"):
         trainer.train()
     assert {p.name: p.read_bytes() for p in (folder / "checkpoint-2").iterdir()} == before
     assert left(folder) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
@@ -399,7 +399,7 @@ def test_a_skipped_step_is_as_if_it_were_not_made(
     assert_same_tensors(adapter_values(trainer.model), adapter_values(reference.model))
     assert any(f"Step {SPOILT}:" in m and LAYER in m for m in messages)
     assert any(
-        f"1 of 20 steps were skipped, since their loss or gradients were not finite: {SPOILT}." in m for m in messages
+        f"1 of 20 steps were skipped because their loss or gradients were not finite: {SPOILT}." in m for m in messages
     )
 
 

@@ -357,7 +357,7 @@ def test_rates_that_cannot_be_given(arguments: Make) -> None:
     model = apply_lora(tiny_bert())
     own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     args = arguments(max_steps=2, loraplus_lr_ratio=2.0)
-    with pytest.raises(ConfigError, match="handed to the Trainer"):
+    with pytest.raises(ConfigError, match="passed to the Trainer"):
         LoraTrainer(model, args, train_dataset=sentences(), optimizers=(own, None)).train()
     trainer = LoraTrainer(
         apply_lora(tiny_gpt2()), arguments(max_steps=4, loraplus_lr_ratio=2.0), train_dataset=texts()

@@ -1,11 +1,11 @@
-"""Checkpoints that hold an adapter and its optimizer, and are complete or do not count.
+"""Checkpoints of an adapter and its optimizer; incomplete ones are ignored.
 
-In: a trainer's state and a folder. Out: `checkpoint-<step>` folders, and a run that goes on where one of them was.
+In: a trainer's state and a folder. Out: `checkpoint-<step>` folders, and a run resumed from one of them.
 
-- `manifest`: what a complete checkpoint lists, and the newest one of a folder.
-- `fields`: what the manifest says of the run, and what must be the same where a run resumes; one more is one entry.
+- `manifest`: the list of files of a complete checkpoint, and the newest complete one in a folder.
+- `fields`: the facts of a run in the manifest that must match when it resumes; a new one is one entry.
 - `store`: writes and reads adapters, optimizer and schedule.
-- `pushing`: what goes to the Hub with every `hub_strategy`.
-- `sigterm`: saving between two steps when the process is asked to end.
-- `state_hooks`: the same files for loops with Accelerate and without a Trainer.
+- `pushing`: pushes to the Hub for every `hub_strategy`.
+- `sigterm`: saves between two steps on SIGTERM.
+- `state_hooks`: the same files for training loops with Accelerate but without Trainer.
 """

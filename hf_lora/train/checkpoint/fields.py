@@ -1,6 +1,6 @@
-"""What the manifest of a checkpoint says of its run, and what of it must be the same where a run resumes.
+"""The facts of a run in a checkpoint's manifest, which must match when a run resumes.
 
-A difference would go unseen, or end the run late. One more field is one entry of `FIELDS`.
+Without this check, a difference would go unnoticed or fail late. A new field is one entry of `FIELDS`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ FIRST_RUN = "Resume with the arguments of the first run, or start a new run from
 
 @dataclass
 class Run:
-    """What of a run the fields describe.
+    """The state of a run that the fields describe.
 
     Args:
-        model: without what Accelerate puts around it.
-        optimizer: None before it is made.
-        groups: the parameter groups it was made for, where DeepSpeed has taken it over; see `engines.groups_of`.
-        quantization: the forms in which layers of the base are quantized, before an engine shards them.
+        model: without Accelerate's wrappers.
+        optimizer: None before it is created.
+        groups: the parameter groups that it was created with, under DeepSpeed; see `engines.groups_of`.
+        quantization: the quantization formats of the base's layers, before an engine shards them.
     """
 
     model: nn.Module
@@ -42,21 +42,21 @@ class Field(NamedTuple):
     """One entry of the manifest.
 
     Args:
-        save: what the manifest holds of a run, as JSON; it may put a file into the checkpoint's folder, too.
-        resume: given the folder and the saved value, refuse to go on, or bring the run to where it was.
-        of_optimizer: whether it is about the optimizer's state, so that it counts only where that is resumed.
+        save: returns the value for the manifest, as JSON; it may also write a file to the checkpoint's folder.
+        resume: given the folder and the saved value, raises if the run differs, or restores the saved state.
+        of_optimizer: whether it is about the optimizer's state, and so is checked only when that is loaded.
     """
 
-    save: Callable[[Path, Run], Any]
+    save: Callable[[Path, Run], object]
     resume: Callable[[Path, Any, Run], None]
     of_optimizer: bool
 
 
 def resume_fields(folder: Path, manifest: Mapping[str, Any], run: Run, of_optimizer: bool) -> None:
-    """Let every field see what was saved; a checkpoint of an older release or of a plain Trainer lacks some.
+    """Call `resume` of every saved field; checkpoints of an older release or of a plain Trainer lack some.
 
     Raises:
-        AdapterFileError: the run is another one; says where.
+        AdapterFileError: the run differs from the saved one; names the difference.
     """
     for name, field in FIELDS.items():
         if field.of_optimizer == of_optimizer and manifest.get(name) is not None:
@@ -64,7 +64,7 @@ def resume_fields(folder: Path, manifest: Mapping[str, Any], run: Run, of_optimi
 
 
 def _parameters(run: Run) -> list[str] | None:
-    """Names of the trained parameters in the optimizer's order; None where it hides them."""
+    """Names of the trained parameters in the optimizer's order; None if they are not available."""
     names = {id(p): n for n, p in run.model.named_parameters()}
     groups = run.groups or getattr(run.optimizer, "param_groups", [])
     ordered = [names.get(id(p)) for group in groups for p in group["params"]]
@@ -75,16 +75,16 @@ def _same_parameters(folder: Path, saved: list[str], run: Run) -> None:
     names = _parameters(run)
     if names is None or saved == names:
         return
-    lines = [f"The optimizer state in {folder} belongs to other parameters than those that are trained now:"]
-    lines += [f"  - saved and not trained now: {name}" for name in saved if name not in set(names)][:10]
-    lines += [f"  - trained now and not saved: {name}" for name in names if name not in set(saved)][:10]
+    lines = [f"The optimizer state in {folder} belongs to other parameters than those trained now:"]
+    lines += [f"  - saved but not trained now: {name}" for name in saved if name not in set(names)][:10]
+    lines += [f"  - trained now but not saved: {name}" for name in names if name not in set(saved)][:10]
     if len(lines) == 1:
-        lines.append("  - they are the same, in another order (the rates and the order of the adapters count)")
+        lines.append("  - the order differs (it depends on the learning rates and the order of the adapters)")
     raise AdapterFileError("\n".join([*lines, FIRST_RUN]))
 
 
 def _optimizer(run: Run) -> str | None:
-    """Its library and class, such as torch.AdamW; None under DeepSpeed, which has classes of its own."""
+    """Library and class of the optimizer, such as torch.AdamW; None under DeepSpeed, which has its own classes."""
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
     if inner is None or zero_partitions(inner) is not None:
         return None
@@ -95,22 +95,22 @@ def _same_optimizer(folder: Path, saved: str, run: Run) -> None:
     found = _optimizer(run)
     if found is not None and saved != found:
         raise AdapterFileError(
-            f"The optimizer state in {folder} is {saved}'s, and this run's optimizer is {found}. {FIRST_RUN}"
+            f"The optimizer state in {folder} is from {saved}, but this run's optimizer is {found}. {FIRST_RUN}"
         )
 
 
 def _same_quantization(folder: Path, saved: list[str], run: Run) -> None:
     if saved != run.quantization:
-        was, now = (", ".join(forms) or "not quantized" for forms in (saved, run.quantization))
+        was, now = (", ".join(formats) or "not quantized" for formats in (saved, run.quantization))
         raise AdapterFileError(
-            f"{folder} was trained over another form of the base: it was {was} then, and is {now} now. Load the base "
-            "as it was to resume; or start a new run from the adapter alone: LoraModel.from_pretrained(checkpoint, "
+            f"{folder} was trained on a base with another quantization: then {was}, now {now}. To resume, load the "
+            "base as before; or start a new run from the adapter alone: LoraModel.from_pretrained(checkpoint, "
             "base_model=…, is_trainable=True)."
         )
 
 
 def _left_out(folder: Path, run: Run) -> dict[str, list[str]]:
-    """Adapter -> layers that the guard took it off: a fresh model has to lose them before it can resume."""
+    """Adapter -> layers that the guard removed it from; it must also be removed from them in a resumed model."""
     records = require_state(run.model, "save_model").adapters
     found = {n: [p for p, why in r.skipped.items() if why == NEVER_CALLED] for n, r in records.items()}
     return {name: paths for name, paths in found.items() if paths}
@@ -127,4 +127,4 @@ FIELDS: dict[str, Field] = {
     "left_out": Field(_left_out, _leave_out, of_optimizer=False),
     "optimizer": Field(lambda folder, run: _optimizer(run), _same_optimizer, of_optimizer=True),
 }
-"""Name in the manifest -> what it holds."""
+"""Name in the manifest -> the field."""

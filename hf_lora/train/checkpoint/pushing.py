@@ -1,9 +1,9 @@
-"""What a Trainer pushes to the Hub, with every `hub_strategy`.
+"""Pushes of a Trainer to the Hub, for every `hub_strategy`.
 
-Trainer uploads its whole output folder: logs, and `training_args.bin`, which holds the token. It takes several commits
-for it, copies adapters only where PEFT is installed, and forgets errors of uploads in the background. Here a push is
-one commit of the adapter's own files. A checkpoint, where the strategy asks for one, is part of the same commit, so
-what is in `last-checkpoint` is always whole. What is pushed in the background is copied first: training goes on.
+Trainer uploads its whole output folder, with logs and `training_args.bin`, which contains the token. It makes several
+commits, copies adapters only if PEFT is installed, and drops errors of background uploads. Here a push is one commit
+of the adapter's files. A checkpoint, if the strategy includes one, is part of the same commit, so `last-checkpoint` is
+always complete. Files are copied before a background push, so training can continue.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .manifest import finish_copy
 
 logger = logging.get_logger(__name__)
 NEVER_PUSHED = (TRAINING_ARGS_NAME,)
-"""Holds the arguments as a pickle, and hub_token among them."""
+"""A pickle of the arguments, including hub_token."""
 
 
 def make_repository(args: TrainingArguments, token: str | None = None, private: bool | None = None) -> str:
-    """Make the repository of a run; its whole name."""
+    """Create the repository of a run; returns its full name."""
     name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
     private = private if private is not None else args.hub_private_repo
     return ensure_repository(name, private=private, token=token or args.hub_token)
 
 
 class Pusher:
-    """Pushes to the Hub in the background, one push after the other."""
+    """Pushes to the Hub in the background, one push after another."""
 
     def __init__(self) -> None:
         self._queue = HfApi()
@@ -59,9 +59,9 @@ class Pusher:
     def push_checkpoint(
         self, args: TrainingArguments, repo_id: str, state: TrainerState, folder: Path, processing: Any
     ) -> Future[CommitInfo] | None:
-        """Push the adapter, the card, the tokenizer (`processing`) and, where asked for, the checkpoint.
+        """Push the adapter, the card, the tokenizer (`processing`) and, if the strategy includes it, the checkpoint.
 
-        None where the copy to push cannot be made, as on a full disk; a warning says so.
+        None, with a warning, if the files cannot be copied, such as on a full disk.
         """
         call = f"pushing {str(folder)!r} to {repo_id!r}"
         files = pushed_files(folder, call)
@@ -76,8 +76,8 @@ class Pusher:
             files |= {f"{name}/{path.relative_to(folder).as_posix()}": path for path in inside}
         try:
             stage = _copied(files)
-        except OSError as error:  # the disk of temporary files is full, say
-            logger.warning(f"{call}: the copy to push cannot be made; training goes on without this push. {error}")
+        except OSError as error:  # such as a full disk
+            logger.warning(f"{call}: the files could not be copied; training continues without this push. {error}")
             return None
         if name is not None:
             finish_copy(stage / name)
@@ -88,7 +88,7 @@ class Pusher:
         return self._push(stage, _target(args, repo_id), f"Training in progress, {at}")
 
     def _push(self, stage: Path, target: Repository, message: str) -> Future[CommitInfo]:
-        """Push the files of a folder, which then goes away, as one commit."""
+        """Push the files of a folder as one commit, then delete the folder."""
 
         def work() -> CommitInfo:
             try:
@@ -108,20 +108,20 @@ def _target(
     return Repository(repo_id, revision, token, None, call, args.hub_private_repo)
 
 
-def reported(job: Future[Any]) -> Future[Any]:
-    """Say it when a push in the background fails; training goes on."""
+def log_failure(job: Future[CommitInfo]) -> Future[CommitInfo]:
+    """Log a warning if a background push fails; training continues."""
 
-    def report(done: Future[Any]) -> None:
+    def report(done: Future[CommitInfo]) -> None:
         error = None if done.cancelled() else done.exception()
         if error is not None:
-            logger.warning(f"A push in the background failed; training goes on. {error}")
+            logger.warning(f"A background push failed; training continues. {error}")
 
     job.add_done_callback(report)
     return job
 
 
 def _copied(files: dict[str, Path]) -> Path:
-    """A temporary folder with copies of files, by their paths in the repository."""
+    """A temporary folder with copies of the files, at their paths in the repository."""
     stage = Path(tempfile.mkdtemp(prefix="hf_lora-push-"))
     try:
         for name, source in files.items():

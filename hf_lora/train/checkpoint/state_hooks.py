@@ -1,11 +1,13 @@
-"""`accelerator.save_state` for adapters: hooks for training scripts that use Accelerate without a Trainer."""
+"""`accelerator.save_state` for adapters: hooks for training scripts that use Accelerate without Trainer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from torch import nn
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...adapt.gather import gathered_state
 from ...adapt.state import require_state, state_of
@@ -16,18 +18,18 @@ from ..engines import running_engine
 from .store import adapter_folder
 
 
-def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
-    """Let `accelerator.save_state(folder)` write adapters in place of whole models, and `load_state` read them.
+def register_adapter_hooks(accelerator: Accelerator) -> tuple[RemovableHandle, RemovableHandle]:
+    """Make `accelerator.save_state(folder)` write adapters instead of whole models, and `load_state` read them.
 
     Call it once, after `Accelerator()`. Optimizers, schedulers, samplers, random states and prepared models without
-    adapters are saved as before. The adapter of the first model lies in the folder itself, so that
-    `LoraModel.from_pretrained(folder)` loads it; those of further models in `model_1`, `model_2` … in it.
+    adapters are saved as before. The first model's adapter is in the folder itself, so that
+    `LoraModel.from_pretrained(folder)` loads it; those of further models are in its subfolders `model_1`, `model_2`, …
 
     Returns:
-        The two handles; `handle.remove()` takes a hook off.
+        The two handles; `handle.remove()` removes a hook.
 
     Raises:
-        StateError: FSDP or DeepSpeed runs, under which Accelerate writes the model before any hook is asked.
+        StateError: under FSDP or DeepSpeed, where Accelerate writes the model before it calls a hook.
     """
     engine = running_engine(accelerator)
     if engine in ("FSDP", "DEEPSPEED"):
@@ -38,7 +40,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
         )
 
     def adapted(models: list[nn.Module]) -> list[tuple[int, nn.Module, list[str]]]:
-        """(index, bare model, its adapters) of the models that have some, the last one first."""
+        """(index, unwrapped model, its adapters) of the models with adapters, the last one first."""
         bare = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
         found = [
             (i, m, list(require_state(m, "save_state").adapters))
@@ -47,7 +49,7 @@ def register_adapter_hooks(accelerator: Any) -> tuple[Any, Any]:
         ]
         return found[::-1]
 
-    def save(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+    def save(models: list[nn.Module], weights: list[Mapping[str, Tensor]], output_dir: str) -> None:
         each_node = accelerator.project_configuration.save_on_each_node
         writes = accelerator.is_local_main_process if each_node else accelerator.is_main_process
         for index, model, names in adapted(models):

@@ -1,14 +1,15 @@
-"""Writes and reads what a checkpoint holds: adapters, the optimizer's and the schedule's state, and the manifest."""
+"""Writes and reads the content of a checkpoint: adapters, the optimizer's and the schedule's state, the manifest."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
@@ -25,8 +26,8 @@ from .manifest import (
     adapter_folders,
     atomic_checkpoint,
     begin_checkpoint,
-    complete_beside,
     finish_checkpoint,
+    other_complete,
     read_manifest,
     require_complete,
     why_incomplete,
@@ -39,27 +40,27 @@ class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        quantization: the forms in which layers of the base are quantized, before an engine shards them.
+        quantization: the quantization formats of the base's layers, before an engine shards them.
     """
 
     def __init__(self, quantization: list[str] | None = None) -> None:
         self.quantization = quantization or []
         self.groups: list[dict[str, Any]] = []
-        """The groups the optimizer was made for, where DeepSpeed joins their parameters into flat ones."""
+        """The optimizer's original groups, under DeepSpeed, which flattens their parameters."""
 
-    def note_groups(self, optimizer: Any) -> None:
-        """Keep which parameters an optimizer is made for, before DeepSpeed takes it over."""
+    def record_groups(self, optimizer: Any) -> None:
+        """Record an optimizer's parameter groups before DeepSpeed wraps it."""
         if zero_partitions(getattr(optimizer, "optimizer", optimizer)) is None:
             self.groups = groups_of(optimizer)
 
     # Writing ---------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def writing(self, folder: Path, model: nn.Module, writes: bool, wait: Any) -> Iterator[None]:
-        """Around the writing of a checkpoint, which is there whole afterwards, or as it was before.
+    def writing(self, folder: Path, model: nn.Module, writes: bool, wait: Callable[[], object]) -> Iterator[None]:
+        """Write a checkpoint within: afterwards it is complete, or unchanged after an error.
 
         Args:
-            writes: whether this process writes what is the same on all of them.
+            writes: whether this process writes the files that are common to all processes.
             wait: waits for all processes.
         """
         check_finite(model, f"Saving {folder}")
@@ -70,12 +71,12 @@ class CheckpointStore:
             yield
 
     def finish(self, folder: Path, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Write the manifest, the last file of a checkpoint, from which on it counts."""
+        """Write the manifest, the last file of a checkpoint, which makes it complete."""
         run = self._run(model, optimizer)
         finish_checkpoint(folder, step, {name: field.save(folder, run) for name, field in FIELDS.items()})
 
     def save_optimizer(self, folder: str, optimizer: Any, schedule: Any, writes: bool) -> None:
-        """Write the states of an optimizer under FSDP or DeepSpeed as one without them writes its own."""
+        """Write the state of an optimizer under FSDP or DeepSpeed in the format of an unsharded one."""
         state = optimizer_state(optimizer, self.groups)
         if writes:
             torch.save(state, Path(folder, OPTIMIZER_NAME))
@@ -84,11 +85,11 @@ class CheckpointStore:
     # Reading ---------------------------------------------------------------------------------------------------------
 
     def load_adapters(self, folder: str, model: nn.Module) -> None:
-        """Put the adapters of a checkpoint into the model; AdapterFileError if it is incomplete or does not fit."""
+        """Load the adapters of a checkpoint into the model; AdapterFileError if it is incomplete or does not fit."""
         if not adapter_folders(folder):
             raise AdapterFileError(
-                f"{folder} holds no {CONFIG_NAME}, so it is not the checkpoint of an adapter. Resume a checkpoint of "
-                "a whole model with transformers.Trainer, or load it with from_pretrained and adapt that."
+                f"{folder} has no {CONFIG_NAME}, so it is not the checkpoint of an adapter. Resume a checkpoint of a "
+                "whole model with transformers.Trainer, or load it with from_pretrained and adapt it."
             )
         require_complete(folder)
         resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, None), of_optimizer=False)
@@ -96,30 +97,30 @@ class CheckpointStore:
             load_adapter_weights(model, adapter_folder(model, folder, name), name)
 
     def load_best(self, folder: str, model: nn.Module) -> None:
-        """Put the adapters of the best checkpoint into the model; where it is damaged the model is left as it is."""
+        """Load the adapters of the best checkpoint into the model; if it is damaged, the model is unchanged."""
         faults = why_incomplete(folder, contents=True)
         if faults:
-            others = ", ".join(map(str, complete_beside(folder))) or "none"
+            others = ", ".join(map(str, other_complete(folder))) or "none"
             lines = [f"The best checkpoint, {folder}, is damaged:", *(f"  - {fault}" for fault in faults),
-                     f"Complete ones beside it: {others}.",
-                     "The model holds the weights of the last step. Save it, or load one of these with "
+                     f"Other complete checkpoints: {others}.",
+                     "The model has the weights of the last step. Save it, or load one of these with "
                      "load_adapter."]  # fmt: skip
             raise AdapterFileError("\n".join(lines))
         self.load_adapters(folder, model)
 
     def has_optimizer(self, folder: str, model: nn.Module, optimizer: Any) -> bool:
-        """Whether the optimizer's state is there, and is this optimizer's; a warning says that it is not there."""
+        """Whether the checkpoint has the optimizer's state; warns if not. AdapterFileError if it does not fit."""
         if not any(Path(folder).glob(f"{Path(OPTIMIZER_NAME).stem}*")):
             logger.warning(
-                f"{folder} holds the adapter without the optimizer's state (save_only_model), so the optimizer and "
-                "its schedule start from the beginning and the run will not end as an uninterrupted one."
+                f"{folder} has the adapter without the optimizer's state (save_only_model), so the optimizer and its "
+                "schedule start from the beginning, and the result will differ from an uninterrupted run."
             )
             return False
         resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, optimizer), of_optimizer=True)
         return True
 
     def load_optimizer(self, folder: str, optimizer: Any, schedule: Any) -> None:
-        """Put in what `save_optimizer`, or a Trainer without these engines, wrote."""
+        """Load the state that `save_optimizer`, or a Trainer without these engines, wrote."""
         state = torch.load(Path(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
         load_optimizer_state(optimizer, self.groups, state)
         state = torch.load(Path(folder, SCHEDULER_NAME), map_location="cpu", weights_only=True)
@@ -130,21 +131,21 @@ class CheckpointStore:
 
 
 def adapter_folder(model: nn.Module, folder: str | Path, name: str) -> Path:
-    """Where `LoraModel.save_pretrained(folder)` puts one of the model's adapters."""
+    """The folder in which `LoraModel.save_pretrained(folder)` writes one of the model's adapters."""
     several = len(require_state(model, "save_pretrained").adapters) > 1
     return Path(folder, name) if several and name != "default" else Path(folder)
 
 
 def save_adapters(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write every adapter of a model to where `LoraModel.save_pretrained` puts it."""
+    """Write every adapter of a model to the folder that `LoraModel.save_pretrained` uses."""
     for name in require_state(model, "save_pretrained").adapters:
         save_adapter(model, adapter_folder(model, folder, name), name, state_dict)
 
 
-def forget_lost_best(state: Any, output_dir: str) -> None:
-    """A best checkpoint that is not complete is the best no longer: the next evaluation finds another."""
+def forget_incomplete_best(state: TrainerState, output_dir: str) -> None:
+    """Clear the best checkpoint of `state` if it is not complete, so that the next evaluation chooses another."""
     recorded, step = state.best_model_checkpoint, state.best_global_step
-    # The next save takes the folder of that step in output_dir, whatever is recorded.
+    # The next save uses the folder of that step in output_dir, whatever is recorded.
     own = Path(output_dir, f"checkpoint-{step}")
     candidates = [Path(recorded)] if recorded else []
     candidates += [own] if step and (own.is_dir() or not recorded) else []

@@ -1,11 +1,10 @@
-"""A frozen BatchNorm stays in eval mode: its running statistics are the base's, and in no adapter's file."""
+"""Frozen BatchNorm stays in eval mode: its running statistics belong to the base and are not saved with adapters."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ...adapt.batchnorm import hold_batchnorm
 from ...model import LoraModel
@@ -13,11 +12,18 @@ from .base import Watch
 
 
 class FrozenBatchNorm(Watch):
-    """Keeps it so in a model that has no `LoraModel.train`, which does it by itself."""
+    """Keeps frozen BatchNorms in eval mode in models without `LoraModel.train`, which does the same."""
 
     _handle: RemovableHandle | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self.finished()
         if isinstance(model, nn.Module) and not isinstance(model, LoraModel):
             self._handle = model.register_forward_pre_hook(lambda module, _: hold_batchnorm(module))

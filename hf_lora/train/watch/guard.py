@@ -1,16 +1,16 @@
-"""A watch over the first optimizer steps: is every adapted layer called, and does a gradient reach it?
+"""A check of the first optimizer steps: is every adapted layer called, and does a gradient reach it?
 
-An adapter on a layer whose forward never runs (a pooler that the task leaves out, a layer whose parent multiplies by
-its weight itself) stays at its initial values without any error. So for a few steps the guard counts calls and looks
-at the gradients of whole layers. Single factors say nothing: at B = 0 every gradient of A is zero.
+An adapter on a layer whose forward never runs (a pooler that the task does not use, a layer whose parent multiplies by
+its weight directly) keeps its initial values without any error. So for a few steps the guard counts calls and checks
+the gradients of whole layers. A single factor is not enough: while B = 0, every gradient of A is zero.
 
-What it finds:
+Results:
     never called, named by the user       an error that lists all such layers
-    never called, found by a preset       the adapter is taken off these layers, with a warning that lists them
-    called, no gradient reached A or B    listed, kept
-    no layer has a gradient at all        an error
-A layer of a list whose sisters are called only now and then (dropped layers, routed experts) is given four times as
-many steps, and kept in any case. Afterwards the hooks are gone and nothing is looked at any more.
+    never called, found by a preset       the adapter is removed from these layers, with a warning that lists them
+    called, no gradient reached A or B    kept, with a warning
+    no layer has a gradient               an error
+If similar layers of a list are called only occasionally (layer dropout, routed experts), a layer gets four times as
+many steps and is kept in any case. Afterwards the hooks are removed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
@@ -32,22 +34,23 @@ from ...adapt.walk import adapter_layers
 from ...errors import TrainingError
 from ...layers.contract import FactorSpec
 from ...layers.distributed import is_sharded, local_part, of_all_ranks
+from ...layers.site import Site
 from .base import Watch, listed
 
 logger = logging.get_logger(__name__)
 
 NEVER_CALLED = "never called in training"
-"""Why a layer was left out, in tables and checkpoints."""
+"""The reason in tables and checkpoints for a layer without adapter."""
 PATIENCE = 4
-"""How many times the given number of steps the guard waits for what may be a matter of chance."""
+"""The guard waits this many times `steps` for layers that may be called later, or for a first gradient."""
 
 
 @dataclass
 class _Watched:
-    """One adapted layer under watch, and what was seen of it."""
+    """One adapted layer and what was observed."""
 
     name: str
-    layer: Any
+    layer: Site
     adapters: list[str]
     calls: int = 0
     learned: bool = False
@@ -56,8 +59,8 @@ class _Watched:
     def ran(self) -> bool:
         return self.calls > 0 or self.learned
 
-    def count(self, module: Any, args: Any) -> None:
-        if module.training or torch.is_grad_enabled():  # an evaluation in between says nothing about training
+    def count(self, module: nn.Module, args: object) -> None:
+        if module.training or torch.is_grad_enabled():  # calls during an evaluation do not count
             self.calls += 1
 
     def factors(self) -> Iterator[tuple[FactorSpec, Any]]:
@@ -66,7 +69,7 @@ class _Watched:
                 yield self.layer._lora.adapters[adapter].specs[kind], factor.weight
 
     def droppable(self, held: set[int]) -> bool:
-        """Whether the adapter can be taken off: it changes nothing yet, and the optimizer (ids `held`) has it all."""
+        """Whether the adapter can be removed: it has no effect yet, and the optimizer (ids `held`) has all of it."""
         acts = any(spec.axes == "OR" and bool(tensor.count_nonzero()) for spec, tensor in self.factors())
         whole = all(id(t) in held for _, t in self.factors() if t.requires_grad) or not held
         return whole and not acts and not any(is_sharded(t) for _, t in self.factors())
@@ -78,14 +81,14 @@ class _Watched:
 
 
 class LayerGuard(Watch):
-    """Watches the first optimizer steps of a run. `LoraTrainer` brings one; a plain Trainer takes it as a callback.
+    """Checks the first optimizer steps of a run. `LoraTrainer` has one; a plain Trainer takes it as a callback.
 
     Args:
-        steps: how many optimizer steps with a gradient are watched; 0 turns the guard off. Steps in which nothing at
-            all has a gradient (every label ignored) do not count.
+        steps: number of optimizer steps with a gradient to check; 0 turns the guard off. Steps without any gradient
+            (every label ignored) do not count.
 
     Raises:
-        TrainingError: from within training; see the module's docstring.
+        TrainingError: during training; see the module's docstring.
     """
 
     STEPS = 4
@@ -98,13 +101,20 @@ class LayerGuard(Watch):
         self._counts_calls = True
         self._sees_gradients = False
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: object,
+    ) -> None:
         self.finished()
         if self.steps < 1 or model is None or state_of(model) is None:
             return
         self._seen = self._idle = 0
         self._sees_gradients = False
-        # A compiled model's hooks would be compiled in, and taking them off would compile it again.
+        # Hooks of a compiled model would be compiled in, and removing them would compile it again.
         self._counts_calls = not getattr(args, "torch_compile", False)
         for name, layer in adapter_layers(model).items():
             adapters = [a for a in layer._lora.names if any(f.weight.requires_grad for _, f in layer.factors(a))]
@@ -114,7 +124,9 @@ class LayerGuard(Watch):
                 if self._counts_calls:
                     self._handles.append(layer.host().register_forward_pre_hook(watched.count))
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         found = [(w, largest) for w in self.watched if (largest := w.largest_gradient()) is not None]
         if not found:
             return
@@ -122,12 +134,18 @@ class LayerGuard(Watch):
         device = found[0][1].device
         values = torch.stack([largest.to(device, non_blocking=True) for _, largest in found]).tolist()
         for (watched, _), value in zip(found, values, strict=True):
-            watched.learned |= 0 < value < math.inf  # an overflow, which loss scaling leaves out, shows nothing
+            watched.learned |= 0 < value < math.inf  # an overflow, which loss scaling skips, does not count
 
     def on_step_end(
-        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: object,
     ) -> None:
-        if not self.watched:
+        if not self.watched or model is None:
             return
         self._share()
         if self._sees_gradients and not any(w.learned for w in self.watched):
@@ -135,60 +153,62 @@ class LayerGuard(Watch):
             if self._idle >= PATIENCE * self.steps:
                 self.finished()
                 raise TrainingError(
-                    f"In {self._idle} training steps no adapted layer had a gradient other than zero: nothing is "
-                    "learned. Common causes: every label is ignored (-100), the loss does not depend on the adapted "
+                    f"In {self._idle} training steps no adapted layer had a nonzero gradient, so no adapter is "
+                    "trained. Common causes: every label is ignored (-100), the loss does not depend on the adapted "
                     "layers, or the adapters are not active."
                 )
             return
         self._seen += 1
-        waits = any(not w.ran and self._sisters(w) for w in self.watched)
+        waits = any(not w.ran and self._siblings(w) for w in self.watched)
         if self._seen >= (PATIENCE * self.steps if waits else self.steps):
-            self._judge(model, optimizer, state.is_world_process_zero)
+            self._report(model, optimizer, state.is_world_process_zero)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A run that is shorter than the watch: too little was seen to take anything off, enough to say so.
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # The run was shorter than the check: too few steps to remove adapters, so this only warns.
         idle = [w.name for w in self.watched if not w.ran] if self._counts_calls else []
         if idle and self._seen and state.is_world_process_zero:
             logger.warning(f"In the {self._seen} steps of this run these layers were never called: {listed(idle)}.")
         self.finished()
 
     def finished(self) -> None:
-        """Take all hooks off and forget the layers."""
+        """Remove all hooks and release the layers."""
         for handle in self._handles:
             handle.remove()
         self._handles, self.watched = [], []
 
     def _share(self) -> None:
-        """Let every process know what any of them saw, so that all decide the same."""
+        """Combine the observations of all processes, so that all decide the same."""
         found = of_all_ranks((self._sees_gradients, [(w.calls, w.learned) for w in self.watched]))
         self._sees_gradients = any(sees for sees, _ in found)
         for watched, *seen in zip(self.watched, *(rows for _, rows in found), strict=True):
             watched.calls, watched.learned = max(calls for calls, _ in seen), any(learned for _, learned in seen)
 
-    def _sisters(self, watched: _Watched) -> list[_Watched]:
-        """Called layers of the same name but for the numbers in it: other members of the same lists."""
+    def _siblings(self, watched: _Watched) -> list[_Watched]:
+        """Called layers whose names differ only in numbers: other members of the same lists."""
         same = re.compile(r"\.\d+(?=\.|$)")
-        form = same.sub(".#", watched.name)
-        return [w for w in self.watched if w.ran and same.sub(".#", w.name) == form != watched.name]
+        pattern = same.sub(".#", watched.name)
+        return [w for w in self.watched if w.ran and same.sub(".#", w.name) == pattern != watched.name]
 
-    def _by_chance(self, watched: _Watched) -> bool:
-        """Whether its sisters are called now and then, so that it may be called later."""
-        return len({w.calls for w in self._sisters(watched)}) > 1
+    def _may_run_later(self, watched: _Watched) -> bool:
+        """Whether similar layers are called only occasionally."""
+        return len({w.calls for w in self._siblings(watched)}) > 1
 
-    def _judge(self, model: Any, optimizer: Any, main: bool) -> None:
+    def _report(self, model: nn.Module, optimizer: Optimizer | None, main: bool) -> None:
         uncalled = [w for w in self.watched if not w.ran] if self._counts_calls else []
-        chance = [w for w in uncalled if self._by_chance(w)]
-        uncalled = [w for w in uncalled if w not in chance]
+        later = [w for w in uncalled if self._may_run_later(w)]
+        uncalled = [w for w in uncalled if w not in later]
         called = [w for w in self.watched if w.ran or not self._counts_calls]
-        # DeepSpeed keeps the gradients to itself: there, only the calls are known.
+        # DeepSpeed does not expose the gradients, so only calls are checked.
         quiet = [w for w in called if not w.learned] if self._sees_gradients else []
         self.finished()
         records = require_state(model, "LayerGuard").adapters
         named = [w.name for w in uncalled if any(a not in records or records[a].named_by_user for a in w.adapters)]
         if named:
             lines = [f"{len(named)} adapted layers were never called in {self._seen} training steps, so their "
-                     "adapters learn nothing:", *(f"  - {name}" for name in named),
-                     f"Leave them out (exclude_modules={named!r}), or correct target_modules. A layer whose parent "
+                     "adapters are not trained:", *(f"  - {name}" for name in named),
+                     f"Exclude them (exclude_modules={named!r}) or correct target_modules. A layer whose parent "
                      "multiplies by its weight without calling it cannot be adapted."]  # fmt: skip
             raise TrainingError("\n".join(lines))
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
@@ -196,27 +216,27 @@ class LayerGuard(Watch):
         kept = [w for w in uncalled if w not in dropped]
         _drop(model, optimizer, dropped)
         steps = f"in {self._seen} training steps"
-        unheard = "Called, but no gradient reached their adapters {}: {}. They are kept and stay as they are."
+        no_gradient = "Called, but no gradient reached their adapters {}: {}. They are kept but not trained."
         if not self._counts_calls:
-            unheard = (
-                "No gradient reached the adapters of these layers {} (under torch.compile it is not seen whether they "
-                "are called): {}. They are kept and stay as they are."
+            no_gradient = (
+                "No gradient reached the adapters of these layers {} (under torch.compile, calls are not counted): "
+                "{}. They are kept but not trained."
             )
         for found, text in (
-            (kept, "Never called {}, so their adapters stay as they are: {}."),
-            (dropped, "Never called {}, so the adapter was taken off these layers: {}. They are not saved."),
-            (chance, "Not called yet {}, and kept since others of the same list are called now and then: {}."),
-            (quiet, unheard),
+            (kept, "Never called {}, so their adapters are not trained: {}."),
+            (dropped, "Never called {}, so the adapter was removed from these layers: {}. They are not saved."),
+            (later, "Not called yet {}, but kept because similar layers are called occasionally: {}."),
+            (quiet, no_gradient),
         ):
             if found and main:
                 logger.warning(text.format(steps, listed([w.name for w in found])))
 
 
-def _drop(model: Any, optimizer: Any, dropped: list[_Watched]) -> None:
-    """Take the adapters off layers, and their parameters out of the optimizer."""
+def _drop(model: nn.Module, optimizer: Optimizer | None, dropped: list[_Watched]) -> None:
+    """Remove the adapters of layers, and their parameters from the optimizer."""
     gone = {id(tensor) for w in dropped for _, tensor in w.factors()}
     for adapter in {a for w in dropped for a in w.adapters}:
         drop_layers(model, adapter, {w.name for w in dropped}, NEVER_CALLED)
-    # The optimizer's state is saved by position, so a run that resumes must find the same parameters.
+    # The optimizer's state is saved by position, so a resumed run needs the same parameters.
     for group in getattr(optimizer, "param_groups", ()) if gone else ():
         group["params"] = [p for p in group["params"] if id(p) not in gone]
