@@ -1,4 +1,13 @@
-"""The `hf-lora` command. Large libraries are imported when a command runs, so `--help` is fast."""
+"""The `hf-lora` command. Large libraries are imported when a command runs, so `--help` is fast.
+
+In: arguments and YAML files. Out: printed text and an exit code. Each command is one call to one public function.
+
+- `main`: the command itself; a new one is a file with `register(app)` and a line here.
+- `train`, `eval`: training and evaluation on files.
+- `generate`: `chat` and `generate`.
+- `files`: `merge`, `convert` and `inspect`.
+- `hub`: `push` and `pull`.
+"""
 
 from __future__ import annotations
 

@@ -228,7 +228,7 @@ def _rows(facts: Adapter, run: Run, base: str | None) -> list[tuple[str, str]]:
         ("Rank r", _with_pattern(config.r, config.rank_pattern)),
         ("Alpha", _with_pattern(config.lora_alpha, config.alpha_pattern)),
         ("Scaling", "alpha / √r" if config.use_rslora else "alpha / r"),
-        ("Method", "DoRA" if getattr(config, "use_dora", False) else ""),
+        ("Method", code(config.method) if config.method != "lora" else ""),
         ("Dropout", f"{config.lora_dropout:g}"),
         ("Trained biases", code(config.bias) if config.bias != "none" else ""),
         ("Adapted layers", f"{len(facts.layers)}: {kinds}"),

@@ -7,5 +7,5 @@ In: a trainer's state and a folder. Out: `checkpoint-<step>` folders, and a run 
 - `store`: writes and reads adapters, optimizer and schedule.
 - `pushing`: pushes to the Hub for every `hub_strategy`.
 - `sigterm`: saves between two steps on SIGTERM.
-- `state_hooks`: the same files for training loops with Accelerate but without Trainer.
+- `state_hooks`: adapters in the checkpoints of training loops with Accelerate but without Trainer.
 """
