@@ -52,24 +52,34 @@ def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
 class PatternTable:
     """Values by pattern (`rank_pattern`, `alpha_pattern`): the first one that matches a suffix of the name is used.
 
-    A key of letters, digits, `_`, `-` and dots is a name, with literal dots; any other is a regular expression.
+    Keys are regular expressions, as in PEFT. Those of letters, digits, `_`, `-` and dots, in which a dot matches any
+    character, are looked up by their text instead of being matched one after the other.
     """
 
     def __init__(self, table: dict[str, Any]) -> None:
         self._rows = list(table.items())
-        self._names = {key: i for i, key in enumerate(table) if is_name(key)}
-        self._components = max((key.count(".") + 1 for key in self._names), default=0)
-        self._patterns = [(i, table_pattern(key)) for i, key in enumerate(table) if key not in self._names]
+        self._names: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
+        """(length, places of dots) -> key -> its row."""
+        for i, key in enumerate(table):
+            if is_name(key):
+                dots = tuple(place for place, letter in enumerate(key) if letter == ".")
+                self._names.setdefault((len(key), dots), {})[key] = i
+        self._patterns = [(i, table_pattern(key)) for i, key in enumerate(table) if not is_name(key)]
         self._expressions = Expressions(pattern for _, pattern in self._patterns)
         self._used: set[int] = set()
 
     def get(self, name: str, default: Any) -> Any:
         if not self._rows:
             return default
-        found, start = len(self._rows), len(name)
-        for _ in range(self._components):
-            start = name.rfind(".", 0, max(start, 0))
-            found = min(found, self._names.get(name[start + 1 :], found))
+        found = len(self._rows)
+        for (length, dots), keys in self._names.items():
+            start = len(name) - length
+            if start < 0 or (start and name[start - 1] != "."):
+                continue
+            suffix = list(name[start:])
+            for place in dots:
+                suffix[place] = "."
+            found = min(found, keys.get("".join(suffix), found))
         for i, pattern in self._patterns:
             if i > found:
                 break

@@ -99,7 +99,7 @@ def test_names_are_compared_without_expressions() -> None:
     """The first key that is a suffix of whole components counts; 10,000 of them take no time."""
     table = PatternTable({"0.key": 1, "key": 2, r"value|query": 3, "value": 4, "1.query": 5})
     names = ["layers.0.key", "layers.10.key", "0.key", "monkey", "a.value", "a.1.query", "layers.0xkey"]
-    assert [table.get(name, 8) for name in names] == [1, 2, 1, 8, 3, 3, 8]
+    assert [table.get(name, 8) for name in names] == [1, 2, 1, 8, 3, 3, 1]  # the last one as in PEFT
     assert table.unused() == ["value", "1.query"]
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(10_000)]
     start = time.monotonic()
@@ -137,3 +137,26 @@ def test_a_pattern_that_cannot_be_used_says_why(pattern: str, why: str) -> None:
     assert why in str(why_invalid(pattern))
     with pytest.raises(TargetError, match=why):
         matcher(f"{pattern}|")
+
+
+def test_keys_of_a_table_match_as_pefts_do() -> None:
+    """In a key that looks like a name, a dot matches any character too."""
+    names = ["q_proj", "a.q_proj", "m.layers.1.q_proj", "m.layersx1.q_proj", "xq_proj", "a-b.c", "m.layers.11.q"]
+    keys = [
+        "q_proj",
+        "q_pro.",
+        "layers.1.q_proj",
+        ".",
+        "a.b.c",
+        "l.yers.1.q_proj",
+        "1.q",
+        "m.layers.1.q_proj",
+        "x.q_p",
+    ]
+    for key in keys:
+        table = PatternTable({key: 1})
+        found = [name for name in names if table.get(name, None) is not None]
+        assert found == [name for name in names if re.match(rf"(.*\.)?({key})$", name)], key
+    both = PatternTable({"q_pro.": 1, "q_proj": 2})
+    assert both.get("a.q_proj", None) == 1
+    assert PatternTable({"q_proj": 2, "q_pro.": 1}).get("a.q_proj", None) == 2
