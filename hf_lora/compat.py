@@ -75,6 +75,7 @@ ATTRIBUTES: dict[str, str] = {
     "_load_from_state_dict": "torch.nn.modules.module",
     "_load_state_dict_pre_hooks": "torch.nn.modules.module",
     "_modules": "torch.nn.modules.module",
+    "_orig_mod": "torch._dynamo.eval_frame",
     "_parameters": "torch.nn.modules.module",
     "_reversed_padding_repeated_twice": "torch.nn.modules.conv",
     "_save_to_state_dict": "torch.nn.modules.module",

@@ -211,6 +211,8 @@ def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
         return auto
     where = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
     config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in where if k in kwargs})
+    if getattr(config, "auto_map", None):  # its class is code of its own, which the auto class finds
+        return auto
     named = getattr(config, "architectures", None) or [None]
     own = getattr(transformers, named[0]) if is_own_model(named[0]) else None
     return own if own is not None and issubclass(own, transformers.GenerationMixin) else auto

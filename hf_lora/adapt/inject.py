@@ -205,6 +205,11 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             )
         state.refuse_merged(call)
         return
+    if "_orig_mod" in model._modules:
+        raise StateError(
+            f"{call}: the model is compiled. Call apply_lora before torch.compile, or on model._orig_mod, and "
+            "compile the result."
+        )
     for path, module in original_modules(model):
         kind = type(module)
         if any(c.__module__.startswith("peft.tuners") for c in kind.__mro__):

@@ -260,6 +260,10 @@ def _check_entries(file: TensorFile) -> None:
     faults.check(AdapterFileError, REPAIR)
 
 
+LEAVE_THE_BASE = ("orthogonal", "eva")
+"""Initializations of PEFT that only choose the first values of A and B."""
+
+
 def read_config(path: Path) -> LoraConfig:
     """The adapter_config.json of a folder."""
     file = path / CONFIG_NAME
@@ -275,6 +279,8 @@ def read_config(path: Path) -> LoraConfig:
         config = LoraConfig.from_dict(values, call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error), error.faults) from error
+    if config.init_lora_weights in LEAVE_THE_BASE:  # the file has the values
+        config.init_lora_weights = True
     faults = Faults(str(file))
     check_names(config, faults)
     faults.check(

@@ -495,3 +495,14 @@ def test_layers_that_two_models_share_have_the_adapters_of_one(config: dict[str,
     assert torch.equal(actor(x), before)
     eject(actor)
     apply_lora(critic, LoraConfig(r=2, target_modules=["0", "3"]))
+
+
+def test_a_compiled_model_is_refused_before_it_is_changed() -> None:
+    model = tiny_llama()
+    compiled: Any = torch.compile(model, backend="eager")
+    before, kind = snapshot(model), type(model)
+    with pytest.raises(StateError, match="before torch.compile"):
+        apply_lora(compiled, LoraConfig(r=2))
+    assert type(model) is kind
+    assert_same_tensors(snapshot(model), before)
+    apply_lora(compiled._orig_mod, LoraConfig(r=2))

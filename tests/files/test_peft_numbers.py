@@ -350,3 +350,14 @@ def test_a_head_that_holds_the_output_embedding(name: str, part: str, tmp_path: 
     merged = LoraModel.from_pretrained(tmp_path / "theirs", base_model=copy.deepcopy(base), merge=True)
     assert_near(merged(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
     assert (expected - base(ids).logits).norm() > 0.01 * expected.norm()
+
+
+def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in_a_file(tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
+    batch = batch_of(base)
+    with torch.no_grad():
+        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
