@@ -7,6 +7,7 @@ the rest    the tensors, contiguous; offsets count from here
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import AdapterFileError, Faults
-from .reading import REPAIR, parse_json
+from .reading import REPAIR, parse_json, refuse_pointer
 
 HEADER_BYTES = 2**20
 """Size of a header that is always allowed. …"""
@@ -71,6 +72,8 @@ def read_header(file: Path, place: Path | None = None) -> TensorFile:
     """
     place = place or file
     broken = f"{place} is not a complete safetensors file"
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        refuse_pointer(opened.read(64), place)
     header, size = _header_bytes(file, place, broken)
     if not header.startswith(b"{"):
         raise AdapterFileError(f"{broken} (its header is not a JSON object). {REPAIR}")

@@ -104,12 +104,23 @@ def read_json(folder: Path, name: str) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise AdapterFileError(f"{place} could not be read ({error}).") from error
+    refuse_pointer(data, place)
     if len(data) > MAX_JSON_BYTES:
         raise AdapterFileError(f"{place} is larger than {MAX_JSON_BYTES:,} bytes, the limit for a file of an adapter.")
     values = parse_json(data, str(place))
     if not isinstance(values, dict):
         raise AdapterFileError(f"{place} contains {type(values).__name__}, not an object.")
     return values
+
+
+def refuse_pointer(data: bytes, place: Path | str) -> None:
+    """Refuse what a clone without Git LFS has in the place of a file.
+
+    Raises:
+        AdapterFileError: `data` is the beginning of such a pointer.
+    """
+    if data.startswith(b"version https://git-lfs.github.com/"):
+        raise AdapterFileError(f"{place} is a pointer of Git LFS, not the file. Run git lfs pull in its repository.")
 
 
 def parse_json(data: bytes, place: str, most: int = MAX_JSON_VALUES) -> Any:

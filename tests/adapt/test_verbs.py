@@ -501,7 +501,7 @@ def test_a_compiled_model_is_refused_before_it_is_changed() -> None:
     model = tiny_llama()
     compiled: Any = torch.compile(model, backend="eager")
     before, kind = snapshot(model), type(model)
-    with pytest.raises(StateError, match="before torch.compile"):
+    with pytest.raises(StateError, match=r"before torch\.compile"):
         apply_lora(compiled, LoraConfig(r=2))
     assert type(model) is kind
     assert_same_tensors(snapshot(model), before)

@@ -510,3 +510,11 @@ def test_labels_that_json_cannot_hold_are_saved_as_texts(tmp_path: Path) -> None
     assert saved == {"0": "nan", "1": "half ?", "2": "['a', 'list']"}
     again = LoraModel.from_pretrained(tmp_path, base_model=tiny_bert())
     assert again.config.id2label == {0: "nan", 1: "half ?", 2: "['a', 'list']"}
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+def test_a_pointer_of_git_lfs_is_named(folder: Path, name: str) -> None:
+    oid = "4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393"
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{oid}\nsize 12345\n"
+    (folder / name).write_text(text)
+    assert "git lfs pull" in refused(folder)
