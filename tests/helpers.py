@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,31 @@ def write_lines(file: Path, rows: list[Any]) -> Path:
     """A JSONL file."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+def ending_at(moment: int, do: Callable[[], object]) -> None:
+    """Do something, and end the process at a moment that is counted over moves, syncs and deletions."""
+    passed = [0]
+
+    def counted(own: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if passed[0] == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            passed[0] += 1
+            return own(*args, **kwargs)
+
+        return call
+
+    for name in ("replace", "rename", "fsync", "unlink"):
+        setattr(os, name, counted(getattr(os, name)))
+    do()
+    os._exit(0)
+
+
+def folded(layer: Any, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, block) of the weight of one site with the adapters `names` folded into it."""
+    from hf_lora.adapt.dequantize import read_rows
+
+    fold = layer.folding(names)
+    for rows, block in read_rows(layer._lora.storage, layer):
+        yield rows, fold(block, rows)

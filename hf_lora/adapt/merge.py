@@ -25,7 +25,6 @@ from ..layers.contract import Update
 from ..layers.distributed import is_partitioned, is_sharded
 from ..layers.file_maps import lies_in, release_pages, unwritten_maps
 from ..layers.parts import Fold
-from ..layers.site import Site
 from ..layers.storages import fits, put_rows, why_unreadable
 from .dequantize import (
     dense_dtype,
@@ -204,13 +203,6 @@ def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor
     update = fold.start()
     for rows, block in read_rows(fold.storage, fold.site, reuse):
         yield rows, update(block, rows)
-
-
-def folded(layer: Site, names: tuple[str, ...], reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """`merged_rows` of one site with the adapters `names`."""
-    fold = layer.folding(names)
-    for rows, block in read_rows(layer._lora.storage, layer, reuse):
-        yield rows, fold(block, rows)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ the rest    the tensors, contiguous; offsets count from here
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -72,8 +71,6 @@ def read_header(file: Path, place: Path | None = None) -> TensorFile:
     """
     place = place or file
     broken = f"{place} is not a complete safetensors file"
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        refuse_pointer(opened.read(64), place)
     header, size = _header_bytes(file, place, broken)
     if not header.startswith(b"{"):
         raise AdapterFileError(f"{broken} (its header is not a JSON object). {REPAIR}")
@@ -112,6 +109,7 @@ def _header_bytes(file: Path, place: Path, broken: str) -> tuple[bytes, int]:
             length = int.from_bytes(start, "little")
             behind = size - 8 - length
             if len(start) < 8 or behind < 0:
+                refuse_pointer(start + opened.read(56), place)
                 raise AdapterFileError(f"{broken} (it ends within its header). {REPAIR}")
             allowed = min(MAX_HEADER_BYTES, HEADER_BYTES + behind // HEADER_SHARE)
             if length > allowed:

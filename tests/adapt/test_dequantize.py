@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, assert_same_tensors, randomize, relative_error, tiny_gpt2, token_ids
+from helpers import assert_near, assert_same_tensors, folded, randomize, relative_error, tiny_gpt2, token_ids
 from quantized_bases import QUANTIZED, bits, load, method, save_base
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -32,7 +32,6 @@ from hf_lora import (
 )
 from hf_lora.adapt.check import check_adapter
 from hf_lora.adapt.dequantize import dense_dtype, dequantize, is_quantized
-from hf_lora.adapt.merge import folded
 from hf_lora.export import merge_to_folder
 from hf_lora.layers.storages import QuantizedStorage
 

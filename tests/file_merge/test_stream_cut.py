@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from file_merge.test_stream import assert_same_bits, save_adapter, save_base, tensors_of
-from helpers import tiny_llama
+from helpers import ending_at, tiny_llama
 
 from hf_lora import AdapterFileError, merge_files
 from hf_lora.file_merge.ranges import copy_range
@@ -119,25 +119,6 @@ def test_what_is_overwritten_is_whole_until_the_result_is(inputs: tuple[Path, Pa
     assert ended
     assert changed == sorted(changed)  # the old model, then the new one: one moment decides
     assert changed.count(True) > 4
-
-
-def ending_at(moment: int, do: Callable[[], object]) -> None:
-    """Do something, and end the process at a moment that is counted over moves, syncs and deletions."""
-    passed = [0]
-
-    def counted(own: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if passed[0] == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            passed[0] += 1
-            return own(*args, **kwargs)
-
-        return call
-
-    for name in ("replace", "rename", "fsync", "unlink"):
-        setattr(os, name, counted(getattr(os, name)))
-    do()
-    os._exit(0)
 
 
 def test_a_cut_off_merge_of_other_inputs_is_not_mixed_with(inputs: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_near, assert_same_tensors, randomize, snapshot
+from helpers import assert_near, assert_same_tensors, folded, randomize, snapshot
 from shapes_under_test import (
     ADDITIVE,
     BY_NAME,
@@ -23,7 +23,7 @@ from torch import nn
 
 from hf_lora import LoraConfig, MergeError, StateError
 from hf_lora.adapt.inject import eject, inject
-from hf_lora.adapt.merge import disabled, folded, merge, unmerge
+from hf_lora.adapt.merge import disabled, merge, unmerge
 from hf_lora.adapt.state import require_state, set_active
 from hf_lora.layers.contract import Method
 

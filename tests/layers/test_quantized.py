@@ -11,14 +11,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VOCABULARY, assert_near, assert_same_tensors, randomize, relative_error, tiny_llama, token_ids
+from helpers import (
+    VOCABULARY,
+    assert_near,
+    assert_same_tensors,
+    folded,
+    randomize,
+    relative_error,
+    tiny_llama,
+    token_ids,
+)
 from quantized_bases import QUANTIZED, bits, load, method, save_base
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lora import LoraConfig, MergeError, TargetError, apply_lora
 from hf_lora.adapt.dequantize import quantized_layers
-from hf_lora.adapt.merge import folded
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.layers.storages import quantization_of, storage_of, unshardable
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, tiny_llama
+from helpers import ending_at, randomize, tiny_llama
 from safetensors.torch import load_file
 
 from hf_lora import AdapterFileError, LoraConfig, apply_lora
@@ -29,21 +28,8 @@ def saved_until(model: Any, folder: Path, end: int) -> bool:
     """Save in a process that kills itself at a moment, counted over moves, syncs and deletions; whether it ended."""
     pid = os.fork()
     if pid == 0:
-        passed = [0]
-
-        def counted(own: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                if passed[0] == end:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                passed[0] += 1
-                return own(*args, **kwargs)
-
-            return call
-
-        for name in ("replace", "rename", "fsync", "unlink"):
-            setattr(os, name, counted(getattr(os, name)))
         try:
-            model.save_pretrained(folder)
+            ending_at(end, lambda: model.save_pretrained(folder))
         finally:
             os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
