@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from .adapt.inner import refuse_inner
 from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_task_head
 from .adapt.state import Task, require_state, state_of
 from .config import LoraConfig
 from .files.identity import identify
-from .model import LoraModel, refuse_inner
+from .model import LoraModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -31,8 +31,9 @@ def apply_lora(
     """Add a LoRA adapter to `model` in place, and freeze everything else.
 
     A `PreTrainedModel` gets the methods of `LoraModel`; `isinstance`, its forward, `generate` and tied weights do not
-    change. If the model has adapters already, this adds another one and makes it the active one. For a backbone
-    without a head and a classification `task_type`, the result is the task's class around the same weights.
+    change. Those inside any other module refuse to save themselves, because their file would lack the adapters. If the
+    model has adapters already, this adds another one and makes it the active one. For a backbone without a head and a
+    classification `task_type`, the result is the task's class around the same weights.
 
     Args:
         model: any `nn.Module`. Only transformers models get methods; the functions of `hf_lora.adapt` work for all.
@@ -68,8 +69,7 @@ def apply_lora(
     )  # fmt: skip
     if first:
         require_state(model, call).identity = identity
-        if isinstance(model, PreTrainedModel):
-            LoraModel.begin(model)
+        LoraModel.begin(model)
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import logging
 import re
 import signal
@@ -70,10 +71,12 @@ ATTRIBUTES: dict[str, str] = {
     "_are_functorch_transforms_active": "torch._C",
     "_backward_hooks": "torch.nn.modules.module",
     "_buffers": "torch.nn.modules.module",
+    "_current_level": "torch.autograd.forward_ad",
     "_forward_hooks": "torch.nn.modules.module",
     "_forward_pre_hooks": "torch.nn.modules.module",
     "_load_from_state_dict": "torch.nn.modules.module",
     "_load_state_dict_pre_hooks": "torch.nn.modules.module",
+    "_is_tracing": "torch._C",
     "_modules": "torch.nn.modules.module",
     "_orig_mod": "torch._dynamo.eval_frame",
     "_parameters": "torch.nn.modules.module",
@@ -168,6 +171,17 @@ def add_push(trainer: Any, job: Future[CommitInfo] | None) -> None:
     else:
         jobs: Any = [job]
         trainer.push_in_progress = PushInProgress(jobs)
+
+
+def running_trainer() -> Trainer | None:
+    """The `transformers.Trainer` that is running a training step on this thread, found on the call stack."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "training_step" and frame.f_globals.get("__name__") == "transformers.trainer":
+            trainer: Trainer = frame.f_locals["self"]
+            return trainer
+        frame = frame.f_back
+    return None
 
 
 def train_batch_size(trainer: Trainer) -> int:

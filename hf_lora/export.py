@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from .errors import AdapterFileError, ConfigError, MergeError
@@ -104,7 +105,7 @@ def _merge_in_memory(
 ) -> Path:
     if isinstance(base_model, (str, os.PathLike)) and out.resolve() == Path(base_model).resolve():
         raise AdapterFileError(f"{out} is the folder of the base model. Name another one.")
-    loading = "float32" if dtype is not None else None
+    loading = "float32" if dtype is not None and isinstance(base_model, (str, os.PathLike, NoneType)) else None
     model = LoraModel.from_pretrained(adapter, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:
         model = model.to(DTYPES[dtype])

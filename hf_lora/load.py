@@ -19,7 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapt.embeddings import vocabulary_of
+from .adapt.inner import refuse_inner
 from .adapt.labels import AUTO_CLASSES
+from .adapt.merge import merge_for_good
 from .adapt.mixing import scale_adapter
 from .adapt.state import state_of
 from .adapt.undo import rollback_on
@@ -106,6 +108,10 @@ def load_lora(
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     quantized = merge and "quantization_config" in kwargs
     check_merge_arguments(call, len(sources), weights, merge, base_model, quantized, untie)
+    if isinstance(base_model, nn.Module):
+        _refuse_for_memory(
+            call, {"base_revision": base_revision, "dtype": dtype, "device_map": device_map, **base_kwargs}
+        )
     afterwards = {k: kwargs.pop(k) for k in AFTERWARDS if quantized and k in kwargs}
     where: Any = {"subfolder": subfolder, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [read_adapter(local_adapter(source, revision, token, **where)) for source in sources]
@@ -124,7 +130,7 @@ def load_lora(
                 del file
             model.train(is_trainable)
             if merge:
-                model = model.merge_and_unload(names, untie=untie)
+                merge_for_good(model, names, untie=untie)
         return requantized(model, afterwards) if afterwards else model
 
 
@@ -147,14 +153,11 @@ def _put(
     model_class: Any, model: Any, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool
 ) -> None:
     """Load onto a model that may have adapters already."""
-    if state_of(model) is not None:
-        model.load_adapter(file, name, is_trainable=is_trainable, allow_other_base=allow_other_base)
-        return
-    load_adapter(
-        model, file, name, is_trainable=is_trainable, allow_other_base=allow_other_base,
-        call="LoraModel.from_pretrained",
-    )  # fmt: skip
-    model_class.begin(model)
+    first, call = state_of(model) is None, "LoraModel.from_pretrained"
+    refuse_inner(model, call)
+    load_adapter(model, file, name, is_trainable=is_trainable, allow_other_base=allow_other_base, call=call)
+    if first:
+        model_class.begin(model)
 
 
 def _load_base(
@@ -280,6 +283,19 @@ def check_merge_arguments(
     if merge and quantized and isinstance(base_model, nn.Module):
         faults.add("quantization_config cannot apply to a base_model in memory; pass its folder or repository")
     faults.check(ConfigError, "Nothing was loaded.")
+
+
+def _refuse_for_memory(call: str, given: Mapping[str, Any]) -> None:
+    """Refuse arguments for loading a base, which have no effect on one in memory.
+
+    Raises:
+        ConfigError: lists them.
+    """
+    faults = Faults(call)
+    for name, value in given.items():
+        if value is not None:
+            faults.add(f"{name}={value!r} is for loading the base, but base_model is a model in memory")
+    faults.check(ConfigError, "Leave these arguments out, or pass the folder or repository of the base.")
 
 
 def requantized(model: PreTrainedModel, afterwards: Mapping[str, Any]) -> PreTrainedModel:

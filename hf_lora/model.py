@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,14 @@ from transformers.utils import logging
 from .adapt.batchnorm import hold_batchnorm
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
 from .adapt.inject import delete, eject
+from .adapt.inner import mark_inner, outermost_models, refuse_best_model, refuse_inner, watch_arguments
 from .adapt.labels import add_with_labels
 from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
 from .adapt.state import LoraState, require_state, set_active, state_of
+from .adapt.ties import original_weights
+from .compat import running_trainer
 from .config import LoraConfig, as_tuple
 from .errors import AdapterFileError, StateError, listed
 from .files.format import PREFIX, AdapterFile
@@ -35,7 +39,6 @@ from .load import load_lora
 
 M = TypeVar("M", bound=nn.Module)
 logger = logging.get_logger(__name__)
-_OUTER = "_hf_lora_outer"
 
 
 class LoraModel(Extension, PreTrainedModel):
@@ -58,18 +61,24 @@ class LoraModel(Extension, PreTrainedModel):
         return base(*args, **kwargs)
 
     @staticmethod
-    def begin(model: PreTrainedModel) -> None:
-        """Extend the class of a model that now has adapters, and of the transformers models inside it."""
-        for module in list(model.modules()):
-            if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
-                LoraModel.extend(module)
-                if module is not model:
-                    module.__dict__[_OUTER] = type(model).__name__
-        assert isinstance(model, LoraModel)
-        if is_checkpointing(model):
-            model.enable_input_require_grads()
-        if model.training:
-            model.train()  # sets a frozen BatchNorm to eval
+    def begin(model: nn.Module) -> None:
+        """Extend the class of a model that now has adapters, if it is one of transformers, and of those inside it."""
+        try:
+            for path, module in list(model.named_modules()):
+                if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
+                    LoraModel.extend(module)
+                    if module is not model:
+                        mark_inner(model, module, path)
+            for outermost in outermost_models(model):
+                assert isinstance(outermost, LoraModel)
+                watch_arguments(outermost)
+                if is_checkpointing(outermost):
+                    outermost.enable_input_require_grads()
+            if isinstance(model, LoraModel) and model.training:
+                model.train()  # sets a frozen BatchNorm to eval
+        except BaseException:
+            eject(model)
+            raise
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -136,8 +145,9 @@ class LoraModel(Extension, PreTrainedModel):
                 "save_pretrained: the adapters are merged. Call unmerge_adapter() to save them, or "
                 "merge_and_unload().save_pretrained(folder) to save the merged model."
             )
-        if not push_to_hub:
-            refuse_arguments(kwargs)
+        of_push = inspect.signature(push_model).parameters if push_to_hub else {}
+        pushing = {name: kwargs.pop(name) for name in list(kwargs) if name in of_push}
+        refuse_arguments(kwargs)
         if not is_main_process:
             return
         names = [adapter_name] if adapter_name is not None else list(state.adapters)
@@ -156,16 +166,22 @@ class LoraModel(Extension, PreTrainedModel):
                 "instead of transformers.Trainer, which expects full weights."
             )
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+            self.push_to_hub(pushing.pop("repo_id", Path(save_directory).name), **pushing)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:  # type: ignore[override]
         """Push the adapters with a card as one commit: see `hub.share.push_model` for the arguments."""
         _state(self, "push_to_hub").refuse_merged("push_to_hub")
         return push_model(self, repo_id, **kwargs)
 
-    def get_adapter_state_dict(self, adapter_name: str | None = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """The tensors of one adapter (default: the first active one) by the keys of its file, without copies."""
-        return adapter_state_dict(self, adapter_name or _first_active(self, "get_adapter_state_dict"))
+    def get_adapter_state_dict(
+        self, adapter_name: str | None = None, state_dict: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """The tensors of one adapter (default: the first active one) by the keys of its file, without copies.
+
+        Args:
+            state_dict: gathered tensors by their names in `self.state_dict()`, in place of the model's.
+        """
+        return adapter_state_dict(self, adapter_name or _first_active(self, "get_adapter_state_dict"), state_dict)
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -242,6 +258,13 @@ class LoraModel(Extension, PreTrainedModel):
         _state(self, "enable_adapters")
         set_enabled(self, True)
 
+    def enable_peft_hotswap(self, *_: Any, **__: Any) -> None:
+        """Not supported: `load_adapter_weights` replaces the values of an adapter in place."""
+        raise StateError(
+            "enable_peft_hotswap is not supported. Call load_adapter_weights(adapter, name): it replaces the values "
+            "of an adapter with the same layers and ranks in place, so that a compiled model stays valid."
+        )
+
     def disable_adapters(self) -> None:
         """Disable the active adapters, even merged ones: the model computes the same as the base."""
         _state(self, "disable_adapters")
@@ -286,7 +309,7 @@ class LoraModel(Extension, PreTrainedModel):
         """
         _state(self, "merge_and_unload")
         merge_for_good(self, adapter_names, untie=untie, call="merge_and_unload")
-        return _end(self)
+        return self
 
     def unload(self) -> PreTrainedModel:
         """Remove every adapter and return the plain base model (the same object), restored bit for bit."""
@@ -296,7 +319,7 @@ class LoraModel(Extension, PreTrainedModel):
         task = state.base_task
         eject(self)
         task.apply(self)
-        return _end(self)
+        return self
 
     # Reports ---------------------------------------------------------------------------------------------------------
 
@@ -316,6 +339,8 @@ class LoraModel(Extension, PreTrainedModel):
         state = state_of(self)
         if state is not None and mode and state.activity.merged:
             raise StateError(MERGED_TRAINING)
+        if state is not None and mode and not state.resumable:
+            refuse_best_model(running_trainer())
         super().train(mode)
         if state is not None and mode and state.has_batchnorm:
             hold_batchnorm(self)
@@ -334,6 +359,11 @@ class LoraModel(Extension, PreTrainedModel):
             hook.remove()
         release_input_grads(self)
 
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The method of transformers, for the weights of the base: an adapter's copy of one is never tied."""
+        with original_weights(self):
+            super().tie_weights(*args, **kwargs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The method of transformers, which also resizes the adapters' factors and copies of the embeddings.
 
@@ -350,20 +380,6 @@ if "config_class" in LoraModel.__dict__:
     del LoraModel.config_class
 
 
-def refuse_inner(model: nn.Module, call: str) -> None:
-    """Refuse an inner model of a model with adapters: its file would have names that cannot be loaded.
-
-    Raises:
-        StateError: `model` is such an inner model.
-    """
-    outer = model.__dict__.get(_OUTER)
-    if outer is not None and state_of(model) is None:
-        raise StateError(
-            f"{call}: this {type(model).__name__} is part of a {outer} with adapters. Call it on the {outer}, so that "
-            "the names in the file can be loaded."
-        )
-
-
 def _state(model: nn.Module, call: str) -> LoraState:
     refuse_inner(model, call)
     return require_state(model, call)
@@ -374,14 +390,3 @@ def _first_active(model: nn.Module, call: str) -> str:
     if not active:
         raise StateError(f"{call}: no adapter is active. Pass the name of one.")
     return active[0]
-
-
-def _end(model: PreTrainedModel) -> PreTrainedModel:
-    """Restore the class of a model without adapters left."""
-    if "_require_grads_hooks" in model.__dict__:
-        model.disable_input_require_grads()
-    for module in model.modules():
-        if isinstance(module, LoraModel):
-            LoraModel.shrink(module)
-            module.__dict__.pop(_OUTER, None)
-    return model

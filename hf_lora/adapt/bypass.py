@@ -1,8 +1,11 @@
 """Find layers whose parent multiplies by `child.weight` itself, so that the child's forward may never run.
 
 LoRA on such a child has no effect, sometimes only in one mode or on one device. A trace cannot show all cases, so this
-reads the parent's source for any use of `self.<child>.weight` other than its dtype, device or shape. It can report
-false positives and miss uses through another name; `check_adapter` and the Trainer's guard check what really ran.
+reads the parent's source for any use of `self.<child>.weight` other than its dtype, device or shape. Uses in a branch
+that this model never takes do not count: its condition compares constants of the module or its config, or it asks for
+an optional argument that no module of the model gives. What is left can include false positives and miss uses through
+another name; `check_adapter` and the Trainer's guard check what really ran. Tied embeddings that nothing calls are
+found in the same way.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import operator
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import NoneType
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +38,7 @@ _NOT_FORWARD = (
     "_tie",
     "post_init",
     "set_",
+    "get_input_embeddings",
     "_load",
     "load_",
 )
@@ -41,40 +48,197 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, for every module whose parent's source multiplies by its weight."""
     found: dict[str, str] = {}
+    absent: dict[str, bool] = {}  # optional argument -> whether no module of the model gives it
     for name, module in original_modules(model):
         cls = unwrap_class(type(module))
-        for child in weights_used_by(cls):
+        for child, function, node in weights_used_by(cls):
             path = f"{name}.{child}" if name else child
-            found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
+            if path in found:
+                continue
+            for argument in function.optional:
+                if argument not in absent and function.mentions(argument, node):
+                    absent[argument] = not _is_given(argument, model)
+            if function.may_run(
+                node, module, {a for a in function.optional if absent.get(a) and not function.assigned(a)}
+            ):
+                found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
     return found
 
 
+def uncalled_embeddings(model: nn.Module) -> dict[str, str]:
+    """Original name -> reason, for every embedding that only lends its weight to others, as a tied one may.
+
+    No method that could run in a forward mentions it.
+    """
+    users: dict[int, list[str]] = {}
+    modules = dict(original_modules(model))
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding) and module._parameters.get("weight") is not None:
+            users.setdefault(id(module._parameters["weight"]), []).append(name)
+    found: dict[str, str] = {}
+    for names in users.values():
+        called = [
+            name for name in names if len(names) == 1 or _is_mentioned(name.rpartition(".")[2], modules.values())
+        ]
+        for name in names if called else ():
+            if name not in called:
+                found[name] = f"nothing calls it: it shares its weight with {', '.join(called)}; name these instead"
+    return found
+
+
+def _is_mentioned(attribute: str, modules: Iterable[nn.Module]) -> bool:
+    classes = {unwrap_class(type(module)) for module in modules}
+    return any(functions_of(cls, attribute) for cls in classes)
+
+
+class _Function:
+    """The source of one method: its nodes, and the conditions under which each runs."""
+
+    def __init__(self, tree: ast.AST) -> None:
+        self.tree = tree
+        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        definition = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+        given = definition.args
+        defaults = [*zip(reversed(given.args), reversed(given.defaults), strict=False)]
+        defaults += [(arg, value) for arg, value in zip(given.kwonlyargs, given.kw_defaults, strict=True) if value]
+        self.optional = {arg.arg for arg, value in defaults if isinstance(value, ast.Constant) and value.value is None}
+
+    def conditions(self, node: ast.AST) -> Iterator[tuple[ast.expr, bool]]:
+        """(condition, its value) of every branch around `node`, and of those before it that leave its block."""
+        while node in self.parents:
+            inside, node = node, self.parents[node]
+            if isinstance(node, (ast.If, ast.IfExp)) and inside is not node.test:
+                body = node.body if isinstance(node.body, list) else [node.body]
+                yield node.test, inside in body
+            blocks = (getattr(node, field, None) for field in ("body", "orelse"))
+            for block in (block for block in blocks if isinstance(block, list) and inside in block):
+                for before in block[: block.index(inside)]:
+                    if isinstance(before, ast.If) and isinstance(before.body[-1], _LEAVES):
+                        yield before.test, False
+
+    def mentions(self, argument: str, node: ast.AST) -> bool:
+        """Whether a condition around `node` depends on an argument."""
+        names = (each for test, _ in self.conditions(node) for each in ast.walk(test))
+        return any(isinstance(each, ast.Name) and each.id == argument for each in names)
+
+    def may_run(self, node: ast.AST, module: nn.Module, absent: set[str]) -> bool:
+        """Whether `node` may run in `module` if the arguments `absent` are None."""
+        known = ((_value(test, module, absent), wanted) for test, wanted in self.conditions(node))
+        return all(value is _UNKNOWN or bool(value) == wanted for value, wanted in known)
+
+    def gives(self, node: ast.keyword, argument: str, module: nn.Module) -> bool:
+        """Whether a call gives an argument of this name anything but None or what this method got in the same one."""
+        if isinstance(node.value, ast.Constant):
+            return node.value.value is not None
+        if not isinstance(node.value, ast.Name) or node.value.id != argument or argument not in self.optional:
+            return True
+        live = (each for each in self.assigned(argument) if self.may_run(each, module, {argument}))
+        return any(each.lineno < node.lineno or self.loops(each) & self.loops(node) for each in live)
+
+    def assigned(self, name: str) -> list[ast.Name]:
+        names = (each for each in ast.walk(self.tree) if isinstance(each, ast.Name) and each.id == name)
+        return [each for each in names if not isinstance(each.ctx, ast.Load)]
+
+    def loops(self, node: ast.AST) -> set[ast.AST]:
+        """The loops around `node`."""
+        found: set[ast.AST] = set()
+        while node in self.parents:
+            node = self.parents[node]
+            if isinstance(node, (ast.For, ast.While)):
+                found.add(node)
+        return found
+
+
+_LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_UNKNOWN = object()
+_OPERATORS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+
+
+def _value(test: ast.expr, module: nn.Module, absent: set[str]) -> object:
+    """The value of a condition that depends only on constants, else `_UNKNOWN`."""
+    if isinstance(test, ast.Constant):
+        return test.value
+    if isinstance(test, ast.Name):
+        return None if test.id in absent else _UNKNOWN
+    if isinstance(test, ast.Attribute):
+        return _constant(_path_below_self(test), module)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = _value(test.operand, module, absent)
+        return value if value is _UNKNOWN else not value
+    if isinstance(test, ast.BoolOp):
+        values = [_value(each, module, absent) for each in test.values]
+        decides = isinstance(test.op, ast.Or)
+        if any(value is not _UNKNOWN and bool(value) == decides for value in values):
+            return decides
+        return _UNKNOWN if _UNKNOWN in values else not decides
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _OPERATORS:
+        left, right = (_value(each, module, absent) for each in (test.left, test.comparators[0]))
+        if left is _UNKNOWN or right is _UNKNOWN:
+            return _UNKNOWN
+        try:
+            return _OPERATORS[type(test.ops[0])](left, right)
+        except TypeError:
+            return _UNKNOWN
+    return _UNKNOWN
+
+
+def _constant(path: str | None, module: nn.Module) -> object:
+    """The number, text or None at a path below `self`: an attribute of the module or of its config."""
+    value: Any = module
+    for name in path.split(".") if path else ():
+        values = getattr(value, "__dict__", {})
+        if name == "training" or name not in values:  # a property or a child may change
+            return _UNKNOWN
+        value = values[name]
+    return value if path and isinstance(value, (int, float, str, NoneType)) else _UNKNOWN
+
+
+def _is_given(argument: str, model: nn.Module) -> bool:
+    """Whether a caller of `model`, or a module in it, may give an optional argument a value."""
+    cls: Any = unwrap_class(type(model))
+    if argument in inspect.signature(cls.forward).parameters:
+        return True
+    return any(
+        function.may_run(node, module, {argument} & function.optional) and function.gives(node, argument, module)
+        for _, module in original_modules(model)
+        for function in functions_of(unwrap_class(type(module)))
+        for node in ast.walk(function.tree)
+        if isinstance(node, ast.keyword) and node.arg == argument
+    )
+
+
 @functools.cache
-def weights_used_by(cls: type) -> frozenset[str]:
-    """Dotted paths, relative to `self`, of children whose weight the methods of `cls` use in computations."""
-    found: set[str] = set()
+def weights_used_by(cls: type) -> tuple[tuple[str, _Function, ast.AST], ...]:
+    """(dotted path, method, use) of the children whose weight the methods of `cls` use in computations."""
+    return tuple((path, f, node) for f in functions_of(cls, "weight") for path, node in _used(f))
+
+
+@functools.cache
+def functions_of(cls: type, name: str = "") -> tuple[_Function, ...]:
+    """The methods of `cls` that run in a forward; with `name`, those that use an attribute of that name."""
+    found: list[_Function] = []
     for method, function in inspect.getmembers(cls, inspect.isfunction):
         function = inspect.unwrap(function)
         if method.startswith(_NOT_FORWARD) or (function.__module__ or "").startswith(_LIBRARY_BASES):
             continue
-        names = function.__code__.co_names
-        if "weight" not in names and "bias" not in names:
+        if name and name not in function.__code__.co_names:
             continue
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, TypeError, SyntaxError):
-            continue  # no source (an interactive session, a compiled module)
-        found.update(_used(tree))
-    return frozenset(found)
+            found.append(_Function(ast.parse(textwrap.dedent(inspect.getsource(function)))))
+        except (OSError, TypeError, SyntaxError, StopIteration):
+            continue  # no source (an interactive session, a compiled module), or a lambda
+    return tuple(found)
 
 
-def _used(tree: ast.AST) -> Iterator[str]:
-    parents: dict[ast.AST, ast.AST] = {c: p for p in ast.walk(tree) for c in ast.iter_child_nodes(p)}
-    for node in ast.walk(tree):
+def _used(function: _Function) -> Iterator[tuple[str, ast.AST]]:
+    for node in ast.walk(function.tree):
         if isinstance(node, ast.Attribute) and node.attr == "weight":
             path = _path_below_self(node.value)
-            if path and not _is_harmless(node, parents[node]):
-                yield path
+            if path and not _is_harmless(node, function.parents[node]):
+                yield path, node
 
 
 def _path_below_self(node: ast.AST) -> str | None:

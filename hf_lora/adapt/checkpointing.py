@@ -38,6 +38,16 @@ def require_input_grads(model: nn.Module) -> list[RemovableHandle]:
     return [m.register_forward_hook(_require_gradients) for m in embeddings.values()]
 
 
+def release_hooks(model: nn.Module) -> None:
+    """Undo `enable_input_require_grads` of a transformers model, if it was called."""
+    hooks = model.__dict__.pop("_require_grads_hooks", None)
+    if hooks is None:
+        return
+    for hook in hooks:
+        hook.remove()
+    release_input_grads(model)
+
+
 def release_input_grads(model: nn.Module) -> None:
     """Restore the checkpoint functions that `require_input_grads` wrapped."""
     for module in model.modules():

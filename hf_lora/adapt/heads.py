@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layers.distributed import whole_numel
+from ..layers.shapes import runs_forward_of
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .walk import module_at, original_modules
 
@@ -56,6 +57,32 @@ def find_heads(model: nn.Module) -> dict[str, str]:
     if output_embedding(model) is not None:
         return {}
     return dict.fromkeys(outside_backbone(model), "the task head, outside the backbone")
+
+
+def called_parts(name: str, module: nn.Module) -> list[str]:
+    """The modules to train whole for `name`: itself, or the contents of a container that its parent may index.
+
+    A parent calls the modules inside `nn.ModuleList`, `nn.ModuleDict` and, as it likes, `nn.Sequential` one by one. A
+    module that nothing calls cannot be replaced by a copy; what has parameters of its own and no forward is in the
+    result as it is, for `why_not_called`.
+    """
+    if why_not_called(module) is not None or not (_is_uncalled(module) or runs_forward_of(module, nn.Sequential)):
+        return [name]
+    held = ((f"{name}.{key}", child) for key, child in module.named_children())
+    return [
+        found for path, child in held if any(True for _ in child.parameters()) for found in called_parts(path, child)
+    ]
+
+
+def why_not_called(module: nn.Module) -> str | None:
+    """Why a copy of `module` would not run in its place; None if it would, or if its contents are taken instead."""
+    if _is_uncalled(module) and any(p is not None for p in module._parameters.values()):
+        return f"{type(module).__name__} has no forward, so a copy of it would never run; name the module around it"
+    return None
+
+
+def _is_uncalled(module: nn.Module) -> bool:
+    return runs_forward_of(module, nn.Module)
 
 
 def _is_resized(model: nn.Module) -> bool:

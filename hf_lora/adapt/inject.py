@@ -19,7 +19,18 @@ from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
-from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
+from .inner import end_models
+from .state import (
+    ATTRIBUTE,
+    AdapterRecord,
+    LoraState,
+    Task,
+    keep_frozen,
+    require_state,
+    set_active,
+    state_of,
+    update_requires_grad,
+)
 from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
@@ -68,6 +79,7 @@ def inject(
     first = state is None
     state = state or _first(model)
     active = state.activity.active
+    keep_frozen(model, state)
     named_by_user = config.target_modules not in PRESETS and not from_file
     record = AdapterRecord(
         config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
@@ -137,6 +149,7 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     end_differentiable(module for _, module in original_modules(model))
     for name in state.borrowed:
         model.__dict__.pop(name, None)
+    end_models(model)
     delattr(model, ATTRIBUTE)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(state.required_grad.get(name, True))

@@ -14,7 +14,7 @@ from ..config import LoraConfig, as_tuple
 from ..errors import StateError, TargetError
 from ..layers.class_swap import unwrap_class
 from .embeddings import output_embedding
-from .heads import find_heads, outside_backbone
+from .heads import called_parts, find_heads, outside_backbone
 from .inject import inject
 from .match import matcher
 from .state import Task, base_task, state_of
@@ -107,6 +107,7 @@ def heads_for_task(model: Any, config: LoraConfig, task: Task, call: str) -> tup
     else:
         paths = list(find_heads(model)) or ([] if output_embedding(model) else outside_backbone(model))
         config = dataclasses.replace(config, modules_to_save=paths)
+    paths = [part for path in paths for part in called_parts(path, module_at(model, path))]
     heads: dict[str, nn.Module] = {}
     if paths and task.num_labels == base_task(model).num_labels:
         return heads, config

@@ -40,6 +40,8 @@ from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .walk import parts
 
 _UNMERGED = "Adapters also work unmerged."
+MERGED = "merged_adapters"
+"""The attribute of a plain model with the names of the adapters that its weights contain."""
 
 
 def merge(
@@ -129,7 +131,9 @@ def merge_for_good(
         state.refuse_merged(f"{call}({names!r})")
     if is_quantized(model):  # only its dense layers were merged
         dequantize(model, call)
+    merged = state.activity.merged
     eject(model, keep_heads=True)
+    model.__dict__[MERGED] = (*model.__dict__.get(MERGED, ()), *merged)
 
 
 def unmerge(model: nn.Module) -> None:

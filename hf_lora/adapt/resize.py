@@ -14,7 +14,7 @@ from ..layers.class_swap import mixins_of
 from ..layers.copies import Replacement
 from ..layers.hosts import Host
 from .embeddings import input_embedding, output_embedding, vocabulary_of
-from .state import require_state, state_of, update_requires_grad
+from .state import keep_frozen, require_state, state_of, update_requires_grad
 from .walk import adapter_layers, original_modules, parts, put, replacements
 
 
@@ -26,6 +26,7 @@ def resizing(model: PreTrainedModel) -> Iterator[None]:
     _refuse_joined(model)
     embeddings = {id(m): m for m in (model.get_input_embeddings(), output_embedding(model)) if m is not None}
     _refuse_parts(model, {id(m.weight) for m in embeddings.values()})
+    keep_frozen(model, state)
     wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
     for path, replacement in wrapped.items():
         put(model, path, replacement.base_layer)

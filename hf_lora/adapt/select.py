@@ -14,7 +14,7 @@ from ..layers.class_swap import refuse_instance_forward
 from ..layers.contract import Shape, Storage
 from ..layers.shapes import shape_of
 from ..layers.storages import quantization_of, storage_of, why_no_storage
-from .bypass import bypassed_modules
+from .bypass import bypassed_modules, uncalled_embeddings
 from .embeddings import output_embeddings
 from .heads import outside_backbone
 from .match import layer_index, matcher
@@ -62,6 +62,7 @@ class Selection:
         self._layers = None if config.layers_to_transform is None else as_tuple(config.layers_to_transform)
         self._excludes = matcher(config.exclude_modules or [])
         self._bypassed = {} if from_file else bypassed_modules(modules[""])
+        self._uncalled = {} if from_file else uncalled_embeddings(modules[""])
         # Patterns with an effect so far, and what is wrong with the modules that a pattern matched.
         self._hit: set[str] = set()
         self._excluded: set[str] = set()
@@ -104,6 +105,7 @@ class Selection:
             reason = self._bypassed[name]
             if not self._preset:
                 reason += " (pass allow_bypassed=True to adapt it anyway)"
+        reason = reason or self._uncalled.get(name)
         if reason is None and shape is not None:
             self.chosen[name] = shape, sites
         elif self._preset:

@@ -13,9 +13,10 @@ from ..errors import Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from ..layers.parts import Part
-from .walk import adapter_tensors, parts
+from .walk import adapter_modules, held_parameters, parts
 
 ATTRIBUTE = "_hf_lora"
+_FROZEN = "frozen_by_user"
 
 
 @dataclass
@@ -53,8 +54,9 @@ class Task:
         config.id2label = dict(self.id2label)
         config.label2id = dict(self.label2id or {})
         config.problem_type = self.problem_type
-        if hasattr(model, "num_labels"):
-            model.num_labels = self.num_labels
+        for module in model.modules():  # of a model around others, those that share its config
+            if "num_labels" in module.__dict__ and getattr(module, "config", None) is config:
+                module.num_labels = self.num_labels
 
 
 @dataclass
@@ -154,14 +156,30 @@ def require_state(model: nn.Module, call: str) -> LoraState:
 
 
 def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str]) -> None:
-    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable."""
+    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable, except for what
+    `keep_frozen` noted."""
     wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
     if not wanted:
         return
-    for name, parameter in adapter_tensors(model, wanted):
-        parameter.requires_grad = wanted[name]
-        if not wanted[name]:
-            parameter.grad = None
+    for name, held in adapter_modules(model, wanted):
+        frozen: set[str] = held.__dict__.get(_FROZEN, set())
+        for key, parameter in held_parameters(held):
+            parameter.requires_grad = wanted[name] and key not in frozen
+            if not wanted[name]:
+                parameter.grad = None
+
+
+def _trained(state: LoraState) -> list[str]:
+    return [name for name, record in state.adapters.items() if record.trainable and name in state.activity.active]
+
+
+def keep_frozen(model: nn.Module, state: LoraState) -> None:
+    """Note which tensors of the active adapters the user froze, so that they stay frozen after the adapters were
+    inactive. Called before `requires_grad` of an active adapter changes."""
+    for _, held in adapter_modules(model, _trained(state)):
+        frozen = {key for key, parameter in held_parameters(held) if not parameter.requires_grad}
+        if frozen or _FROZEN in held.__dict__:
+            held.__dict__[_FROZEN] = frozen
 
 
 def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
@@ -178,6 +196,7 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     if len(names) > 1:
         _refuse_conflicts(model, names)
     before = state.activity.active
+    keep_frozen(model, state)
     state.activity.set(active=names)
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}

@@ -23,8 +23,8 @@ from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_modules
-from .heads import find_heads
+from .bypass import bypassed_modules, uncalled_embeddings
+from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, matcher
 from .select import Selection, all_names, last_names
 from .walk import original_modules
@@ -202,22 +202,36 @@ def scalings(config: LoraConfig) -> Callable[[str], float]:
 def _saved_modules(
     model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
 ) -> dict[str, str]:
-    saved: dict[str, str] = {}
     if config.modules_to_save is None:
-        saved = {} if from_file else find_heads(model)
+        saved = _called({} if from_file else find_heads(model), modules, faults)
         _refuse_packed(modules, saved, faults)
         return saved
+    named: dict[str, str] = {}
     unmatched, hits = set(config.modules_to_save), matcher(config.modules_to_save)
     for name in modules:
         hit = hits(name)
-        if hit and not any(name.startswith(s + ".") for s in saved):
-            saved[name] = "named in modules_to_save"
+        if hit and not any(name.startswith(s + ".") for s in named):
+            named[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
+    saved = _called(named, modules, faults)
+    for name, why in ({} if from_file else uncalled_embeddings(model)).items():
+        if name in saved:
+            faults.add(f"{name} cannot be trained whole: {why}")
     _refuse_packed(modules, saved, faults)
     if not from_file:
         for pattern in sorted(unmatched):
             faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
     return saved
+
+
+def _called(saved: Mapping[str, str], modules: Mapping[str, nn.Module], faults: Faults) -> dict[str, str]:
+    """The modules to train whole, with the contents of containers in place of these."""
+    found = {path: why for name, why in saved.items() for path in called_parts(name, modules[name])}
+    for path in found:
+        reason = why_not_called(modules[path])
+        if reason is not None:
+            faults.add(f"{path}: {reason}")
+    return found
 
 
 def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults: Faults) -> None:

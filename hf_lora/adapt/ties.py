@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..layers.class_swap import unwrap_class
+from ..layers.copies import Replacement
 from ..layers.parts import Fold
 from .walk import module_at, original_modules
 
@@ -21,6 +23,20 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(name)
     return users
+
+
+@contextmanager
+def original_weights(model: nn.Module) -> Iterator[None]:
+    """Within, modules that are trained whole give the weights of their originals, as if no adapter were enabled."""
+    activities = {id(m._activity): m._activity for m in model.modules() if isinstance(m, Replacement)}
+    enabled = [(activity, activity.enabled) for activity in activities.values()]
+    for activity, _ in enabled:
+        activity.set(enabled=False)
+    try:
+        yield
+    finally:
+        for activity, before in enabled:
+            activity.set(enabled=before)
 
 
 def untie_adapted(model: nn.Module, folds: Iterable[Fold]) -> None:

@@ -44,7 +44,21 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
-    """(adapter, parameter) of all parameters that the adapters `names` train, in one pass without names of modules.
+    """(adapter, parameter) of all parameters that the adapters `names` train."""
+    for name, held in adapter_modules(model, names):
+        for _, parameter in held_parameters(held):
+            yield name, parameter
+
+
+def held_parameters(held: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """The parameters of a module that `adapter_modules` gives, by their names in it."""
+    if held._modules:
+        return held.named_parameters()
+    return ((key, parameter) for key, parameter in held._parameters.items() if parameter is not None)
+
+
+def adapter_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    """(adapter, factor or copy) of all modules that the adapters `names` train, in one pass without names of modules.
 
     Switching between adapters is this pass. It skips modules without children, which are most.
     """
@@ -60,11 +74,8 @@ def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
             if (is_host and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
                 for name in names:
                     held = child._modules.get(name)
-                    if held is None or "frozen" in held.__dict__:
-                        continue
-                    for parameter in held.parameters() if held._modules else held._parameters.values():
-                        if parameter is not None:
-                            yield name, parameter
+                    if held is not None and "frozen" not in held.__dict__:
+                        yield name, held
             else:
                 stack.append(child)
 

@@ -2,8 +2,9 @@
 
 Up to three marks are recorded when LoRA is first applied: repository and commit; a hash of a local folder's
 safetensors headers and of sampled bytes; and sampled weights rounded to bfloat16, which are nearly the same if the
-checkpoint is loaded in another dtype. Two bases are the same if any mark agrees, and differ if marks can be compared
-and none agrees. Labels, heads, dropout and vocabulary are not part of the identity.
+checkpoint is loaded in another dtype. The weights decide if both sides have them, because a model in memory may have
+changed since it was loaded; otherwise two bases are the same if any mark agrees. A model that adapters were merged
+into has no marks of its files. Labels, heads, dropout and vocabulary are not part of the identity.
 
 Quantization is not part of it either: a base that is quantized at load is identified by its files and its dense
 weights. A checkpoint of quantized weights has different files, which are compared only with those of the same kind.
@@ -21,7 +22,8 @@ import torch
 from torch import nn
 
 from ..adapt.embeddings import output_embedding
-from ..adapt.heads import outside_backbone
+from ..adapt.heads import has_marks, is_marked, outside_backbone
+from ..adapt.merge import MERGED
 from ..adapt.walk import original_modules
 from ..layers.distributed import is_sharded
 from .commit import cached_commit
@@ -34,16 +36,18 @@ Identity = dict[str, Any]
 
 
 def identify(model: nn.Module) -> Identity:
-    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`."""
+    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`…"""
     config: Any = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", "") or ""
+    merged = list(model.__dict__.get(MERGED, ()))
+    name = "" if merged else getattr(config, "_name_or_path", "") or ""
     marks: Identity = {
         "name": name or None,
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": None if merged else getattr(config, "_commit_hash", None),
         "files": hash_files(Path(name)) if name else None,
         "weights": (weights := sample_weights(model)),
         "model_type": getattr(config, "model_type", None),
         "quantized": _quantized_files(model),
+        "merged": merged or None,
     }
     if name and marks["commit"] is None:
         marks["commit"] = cached_commit(name, weights, _sample, _same_weights)
@@ -54,13 +58,16 @@ def differs(saved: Identity, found: Identity) -> str | None:
     """How this base (`found`) differs from the one that a file names; None if it is the same or unknown."""
     if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
         return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
+    if found.get("merged") and found["merged"] != saved.get("merged"):
+        names = ", ".join(map(repr, found["merged"]))
+        return f"this model contains the merged {names}, and the adapter was trained without that"
     alike = saved.get("quantized") == found.get("quantized")
     marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
     same = {mark: saved[mark] == found[mark] for mark in marks}
     then, now = saved.get("weights") or {}, found.get("weights") or {}
     if then.keys() & now.keys():
         same["weights"] = _same_weights(then, now)
-    if not same or any(same.values()):
+    if not same or same.get("weights", any(same.values())):
         return None
     what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
     listed = " and ".join(what[mark] for mark in same)
@@ -100,12 +107,13 @@ def hash_files(folder: Path) -> str | None:
 def sample_weights(model: nn.Module) -> dict[str, str] | None:
     """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None if they are not available.
 
-    Embeddings (they may be resized) and heads are skipped, and names are relative to the backbone. The matrices are
-    chosen by their names alone, so that models of one checkpoint with different heads or poolers share most of them.
+    Embeddings (they may be resized), heads and what is not in the checkpoint are skipped, and names are relative to
+    the backbone. The matrices are chosen by their names alone, so that models of one checkpoint with different heads
+    or poolers share most of them.
     """
     prefix = getattr(model, "base_model_prefix", "")
     heads = tuple(f"{name}." for name in outside_backbone(model))
-    head = output_embedding(model)
+    head, loaded = output_embedding(model), has_marks(model)
     matrices: dict[str, torch.Tensor] = {}
     for name, module in original_modules(model):
         weight = module._parameters.get("weight")
@@ -115,6 +123,8 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
             continue
         if not any(weight.stride()):
             continue  # one number that stands in for a weight
+        if loaded and not is_marked(weight):
+            continue
         if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
             return None  # packed or sharded: its elements are not the checkpoint's
         matrices[name.removeprefix(f"{prefix}.")] = weight

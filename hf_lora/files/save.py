@@ -30,10 +30,17 @@ from .format import (
 )
 
 
-def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """File key -> tensor of one adapter, without a copy if the layout in the file is that in memory."""
+def adapter_state_dict(
+    model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """File key -> tensor of one adapter, without a copy if the layout in the file is that in memory.
+
+    Args:
+        state_dict: gathered tensors, by their names in `model.state_dict()`, in place of the model's.
+    """
     require_state(model, "get_adapter_state_dict").require(name)
-    return {key: each.value() for key, each in stored(parts(model, name)).items()}
+    gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
+    return {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
 
 
 def save_adapter(
@@ -54,10 +61,7 @@ def save_adapter(
     Raises:
         AdapterFileError: a tensor is sharded, empty or not finite, or the disk is full. Existing files are unchanged.
     """
-    state = require_state(model, "save_adapter")
-    state.require(name)
-    gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
-    tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
+    tensors = adapter_state_dict(model, name, state_dict)
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. On every process, "

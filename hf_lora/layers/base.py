@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
 from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
 from ..errors import StateError
 from .contract import Shape, Storage
-from .hosts import Activity, Host
+from .hosts import Activity, Host, at_hand
 from .site import LayerState, Site
 
 MERGED_TRAINING = (
@@ -23,6 +26,15 @@ class LoraLayer(Site, Host):
     attribute = "_lora"
 
     forward = Site.respond
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.__dict__.get("_mixin") is not LoraLayer:  # another extension, or a class that FSDP2 derived
+            return
+        base: Any = cls.__dict__["_extended"]
+        plain = list(inspect.signature(base.forward).parameters.values())[1:]
+        if plain and plain[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD:
+            cls.forward = _respond_to(plain[0].name)
 
     @classmethod
     def leave(cls, module: nn.Module) -> None:
@@ -40,7 +52,7 @@ class LoraLayer(Site, Host):
     def factor(self, kind: str, name: str) -> Tensor:
         # Not by attribute: nn.Module.__getattr__ runs only after a failed lookup, which is too slow for a forward.
         held: Any = self._modules[kind]
-        return cast(Tensor, held._modules[name].weight)
+        return at_hand(held._modules[name])
 
     def train(self, mode: bool = True) -> Self:
         if mode and self._lora.activity.merged:
@@ -49,6 +61,16 @@ class LoraLayer(Site, Host):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, lora({self.describe()})"
+
+
+@functools.cache
+def _respond_to(name: str) -> Any:
+    """`Site.respond` whose input has the name that the forward of the plain layer gives it: `layer(input=x)`."""
+    code = Site.respond.__code__
+    own, _, *variables = code.co_varnames
+    if name in variables:
+        return Site.respond
+    return types.FunctionType(code.replace(co_varnames=(own, name, *variables)), Site.respond.__globals__, "forward")
 
 
 def start_layer(layer: nn.Module, shape: Shape, storage: Storage, activity: Activity) -> LoraLayer:

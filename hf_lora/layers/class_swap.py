@@ -129,7 +129,7 @@ def _rewire(module: nn.Module) -> None:
 
 
 def _is_class_forward(bound: types.MethodType, module: nn.Module) -> bool:
-    classes = (*type(module).__mro__, *(mixin for mixin, _ in _MADE))
+    classes = (*type(module).__mro__, *(mixin for mixin, _ in _MADE), *_MADE.values())
     return any(bound.__func__ is cls.__dict__.get("forward") for cls in classes)
 
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
-from .hosts import Activity, Held, Host, as_masters, strip
+from .hosts import Activity, Held, Host, as_masters, at_hand, strip
 from .ops import device_only
 
 
@@ -33,7 +33,8 @@ class Replacement(nn.Module):
     """Takes the place of a module and runs the active adapter's copy of it, or the frozen original.
 
     A copy is float32: floating-point inputs are cast to float32, and the output to the dtype of the original's output.
-    Attributes are read from the module that runs. `weight` and `bias` are set on the original, so that tying works.
+    Attributes are read from the module that runs; a parent that reads its `weight` gets it in the dtype of the
+    original's. `weight` and `bias` are set on the original, so that tying works.
     """
 
     def __init__(self, base_layer: nn.Module, activity: Activity) -> None:
@@ -98,7 +99,9 @@ class Replacement(nn.Module):
         except AttributeError:
             if "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.running(), name)
+            module, like = self.running(), self.base_layer._parameters.get(name)
+            found = getattr(module, name)
+            return found if like is None or module is self.base_layer else found.to(like.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
@@ -127,7 +130,7 @@ class BiasLayer(Host):
         y: Tensor = super().forward(*args, **kwargs)
         for name in self._lora_biases.acting:
             bias: Any = self.bias
-            shift = self.lora_bias[name].weight - bias.to(torch.float32)
+            shift = at_hand(self.lora_bias[name]) - bias.to(torch.float32)
             y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
         return y
 

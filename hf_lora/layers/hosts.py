@@ -81,6 +81,19 @@ class Factor(nn.Module):
         super()._load_from_state_dict(as_masters(state_dict), prefix, *args)
 
 
+def at_hand(factor: Any) -> Tensor:
+    """The weight of a `Factor`. If accelerate offloaded it, a copy on the device that its hook names."""
+    weight: Tensor = factor.weight
+    if not weight.is_meta:
+        return weight
+    hook = factor.__dict__.get("_hf_hook")
+    for each in getattr(hook, "hooks", (hook,)):  # accelerate joins several hooks in one
+        kept = getattr(each, "weights_map", None)
+        if kept is not None:
+            weight = kept["weight"].to(each.execution_device)
+    return weight
+
+
 def as_masters(state_dict: Mapping[str, object]) -> dict[str, object]:
     """A copy of `state_dict` whose floating-point tensors are float32."""
     return {
@@ -157,7 +170,9 @@ def add_factor(module: nn.Module, kind: str, name: str, weight: Tensor, trainabl
     if held is None:
         held = module._modules[kind] = nn.ModuleDict.__new__(nn.ModuleDict)
         _begin(held)
-    held._modules[name] = Factor(weight, trainable)
+        held.training = module.training
+    held._modules[name] = factor = Factor(weight, trainable)
+    factor.training = module.training
 
 
 def remove_factor(module: nn.Module, kind: str, name: str) -> None:

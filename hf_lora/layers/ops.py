@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .dropout import draw_mask, drop_, dropped, dropped_indices
 
@@ -55,8 +56,14 @@ def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def can_use_functions() -> bool:
-    """Whether an autograd function may run: compilers and functorch transforms need the plain operations."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    """Whether an autograd function may run: compilers, tracing, functorch transforms and forward-mode differentiation
+    need the plain operations."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 # The low-rank product ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from .contract import FactorSpec, Method, Shape, Storage, Update
-from .hosts import Factor, Held, add_factor, remove_factor
+from .hosts import Factor, Held, add_factor, at_hand, remove_factor
 from .inits import Init, taken
 from .ops import to_float64
 
@@ -98,7 +98,7 @@ class Site:
     def factor(self, kind: str, name: str) -> Tensor:
         """One factor of an adapter, whole and in float32."""
         held: Any = self.host()._modules[self.holder(kind)]
-        return cast(Tensor, held._modules[name].weight)
+        return at_hand(held._modules[name])
 
     def factors(self, name: str) -> Iterator[tuple[str, Factor]]:
         """(kind, module) of one adapter's factors, in declaration order."""

@@ -11,6 +11,7 @@ from helpers import assert_same_tensors, batch_for, randomize, snapshot, tiny_be
 from torch import Tensor, nn
 
 from hf_lora import LoraConfig, StateError, TargetError, apply_lora, check_adapter, explain_targets
+from hf_lora.adapt.bypass import bypassed_modules
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.walk import adapter_layers
 
@@ -196,3 +197,107 @@ def test_a_subclass_is_adapted_only_if_its_own_forward_is_the_known_one() -> Non
     assert set(plan.skipped) == {"1", "2"}
     with pytest.raises(TargetError, match=r"(?s)1: Clipped is not a supported kind of layer.*2: Scaled"):
         apply_lora(model, LoraConfig(target_modules=["1", "2"]))
+
+
+# What the source proves ----------------------------------------------------------------------------------------------
+
+
+def tiny_deberta() -> Any:
+    from transformers import DebertaConfig, DebertaForSequenceClassification
+
+    config = DebertaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        relative_attention=True, pos_att_type="c2p|p2c", pooler_hidden_size=16,
+    )  # fmt: skip
+    return DebertaForSequenceClassification(config).eval()
+
+
+def tiny_bloom(**values: Any) -> Any:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, **values)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_deberta, tiny_bloom], ids=["deberta", "bloom"])
+def test_a_product_that_this_model_never_computes_is_not_a_bypass(make: Any) -> None:
+    model = randomize(apply_lora(make(), LoraConfig(r=4)))
+    assert not [why for why in explain_targets(make()).skipped.values() if "multiplies" in why]
+    for training in (False, True):
+        report = check_adapter(model.train(training), {"input_ids": torch.randint(0, 64, (2, 8))})
+        assert report.ok, str(report)
+        assert not report.never_called
+
+
+def test_the_same_product_is_one_where_a_model_computes_it() -> None:
+    bloom = explain_targets(tiny_bloom(pretraining_tp=2, slow_but_exact=True)).skipped
+    assert set(bloom) == {"transformer.h.0.self_attention.dense", "transformer.h.0.mlp.dense_4h_to_h"}
+    model = tiny_deberta()
+    model.deberta.z_steps = 2  # then its encoder gives its layers other queries
+    assert set(explain_targets(model).skipped) == {"deberta.encoder.layer.0.attention.self.in_proj"}
+
+
+class Chooses(nn.Module):
+    """Calls its child or multiplies by its weight."""
+
+    def __init__(self, mode: int = 0, limit: float | None = None) -> None:
+        super().__init__()
+        self.mode, self.limit, self.inner = mode, limit, nn.Linear(4, 4)
+
+
+class ByMode(Chooses):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) if self.mode != 1 and not self.limit else F.linear(x, self.inner.weight)
+
+
+class ByTraining(Chooses):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.limit is None:
+            return F.linear(x, self.inner.weight)
+        return self.inner(x)
+
+
+class ByCaller(Chooses):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            return self.inner(x)
+        return F.linear(x, self.inner.weight) * mask
+
+
+class Around(nn.Module):
+    """Gives its child an optional argument, or passes its own on."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+
+class PassesOn(Around):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x)
+
+    def inside(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y: Tensor = self.child(x, mask=mask)
+        return y
+
+
+class Gives(PassesOn):
+    def inside(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is None:
+            mask = torch.ones(4)
+        y: Tensor = self.child(x, mask=mask)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("model", "bypassed"),
+    [
+        (ByMode(), False), (ByMode(1), True), (ByMode(0, 2.0), True), (ByMode(2), False), (ByTraining(), True),
+        (ByTraining(0, 1.0), False), (ByCaller(), True), (PassesOn(ByCaller()), False), (Gives(ByCaller()), True),
+        (nn.Sequential(ByCaller()), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)  # fmt: skip
+def test_a_condition_counts_if_this_model_can_meet_it(model: nn.Module, bypassed: bool) -> None:
+    whole = nn.ModuleDict({"part": model, "other": nn.Linear(4, 4)}) if not isinstance(model, ByCaller) else model
+    names = [name for name, module in whole.named_modules() if name.endswith("inner")]
+    assert [name for name in names if name in bypassed_modules(whole)] == (names if bypassed else [])

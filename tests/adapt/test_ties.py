@@ -311,3 +311,15 @@ def test_merging_a_tied_embedding_that_is_kept_whole_unties_what_is_saved(kept: 
     model = randomize(apply_lora(tied_llama(), LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=kept)))
     assert model.unload().lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tying_ties_the_weights_of_the_base_and_no_copy(dtype: torch.dtype) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = randomize(apply_lora(tied_llama().to(dtype), config))
+    y, before = logits(model), snapshot(model)
+    model.tie_weights()
+    assert_same_tensors(snapshot(model), before)
+    assert model.lm_head.weight is model.model.embed_tokens.base_layer.weight
+    assert torch.equal(logits(model), y)
+    assert model.active_adapters() == ["default"]

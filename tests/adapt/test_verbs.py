@@ -15,6 +15,7 @@ from hf_lora import ConfigError, LoraConfig, LoraModel, MergeError, StateError, 
 from hf_lora.adapt.inject import eject
 from hf_lora.adapt.report import trainable_line, trainable_parameters
 from hf_lora.adapt.walk import adapter_layers, replacements
+from hf_lora.layers.parts import Bias
 
 
 def two(seed: int = 0) -> Any:
@@ -506,3 +507,63 @@ def test_a_compiled_model_is_refused_before_it_is_changed() -> None:
     assert type(model) is kind
     assert_same_tensors(snapshot(model), before)
     apply_lora(compiled._orig_mod, LoraConfig(r=2))
+
+
+# Modes and frozen tensors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_what_an_adapter_adds_is_in_the_mode_of_the_model(training: bool) -> None:
+    model = tiny_bert().train(training)
+    apply_lora(model, LoraConfig(r=2, lora_dropout=0.5, bias="all"))
+    model.add_adapter("five", LoraConfig(r=2), num_labels=5)
+    assert {name for name, module in model.named_modules() if module.training != training} == set()
+
+
+def frozen_names(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+
+
+def switch(model: Any) -> None:
+    model.set_adapter("other")
+    model.set_adapter("default")
+
+
+def fail_to_add(model: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bias, "attach", None)  # the factors are there by then
+        with pytest.raises(TypeError):
+            model.add_adapter("third", LoraConfig(r=2, bias="all"))
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        switch,
+        fail_to_add,
+        lambda m: m.add_adapter("third", LoraConfig(r=2)) or m.delete_adapter("third") or m.set_adapter("default"),
+        lambda m: m.resize_token_embeddings(70, mean_resizing=False),
+        lambda m: switch(m) or switch(m),
+    ],
+    ids=["switch", "failed addition", "added and deleted", "resized", "switched twice"],
+)
+def test_what_the_user_froze_stays_frozen(action: Any) -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=2, bias="all"), "other")
+    model.add_adapter("default", LoraConfig(r=2, bias="all"), num_labels=5)
+    everything = frozen_names(model)
+    for name, parameter in model.named_parameters():
+        if "layer.0" in name and ".default." in name:
+            parameter.requires_grad = False
+        if name == "bert.embeddings.LayerNorm.weight":
+            parameter.requires_grad = True  # of the base
+    wanted = frozen_names(model)
+    assert wanted != everything
+    action(model)
+    assert {name for name in frozen_names(model) if ".third." not in name} == wanted
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            parameter.requires_grad = True  # and what is trained again is trained after a switch too
+    switch(model)
+    assert not any(".default." in name for name in frozen_names(model))

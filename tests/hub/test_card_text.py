@@ -73,7 +73,7 @@ def test_metadata_that_an_author_added_changed_or_took_out_stay_so(readme: Path)
         write_card(readme.parent, results={"f1": value})
         found = metadata(readme)
         assert (found["license"], found["language"], found["widget"]) == ("cc0-1.0", "en", [{"text": "hi"}])
-        assert found["tags"] == ["lora", "hf_lora", "text-classification", "theirs"]
+        assert found["tags"] == ["lora", "hf_lora", "transformers", "text-classification", "theirs"]
         assert found["metrics"] == ["f1"], "what we wrote ourselves goes when it is no longer so"
         assert [m["value"] for m in found["model-index"][0]["results"][0]["metrics"]] == [value]
 
@@ -104,7 +104,7 @@ def test_a_readme_without_marks_is_kept_whole(readme: Path) -> None:
     text = readme.read_text()
     assert "---\n# Their title\n\ntheir text\n\n<!-- hf_lora:begin" in text
     assert metadata(readme)["license"] == "mit"
-    assert metadata(readme)["tags"] == ["lora", "hf_lora", "text-classification", "mine"]
+    assert metadata(readme)["tags"] == ["lora", "hf_lora", "transformers", "text-classification", "mine"]
     write_card(readme.parent)
     assert readme.read_text() == text
 

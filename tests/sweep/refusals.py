@@ -11,7 +11,7 @@ from plain import CONVOLUTIONS, KINDS, attempt
 from torch import nn
 
 from hf_lora import LoraError
-from hf_lora.adapt.bypass import bypassed_modules
+from hf_lora.adapt.bypass import bypassed_modules, uncalled_embeddings
 
 RANK = 4
 
@@ -34,6 +34,10 @@ def _own_forward(model: Any, name: str, module: Any) -> bool:
 
 def _bypassed(model: Any, name: str, module: Any) -> bool:
     return name in bypassed_modules(model)
+
+
+def _uncalled(model: Any, name: str, module: Any) -> bool:
+    return name in uncalled_embeddings(model)
 
 
 def indivisible(model: Any, name: str, module: Any) -> bool:
@@ -61,6 +65,7 @@ AT_APPLY: dict[str, tuple[Predicate, str]] = {
     "parametrized weight": (_parametrized, "computed from other tensors (a parametrization)"),
     "forward of its own": (_own_forward, "is not a supported kind of layer"),
     "weight used by the parent": (_bypassed, "multiplies by its weight directly"),
+    "embedding that nothing calls": (_uncalled, "nothing calls it"),
     "rank not divisible by groups": (indivisible, "must be divisible by the convolution's"),
 }
 AT_RESIZE: dict[str, tuple[Predicate, str]] = {

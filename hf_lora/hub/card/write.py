@@ -194,7 +194,13 @@ def _metadata(
     datasets: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """The YAML at the top of the file."""
-    tags = ["lora", "hf_lora", *([f"base_model:adapter:{base}"] if base else []), *([task] if task else [])]
+    tags = [
+        "lora",
+        "hf_lora",
+        "transformers",
+        *([f"base_model:adapter:{base}"] if base else []),
+        *([task] if task else []),
+    ]
     metrics = {s.metric: None for s in run.scores if s.metric != "loss" and re.fullmatch(r"[\w./-]+", s.metric)}
     final = [s.result(task or "other") for s in run.scores if s.step is None and isinstance(s.value, float)]
     languages = given.get("language", [])

@@ -1,0 +1,115 @@
+"""The transformers models of a model with adapters: what they refuse, and that inner ones save no files.
+
+In: a module whose transformers models have their extended class. Out: marks and hooks on these models, and errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import StateError, TrainingError
+from ..layers.class_swap import mixins_of
+from ..layers.hosts import Host
+from .checkpointing import release_hooks
+from .state import state_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_OUTER = "_hf_lora_outer"
+_HOOKS = "hf_lora_hooks"
+
+
+def mark_inner(model: nn.Module, inner: nn.Module, path: str) -> None:
+    """Note on `inner` that its adapters belong to `model`, in which it is at `path`."""
+    name = type(model).__name__
+    if isinstance(model, PreTrainedModel):
+        inner.__dict__[_OUTER] = (
+            f"{name} with adapters. Call it on the {name}, so that the names in the file can be loaded."
+        )
+        return
+    inner.__dict__[_OUTER] = (
+        f"{name} with adapters, which has no such methods. Either fold them in and go on with the plain model: "
+        "from hf_lora.adapt.merge import merge_for_good; merge_for_good(model). Or save them: from "
+        "hf_lora.files.save import save_adapter; save_adapter(model, folder), with hf_lora.files.load.load_adapter as "
+        f"its counterpart. Here `model` is the {name}. In the next run, apply_lora(model.get_submodule({path!r}), "
+        "config) gives the inner model the methods of a LoraModel."
+    )
+
+
+def outermost_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The transformers models in `model` that are in no other: itself, if it is one."""
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if isinstance(module, PreTrainedModel):
+            yield module
+        else:
+            stack.extend(module.children())
+
+
+def watch_arguments(model: nn.Module) -> None:
+    """Refuse arguments of PEFT's forward in calls of `model`."""
+    model.__dict__[_HOOKS] = [model.register_forward_pre_hook(refuse_names, with_kwargs=True)]
+
+
+def refuse_names(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
+    """Refuse arguments of PEFT's forward that most models would accept and ignore; a hook before the forward.
+
+    Raises:
+        StateError: such an argument is given.
+    """
+    for name, step in _OF_PEFT.items():
+        if kwargs.get(name) is not None:
+            raise StateError(f"{type(model).__name__}(…, {name}=…) is not supported. {step}")
+
+
+_OF_PEFT = {
+    "adapter_names": "Call the model once for each adapter, with the rows of that adapter: model.set_adapter(name).",
+    "alora_offsets": "Leave it out: the adapters act on all tokens.",
+}
+"""Arguments of PEFT's forward that are not supported -> the next step."""
+
+
+def refuse_best_model(trainer: Trainer | None) -> None:
+    """Refuse a plain Trainer that would look for a full model in its best checkpoint, after the last step.
+
+    Raises:
+        TrainingError: it has `load_best_model_at_end`.
+    """
+    if trainer is not None and trainer.args.load_best_model_at_end:
+        raise TrainingError(
+            f"{type(trainer).__name__}.train: with load_best_model_at_end, the run would fail at its end, because "
+            "transformers.Trainer expects a full model in the best checkpoint, which contains only adapters. Train "
+            "with hf_lora.LoraTrainer, or set load_best_model_at_end=False and load the checkpoint that you want with "
+            "model.load_adapter_weights(checkpoint)."
+        )
+
+
+def end_models(model: nn.Module) -> None:
+    """Restore the class of a model without adapters and of the transformers models in it, and remove their hooks."""
+    for module in model.modules():
+        extensions = [mixin for mixin in mixins_of(module) if not issubclass(mixin, Host)]
+        if not extensions:
+            continue
+        release_hooks(module)
+        for handle in module.__dict__.pop(_HOOKS, ()):
+            handle.remove()
+        for mixin in extensions:
+            mixin.shrink(module)
+        module.__dict__.pop(_OUTER, None)
+
+
+def refuse_inner(model: nn.Module, call: str) -> None:
+    """Refuse an inner model of a model with adapters: its file would have names that cannot be loaded.
+
+    Raises:
+        StateError: `model` is such an inner model.
+    """
+    outer = model.__dict__.get(_OUTER)
+    if outer is not None and state_of(model) is None:
+        raise StateError(f"{call}: this {type(model).__name__} is part of a {outer}")
