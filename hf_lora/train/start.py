@@ -20,7 +20,7 @@ from ..adapt.state import LoraState, require_state, state_of
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
-from ..errors import StateError, TrainingError
+from ..errors import ConfigError, StateError, TrainingError
 from .arguments import LoraArguments
 from .precision import precision_line
 
@@ -53,6 +53,13 @@ def apply_trial(args: TrainingArguments, trial: Any, space: Any) -> None:
     for name, value in (values or {}).items():
         if name.startswith("lora_") and hasattr(args, name):
             setattr(args, name, value)
+
+
+def only_config(lora_config: Any, peft_config: Any, trainer: str) -> Any:
+    """The one of two names of an argument that is given; ConfigError if both are."""
+    if lora_config is not None and peft_config is not None:
+        raise ConfigError(f"{trainer}(…): both lora_config and peft_config are given. Pass only one.")
+    return peft_config if lora_config is None else lora_config
 
 
 def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -> None:

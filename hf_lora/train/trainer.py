@@ -26,7 +26,7 @@ from ..config import LoraConfig
 from ..evaluation.metrics import ComputeMetrics, Kept
 from ..model import LoraModel
 from . import start
-from .card import CardWriter
+from .card import CardWriter, card_options
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
 from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
@@ -36,6 +36,7 @@ from .first_batch import FirstBatch
 from .head_loss import HeadLoss
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .precision import quantization
+from .reference import check_reference
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
 from .watch.finite import FiniteWatch, check_finite, check_loss
@@ -56,7 +57,7 @@ class LoraTrainerMixin(_Trainer):
     Args:
         lora_config: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA fields of the
             training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to the result of
-            `model_init`. A model that already has adapters is trained unchanged.
+            `model_init`. A model that already has adapters is trained unchanged. `peft_config` is the same.
         accept_ddp_fallback: train even if FSDP or DeepSpeed was requested but Accelerate runs another engine, as on a
             CPU; also a training argument.
 
@@ -71,7 +72,7 @@ class LoraTrainerMixin(_Trainer):
     def __init__(
         self, *args: Any, lora_config: LoraConfig | Any = None, accept_ddp_fallback: bool = False, **kwargs: Any
     ) -> None:
-        self._lora_config = lora_config
+        self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
         self._first_batch = FirstBatch()
@@ -79,6 +80,7 @@ class LoraTrainerMixin(_Trainer):
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
         super().__init__(*args, **kwargs)
+        check_reference(self, self._bare_model, (*args, *kwargs.values()))
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -368,10 +370,7 @@ class LoraTrainerMixin(_Trainer):
         self.save_model(_internal_call=True)  # on all processes
         if not self.is_world_process_zero():
             return None
-        tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
-        tags += [tag for tag in getattr(self._bare_model, "model_tags", None) or [] if tag not in tags]
-        name = kwargs.pop("model_name", None) or str(self.hub_model_id).rpartition("/")[2]
-        self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
+        self.create_model_card(**card_options(self._bare_model, str(self.hub_model_id), kwargs))
         self._finish_current_push()
         job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
         return job.result() if blocking else log_failure(job)
