@@ -488,3 +488,25 @@ def test_heads_are_trained_and_saved(arguments: Make, tmp_path: Path) -> None:
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(again.eval()(**batch).logits, trainer.model(**batch).logits)
+
+
+def test_a_plain_trainer_that_could_not_load_its_best_model_is_refused_before_its_first_step(
+    arguments: Make, tmp_path: Path
+) -> None:
+    """It looks for a full model after the last step; what the message advises works."""
+    settings = {"max_steps": 2, "eval_steps": 1, "save_steps": 1, "eval_strategy": "steps", "save_strategy": "steps"}
+    data = {"train_dataset": sentences(), "eval_dataset": sentences()}
+    model = apply_lora(tiny_bert())
+    best = {**settings, "load_best_model_at_end": True}
+    with pytest.raises(TrainingError, match="load_best_model_at_end") as error:
+        Trainer(model, arguments(TrainingArguments, **best), **data).train()
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    assert "hf_lora.LoraTrainer" in str(error.value)
+    trainer = Trainer(model, arguments(TrainingArguments, **settings), **data)
+    trainer.train()
+    trained = adapter_values(model)
+    first = str(tmp_path.joinpath(trainer.args.output_dir, "checkpoint-1"))
+    model.load_adapter_weights(first)
+    assert any(not torch.equal(value, trained[name]) for name, value in adapter_values(model).items())
+    LoraTrainer(model, arguments(**best), **data).train()
+    model.train()
