@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .adapt.batchnorm import hold_batchnorm
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
 from .adapt.inject import delete, eject
-from .adapt.inner import mark_inner, outermost_models, refuse_best_model, refuse_inner, watch_arguments
+from .adapt.inner import mark_inner, outermost_models, refuse_arguments_of_peft, refuse_best_model, refuse_inner
 from .adapt.labels import add_with_labels
 from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
 from .adapt.report import adapter_table, trainable_line
@@ -71,7 +71,6 @@ class LoraModel(Extension, PreTrainedModel):
                         mark_inner(model, module, path)
             for outermost in outermost_models(model):
                 assert isinstance(outermost, LoraModel)
-                watch_arguments(outermost)
                 if is_checkpointing(outermost):
                     outermost.enable_input_require_grads()
             if isinstance(model, LoraModel) and model.training:
@@ -333,6 +332,10 @@ class LoraModel(Extension, PreTrainedModel):
         return adapter_table(self, adapter_name)
 
     # Overridden methods of transformers ------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_arguments_of_peft(self, kwargs)
+        return super().__call__(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         """PyTorch's method. A frozen BatchNorm stays in eval mode: adapters do not save its running statistics."""

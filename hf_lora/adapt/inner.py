@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 _OUTER = "_hf_lora_outer"
-_HOOKS = "hf_lora_hooks"
 
 
 def mark_inner(model: nn.Module, inner: nn.Module, path: str) -> None:
@@ -52,13 +51,8 @@ def outermost_models(model: nn.Module) -> Iterator[PreTrainedModel]:
             stack.extend(module.children())
 
 
-def watch_arguments(model: nn.Module) -> None:
-    """Refuse arguments of PEFT's forward in calls of `model`."""
-    model.__dict__[_HOOKS] = [model.register_forward_pre_hook(refuse_names, with_kwargs=True)]
-
-
-def refuse_names(model: nn.Module, args: object, kwargs: Mapping[str, object]) -> None:
-    """Refuse arguments of PEFT's forward that most models would accept and ignore; a hook before the forward.
+def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> None:
+    """Refuse arguments of PEFT's forward that most models would accept and ignore.
 
     Raises:
         StateError: such an argument is given.
@@ -97,8 +91,6 @@ def end_models(model: nn.Module) -> None:
         if not extensions:
             continue
         release_hooks(module)
-        for handle in module.__dict__.pop(_HOOKS, ()):
-            handle.remove()
         for mixin in extensions:
             mixin.shrink(module)
         module.__dict__.pop(_OUTER, None)
