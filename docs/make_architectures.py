@@ -55,6 +55,8 @@ The two columns of numbers count adapted layers (the models have two blocks if p
 - *no linear layer*: the model has none outside its head; name its convolutions.
 - *rank not divisible by groups*: in PEFT's format, the rank of a grouped convolution must be divisible by its groups;
   set it with `rank_pattern`.
+- *embedding that nothing calls*: it only lends its weight to others, as `shared` of T5 does. The error names those
+  that are called.
 - *grouped convolution*: can be trained, saved and loaded; its update crosses the groups, which a grouped weight cannot
   represent, so merging is refused.
 - *tied weight*: can be trained, saved and loaded; merging is refused because the update would change the other layer

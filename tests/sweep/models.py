@@ -214,6 +214,8 @@ CASES: tuple[Case, ...] = (
     encoder("deberta-v2", CLASSIFY, classes, BASIC, relative_attention=True, position_buckets=8,
             norm_rel_ebd="layer_norm",
             share_att_key=True, pos_att_type="p2c|c2p", conv_kernel_size=3, pooler_hidden_size=32),
+    encoder("deberta", CLASSIFY, classes, BASIC, relative_attention=True, pos_att_type="c2p|p2c",
+            pooler_hidden_size=32),
     encoder("electra", "TokenClassification", tokens, BASIC, embedding_size=16),
     encoder("modernbert", CLASSIFY, classes, BASIC, cls_token_id=3, sep_token_id=4, local_attention=4),
     Case("distilbert", "text", "AutoModelForQuestionAnswering",
