@@ -186,8 +186,9 @@ class LoraModel(Extension, PreTrainedModel):
 
     @property
     def lora_configs(self) -> dict[str, LoraConfig]:
-        """The configuration of each adapter."""
-        return {name: record.config for name, record in _state(self, "lora_configs").adapters.items()}
+        """The configuration of each adapter; empty for an inner model of a model with adapters."""
+        state = state_of(self)  # no error: `hasattr` and tracing read every property
+        return {name: record.config for name, record in state.adapters.items()} if state is not None else {}
 
     def add_adapter(
         self,

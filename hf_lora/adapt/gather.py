@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config import as_tuple
 from ..layers.distributed import gather
+from ..layers.hosts import at_hand
 from .state import require_state
 from .walk import parts
 
@@ -38,3 +39,14 @@ def gathered_state(model: nn.Module, adapter_names: str | Iterable[str] | None =
     wanted = {id(t) for name in names for part in parts(model, name) for _, t in part.tensors()}
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return gather({name: tensor for name, tensor in tensors.items() if id(tensor) in wanted})
+
+
+def offloaded_tensors(model: nn.Module, name: str) -> dict[int, Tensor]:
+    """id -> value of the tensors of one adapter that accelerate offloaded."""
+    wanted = {id(tensor) for part in parts(model, name) for _, tensor in part.tensors() if tensor.is_meta}
+    return {
+        id(parameter): at_hand(module, key)
+        for module in (model.modules() if wanted else ())
+        for key, parameter in module._parameters.items()
+        if id(parameter) in wanted
+    }

@@ -272,7 +272,7 @@ def check_mergeable(
     for name in active:
         for part in parts(model, name):
             for spec, tensor in part.tensors():
-                if is_sharded(tensor):
+                if is_sharded(tensor) or tensor.is_meta:
                     continue  # the weights are refused below
                 if tensor.is_floating_point() and not fits(tensor.detach(), tensor.dtype):
                     faults.add(f"adapter {name!r}: {part.path}.{spec.key} holds NaN or infinity")

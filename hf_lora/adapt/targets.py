@@ -16,6 +16,7 @@ from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.contract import FactorSpec, Method, Shape, Storage
 from ..layers.copies import BIAS_CLASSES
+from ..layers.hosts import is_offloaded
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
@@ -231,6 +232,8 @@ def _called(saved: Mapping[str, str], modules: Mapping[str, nn.Module], faults: 
         reason = why_not_called(modules[path])
         if reason is not None:
             faults.add(f"{path}: {reason}")
+        if is_offloaded(modules[path]):
+            faults.add(f"{path} would be trained whole but is offloaded; keep it in memory (device_map)")
     return found
 
 

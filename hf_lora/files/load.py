@@ -133,6 +133,8 @@ def load_adapter_weights(
             )
         _compare_scalings(state.adapters[name].config, file.config, adapter_layers(model), name, faults)
     own = stored(parts(model, name))
+    if any(tensor.is_meta for each in own.values() for _, tensor in each.members):
+        faults.add(f"the adapter {name!r} is offloaded; load its values before the model is offloaded")
     aliases = [_alias(key, own) for key in tensors]
     if len(set(aliases)) < len(aliases):
         faults.add("the file contains a bias under two names")

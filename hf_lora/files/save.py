@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapt.embeddings import vocabulary_of
+from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable, matcher
 from ..adapt.state import require_state
@@ -39,7 +40,8 @@ def adapter_state_dict(
         state_dict: gathered tensors, by their names in `model.state_dict()`, in place of the model's.
     """
     require_state(model, "get_adapter_state_dict").require(name)
-    gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
+    gathered = offloaded_tensors(model, name)
+    gathered |= {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
     return {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
 
 

@@ -81,17 +81,23 @@ class Factor(nn.Module):
         super()._load_from_state_dict(as_masters(state_dict), prefix, *args)
 
 
-def at_hand(factor: Any) -> Tensor:
-    """The weight of a `Factor`. If accelerate offloaded it, a copy on the device that its hook names."""
-    weight: Tensor = factor.weight
-    if not weight.is_meta:
-        return weight
-    hook = factor.__dict__.get("_hf_hook")
+def at_hand(module: Any, key: str = "weight") -> Tensor:
+    """A parameter of a module, such as a `Factor`. If accelerate offloaded it, a copy on the device of its hook."""
+    tensor: Tensor = getattr(module, key)
+    if not tensor.is_meta:
+        return tensor
+    hook = module.__dict__.get("_hf_hook")
     for each in getattr(hook, "hooks", (hook,)):  # accelerate joins several hooks in one
         kept = getattr(each, "weights_map", None)
         if kept is not None:
-            weight = kept["weight"].to(each.execution_device)
-    return weight
+            tensor = kept[key].to(each.execution_device)
+    return tensor
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a parameter of `module`, or of a module in it, elsewhere."""
+    hooked = (each for each in module.modules() if "_hf_hook" in each.__dict__)
+    return any(p is not None and p.is_meta for each in hooked for p in each._parameters.values())
 
 
 def as_masters(state_dict: Mapping[str, object]) -> dict[str, object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +11,10 @@ import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from helpers import assert_same_tensors, backward, batch_for, randomize, snapshot, tiny_bert, tiny_llama
+from safetensors.torch import load_file
 from torch import nn
 
-from hf_lora import LoraConfig, LoraModel, MergeError, TargetError, apply_lora
+from hf_lora import AdapterFileError, LoraConfig, LoraError, LoraModel, MergeError, TargetError, apply_lora
 from hf_lora.adapt.walk import adapter_layers
 
 
@@ -142,3 +145,28 @@ def test_a_dispatched_model_folds_what_is_in_memory_and_refuses_the_rest() -> No
         assert "model.layers.0" not in str(error.value)
         found = snapshot(model)
         assert all(torch.equal(found[n], before[n]) for n in before if "layers.0" in n)
+
+
+def test_a_model_that_is_offloaded_with_its_adapter_runs_saves_and_loses_nothing(tmp_path: Path) -> None:
+    reference = randomize(apply_lora(tiny_bert(), LoraConfig(r=4, bias="all")))  # with a head of its own
+    batch, y = batch_for(reference), reference(**batch_for(reference)).logits
+    reference.save_pretrained(tmp_path / "before")
+    model = copy.deepcopy(reference)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert torch.equal(model(**batch).logits, y)
+    model.save_pretrained(tmp_path / "after")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("after", "before"))
+    assert_same_tensors(found, expected)
+    with pytest.raises(MergeError, match="query: its weight is offloaded"):
+        model.merge_adapter()
+    with pytest.raises(AdapterFileError, match="the adapter 'default' is offloaded; load its values before"):
+        model.load_adapter_weights(tmp_path / "before")
+    assert torch.equal(model(**batch).logits, y)
+    with pytest.raises(LoraError, match="classifier would be trained whole but is offloaded"):
+        model.load_adapter(tmp_path / "before", "second")
+    without_head = randomize(apply_lora(tiny_bert(), LoraConfig(r=4, bias="all", modules_to_save=[])), 5)
+    without_head.save_pretrained(tmp_path / "second")
+    model.load_adapter(tmp_path / "second", "second")  # its tensors are in memory
+    assert torch.equal(model(**batch).logits, without_head(**batch).logits)
+    assert torch.equal(model.unload()(**batch).logits, tiny_bert()(**batch).logits)

@@ -314,3 +314,19 @@ def test_generation_is_that_of_the_merged_model() -> None:
     found = model.generate(**batch, max_new_tokens=6, do_sample=False)
     merged = model.merge_and_unload()
     assert torch.equal(found, merged.generate(**batch, max_new_tokens=6, do_sample=False))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_whole_model_can_be_traced(training: bool) -> None:
+    """Tracing reads every attribute of every module, also of the models inside."""
+    model = randomize(apply_lora(tiny_bert(return_dict=False, hidden_dropout_prob=0.0), LoraConfig(r=4)))
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    ids = batch_for(model)["input_ids"]
+    traced = torch.jit.trace(model, (ids,), strict=False, check_trace=False)
+    assert torch.equal(traced(ids)[0], model(ids)[0])
+    for module in model.modules():
+        for name in dir(type(module)):
+            hasattr(module, name)

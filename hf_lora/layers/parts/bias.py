@@ -11,7 +11,7 @@ from ..contract import FactorSpec
 from ..copies import BiasLayer
 from ..distributed import whole_shape
 from ..fitting import fitted
-from ..hosts import Activity, add_factor, remove_factor
+from ..hosts import Activity, add_factor, at_hand, remove_factor
 from ..ops import to_float64
 from ..storages import DenseStorage
 from ..views import View
@@ -32,7 +32,7 @@ class Bias(Part):
 
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
         BiasLayer.hold(self.module, activity).add(self.adapter)
-        add_factor(self.module, "lora_bias", self.adapter, self.module.bias.detach().clone())
+        add_factor(self.module, "lora_bias", self.adapter, at_hand(self.module, "bias").detach().clone())
         return None
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
