@@ -307,8 +307,8 @@ class LoraTrainerMixin(_Trainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._checkpoints.load_adapters(resume_from_checkpoint, self._bare_model)
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self._checkpoints.load_adapters(folder, self._bare_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
