@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapt.targets import check_names
-from ..config import LoraConfig
+from ..config import ALL_LINEAR, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.contract import FactorSpec, Method, Shape
 from ..layers.distributed import scatter
@@ -276,7 +276,7 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
     check_config(values, str(file))
     try:
-        config = LoraConfig.from_dict(values, call=str(file))
+        config = LoraConfig.from_dict(_with_targets(path, values), call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error), error.faults) from error
     if config.init_lora_weights in LEAVE_THE_BASE:  # the file has the values
@@ -287,7 +287,18 @@ def read_config(path: Path) -> LoraConfig:
         AdapterFileError,
         "Import the package that registers these, or load it with the library that wrote it.",
     )
+    config.task_type = config.task_type or read_extras(path).get("task_type")
     return config
+
+
+def _with_targets(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with the layers that the weights file adapts if another library's file leaves them to a table."""
+    file = path / WEIGHTS_NAME
+    if values.get("target_modules", ...) not in (None, ALL_LINEAR) or (path / EXTRAS_NAME).exists():
+        return values
+    keys = [split_key(entry.name) for entry in read_header(file).entries] if file.is_file() else []
+    layers = sorted({layer for layer, role in keys if role not in ("copy", "bias")})
+    return values | {"target_modules": layers} if layers else values
 
 
 def _finish(path: Path) -> None:

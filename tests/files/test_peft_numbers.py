@@ -8,6 +8,7 @@ ours may be four times as far from it as PEFT's own float32 is, and 16 roundings
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,11 +21,14 @@ import transformers
 from families import FAMILIES, batch_of
 from helpers import assert_near, randomize, relative_error
 from packaging.version import Version
+from round_trip import check_round_trip
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lora import LoraConfig, LoraModel, apply_lora
-from hf_lora.files.format import WEIGHTS_NAME, split_base_copies
+from hf_lora import BaseMismatchError, LoraConfig, LoraModel, apply_lora
+from hf_lora.adapt.inject import eject
+from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
+from hf_lora.files.load import load_adapter
 from hf_lora.files.save import adapter_state_dict
 
 EPS = torch.finfo(torch.float32).eps
@@ -357,6 +361,71 @@ def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in
     settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
     theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
     theirs.save_pretrained(tmp_path)
+    model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
+    batch = batch_of(base)
+    with torch.no_grad():
+        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+
+
+class Scaled(nn.Module):
+    """A module that multiplies by its parameter called `bias`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x) * self.bias
+        return found
+
+
+class FrozenNorm(nn.Module):
+    """A normalization of which `weight` and `bias` are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(4))
+        self.register_buffer("bias", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.weight + self.bias
+
+
+def test_biases_that_are_not_those_of_layers(tmp_path: Path) -> None:
+    """With bias="all" PEFT trains every parameter called bias, and also saves every buffer called bias."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Scaled(), FrozenNorm(), nn.Linear(4, 4))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["2"], bias="all"))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(5, 4)
+    expected = theirs(x)
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path / "theirs", is_trainable=True)
+    assert_near(model(x), expected, torch.float32, OUTPUT_ROUNDINGS)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    check_round_trip(model, base, x, tmp_path)
+    unloaded = copy.deepcopy(model)
+    eject(unloaded)
+    assert torch.equal(unloaded(x), base(x))
+    with torch.no_grad():
+        base[1].bias += 1
+    with pytest.raises(BaseMismatchError, match=r"1\.bias"):
+        load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_layers_that_a_file_of_peft_leaves_to_a_table_are_those_with_factors(targets: Any, tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets))).eval()
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
     model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
     batch = batch_of(base)
     with torch.no_grad():
