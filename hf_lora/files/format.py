@@ -42,6 +42,8 @@ LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 EXTRAS_NAME = "hf_lora.json"
 PREFIX = "base_model.model."
 _PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
+NEW_TOKENS = ("new_embeddings.safetensors", "new_embeddings.bin")
+"""Files beside an adapter in which some libraries keep the embeddings of added tokens."""
 FULL_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -236,6 +238,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             )
         raise AdapterFileError(f"{path} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter is incomplete.")
     _check_entries(read_header(file, weights))
+    for name in NEW_TOKENS:
+        if (path / name).exists():
+            raise AdapterFileError(
+                f"{path} has {name}, the embeddings of tokens that were added to the base, which cannot be loaded. "
+                "Load the adapter with the library that wrote it."
+            )
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it

@@ -236,6 +236,15 @@ def _same_as(key: str, path: str, tensors: Mapping[str, Tensor]) -> set[str]:
     return {key} if any(other is not None and torch.equal(other, tensors[key]) for other in others) else set()
 
 
+def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
+    """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
+    embedding = input_embedding(model)
+    named = (path for path, module in original_modules(model) if module is embedding)
+    whole = file.tensors.get(key_of(next(named, ""), "weight")) if embedding is not None else None
+    rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
+    return (rows if isinstance(rows, int) else None), whole
+
+
 def _check_base_copies(model: nn.Module, copies: Mapping[str, Tensor], allow_other_base: bool, call: str) -> None:
     """Compare copies of tensors of the base with the base, up to the rounding of a 16-bit copy."""
     faults = Faults(call)

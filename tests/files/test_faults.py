@@ -234,6 +234,12 @@ def test_a_folder_of_folders_names_the_adapters_in_it(tmp_path: Path) -> None:
     LoraModel.from_pretrained(tmp_path / "french", base_model=tiny_llama())
 
 
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "new_embeddings.bin"])
+def test_embeddings_of_added_tokens_beside_the_adapter_are_not_ignored(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    assert name in refused(folder)
+
+
 # Old pickled files ---------------------------------------------------------------------------------------------------
 
 
