@@ -268,8 +268,10 @@ def _check_entries(file: TensorFile) -> None:
     faults.check(AdapterFileError, REPAIR)
 
 
-LEAVE_THE_BASE = ("orthogonal", "eva")
-"""Initializations of PEFT that only choose the first values of A and B."""
+LEAVE_THE_BASE = ("orthogonal", "eva", "mica")
+"""Initializations of PEFT that only choose the first values of A and B (MiCA then trains A alone)."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations of PEFT that subtract their first update from the base."""
 
 
 def read_config(path: Path) -> LoraConfig:
@@ -287,14 +289,19 @@ def read_config(path: Path) -> LoraConfig:
         config = LoraConfig.from_dict(_with_targets(path, values), call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error), error.faults) from error
-    if config.init_lora_weights in LEAVE_THE_BASE:  # the file has the values
+    if str(config.init_lora_weights).lower() in LEAVE_THE_BASE:  # the file has the values
         config.init_lora_weights = True
     faults = Faults(str(file))
     check_names(config, faults)
-    faults.check(
-        AdapterFileError,
-        "Import the package that registers these, or load it with the library that wrote it.",
-    )
+    step = "Import the package that registers these, or load it with the library that wrote it."
+    if faults.found and str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
+        step = (
+            f"init_lora_weights={config.init_lora_weights!r} subtracts the first update from the base. Convert the "
+            "adapter to plain LoRA with PEFT: peft_model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=FOLDER), where FOLDER has the adapter as it was initialized. "
+            f"{step}"
+        )
+    faults.check(AdapterFileError, step)
     config.task_type = config.task_type or read_extras(path).get("task_type")
     return config
 

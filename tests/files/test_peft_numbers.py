@@ -25,7 +25,7 @@ from round_trip import check_round_trip
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_lora import BaseMismatchError, LoraConfig, LoraModel, apply_lora
+from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, apply_lora
 from hf_lora.adapt.inject import eject
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
 from hf_lora.files.load import load_adapter
@@ -356,15 +356,48 @@ def test_a_head_that_holds_the_output_embedding(name: str, part: str, tmp_path: 
     assert (expected - base(ids).logits).norm() > 0.01 * expected.norm()
 
 
-def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "more"), [("orthogonal", {}), ("eva", {"eva_config": peft.EvaConfig(rho=1.0)}), ("mica", {})]
+)
+def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in_a_file(
+    init: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
     base = FAMILIES["llama"]()
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
-    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
+    try:
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, **more)
+        theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
+    except ValueError:
+        pytest.skip("this PEFT does not have it")
     theirs.save_pretrained(tmp_path)
     model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
     batch = batch_of(base)
     with torch.no_grad():
         assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=["", "rs", "ranks"])
+def test_what_peft_converted_from_an_initialization_that_changes_the_base(
+    init: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    base = FAMILIES["llama"]()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **more)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "first")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter *= 1.2
+    theirs.save_pretrained(tmp_path / "unconverted")
+    with pytest.raises(AdapterFileError, match=r"save_pretrained\(folder, path_initial_model_for_weight_conversion="):
+        LoraModel.from_pretrained(tmp_path / "unconverted", base_model=copy.deepcopy(base))
+    theirs.save_pretrained(tmp_path / "last", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    model = LoraModel.from_pretrained(tmp_path / "last", base_model=copy.deepcopy(base))
+    batch = batch_of(base)
+    with torch.no_grad():
+        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 8 * OUTPUT_ROUNDINGS)
 
 
 class Scaled(nn.Module):
