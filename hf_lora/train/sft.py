@@ -39,12 +39,14 @@ from ..loss.frozen_head import FrozenHead, shifted
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .former_names import accepts_former_names
 from .start import only_config
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
 
 
+@accepts_former_names
 @dataclasses.dataclass
 class LoraSFTConfig(LoraArguments, SFTConfig):
     """A drop-in replacement for `trl.SFTConfig` with the LoRA fields.
