@@ -23,7 +23,7 @@ from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_modules
+from .bypass import bypassed_biases, bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
@@ -245,13 +245,14 @@ def _bias_modules(
         return []
     found = []
     bypassed = {} if from_file else bypassed_modules(modules[""])
+    read = {} if from_file else bypassed_biases(modules[""])
     for name, module in modules.items():
         if config.bias == "lora_only" and name not in chosen:
             continue
         if module._parameters.get("bias") is None or holder(name, plan.saved) is not None:
             continue
-        if name in bypassed and name not in chosen:
-            plan.skipped[f"{name}.bias"] = bypassed[name]
+        if name in read or (name in bypassed and name not in chosen):
+            plan.skipped[f"{name}.bias"] = bypassed.get(name) or read[name]
         elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
             found.append(name)
         else:

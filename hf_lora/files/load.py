@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..adapt.bypass import bypassed_biases
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
@@ -85,6 +86,7 @@ def load_adapter(
     expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
     _check_base_copies(model, frozen, allow_other_base, call)
     faults = Faults(call)
+    _check_read_biases(model, plan, file, faults)
     compare(expected, file.tensors, faults)
     compare_kinds(copies, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
@@ -225,15 +227,26 @@ def _other_biases(model: nn.Module, plan: Explanation, file: AdapterFile) -> tup
         elif bias is not None and id(bias) not in planned:
             plan.biases.append(path)
             planned[id(bias)] = path
-        elif bias is not None:
-            seconds |= _same_as(key, planned[id(bias)], file.tensors)
+        elif bias is not None and _same_as(planned[id(bias)], file.tensors[key], file.tensors):
+            seconds.add(key)
     return buffers, seconds
 
 
-def _same_as(key: str, path: str, tensors: Mapping[str, Tensor]) -> set[str]:
-    """`key`, if the bias of the layer `path` has the same values in the file."""
-    others = (tensors.get(key_of(path, bias_key(adapted))) for adapted in (True, False))
-    return {key} if any(other is not None and torch.equal(other, tensors[key]) for other in others) else set()
+def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, faults: Faults) -> None:
+    """Add a fault for each trained bias that the forward of its module does not add, or not alone."""
+    read = bypassed_biases(model) if plan.biases else {}
+    for path in plan.biases:
+        base: Any = module_at(model, path).bias
+        if path in read and not is_absent(base) and not _same_as(path, base.detach().cpu(), file.tensors):
+            faults.add(
+                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there"
+            )
+
+
+def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the bias of the module `path` has these values in the file."""
+    found = (tensors.get(key_of(path, bias_key(adapted))) for adapted in (True, False))
+    return any(each is not None and torch.equal(each.to(values.dtype), values) for each in found)
 
 
 def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:

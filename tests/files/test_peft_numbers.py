@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, apply_lora
-from hf_lora.adapt.inject import eject
+from hf_lora.adapt.inject import eject, inject
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import adapter_state_dict
@@ -450,6 +450,32 @@ def test_biases_that_are_not_those_of_layers(tmp_path: Path) -> None:
         base[1].bias += 1
     with pytest.raises(BaseMismatchError, match=r"1\.bias"):
         load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+
+
+class Reads(nn.Module):
+    """A module that adds the bias of its child itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) + self.child.bias
+
+
+def test_a_trained_bias_that_its_parent_reads_is_refused(tmp_path: Path) -> None:
+    base = Reads()
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["other"], bias="all"))
+    theirs.save_pretrained(tmp_path / "untrained")
+    load_adapter(copy.deepcopy(base), tmp_path / "untrained")
+    theirs.base_model.model.child.bias.data += 1
+    theirs.save_pretrained(tmp_path / "trained")
+    with pytest.raises(AdapterFileError, match=r"child\.bias was trained, but Reads reads it directly"):
+        load_adapter(copy.deepcopy(base), tmp_path / "trained")
+    model = copy.deepcopy(base)
+    plan = inject(model, LoraConfig(r=2, target_modules=["other"], bias="all"))
+    assert plan.biases == ["other"]
+    assert "Reads reads it directly" in plan.skipped["child.bias"]
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
