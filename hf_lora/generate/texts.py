@@ -256,7 +256,7 @@ def _kept_settings(settings: GenerationConfig) -> dict[str, Any]:
     return {
         name: value
         for name, value in settings.to_dict().items()
-        if name.endswith("_token_id") or name.startswith("cache_") or name == "use_cache"
+        if name.endswith("token_id") or name.startswith("cache_") or name == "use_cache"
     }
 
 

@@ -43,7 +43,6 @@ REMOVED = {
     "save_safetensors": "adapters are always saved as safetensors",
     "fp16_backend": "PyTorch's own is used",
     "half_precision_backend": "PyTorch's own is used",
-    "fp16_opt_level": "it belonged to Apex",
     "use_ipex": "PyTorch has its optimizations",
     "jit_mode_eval": "use torch_compile",
     "ray_scope": "pass scope to hyperparameter_search",

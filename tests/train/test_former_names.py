@@ -19,7 +19,7 @@ FORMER: dict[str, Any] = {
     "evaluation_strategy": "steps", "no_cuda": True, "per_gpu_train_batch_size": 3, "per_gpu_eval_batch_size": 5,
     "push_to_hub_token": "secret", "push_to_hub_model_id": "me/it", "warmup_ratio": 0.25, "adafactor": True,
     "group_by_length": True, "include_inputs_for_metrics": True, "use_mps_device": False, "overwrite_output_dir": True,
-    "save_safetensors": True, "fp16_backend": "auto", "half_precision_backend": "auto", "fp16_opt_level": "O1",
+    "save_safetensors": True, "fp16_backend": "auto", "half_precision_backend": "auto",
     "use_ipex": False, "jit_mode_eval": False, "ray_scope": "last", "include_tokens_per_second": False,
 }  # fmt: skip
 PRESENT: dict[str, Any] = {
