@@ -24,7 +24,7 @@ from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
-from ..layers.parts import bias_key
+from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .format import (
     PREFIX,
@@ -118,11 +118,11 @@ def load_adapter_weights(
     call = f"load_adapter_weights({path!r}, {name!r})"
     faults = Faults(call)
     if isinstance(source, Mapping):
-        tensors = source
+        tensors = _own_tensors(model, name, source)
     else:
         state.require(name)
         file = with_present_names(model, read_adapter(source), call)
-        tensors = file.tensors
+        tensors = _own_tensors(model, name, file.tensors)
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
             raise BaseMismatchError(
@@ -139,6 +139,18 @@ def load_adapter_weights(
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
     assign(model, name, tensors)
+
+
+def _own_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file's tensors without those of the base that are beside them."""
+    record = require_state(model, "load_adapter_weights").adapters.get(name)
+    if record is None:
+        return tensors
+    biases = [part.path for part in parts(model, name) if isinstance(part, Bias)]
+    plan = Explanation(saved=record.heads, biases=biases)
+    buffers, seconds = _other_biases(model, plan, record.config, tensors)
+    left = buffers | seconds | _frozen_keys(model, plan, tensors)
+    return {key: tensor for key, tensor in tensors.items() if key not in left}
 
 
 def _compare_scalings(
@@ -192,32 +204,32 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
-    buffers, seconds = _other_biases(model, plan, file)
-    keys = buffers | _frozen_keys(model, file, plan)
+    buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
+    keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
     frozen |= {key.removeprefix(PREFIX): file.tensors[key] for key in keys}
     tensors = {key: tensor for key, tensor in file.tensors.items() if key not in keys | seconds}
     return replace(file, tensors=tensors), plan, frozen
 
 
-def _frozen_keys(model: nn.Module, file: AdapterFile, plan: Explanation) -> set[str]:
+def _frozen_keys(model: nn.Module, plan: Explanation, tensors: Mapping[str, Tensor]) -> set[str]:
     """The tensors in a file of this library that are there because PEFT would train their modules whole."""
-    if not file.extras:
-        return set()
-    frozen = frozen_modules(model, list(plan.saved), file.raw.get("task_type"))
+    frozen = frozen_modules(model, list(plan.saved), None)
     keys = {key_of(path, name) for path in frozen for name in original_state(module_at(model, path))}
-    return (keys & file.tensors.keys()) - {key_of(path, "bias") for path in plan.biases}
+    return (keys & tensors.keys()) - {key_of(path, "bias") for path in plan.biases}
 
 
-def _other_biases(model: nn.Module, plan: Explanation, file: AdapterFile) -> tuple[set[str], set[str]]:
+def _other_biases(
+    model: nn.Module, plan: Explanation, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[set[str], set[str]]:
     """Plan the parameters called `bias` that PEFT trained in other modules than layers.
 
     Returns:
         the keys of buffers called `bias`, and those of second names of a bias of the plan, with equal values.
     """
     buffers, seconds = set[str](), set[str]()
-    modules = dict(original_modules(model)) if file.config.bias == "all" else {}
+    modules = dict(original_modules(model)) if config.bias == "all" else {}
     planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
-    for key in file.tensors:
+    for key in tensors:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         if leaf != "bias" or path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
             continue
@@ -227,7 +239,7 @@ def _other_biases(model: nn.Module, plan: Explanation, file: AdapterFile) -> tup
         elif bias is not None and id(bias) not in planned:
             plan.biases.append(path)
             planned[id(bias)] = path
-        elif bias is not None and _same_as(planned[id(bias)], file.tensors[key], file.tensors):
+        elif bias is not None and _same_as(planned[id(bias)], tensors[key], tensors):
             seconds.add(key)
     return buffers, seconds
 
