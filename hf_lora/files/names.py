@@ -34,20 +34,20 @@ def whole_modules(model: nn.Module, config: LoraConfig, own: bool) -> list[str]:
         own: whether this library wrote the file: it names whole modules by their full names.
     """
     names = [name for name, _ in original_modules(model) if name]
-    wanted = config.modules_to_save or []
+    wanted = set(config.modules_to_save or ())
     if not own:
-        return outermost(ending_with(names, [*wanted, *_task_heads(config.task_type)]))
-    hits = matcher(set(wanted).difference(names))  # a file that was edited
+        return outermost(ending_with(names, wanted.union(_task_heads(config.task_type))))
+    hits = matcher(wanted.difference(names))  # a file that was edited
     return outermost(name for name in names if name in wanted or hits(name))
 
 
 def frozen_modules(model: nn.Module, heads: Collection[str], task_type: str | None) -> list[str]:
     """The modules outside `heads` that PEFT would train whole too, so that it needs their tensors in the file."""
-    further = _further_modules(model, heads, task_type)
-    return [name for name in outermost(further) if holder(name, set(heads)) is None]
+    among = set(heads)
+    return [name for name in outermost(_further_modules(model, among, task_type)) if holder(name, among) is None]
 
 
-def _further_modules(model: nn.Module, heads: Collection[str], task_type: str | None) -> list[str]:
+def _further_modules(model: nn.Module, heads: set[str], task_type: str | None) -> list[str]:
     """The modules that PEFT would train whole if a file names `heads`, without these."""
     names = [name for name, _ in original_modules(model, once=False) if name]
     return [name for name in ending_with(names, [*heads, *_task_heads(task_type)]) if name not in heads]
@@ -76,8 +76,9 @@ def names_to_write(
     The configuration's own names are kept if they do. A `task_type` for which PEFT expects a head that is not trained
     is left out.
     """
-    further = _further_modules(model, heads, None)
-    if _further_modules(model, heads, task_type) != further:
+    whole = set(heads)
+    further = _further_modules(model, whole, None)
+    if _further_modules(model, whole, task_type) != further:
         task_type = None
     names = [path for path, _ in original_modules(model) if path]
     fields: dict[str, Any] = {
@@ -90,16 +91,16 @@ def names_to_write(
     if config.target_modules in PRESETS or limited or adapted_in_peft(fields, names) != adapted:
         fields |= {"layers_to_transform": None, "layers_pattern": None}
         fields |= _shortest(fields, names, adapted)
-    _warn_of(further, sorted(adapted - adapted_in_peft(fields, names)), adapted, heads)
-    frozen = frozen_modules(model, heads, None)
-    return Written(fields, [path for path in frozen if not any(path in ancestors(name) for name in adapted)])
+    _warn_of(further, adapted - adapted_in_peft(fields, names), adapted, heads)
+    with_layers = {path for name in adapted for path in ancestors(name)}
+    return Written(fields, [path for path in frozen_modules(model, heads, None) if path not in with_layers])
 
 
-def _warn_of(further: list[str], lost: list[str], adapted: set[str], heads: Sequence[str]) -> None:
+def _warn_of(further: list[str], unselected: set[str], adapted: set[str], heads: Sequence[str]) -> None:
     """Say which names PEFT cannot tell from those of `heads`: no other names would, and no tensors would help."""
-    among = set(further)
-    lost += [name for name in sorted(adapted) if holder(name, among) is not None and name not in lost]
-    lost += [name for name in further if holder(name, set(heads)) is not None]
+    among, whole = set(further), set(heads)
+    lost = sorted(unselected.union(name for name in adapted if holder(name, among) is not None))
+    lost += [name for name in further if holder(name, whole) is not None]
     if lost:
         warnings.warn(
             f"PEFT cannot load this adapter: it takes every module whose name ends with one of {listed(list(heads))} "

@@ -84,8 +84,8 @@ def _renamed(model: PreTrainedModel, names: Iterable[str], known: set[str], call
     if joined:
         raise AdapterFileError(
             f"{call}: the file adapts {listed(list(joined), 3)} as layers of their own, but this version of "
-            f"transformers stores the layers of all experts together in one tensor, such as "
-            f"{next(iter(joined.values()))}, which hf_lora does not adapt yet. Nothing was changed. Load the adapter "
-            "with PEFT, which converts it, or with transformers 4."
+            "transformers converts their weights, as it joins those of all experts into one tensor: "
+            f"{next(iter(joined.values()))} cannot be adapted yet. Nothing was changed. Load the adapter with PEFT, "
+            "which converts it, or with transformers 4."
         )
     return found

@@ -126,9 +126,9 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
 def written_names(model: nn.Module, name: str) -> Written:
     """The names of modules in the configuration of one adapter."""
     record = require_state(model, "save_adapter").adapters[name]
-    task = (
-        record.config.task_type or task_type_of(model) if hasattr(model, "config") else None
-    )  # PEFT reads the config
+    task = record.config.task_type or task_type_of(model)
+    needs = "prepare_inputs_for_generation" if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "config"
+    task = task if hasattr(model, needs) else None  # PEFT's class for the task reads it
     return names_to_write(model, record.config, task, adapted_modules(model, name), list(record.heads))
 
 

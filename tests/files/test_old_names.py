@@ -155,6 +155,6 @@ def test_experts_that_were_layers_are_refused_by_that_name(tmp_path: Path) -> No
             key = f"{PREFIX}model.layers.0.block_sparse_moe.experts.{expert}.{layer}"
             tensors |= {f"{key}.lora_A.weight": torch.ones(4, inner), f"{key}.lora_B.weight": torch.ones(outer, 4)}
     save_file(tensors, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
-    with pytest.raises(AdapterFileError, match=r"all experts together in one tensor.*mlp\.experts\.gate_up_proj"):
+    with pytest.raises(AdapterFileError, match=r"all experts into one tensor.*mlp\.experts\.gate_up_proj"):
         LoraModel.from_pretrained(tmp_path, base_model=base)
     assert not isinstance(base, LoraModel)

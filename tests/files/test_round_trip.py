@@ -70,6 +70,7 @@ GRID: list[tuple[str, dict[str, Any]]] = [
     ("two linear layers as a head", {"modules_to_save": ["classifier"], "bias": "all"}),
     ("two linear layers as a head", {"modules_to_save": ["pre_classifier"], "task_type": "SEQ_CLS"}),
     ("classes", {"modules_to_save": ["pooler"]}),
+    ("backbone", {"task_type": "CAUSAL_LM"}),
     ("llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
     ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "init_lora_weights": "gaussian"}),
     ("llama", {"exclude_modules": ["0.self_attn.q_proj"], "layers_to_transform": [0], "use_rslora": True}),
