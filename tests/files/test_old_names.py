@@ -146,15 +146,22 @@ def test_a_merge_from_file_to_file_renames_too(tmp_path: Path) -> None:
 
 
 def test_experts_that_were_layers_are_refused_by_that_name(tmp_path: Path) -> None:
-    base = MixtralForCausalLM(MixtralConfig(num_local_experts=2, **SIZES))
-    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, target_modules=["q_proj"]))
-    theirs.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS_NAME)
-    for expert in range(2):
-        for layer, (inner, outer) in {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}.items():
-            key = f"{PREFIX}model.layers.0.block_sparse_moe.experts.{expert}.{layer}"
-            tensors |= {f"{key}.lora_A.weight": torch.ones(4, inner), f"{key}.lora_B.weight": torch.ones(outer, 4)}
+    """The next step in the error is PEFT, which converts them."""
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(MixtralConfig(num_local_experts=2, initializer_range=0.2, **SIZES)).eval()
+    sizes = {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}
+    layers = {f"block_sparse_moe.experts.{expert}.{name}": size for expert in (0, 1) for name, size in sizes.items()}
+    tensors = {}
+    for layer in range(2):
+        for name, (inner, outer) in (layers | {"self_attn.q_proj": (32, 32)}).items():
+            key = f"{PREFIX}model.layers.{layer}.{name}"
+            tensors |= {f"{key}.lora_A.weight": torch.randn(4, inner), f"{key}.lora_B.weight": torch.randn(outer, 4)}
     save_file(tensors, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+    peft.LoraConfig(r=4, target_modules=["q_proj", *sizes], task_type="CAUSAL_LM").save_pretrained(tmp_path)
     with pytest.raises(AdapterFileError, match=r"all experts into one tensor.*mlp\.experts\.gate_up_proj"):
         LoraModel.from_pretrained(tmp_path, base_model=base)
     assert not isinstance(base, LoraModel)
+    batch = {"input_ids": token_ids()}
+    before = output(base, batch)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert not torch.allclose(output(theirs.eval(), batch), before, atol=1e-2)
