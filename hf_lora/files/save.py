@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -127,9 +128,19 @@ def written_names(model: nn.Module, name: str) -> Written:
     """The names of modules in the configuration of one adapter."""
     record = require_state(model, "save_adapter").adapters[name]
     task = record.config.task_type or task_type_of(model)
-    needs = "prepare_inputs_for_generation" if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "config"
-    task = task if hasattr(model, needs) else None  # PEFT's class for the task reads it
+    task = task if _is_called_by_peft(model, task) else None
     return names_to_write(model, record.config, task, adapted_modules(model, name), list(record.heads))
+
+
+_PASSED_BY_PEFT = {"input_ids", "attention_mask", "inputs_embeds"}
+"""Arguments that PEFT's class for a task passes to the model in any case."""
+
+
+def _is_called_by_peft(model: nn.Module, task_type: str | None) -> bool:
+    """Whether PEFT's class for a task can hold the model and call it: models of images take other arguments."""
+    needs = "prepare_inputs_for_generation" if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "config"
+    taken = inspect.signature(model.forward).parameters.keys()
+    return hasattr(model, needs) and taken >= _PASSED_BY_PEFT
 
 
 def _frozen_tensors(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:

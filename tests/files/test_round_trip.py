@@ -58,12 +58,14 @@ TEXT = {
     "t5": FAMILIES["t5"],
     "experts": tiny_moe,
 }
-IMAGES = {name: FAMILIES[name] for name in ("vit", "resnet")}
+IMAGES = {name: FAMILIES[name] for name in ("vit", "resnet")} | {"image backbone": lambda: FAMILIES["vit"]().vit}
 
 GRID: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in (*TEXT, "vit")),
     *((name, {"modules_to_save": []}) for name in TEXT if name not in ("masked", "backbone", "experts")),
     ("vit", {"modules_to_save": []}),
+    ("vit", {"task_type": "SEQ_CLS"}),
+    ("image backbone", {}),
     *((name, {"bias": "all"}) for name in ("tokens", "masked", "two linear layers as a head", "gpt2")),
     ("answers", {"bias": "lora_only", "modules_to_save": []}),
     ("two linear layers as a head", {"modules_to_save": ["classifier"]}),
