@@ -245,8 +245,8 @@ def _other_biases(
 
 
 def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, faults: Faults) -> None:
-    """Add a fault for each trained bias that the forward of its module does not add, or not alone."""
-    read = bypassed_biases(model) if plan.biases else {}
+    """Add a fault for each bias that another library trained and that a parent reads, where ours would not be."""
+    read = bypassed_biases(model) if plan.biases and not file.extras else {}
     for path in plan.biases:
         base: Any = module_at(model, path).bias
         if path in read and not is_absent(base) and not _same_as(path, base.detach().cpu(), file.tensors):

@@ -24,7 +24,7 @@ from hf_lora.adapt.walk import adapted_modules
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 
-FAST, SLOW = range(40), range(1000, 4000)
+FAST, SLOW = range(40), range(1000, 2500)
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(7))
 
 
