@@ -24,7 +24,7 @@ from hf_lora.adapt.walk import adapted_modules
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 
-FAST, SLOW = range(40), range(1000, 2500)
+FAST, SLOW = range(25), range(1000, 2500)
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(7))
 
 
@@ -94,7 +94,7 @@ def check_reading(seed: int, folder: Path) -> bool:
         theirs.save_pretrained(folder / str(seed))
         try:
             again = output(in_peft(tree, folder / str(seed)), X)
-        except (KeyError, TypeError, RuntimeWarning, UserWarning):
+        except (KeyError, TypeError, RuntimeError, UserWarning):
             return False
     if not torch.equal(again, output(theirs, X)):  # such as a module trained whole inside another one
         return False
