@@ -26,7 +26,7 @@ from .adapt.undo import rollback_on
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
 from .files.format import PREFIX, AdapterFile, read_adapter
-from .files.load import load_adapter, vocabulary_in
+from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
 from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
@@ -231,8 +231,9 @@ def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool)
     embedding: Any = model.get_input_embeddings()
     if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
         return  # it does not fit, which is reported with all other faults
-    if whole is not None:
+    if whole is not None and (saved < now or allow_other_base or holds_new_rows(model, file)):
         model.resize_token_embeddings(saved, mean_resizing=False)
+        fill_new_rows(model, file, now)
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "

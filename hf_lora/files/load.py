@@ -264,10 +264,29 @@ def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
 def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
     """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
     embedding = input_embedding(model)
-    named = (path for path, module in original_modules(model) if module is embedding)
-    whole = file.tensors.get(key_of(next(named, ""), "weight")) if embedding is not None else None
+    path = next((path for path, module in original_modules(model) if module is embedding), "")
+    whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
     rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
     return (rows if isinstance(rows, int) else None), whole
+
+
+def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
+    """Whether the file holds both token embeddings whole, so that rows that the base lacks are known."""
+    ends = (input_embedding(model), output_embedding(model))
+    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
+    named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
+    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
+    return weights <= held
+
+
+@torch.no_grad()
+def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
+    """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
+    for path, module in original_modules(model):
+        copied = file.base_copies.get(path)
+        weight = module._parameters.get("weight")
+        if copied is not None and weight is not None and weight.shape == copied.shape:
+            weight[first:] = copied[first:].to(weight)
 
 
 def _check_base_copies(model: nn.Module, copies: Mapping[str, Tensor], allow_other_base: bool, call: str) -> None:

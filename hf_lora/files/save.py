@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapt.embeddings import vocabulary_of
+from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable
 from ..adapt.state import require_state
-from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_state, parts
+from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, original_state, parts
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
@@ -63,7 +63,7 @@ def save_adapter(
     gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
     names = written_names(model, name)
     tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
-    tensors = _frozen_tensors(model, names.frozen) | tensors
+    tensors = _frozen_tensors(model, names.frozen) | _resized_embeddings(model, name) | tensors
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. On every process, "
@@ -151,6 +151,22 @@ def _frozen_tensors(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]
         for path, module in modules.items()
         if not any(is_packed(p) or is_absent(p) or is_sharded(p) for p in module.parameters())
         for key, tensor in original_state(module).items()
+    }
+
+
+def _resized_embeddings(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> weight of the base, for adapted embeddings with rows that no checkpoint has; PEFT does so."""
+    vocabulary = require_state(model, "save_adapter").vocabulary
+    if vocabulary in (None, vocabulary_of(model)):
+        return {}
+    ends = [module for module in (input_embedding(model), output_embedding(model)) if module is not None]
+    adapted = adapted_modules(model, name)
+    return {
+        key_of(path, "base_layer.weight"): weight
+        for path, module in original_modules(model)
+        if path in adapted and any(module is end for end in ends)
+        if (weight := module._parameters.get("weight")) is not None
+        if weight.is_floating_point() and not is_absent(weight) and not is_sharded(weight)
     }
 
 

@@ -400,6 +400,38 @@ def test_what_peft_converted_from_an_initialization_that_changes_the_base(
         assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 8 * OUTPUT_ROUNDINGS)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_were_added_to_an_adapted_embedding_are_in_the_file(tied: bool, tmp_path: Path) -> None:
+    """PEFT writes the base's embedding beside its factors: without it nobody has the new rows."""
+    FAMILIES["llama"](tied=tied).save_pretrained(tmp_path / "base")
+    resized = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    resized.resize_token_embeddings(70)
+    targets = ["q_proj", "embed_tokens"] if tied else ["q_proj", "embed_tokens", "lm_head"]
+    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(resized), settings).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.tensor([[1, 66, 5, 69, 33]])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        model = LoraModel.from_pretrained(tmp_path / "theirs")
+        assert_near(model(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+        model.save_pretrained(tmp_path / "ours")
+        again = LoraModel.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        found = peft.PeftModel.from_pretrained(copy.deepcopy(resized), tmp_path / "ours").eval()
+        assert_near(found(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+
+
+def test_new_rows_of_an_output_embedding_that_no_file_holds_are_not_made_up(tmp_path: Path) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path / "base")
+    resized = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(70)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    peft.get_peft_model(resized, settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(BaseMismatchError, match="no file contains the new rows"):
+        LoraModel.from_pretrained(tmp_path / "theirs")
+
+
 class Scaled(nn.Module):
     """A module that multiplies by its parameter called `bias`."""
 
