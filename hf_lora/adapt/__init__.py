@@ -7,4 +7,5 @@ In: a module and a `LoraConfig`. Out: the module, changed in place, with the par
 - `state`, `walk`: the adapters of a model and everything that they own.
 - `merge`, `dequantize`, `ties`, `check`, `mixing`: folding adapters into weights, and scaling them.
 - `labels`, `embeddings`, `resize`, `sharing`, `checkpointing`, `gather`, `report`: for the methods of `LoraModel`.
+- `inner`: transformers models inside other modules, and what a model with adapters refuses.
 """

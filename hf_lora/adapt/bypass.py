@@ -47,22 +47,27 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, for every module whose parent's source multiplies by its weight."""
-    found: dict[str, str] = {}
+    found = _used_in(model, "weight")
+    return {path: f"{cls} multiplies by its weight directly, so its forward may never run" for path, cls in found}
+
+
+def bypassed_biases(model: nn.Module) -> dict[str, str]:
+    """Original name -> reason, for every module whose parent's source adds its bias."""
+    return {path: f"{cls} reads it directly, also without the forward" for path, cls in _used_in(model, "bias")}
+
+
+def _used_in(model: nn.Module, attribute: str) -> Iterator[tuple[str, str]]:
+    """(original name of a module, class of its parent) where the parent's source may compute with the attribute."""
     absent: dict[str, bool] = {}  # optional argument -> whether no module of the model gives it
     for name, module in original_modules(model):
         cls = unwrap_class(type(module))
-        for child, function, node in weights_used_by(cls):
-            path = f"{name}.{child}" if name else child
-            if path in found:
-                continue
+        for child, function, node in uses_in(cls, attribute):
             for argument in function.optional:
                 if argument not in absent and function.mentions(argument, node):
                     absent[argument] = not _is_given(argument, model)
-            if function.may_run(
-                node, module, {a for a in function.optional if absent.get(a) and not function.assigned(a)}
-            ):
-                found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
-    return found
+            missing = {a for a in function.optional if absent.get(a) and not function.assigned(a)}
+            if function.may_run(node, module, missing):
+                yield f"{name}.{child}" if name else child, cls.__name__
 
 
 def uncalled_embeddings(model: nn.Module) -> dict[str, str]:
@@ -211,9 +216,9 @@ def _is_given(argument: str, model: nn.Module) -> bool:
 
 
 @functools.cache
-def weights_used_by(cls: type) -> tuple[tuple[str, _Function, ast.AST], ...]:
-    """(dotted path, method, use) of the children whose weight the methods of `cls` use in computations."""
-    return tuple((path, f, node) for f in functions_of(cls, "weight") for path, node in _used(f))
+def uses_in(cls: type, attribute: str) -> tuple[tuple[str, _Function, ast.AST], ...]:
+    """(dotted path, method, use) of the children with whose weight (or bias) the methods of `cls` compute."""
+    return tuple((path, f, node) for f in functions_of(cls, attribute) for path, node in _used(f, attribute))
 
 
 @functools.cache
@@ -233,9 +238,9 @@ def functions_of(cls: type, name: str = "") -> tuple[_Function, ...]:
     return tuple(found)
 
 
-def _used(function: _Function) -> Iterator[tuple[str, ast.AST]]:
+def _used(function: _Function, attribute: str) -> Iterator[tuple[str, ast.AST]]:
     for node in ast.walk(function.tree):
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
+        if isinstance(node, ast.Attribute) and node.attr == attribute:
             path = _path_below_self(node.value)
             if path and not _is_harmless(node, function.parents[node]):
                 yield path, node

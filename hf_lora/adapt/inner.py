@@ -1,6 +1,6 @@
 """The transformers models of a model with adapters: what they refuse, and that inner ones save no files.
 
-In: a module whose transformers models have their extended class. Out: marks and hooks on these models, and errors.
+In: a module whose transformers models have their extended class. Out: marks on these models, and errors.
 """
 
 from __future__ import annotations

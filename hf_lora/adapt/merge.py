@@ -35,6 +35,7 @@ from .dequantize import (
     read_rows,
 )
 from .inject import eject
+from .inner import outermost_models
 from .state import LoraState, Original, acting_together, require_state, set_active
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .walk import parts
@@ -133,7 +134,8 @@ def merge_for_good(
         dequantize(model, call)
     merged = state.activity.merged
     eject(model, keep_heads=True)
-    model.__dict__[MERGED] = (*model.__dict__.get(MERGED, ()), *merged)
+    for each in {id(m): m for m in (model, *outermost_models(model))}.values():
+        each.__dict__[MERGED] = (*each.__dict__.get(MERGED, ()), *merged)
 
 
 def unmerge(model: nn.Module) -> None:

@@ -24,9 +24,9 @@ from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_modules, uncalled_embeddings
+from .bypass import bypassed_biases, bypassed_modules, uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
-from .match import PatternTable, matcher
+from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
 from .walk import original_modules
 
@@ -123,13 +123,15 @@ def resolve(
     call: str,
     allow_bypassed: bool = False,
     from_file: bool = False,
+    saved: dict[str, str] | None = None,
 ) -> Explanation:
     """The plan of an injection.
 
     Args:
         allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
-        from_file: the configuration comes from an adapter's file, whose tensors decide: `modules_to_save` and
-            patterns that match nothing are not faults.
+        from_file: the configuration comes from an adapter's file, whose tensors decide: patterns that match nothing
+            are not faults.
+        saved: name -> reason, for the modules to train whole; default: as the configuration says.
     """
     faults = Faults(call)
     check_names(config, faults)
@@ -139,7 +141,9 @@ def resolve(
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
-    plan.saved = _saved_modules(model, modules, config, faults, from_file)
+    whole = _saved_modules(model, modules, config, faults) if saved is None else saved
+    plan.saved = _called(whole, modules, faults)
+    _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
@@ -201,27 +205,22 @@ def scalings(config: LoraConfig) -> Callable[[str], float]:
 
 
 def _saved_modules(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults
 ) -> dict[str, str]:
     if config.modules_to_save is None:
-        saved = _called({} if from_file else find_heads(model), modules, faults)
-        _refuse_packed(modules, saved, faults)
-        return saved
-    named: dict[str, str] = {}
+        return find_heads(model)
+    saved: dict[str, str] = {}
     unmatched, hits = set(config.modules_to_save), matcher(config.modules_to_save)
     for name in modules:
         hit = hits(name)
-        if hit and not any(name.startswith(s + ".") for s in named):
-            named[name] = "named in modules_to_save"
+        if hit and holder(name, saved) is None:
+            saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
-    saved = _called(named, modules, faults)
-    for name, why in ({} if from_file else uncalled_embeddings(model)).items():
+    for name, why in uncalled_embeddings(model).items():
         if name in saved:
             faults.add(f"{name} cannot be trained whole: {why}")
-    _refuse_packed(modules, saved, faults)
-    if not from_file:
-        for pattern in sorted(unmatched):
-            faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
+    for pattern in sorted(unmatched):
+        faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
     return saved
 
 
@@ -241,8 +240,8 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
     """Refuse to train a quantized module whole, and quantized layers with a dense weight, which cannot run."""
     unfinished = {n: m for n, m in modules.items() if is_unfinished(m)}
     heads = {n: why for n, why in saved.items() if any(is_packed(p) for p in modules[n].parameters())}
-    heads |= {s: why for s, why in saved.items() if any(f"{n}.".startswith(f"{s}.") for n in unfinished)}
-    others = [n for n in unfinished if not any(f"{n}.".startswith(f"{head}.") for head in heads)]
+    heads |= {path: saved[path] for n in unfinished if (path := holder(n, saved)) is not None}
+    others = [n for n in unfinished if holder(n, heads) is None]
     skip = f"llm_int8_skip_modules or modules_to_not_convert: {[*heads, *others]!r}"
     for name, why in heads.items():
         faults.add(
@@ -263,13 +262,14 @@ def _bias_modules(
         return []
     found = []
     bypassed = {} if from_file else bypassed_modules(modules[""])
+    read = {} if from_file else bypassed_biases(modules[""])
     for name, module in modules.items():
         if config.bias == "lora_only" and name not in chosen:
             continue
-        if module._parameters.get("bias") is None or any(name == s or name.startswith(s + ".") for s in plan.saved):
+        if module._parameters.get("bias") is None or holder(name, plan.saved) is not None:
             continue
-        if name in bypassed and name not in chosen:
-            plan.skipped[f"{name}.bias"] = bypassed[name]
+        if name in read or (name in bypassed and name not in chosen):
+            plan.skipped[f"{name}.bias"] = bypassed.get(name) or read[name]
         elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
             found.append(name)
         else:

@@ -114,17 +114,20 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class BiasLayer(Host):
-    """Mixin for a layer whose output is affine in its `bias`: each adapter has its own bias.
+class BiasHost(Host):
+    """Mixin for a module with a parameter `bias`, of which each adapter has its own.
 
-    The difference from the bias of the base is added to the output, so the base does not change, and an untrained
-    adapter changes no bit of the output.
+    The bias of the base does not change, and an untrained adapter changes no bit of the output.
     """
 
     attribute = "_lora_biases"
     order = 10  # outside extensions that multiply the output
     lora_bias: nn.ModuleDict
     _lora_biases: Held
+
+
+class BiasLayer(BiasHost):
+    """For a layer whose output is affine in its bias: the difference from the base's is added to the output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(*args, **kwargs)
@@ -133,6 +136,20 @@ class BiasLayer(Host):
             shift = at_hand(self.lora_bias[name]) - bias.to(torch.float32)
             y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
         return y
+
+
+class BiasInside(BiasHost):
+    """For any other module: it runs with the adapter's bias, in the dtype of the base's, in place of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held: Any = self._parameters["bias"]
+        for name in self._lora_biases.acting:  # at most one: adapters with a bias each are not active together
+            replaced: Any = at_hand(self.lora_bias[name]).to(held.dtype)
+            self._parameters["bias"] = replaced
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["bias"] = held
 
 
 def _dims_after_channel(layer: nn.Module, y: Tensor) -> int:
