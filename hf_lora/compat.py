@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
