@@ -355,6 +355,22 @@ def test_a_step_of_lora_plus_is_adams_at_two_rates(arguments: Make) -> None:
     assert_same_tensors(ends[0], ends[1])
 
 
+def test_each_trial_of_a_search_adapts_a_new_model(arguments: Make) -> None:
+    """Trainer makes the model, then the accelerator again, in every trial."""
+    config = LoraConfig(r=3)
+    trainer = LoraTrainer(
+        model_init=lambda: tiny_bert(), args=arguments(max_steps=1), train_dataset=sentences(), lora_config=config
+    )
+    models = []
+    for _ in range(2):
+        trainer.model = trainer.call_model_init()
+        trainer.create_accelerator_and_postprocess()
+        models.append(trainer.model)
+        assert trainer.model.lora_configs["default"].r == 3
+    assert models[0] is not models[1]
+    trainer.train()
+
+
 def test_rates_that_cannot_be_given(arguments: Make) -> None:
     model = apply_lora(tiny_bert())
     own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
