@@ -254,7 +254,8 @@ def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, f
         base: Any = module_at(model, path).bias
         if path in read and not is_absent(base) and not _same_as(path, base.detach().cpu(), file.tensors):
             faults.add(
-                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there"
+                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there; "
+                "merge it with PEFT's merge_and_unload and use the merged model"
             )
 
 
