@@ -226,7 +226,7 @@ class LoraModel(Extension, PreTrainedModel):
             delete(self, name)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Activate one adapter, or several together. Model and config get the labels of the first.
+        """Activate one adapter, or several together. Model and config get the labels of the head that then runs.
 
         Raises:
             StateError: a name is unknown, the model is merged, or the adapters conflict, such as with their own heads.
@@ -293,9 +293,7 @@ class LoraModel(Extension, PreTrainedModel):
         state = _state(self, "unload")
         if state.activity.merged:
             unmerge(self)
-        task = state.base_task
         eject(self)
-        task.apply(self)
         return _end(self)
 
     # Reports ---------------------------------------------------------------------------------------------------------

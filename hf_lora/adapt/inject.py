@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,8 +19,19 @@ from ..layers.hosts import Host, remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
-from .heads import is_random
-from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
+from .heads import has_outputs, is_random
+from .state import (
+    ATTRIBUTE,
+    AdapterRecord,
+    LoraState,
+    Task,
+    base_task,
+    require_state,
+    set_active,
+    state_of,
+    switch,
+    update_requires_grad,
+)  # fmt: skip
 from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
@@ -69,9 +81,11 @@ def inject(
     state = state or _first(model)
     active = state.activity.active
     named_by_user = config.target_modules not in PRESETS and not from_file
-    record = AdapterRecord(
-        config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
-    )
+    record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)
+    if plan.saved or task is not None:
+        record.task = task or replace(base_task(model))
+        own = ((heads or {}).get(path) or module_at(model, path) for path in plan.saved)
+        record.has_labels = bool(heads) or any(has_outputs(head, record.task.num_labels) for head in own)
     try:
         with gc_paused():
             for part, planned in _planned(model, plan, name, heads or {}):
@@ -101,12 +115,12 @@ def delete(model: nn.Module, name: str) -> None:
     state = require_state(model, "delete_adapter")
     state.require(name)
     state.refuse_merged("delete_adapter")
+    remaining = tuple(n for n in state.activity.active if n != name)
+    if not remaining and name in state.activity.active:
+        remaining = tuple(n for n in state.adapters if n != name)[-1:]
+    set_active(model, state, remaining)
     _remove(model, parts(model, name))
     del state.adapters[name]
-    remaining = tuple(n for n in state.activity.active if n != name)
-    if not remaining and name in state.activity.active and state.adapters:
-        remaining = (next(reversed(state.adapters)),)
-    set_active(model, state, remaining)
 
 
 def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
@@ -132,6 +146,8 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     _remove(model, owned, active)
     if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
         untie_all(model)  # the copy is not tied as its original was
+    if not active:
+        switch(model, state, active=())
     state.activity.set(merged=())
     state.originals.clear()
     end_differentiable(module for _, module in original_modules(model))
@@ -163,8 +179,8 @@ def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str,
     _remove(model, parts(model, name))
     for _, module in list(original_modules(model)):
         remove_all(module, name)
+    switch(model, state, active=active)
     state.adapters.pop(name, None)
-    state.activity.set(active=active)
     update_requires_grad(model, state, state.adapters)
 
 

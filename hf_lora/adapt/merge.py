@@ -35,7 +35,7 @@ from .dequantize import (
     read_rows,
 )
 from .inject import eject
-from .state import LoraState, Original, acting_together, require_state, set_active
+from .state import LoraState, Original, acting_together, require_state, set_active, switch
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .walk import parts
 
@@ -154,7 +154,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         return
     for original in state.originals:
         original.swap()
-    state.activity.set(enabled=enabled)
+    switch(model, state, enabled=enabled)
 
 
 @contextmanager

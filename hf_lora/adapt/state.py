@@ -45,6 +45,10 @@ class Task:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
 
+    def take(self, other: Task) -> None:
+        """Take over the values of `other`."""
+        self.__dict__.update(other.__dict__)
+
     def apply(self, model: Any) -> None:
         """Write the task to the model and its config, which the losses read."""
         config = getattr(model, "config", None)
@@ -67,6 +71,7 @@ class AdapterRecord:
         notes: lines at the end of its table.
         named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
+        has_labels: whether one of `heads` is the task head, whose outputs `task` describes.
     """
 
     config: LoraConfig
@@ -76,6 +81,7 @@ class AdapterRecord:
     notes: list[str] = field(default_factory=list)
     named_by_user: bool = True
     trainable: bool = True
+    has_labels: bool = False
 
 
 @dataclass
@@ -143,7 +149,40 @@ def state_of(model: nn.Module) -> LoraState | None:
 def base_task(model: nn.Module) -> Task:
     """The task of the base model's head, independent of the active adapter."""
     state = state_of(model)
-    return Task.of(model) if state is None else state.base_task
+    return Task.of(model) if state is None or running_task(state) is state.base_task else state.base_task
+
+
+def running_task(state: LoraState) -> Task:
+    """The task of the head that runs: that of the active adapter with a head of its own, otherwise that of the base.
+
+    An adapter without a head may have names for the outputs of the base's head, from the model that it was trained on.
+    """
+    active = [state.adapters[name] for name in state.activity.active] if state.activity.enabled else []
+    for record in active:
+        if record.has_labels:
+            return record.task
+    if active and active[0].task.num_labels == state.base_task.num_labels:
+        return active[0].task
+    return state.base_task
+
+
+def task_of(model: nn.Module, name: str) -> Task:
+    """The task of an adapter. While its head runs, the model's config has it, where the user may have changed it."""
+    state = require_state(model, "task_of")
+    task = state.adapters[name].task
+    return Task.of(model) if running_task(state) is task else task
+
+
+def switch(
+    model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
+) -> None:
+    """Change which adapters act. The labels in model and config are always those of the head that runs."""
+    before = running_task(state)
+    state.activity.set(active=active, enabled=enabled)
+    now = running_task(state)
+    if now is not before:
+        before.take(Task.of(model))
+        now.apply(model)
 
 
 def require_state(model: nn.Module, call: str) -> LoraState:
@@ -178,12 +217,10 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     if len(names) > 1:
         _refuse_conflicts(model, names)
     before = state.activity.active
-    state.activity.set(active=names)
+    switch(model, state, active=names)
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
     update_requires_grad(model, state, changed)
-    for name in names[:1]:
-        state.adapters[name].task.apply(model)
 
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..adapt.embeddings import vocabulary_of
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable, matcher
-from ..adapt.state import require_state
+from ..adapt.state import require_state, task_of
 from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
@@ -168,8 +168,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
 
     from .. import __version__
 
-    state = require_state(model, "save_adapter")
-    task = state.adapters[name].task
+    state, task = require_state(model, "save_adapter"), task_of(model, name)
     return {
         "base": state.identity,
         "architecture": unwrap_class(type(model)).__name__,
