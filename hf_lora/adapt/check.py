@@ -20,7 +20,8 @@ from ..layers.hosts import states_of
 from ..layers.ops import used_devices
 from ..layers.parts import Fold
 from .dequantize import quantized_layers
-from .merge import by_tensor, disabled, merged_rows
+from .folding import merged_rows
+from .merge import by_tensor, disabled
 from .state import acting_together, require_state
 
 NOISE = 1e-3

@@ -13,6 +13,7 @@ from ..errors import Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from ..layers.parts import Part
+from .ties import Ties
 from .walk import adapter_tensors, parts
 
 ATTRIBUTE = "_hf_lora"
@@ -91,15 +92,24 @@ class Original:
     site: Any
     storage: Storage
     kept: Tensor
+    merged: bool = True
+    """Whether the merged tensor is in place, and `kept` the original; otherwise the other way round."""
 
     def put_back(self) -> None:
         self.storage.put_back(self.site, self.kept)
 
-    def swap(self) -> None:
-        """Swap it with the current tensor."""
+    def place(self, merged: bool) -> None:
+        """Put the merged or the original tensor in place, and keep the other one."""
+        if self.merged == merged:
+            return
         now = self.storage.keep(self.site)
-        self.put_back()
-        self.kept = now
+        try:
+            self.put_back()
+            self.__dict__.update(kept=now, merged=merged)
+        except BaseException:
+            if self.kept is not now:
+                self.storage.put_back(self.site, now)
+            raise
 
 
 @dataclass
@@ -125,6 +135,15 @@ class LoraState:
     """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""
     borrowed: list[str] = field(default_factory=list)
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
+    ties: Ties | None = None
+    """The ties of the base before a merge untied weights."""
+    lost: str = ""
+    """Why the model cannot be used any more: a permanent merge could be neither undone nor completed."""
+
+    def lose(self, message: str) -> None:
+        """Make every verb and every forward of an adapted layer raise."""
+        self.lost = message
+        self.activity.lose(message)
 
     def require(self, name: str) -> None:
         if name not in self.adapters:
@@ -144,6 +163,12 @@ class LoraState:
 def state_of(model: nn.Module) -> LoraState | None:
     """The state of a model with adapters; None for any other model."""
     return model.__dict__.get(ATTRIBUTE)
+
+
+def is_over(model: nn.Module) -> bool:
+    """Whether a model that had adapters has none any more, or is lost."""
+    state = state_of(model)
+    return state is None or bool(state.lost)
 
 
 def base_task(model: nn.Module) -> Task:
@@ -177,16 +202,24 @@ def switch(
     model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
 ) -> None:
     """Change which adapters act. The labels in model and config are always those of the head that runs."""
-    before = running_task(state)
-    state.activity.set(active=active, enabled=enabled)
-    now = running_task(state)
-    if now is not before:
-        before.take(Task.of(model))
-        now.apply(model)
+    activity, before = state.activity, running_task(state)
+    was_active, was_enabled = activity.active, activity.enabled
+    before.take(Task.of(model))
+    try:
+        activity.set(active=active, enabled=enabled)
+        now = running_task(state)
+        if now is not before:
+            now.apply(model)
+    except BaseException:
+        activity.set(active=was_active, enabled=was_enabled)
+        before.apply(model)
+        raise
 
 
 def require_state(model: nn.Module, call: str) -> LoraState:
     state = state_of(model)
+    if state is not None and state.lost:
+        raise StateError(f"{call}: {state.lost}")
     if state is None:
         raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
     return state
@@ -198,9 +231,13 @@ def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str
     if not wanted:
         return
     for name, parameter in adapter_tensors(model, wanted):
-        parameter.requires_grad = wanted[name]
-        if not wanted[name]:
-            parameter.grad = None
+        _require_grad(parameter, wanted[name])
+
+
+def _require_grad(parameter: nn.Parameter, wanted: bool) -> None:
+    parameter.requires_grad = wanted
+    if not wanted:
+        parameter.grad = None
 
 
 def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
@@ -217,10 +254,19 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     if len(names) > 1:
         _refuse_conflicts(model, names)
     before = state.activity.active
-    switch(model, state, active=names)
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    update_requires_grad(model, state, changed)
+    tensors = list(adapter_tensors(model, changed)) if changed else []
+    kept = [(tensor, tensor.requires_grad, tensor.grad) for _, tensor in tensors]
+    try:
+        switch(model, state, active=names)
+        for name, tensor in tensors:
+            _require_grad(tensor, name in names)
+    except BaseException:
+        switch(model, state, active=before)
+        for tensor, requires_grad, grad in kept:
+            tensor.requires_grad, tensor.grad = requires_grad, grad
+        raise
 
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:

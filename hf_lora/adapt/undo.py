@@ -1,40 +1,162 @@
-"""Undo changes to a model if a later step fails: the same module and parameter objects are restored."""
+"""All or nothing: a change of a model that is cut off anywhere is undone, or completed.
+
+`all_or_nothing` restores modules, parameter objects, configs and the plain data of adapters. It does not copy values,
+so a change that overwrites values either keeps them and calls `Undo.restoring`, or passes a point of no return, after
+which it is completed by repeating it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers.hosts import Activity, Factor, Held
+from ..layers.site import LayerAdapter
+from .state import AdapterRecord, LoraState, Original, Task
 from .walk import configs_of
+
+PLAIN = (Activity, AdapterRecord, Held, LayerAdapter, LoraState, Original, Task)
+"""Classes of plain data that change with the adapters."""
+_TABLES = frozenset({dict, OrderedDict, list, set})
+
+
+class _Kinds(dict[type, bool]):
+    """class -> whether it is a class of plain data. A lookup is not a call, which counts for large models."""
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = issubclass(cls, PLAIN)
+        return self[cls]
+
+
+_IS_PLAIN = _Kinds()
+
+
+class Undo:
+    """What a model was, to restore it. It costs a few calls for each module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._objects: list[tuple[Any, dict[str, Any]]] = []
+        """Modules, configs and plain data with their attributes."""
+        self._tables: list[tuple[Any, Any]] = []
+        """The attributes that are tables and hold something, with their content."""
+        self._classes: list[tuple[nn.Module, type]] = []
+        self._parameters: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
+        self._before: list[Callable[[], object]] = []
+        self._rest: Callable[[], object] | None = None
+        self._finished: Callable[[], bool] = bool
+        self._seen: set[int] = set()
+        self._walk(model)
+        for config in configs_of(model):
+            self._remember(config)
+
+    def _walk(self, model: nn.Module) -> None:
+        stack: list[nn.Module | None] = [model]
+        seen: set[nn.Module | None] = {None}
+        while stack:
+            module = stack.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            parameters = module._parameters
+            if module.__class__ is Factor:  # most modules, of which nothing else changes
+                self._tables += [(parameters, {**parameters})]
+            else:
+                self._classes += [(module, module.__class__)]
+                self._remember(module)
+                stack += module._modules.values()
+            if parameters:
+                found = parameters.values()
+                self._parameters += [(p, p.data, p.requires_grad, p.grad) for p in found if p is not None]
+
+    def _remember(self, thing: Any) -> None:
+        """Keep the attributes of an object, the content of tables in them, and the plain data in both."""
+        attributes = thing.__dict__.copy()
+        self._objects += [(thing, attributes)]
+        for value in attributes.values():
+            kind = value.__class__
+            if kind in _TABLES:
+                if value:
+                    self._tables += [(value, value.copy())]
+                    for each in value if kind is list or kind is set else value.values():
+                        if _IS_PLAIN[each.__class__] and id(each) not in self._seen:
+                            self._seen.add(id(each))
+                            self._remember(each)
+            elif _IS_PLAIN[kind] and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._remember(value)
+
+    def restoring(self, step: Callable[[], object]) -> None:
+        """Also call `step`, which restores values, before everything else is restored."""
+        self._before.append(step)
+
+    def unless(self, finished: Callable[[], bool]) -> None:
+        """Leave the model as it is if `finished()`, because a change within this one was completed."""
+        self._finished = finished
+
+    def no_return(self, rest: Callable[[], object]) -> None:
+        """From now on nothing is undone. Cut off, the change is completed by `rest`, which can be repeated anywhere."""
+        self._rest = rest
+        self._objects, self._tables, self._parameters, self._before = [], [], [], []  # frees what was replaced
+
+    def settle(self, error: BaseException) -> None:
+        """Restore the model after an error, or complete the change."""
+        if self._finished():
+            return
+        if self._rest is not None:
+            traceback.clear_frames(error.__traceback__)  # which may hold the memory that was missing
+            self._rest()
+            return
+        for step in self._before:
+            step()
+        for module, cls in self._classes:
+            module.__class__ = cls
+        for thing, attributes in self._objects:
+            thing.__dict__.clear()
+            thing.__dict__.update(attributes)
+            for value in attributes.values():
+                if value.__class__ in _TABLES:
+                    value.clear()
+        for table, content in self._tables:
+            (table.extend if isinstance(table, list) else table.update)(content)
+        for parameter, data, requires_grad, grad in self._parameters:
+            _put_back(parameter, data, requires_grad, grad)
+
+
+def _put_back(parameter: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    if type(data) is Tensor and (parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape
+                                 or parameter.dtype != data.dtype):  # fmt: skip
+        parameter.data = data
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+    if parameter.grad is not grad:
+        parameter.grad = grad
 
 
 @contextmanager
-def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
-    """Restore a model's modules, parameters and configs if `error` is raised inside.
-
-    Values are not copied, so in-place changes of values are not undone.
-    """
-    modules = [(module, type(module), _contents(module)) for module in model.modules()]
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    configs = [(config, dict(vars(config))) for config in configs_of(model)]
+def all_or_nothing(model: nn.Module) -> Iterator[Undo]:
+    """Undo or complete the change of a model in the `with` block if an error or an interruption ends it."""
+    with gc_paused():
+        undo = Undo(model)
     try:
-        yield
-    except error:
-        for module, cls, contents in modules:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(contents)
-        for parameter, data, requires_grad in parameters:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
-        for config, values in configs:
-            vars(config).clear()
-            vars(config).update(values)
+        yield undo
+    except BaseException as error:
+        undo.settle(error)
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, object]:
-    """A module's attributes, with copies of its dicts (parameters, children, hooks)."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection: an injection creates tens of thousands of objects, all of which stay alive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

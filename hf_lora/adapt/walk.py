@@ -138,6 +138,6 @@ def _inside(module: Any) -> Any:
 
 def configs_of(model: nn.Module) -> list[Any]:
     """The configs of a transformers model and of the models inside it, including nested ones, each once."""
-    outer = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+    outer = {id(c): c for m in model.modules() if hasattr(c := m.__dict__.get("config"), "__dict__")}
     inner = {id(c): c for config in outer.values() for c in vars(config).values() if hasattr(c, "to_dict")}
     return list({**inner, **outer}.values())

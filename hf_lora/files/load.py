@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
-from ..adapt.state import Task, base_task, require_state, state_of
+from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, parts
 from ..config import LoraConfig
@@ -32,9 +32,6 @@ from .format import (
     stored,
 )
 from .identity import differs, identify, is_absent
-
-COMPARED_ROWS = 1024
-"""Of a base weight that are made float32 at a time."""
 
 COMPARED_ROWS = 1024
 """Rows of a base weight that are compared, as float32, at a time."""
@@ -93,12 +90,15 @@ def load_adapter(
     compare_kinds(copies, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
-    inject(
-        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
-    )
-    require_state(model, call).identity = identity
-    assign(model, name, file.tensors)
-    return plan
+
+    def fill(state: LoraState) -> None:
+        state.identity = identity
+        assign(model, name, file.tensors)
+
+    return inject(
+        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
+        call=call,
+    )  # fmt: skip
 
 
 def load_adapter_weights(
@@ -140,7 +140,14 @@ def load_adapter_weights(
     compare({key: each.shape for key, each in own.items()}, tensors, faults)
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
-    assign(model, name, tensors)
+    held = [tensor.detach() for each in own.values() for _, tensor in each.members if not is_sharded(tensor)]
+    before = [tensor.clone() for tensor in held]
+    try:
+        assign(model, name, tensors)
+    except BaseException:
+        for tensor, values in zip(held, before, strict=True):
+            tensor.copy_(values)
+        raise
 
 
 def _compare_scalings(
