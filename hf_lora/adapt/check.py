@@ -23,6 +23,7 @@ from .dequantize import quantized_layers
 from .folding import merged_rows
 from .merge import by_tensor, disabled
 from .state import acting_together, require_state
+from .undo import all_or_nothing
 
 NOISE = 1e-3
 """A difference below this fraction of the adapter's effect counts as rounding."""
@@ -85,13 +86,13 @@ def check_adapter(model: nn.Module, batch: Mapping[str, object]) -> AdapterCheck
             modules[first.path] = first.module
     layers = {path: _Adapted(modules[path], list(by_tensor(found).values())) for path, found in folds.items()}
     was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with all_or_nothing(model):
+        model.eval()
         with _float32(model):
-            return _compare(model, layers, batch)
-    finally:
+            report = _compare(model, layers, batch)
         for module in was_training:
             module.training = True
+    return report
 
 
 class _Adapted(NamedTuple):
@@ -146,23 +147,21 @@ def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
     """Within, the modules act as plain ones whose tensors have the adapters folded in."""
     kept: list[tuple[Any, Tensor]] = []
     held = [(state, state.names) for adapted in found.values() for state in states_of(adapted.module)]
-    try:
-        for adapted in found.values():
-            for fold in adapted.folds:
-                tensor: Any = fold.site.weight
-                new = tensor.detach().clone()
-                for rows, block in merged_rows(fold):
-                    new[rows] = block
-                kept.append((fold.site, tensor.data))
-                tensor.data = new
-        for state, _ in held:
-            state.names = ()
-        yield
-    finally:
-        for site, data in reversed(kept):
-            site.weight.data = data
-        for state, names in held:
-            state.names = names
+    for adapted in found.values():
+        for fold in adapted.folds:
+            tensor: Any = fold.site.weight
+            new = tensor.detach().clone()
+            for rows, block in merged_rows(fold):
+                new[rows] = block
+            kept.append((fold.site, tensor.data))
+            tensor.data = new
+    for state, _ in held:
+        state.names = ()
+    yield
+    for site, data in reversed(kept):
+        site.weight.data = data
+    for state, names in held:
+        state.names = names
 
 
 @contextmanager
@@ -175,8 +174,6 @@ def _float32(model: nn.Module) -> Iterator[None]:
     ]
     for tensor, data in kept:
         tensor.data = data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
+    yield
+    for tensor, data in kept:
+        tensor.data = data

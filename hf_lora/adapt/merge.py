@@ -76,8 +76,8 @@ def merge_for_good(
 ) -> None:
     """Fold the active adapters (or `names`) into the weights and remove all adapters.
 
-    A quantized base becomes a dense model, in the dtype of its other weights: see dequantize.py. An interruption before
-    the first weight is written changes nothing; after it, the merge is completed before the error is raised.
+    A quantized base becomes a dense model, in the dtype of its other weights: see dequantize.py. Interrupted before
+    the first weight is written, it changes nothing; afterwards, it is completed before the error is raised.
 
     Args:
         then: called with the plain model at the end.
@@ -112,6 +112,7 @@ def unmerge(model: nn.Module) -> None:
     state = require_state(model, "unmerge_adapter")
     if not state.activity.merged:
         raise StateError("unmerge_adapter: no adapter is merged.")
+    state.refuse_permanent("unmerge_adapter")
     _twice(partial(_unmerge, model, state))
 
 
@@ -125,6 +126,7 @@ def unload(model: nn.Module, then: Callable[[nn.Module], object] | None = None) 
     if not state.activity.merged:
         eject(model, then=then)
         return
+    state.refuse_permanent("unload")
 
     def run() -> None:
         _unmerge(model, state)
@@ -167,6 +169,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     state = require_state(model, "enable_adapters" if enabled else "disable_adapters")
     if state.activity.enabled == enabled:
         return
+    state.refuse_permanent("disable_adapters")
 
     def change(enabled: bool) -> None:
         for original in state.originals:
@@ -245,15 +248,17 @@ class _Merging:
         self.packed = {n.rpartition(".")[0]: fold.start for n, fold in stored.items() if fold.storage.quantized}
         dense = [fold for fold in stored.values() if not fold.storage.quantized]
         maps = unwritten_maps() if dense else []
+        self.becomes_dense = not keep and is_quantized(model)
         self.foldings = [Folding(fold, lies_in(fold.site.weight, maps), keep) for fold in dense]
         self.then: Callable[[], object] = lambda: None
 
     def run(self) -> None:
         for folding in self.foldings:
             self._step(folding.label, partial(folding.run, self._before_writing))
-        if not self.keep and is_quantized(self.model):
+        if self.becomes_dense:
             self._passes_no_return()
             self._step("the quantized layers", partial(dequantize_with, self.model, self.packed))
+        self.state.permanent = not self.keep
         self.state.activity.set(merged=self.active)
         self.then()
 

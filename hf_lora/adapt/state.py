@@ -137,8 +137,14 @@ class LoraState:
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
     ties: Ties | None = None
     """The ties of the base before a merge untied weights."""
+    permanent: bool = False
+    """Whether the merged adapters cannot be unmerged, because the originals were not kept."""
     lost: str = ""
     """Why the model cannot be used any more: a permanent merge could be neither undone nor completed."""
+
+    def refuse_permanent(self, call: str) -> None:
+        if self.permanent:
+            raise StateError(f"{call}: the adapters were merged without keeping the original weights (keep=False).")
 
     def lose(self, message: str) -> None:
         """Make every verb and every forward of an adapted layer raise."""

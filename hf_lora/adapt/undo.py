@@ -43,10 +43,11 @@ class Undo:
     def __init__(self, model: nn.Module) -> None:
         self._objects: list[tuple[Any, dict[str, Any]]] = []
         """Modules, configs and plain data with their attributes."""
+        self._factors: list[tuple[Factor, bool, nn.Parameter | None]] = []
         self._tables: list[tuple[Any, Any]] = []
         """The attributes that are tables and hold something, with their content."""
         self._classes: list[tuple[nn.Module, type]] = []
-        self._parameters: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
+        self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
         self._before: list[Callable[[], object]] = []
         self._rest: Callable[[], object] | None = None
         self._finished: Callable[[], bool] = bool
@@ -64,15 +65,14 @@ class Undo:
                 continue
             seen.add(module)
             parameters = module._parameters
-            if module.__class__ is Factor:  # most modules, of which nothing else changes
-                self._tables += [(parameters, {**parameters})]
+            tensors = [*parameters.values(), *module._buffers.values()]
+            if module.__class__ is Factor:  # most modules are one, and nothing else of it changes
+                self._factors += [(module, module.training, parameters["weight"])]
             else:
                 self._classes += [(module, module.__class__)]
                 self._remember(module)
                 stack += module._modules.values()
-            if parameters:
-                found = parameters.values()
-                self._parameters += [(p, p.data, p.requires_grad, p.grad) for p in found if p is not None]
+            self._tensors += [(t, t.data, t.requires_grad, t.grad) for t in tensors if t is not None]
 
     def _remember(self, thing: Any) -> None:
         """Keep the attributes of an object, the content of tables in them, and the plain data in both."""
@@ -100,9 +100,10 @@ class Undo:
         self._finished = finished
 
     def no_return(self, rest: Callable[[], object]) -> None:
-        """From now on nothing is undone. Cut off, the change is completed by `rest`, which can be repeated anywhere."""
+        """From now on nothing is undone: a change that is cut off is completed by `rest`, which can be repeated."""
         self._rest = rest
-        self._objects, self._tables, self._parameters, self._before = [], [], [], []  # frees what was replaced
+        for kept in (self._objects, self._tables, self._tensors, self._factors, self._before):
+            kept.clear()  # frees what was replaced
 
     def settle(self, error: BaseException) -> None:
         """Restore the model after an error, or complete the change."""
@@ -124,18 +125,21 @@ class Undo:
                     value.clear()
         for table, content in self._tables:
             (table.extend if isinstance(table, list) else table.update)(content)
-        for parameter, data, requires_grad, grad in self._parameters:
-            _put_back(parameter, data, requires_grad, grad)
+        for factor, training, weight in self._factors:
+            factor.training, factor._parameters["weight"] = training, weight
+        for tensor, data, requires_grad, grad in self._tensors:
+            _put_back(tensor, data, requires_grad, grad)
 
 
-def _put_back(parameter: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
-    if type(data) is Tensor and (parameter.data_ptr() != data.data_ptr() or parameter.shape != data.shape
-                                 or parameter.dtype != data.dtype):  # fmt: skip
-        parameter.data = data
-    if parameter.requires_grad != requires_grad:
-        parameter.requires_grad_(requires_grad)
-    if parameter.grad is not grad:
-        parameter.grad = grad
+def _put_back(tensor: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    if type(data) is Tensor and (tensor.data_ptr(), tensor.shape, tensor.dtype) != (
+        data.data_ptr(), data.shape, data.dtype,
+    ):  # fmt: skip
+        tensor.data = data
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.grad is not grad:
+        tensor.grad = grad
 
 
 @contextmanager
