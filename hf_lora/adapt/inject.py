@@ -11,15 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..config import PRESETS, LoraConfig, as_tuple
 from ..errors import ConfigError, Faults, StateError, listed
-from ..layers.copies import Replacement
 from ..layers.distributed import how_sharded
-from ..layers.hosts import Host
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
 from .heads import has_outputs, is_random
 from .state import (
-    ATTRIBUTE,
     AdapterRecord,
     LoraState,
     Task,
@@ -34,7 +31,7 @@ from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
 from .undo import all_or_nothing, gc_paused
-from .walk import module_at, original_modules, parts, placed, put
+from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, put
 
 LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
@@ -140,6 +137,7 @@ def eject(model: nn.Module, keep_heads: bool = False, then: Callable[[nn.Module]
         then: called with the model at the end; if it fails, the model is as it was before.
     """
     state = require_state(model, "unload")
+    refuse_shared(model, "unload")
     with all_or_nothing(model):
         owned = list(parts(model))
         active = state.activity.active if keep_heads and state.activity.enabled else ()
@@ -213,6 +211,7 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
                 "load_adapter_weights."
             )
         state.refuse_merged(call)
+        refuse_shared(model, call)
         return
     if "_orig_mod" in model._modules:
         raise StateError(
@@ -236,15 +235,23 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             faults.add(f"{path} already has adapters")
             step = f"Call unload() on {path}, then apply LoRA to the whole model."
             break
-    if not faults.found:
-        shared = [path for path, module in model.named_modules() if isinstance(module, (Host, Replacement))]
-        if shared:
-            faults.add(f"{listed(shared)} have adapters of another model, of which they are a part too")
-            step = (
-                "Layers that two models share have the adapters of one of them. Apply LoRA to one model that contains "
-                "both, call unload() on the other model first, or give this one a copy of the layers (copy.deepcopy)."
-            )
     faults.check(StateError, step)
+    refuse_shared(model, call)
+
+
+def refuse_shared(model: nn.Module, call: str) -> None:
+    """Refuse a model of which some layers have adapters of another model.
+
+    Raises:
+        StateError: lists the layers.
+    """
+    shared = of_other_models(model)
+    if shared:
+        raise StateError(
+            f"{call}: {listed(shared)} have adapters of another model, of which they are a part too. Call unload() on "
+            "that model first, or apply LoRA to one model that contains both. A copy (copy.deepcopy) of layers with "
+            "adapters has them too: copy the layers before LoRA is applied to them."
+        )
 
 
 _BEFORE_SHARDING = {

@@ -28,7 +28,7 @@ from ..layers.parts import Fold
 from ..layers.storages import fits, why_unreadable
 from .dequantize import dense_dtype, dequantization_faults, dequantize, dequantize_with, is_quantized
 from .folding import Folding, merged_rows
-from .inject import eject
+from .inject import eject, refuse_shared
 from .state import LoraState, acting_together, require_state, set_active, state_of, switch
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .undo import Undo, all_or_nothing
@@ -86,6 +86,7 @@ def merge_for_good(
         StateError, MergeError: as `merge`; also if the model is merged with other adapters than `names`.
     """
     state = require_state(model, call)
+    refuse_shared(model, call)
     wanted = None if names is None else as_tuple(names)
     with all_or_nothing(model) as undo:
         if not state.activity.merged:
@@ -127,6 +128,7 @@ def unload(model: nn.Module, then: Callable[[nn.Module], object] | None = None) 
         eject(model, then=then)
         return
     state.refuse_permanent("unload")
+    refuse_shared(model, "unload")
 
     def run() -> None:
         _unmerge(model, state)

@@ -25,7 +25,7 @@ def share_inputs(model: nn.Module, *args: object, **batch: object) -> list[tuple
     a module always get the same tensor object. From then on, in training, the first of them that is called computes
     all of their updates: one product with their A, one gradient of the input, and one dropout mask (each layer alone
     would draw its own). Otherwise the values are the same up to rounding. Every call checks whether the layers really
-    get the same tensor, so the result is correct in any case.
+    get the same tensor, and whether parameters and modes are still the same, so the result is correct in any case.
 
     Call it after adding the adapters and before training; `LoraTrainer` does this itself. It has no effect under
     `torch.compile`.

@@ -14,9 +14,7 @@ from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from ..layers.parts import Part
 from .ties import Ties
-from .walk import adapter_tensors, parts
-
-ATTRIBUTE = "_hf_lora"
+from .walk import ATTRIBUTE, adapter_tensors, parts
 
 
 @dataclass

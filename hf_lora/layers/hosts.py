@@ -182,6 +182,13 @@ def remove_factor(module: nn.Module, kind: str, name: str) -> None:
         del module._modules[kind]
 
 
+def activity_of(module: nn.Module) -> Activity:
+    """The activity of the model whose adapters have tensors at `module`."""
+    mixin: Any = type(module)._mixin  # type: ignore[attr-defined]
+    held: list[Held] = mixin.states(module) if issubclass(mixin, Host) else states_of(module)
+    return held[0].activity
+
+
 def states_of(module: nn.Module) -> list[Held]:
     """The plain data of all extensions of `module`."""
     return [held for mixin in mixins_of(module) if issubclass(mixin, Host) for held in mixin.states(module)]
