@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -12,21 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
 from ..data.formats import Format, recognize_format
-from ..data.prompts import check_output, read_answered, write_answers
+from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
 from ..data.tasks import MOST_TOKENS, Columns, choose_columns, classification_rows
 from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded
-from ..generate.texts import answering, evaluating, generate_texts, window_of
+from ..generate.texts import answering, collect_answers, evaluating, iterate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
-from .answers import exact_match, field_f1, field_table, whole_object
-from .classes import accuracy, f1
+from .answers import ANSWER_METRICS, field_table
+from .classes import CLASS_METRICS
+from .metrics import build_compute_metrics
 
 
 @dataclass
@@ -34,9 +36,9 @@ class Evaluation:
     """The results of a model on a file.
 
     Args:
-        metrics: for a language model `loss`, `perplexity`, `token_accuracy` and `tokens`; for generated answers
-            `exact_match` and, if all references are JSON objects, those of `field_f1`; for a classifier `accuracy`
-            and `f1`.
+        metrics: for a language model `loss`, `perplexity`, `token_accuracy` and `tokens`; for generated answers those
+            of `ANSWER_METRICS` that suit the references (`field_f1`: if all are JSON objects); for a classifier those
+            of `CLASS_METRICS`.
         rows: number of rows evaluated.
         cut: number of rows that were truncated to the length limit.
         answers: the generated answers, one per row; empty without `generate`.
@@ -93,28 +95,27 @@ def evaluate(
     """
     if not generate and (predictions is not None or system is not None):
         raise ConfigError("evaluate: predictions and system need generate=True (--generate). Add it, or omit them.")
-    if batch_size < 1:
-        raise ConfigError(f"evaluate: batch_size={batch_size} must be at least 1.")
+    numbers = {"batch_size": batch_size, "max_length": max_length}
+    low = [f"{name}={value}" for name, value in numbers.items() if value is not None and value < 1]
+    if low:
+        raise ConfigError(f"evaluate: {', '.join(low)} must be at least 1.")
     table = read_table(file).first(limit)
-    if predictions is not None:
-        check_output(predictions, table)
-    model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
     cut = 0
-    if not model.can_generate():
-        columns = choose_columns(table, text=text_column, label=completion_column)
-        result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
-    elif generate:
-        result = score_answers(
-            model, tokenizer, table, recognize_format(table, text_column, completion_column),
-            max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
-            progress=None if progress is None else lambda done: progress(done, len(table)),
-        )  # fmt: skip
-        if predictions is not None:
-            write_answers(table, result.answers, predictions)
-    else:
-        data_format = recognize_format(table, text_column, completion_column)
-        rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
-        result = Evaluation(score_rows(model, rows, batch_size))
+    with nullcontext() if predictions is None else AnswerFile(table, predictions) as answers:
+        model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
+        if not model.can_generate():
+            columns = choose_columns(table, text=text_column, label=completion_column)
+            result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
+        elif generate:
+            result = score_answers(
+                model, tokenizer, table, recognize_format(table, text_column, completion_column),
+                max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, file=answers,
+                progress=None if progress is None else lambda done: progress(done, len(table)),
+            )  # fmt: skip
+        else:
+            data_format = recognize_format(table, text_column, completion_column)
+            rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
+            result = Evaluation(score_rows(model, rows, batch_size))
     result.rows, result.cut = len(table), cut
     return result
 
@@ -205,22 +206,29 @@ def score_answers(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     system: str | None = None,
+    file: AnswerFile | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate an answer for each row of a table greedily, and compare it with the reference, stripped of white space.
+
+    Args:
+        file: the rows with their answers are written to it.
 
     Raises:
         DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
     prompts, references, templated = read_answered(table, data_format, tokenizer)
-    texts = generate_texts(
+    each = iterate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
         use_chat_template=templated, progress=progress,
     )  # fmt: skip
+    texts = collect_answers(each, len(prompts), file)
     found, true = [t.strip() for t in texts], [r.strip() for r in references]
-    result = Evaluation(exact_match(found, true), answers=texts)
-    if all(whole_object(text) is not None for text in true):
-        result.metrics |= field_f1(found, true)
+    result = Evaluation({}, answers=texts)
+    for metric in ANSWER_METRICS.values():
+        with suppress(DataError):  # the references do not suit it
+            result.metrics |= metric(predictions=found, references=true)
+    if "field_f1" in result.metrics:
         result.fields = field_table(found, true)
     return result
 
@@ -237,7 +245,7 @@ def score_classes(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> dict[str, float]:
-    """Accuracy and F1 of a text classifier on a table of texts with labels.
+    """The `CLASS_METRICS` of a text classifier on a table of texts with labels.
 
     Raises:
         StateError: the model is not a text classifier.
@@ -257,11 +265,11 @@ def score_classes(
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)
-    picked: list[int] = []
+    compute_metrics = build_compute_metrics(list(CLASS_METRICS))
+    scores: dict[str, float] = {}
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = {name: t.to(model.device) for name, t in collate(rows[start : start + batch_size]).items()}
-            del batch["labels"]
-            picked += model(**batch).logits.argmax(-1).tolist()
-    true = [row["labels"] for row in rows]
-    return accuracy(picked, true) | f1(picked, true, average="binary" if len(labels) <= 2 else "macro")
+            true, last = batch.pop("labels"), start + batch_size >= len(rows)
+            scores = compute_metrics(EvalPrediction(model(**batch).logits, true.numpy()), compute_result=last)
+    return scores
