@@ -5,57 +5,19 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import VOCABULARY, batch_for, randomize, tiny_bert, tiny_llama
+from helpers import VOCABULARY, Cut, Moments, batch_for, randomize, tiny_bert, tiny_llama
 
-import hf_lora
 from hf_lora import LoraConfig, LoraModel, apply_lora, check_adapter, share_inputs
 from hf_lora.adapt.state import Task, running_task, state_of
 from hf_lora.adapt.walk import configs_of
 from hf_lora.layers.base import LoraLayer
 from hf_lora.layers.hosts import Activity
-
-PACKAGE = str(Path(hf_lora.__file__).parent)
-CHECKS = ("targets", "select", "match", "patterns", "bypass", "errors", "config", "identity", "format", "headers")
-"""Modules that only read the model: nothing can be half done there."""
-
-
-class Cut(KeyboardInterrupt):
-    pass
-
-
-class Moments:
-    """Counts the lines of the package that run, and raises at one of them."""
-
-    def __init__(self, at: int | None = None, error: type[BaseException] = Cut) -> None:
-        self.at, self.error, self.count = at, error, 0
-
-    def __enter__(self) -> Moments:
-        sys.settrace(self._called)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def _called(self, frame: FrameType, event: str, argument: object) -> Any:
-        path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or Path(path).stem in CHECKS:
-            return None
-        return self._line
-
-    def _line(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == "line":
-            self.count += 1
-            if self.at is not None and self.count > self.at:
-                raise self.error(f"at {frame.f_code.co_filename}:{frame.f_lineno}")
-        return self._line
 
 
 def outputs(model: Any) -> list[torch.Tensor]:
