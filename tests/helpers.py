@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 VOCABULARY = 64
 PACKAGE = str(Path(__file__).parents[1] / "hf_lora")
-CHECKS = ("targets", "select", "match", "patterns", "bypass", "errors", "config", "identity", "format", "headers")
+CHECKS = (
+    "file_maps",
+    "targets",
+    "select",
+    "match",
+    "patterns",
+    "bypass",
+    "errors",
+    "config",
+    "identity",
+    "format",
+    "headers",
+)
 """Modules that only read the model: nothing can be half done there."""
 
 
@@ -181,11 +193,6 @@ def ending_at(moment: int, do: Callable[[], object]) -> None:
         setattr(os, name, counted(getattr(os, name)))
     do()
     os._exit(0)
-
-
-PACKAGE = str(Path(__file__).parents[1] / "hf_lora")
-CHECKS = ("targets", "select", "match", "patterns", "bypass", "errors", "config", "identity", "format", "headers")
-"""Modules that only read the model: nothing can be half done there."""
 
 
 class Cut(KeyboardInterrupt):

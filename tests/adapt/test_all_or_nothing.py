@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from helpers import VOCABULARY, Cut, Moments, batch_for, randomize, tiny_bert, tiny_llama
+from quantized_bases import bits, load, save_base
 
 from hf_lora import LoraConfig, LoraModel, apply_lora, check_adapter, share_inputs
 from hf_lora.adapt.state import Task, running_task, state_of
@@ -243,3 +244,30 @@ def test_all_or_nothing(verb: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_all_or_nothing_at_many_moments(verb: str, error: type[BaseException]) -> None:
     law(verb, 100, error)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao-int8"])
+def test_a_quantized_model_is_merged_whole_or_not_at_all(kind: str, tmp_path: Path) -> None:
+    start = load(save_base(tmp_path, layers=1), kind)
+    randomize(apply_lora(start, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens", "down_proj"])))
+    finished = copy.deepcopy(start)
+    with Moments() as moments:
+        finished.merge_and_unload()
+    ids = torch.arange(8).view(2, 4)
+    outcomes = set()
+    for at in (moments.count * i // 7 for i in range(1, 7)):
+        model = copy.deepcopy(start)
+        before, y = bits(model), model(ids).logits
+        with pytest.raises(Cut), Moments(at):
+            model.merge_and_unload()
+        done = not isinstance(model, LoraModel)
+        outcomes.add(done)
+        now, wanted = bits(model), bits(finished) if done else before
+        assert now.keys() == wanted.keys(), at
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in now.items()), at
+        assert torch.equal(model(ids).logits, finished(ids).logits if done else y), at
+        assert hasattr(model.config, "quantization_config") != done
+        assert {n: type(m) for n, m in model.named_modules()} == {
+            n: type(m) for n, m in (finished if done else start).named_modules()
+        }
+    assert outcomes == {True, False}
