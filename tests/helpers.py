@@ -206,11 +206,12 @@ class Moments:
         self.at, self.error, self.count = at, error, 0
 
     def __enter__(self) -> Moments:
+        self._before = sys.gettrace()
         sys.settrace(self._called)
         return self
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
+        sys.settrace(self._before)
 
     def _called(self, frame: FrameType, event: str, argument: object) -> Any:
         path = frame.f_code.co_filename

@@ -123,10 +123,11 @@ def delete(model: nn.Module, names: str | Sequence[str]) -> None:
 def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
     """Remove adapter `name` from some layers, and list them as skipped."""
     state = require_state(model, "drop_layers")
-    for part in list(parts(model, name)):
-        if part.name in paths and not part.replaces:
-            part.remove()
-            state.adapters[name].skipped[part.name] = reason
+    with all_or_nothing(model):
+        for part in list(parts(model, name)):
+            if part.name in paths and not part.replaces:
+                part.remove()
+                state.adapters[name].skipped[part.name] = reason
 
 
 def eject(model: nn.Module, keep_heads: bool = False, then: Callable[[nn.Module], object] | None = None) -> nn.Module:

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import VOCABULARY, Cut, Moments, batch_for, randomize, tiny_bert, tiny_llama
+from helpers import VOCABULARY, Cut, Moments, assert_near, batch_for, randomize, tiny_bert, tiny_llama
 from quantized_bases import bits, load, save_base
 
-from hf_lora import LoraConfig, LoraModel, apply_lora, check_adapter, share_inputs
+from hf_lora import LoraConfig, LoraModel, StateError, apply_lora, check_adapter, share_inputs
+from hf_lora.adapt.merge import merge
 from hf_lora.adapt.state import Task, running_task, state_of
 from hf_lora.adapt.walk import configs_of
 from hf_lora.layers.base import LoraLayer
 from hf_lora.layers.hosts import Activity
+from hf_lora.layers.storages import DenseStorage, put_rows
 
 
 def outputs(model: Any) -> list[torch.Tensor]:
@@ -237,6 +239,47 @@ def law(verb: str, moments: int, error: type[BaseException] = Cut) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_all_or_nothing(verb: str) -> None:
     law(verb, 3)
+
+
+@pytest.mark.parametrize("written", [0, 1, 3])
+def test_a_permanent_merge_that_cannot_be_completed_ends_the_model(
+    written: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Memory that stays short after some weights were merged: nothing may go on with half a merge."""
+    model, left = adapted(), [written]
+    before = described(model)
+
+    def write(storage: Any, layer: Any, rows: slice, block: torch.Tensor) -> None:
+        if not left[0]:
+            raise MemoryError("not enough")
+        left[0] -= 1
+        put_rows(layer.weight.detach(), rows, block)
+
+    monkeypatch.setattr(DenseStorage, "write", write)
+    with pytest.raises(MemoryError):
+        model.merge_and_unload()
+    verbs: list[Callable[[], object]] = [
+        lambda: outputs(model), model.unload, model.merge_and_unload, lambda: model.save_pretrained(tmp_path),
+        lambda: model.set_adapter("second"), lambda: model.add_adapter("third", OTHER), model.disable_adapters,
+    ]  # fmt: skip
+    for verb in verbs:
+        with pytest.raises(StateError, match=r"neither completed nor undone \(not enough\)\. Load the base again"):
+            verb()
+    assert not list(tmp_path.iterdir())
+    assert before.state != plain(state_of(model))
+
+
+def test_what_was_merged_without_keeping_the_originals_is_not_unmerged() -> None:
+    model = adapted()
+    y = outputs(model)
+    merge(model, keep=False)
+    for verb in (model.unmerge_adapter, model.unload, model.disable_adapters):
+        with pytest.raises(StateError, match="without keeping the original weights"):
+            verb()
+    plain_model = model.merge_and_unload()
+    assert not isinstance(plain_model, LoraModel)
+    for found, expected in zip(outputs(plain_model), y, strict=True):
+        assert_near(found, expected, torch.float32, 64)
 
 
 @pytest.mark.slow
