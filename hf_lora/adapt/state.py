@@ -44,9 +44,12 @@ class Task:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
 
-    def take(self, other: Task) -> None:
-        """Take over the values of `other`."""
-        self.__dict__.update(other.__dict__)
+    def take_from(self, model: nn.Module) -> Task:
+        """Take over what the config says, where the user may have changed it, if it says anything."""
+        now = Task.of(model)
+        if now.id2label is not None:
+            self.__dict__.update(now.__dict__)
+        return self
 
     def apply(self, model: Any) -> None:
         """Write the task to the model and its config, which the losses read."""
@@ -178,7 +181,10 @@ def is_over(model: nn.Module) -> bool:
 def base_task(model: nn.Module) -> Task:
     """The task of the base model's head, independent of the active adapter."""
     state = state_of(model)
-    return Task.of(model) if state is None or running_task(state) is state.base_task else state.base_task
+    if state is None:
+        return Task.of(model)
+    task = state.base_task
+    return task.take_from(model) if running_task(state) is task else task
 
 
 def running_task(state: LoraState) -> Task:
@@ -196,10 +202,10 @@ def running_task(state: LoraState) -> Task:
 
 
 def task_of(model: nn.Module, name: str) -> Task:
-    """The task of an adapter. While its head runs, the model's config has it, where the user may have changed it."""
+    """The task of an adapter; that in the config while its head runs."""
     state = require_state(model, "task_of")
     task = state.adapters[name].task
-    return Task.of(model) if running_task(state) is task else task
+    return task.take_from(model) if running_task(state) is task else task
 
 
 def switch(
@@ -208,7 +214,7 @@ def switch(
     """Change which adapters act. The labels in model and config are always those of the head that runs."""
     activity, before = state.activity, running_task(state)
     was_active, was_enabled = activity.active, activity.enabled
-    before.take(Task.of(model))
+    before.take_from(model)
     try:
         activity.set(active=active, enabled=enabled)
         now = running_task(state)

@@ -16,7 +16,7 @@ from quantized_bases import bits, load, save_base
 
 from hf_lora import LoraConfig, LoraModel, StateError, apply_lora, check_adapter, share_inputs
 from hf_lora.adapt.merge import merge
-from hf_lora.adapt.state import Task, running_task, state_of
+from hf_lora.adapt.state import running_task, state_of
 from hf_lora.adapt.walk import configs_of
 from hf_lora.layers.base import LoraLayer
 from hf_lora.layers.hosts import Activity
@@ -78,7 +78,7 @@ class Description(NamedTuple):
 def described(model: Any) -> Description:
     state = state_of(model)
     if state is not None:  # while a head runs, its labels are those in the config
-        running_task(state).take(Task.of(model))
+        running_task(state).take_from(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     ties = {name: first.setdefault(id(p), name) for name, p in parameters.items()}

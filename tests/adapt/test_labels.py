@@ -17,6 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from hf_lora import LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora.adapt.inject import eject, inject
+from hf_lora.adapt.state import Task, require_state, set_active, task_of
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 from hf_lora.layers.copies import Replacement
 
 
@@ -182,6 +186,20 @@ def test_labels_that_are_changed_belong_to_the_head_that_runs(tmp_path: Path) ->
     assert loaded.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert loaded.config.problem_type == "single_label_classification"
     assert_labels(model.unload(), BASE)
+
+
+def test_labels_of_a_model_without_a_config_stay_with_the_adapter(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    config = LoraConfig(r=2, target_modules=["0"], modules_to_save=["1"])
+    inject(model, config, "named", task=Task.from_labels(None, HEADS["named"].table))
+    state = require_state(model, "test")
+    for names in ((), ("named",), ()):
+        set_active(model, state, names)
+        assert task_of(model, "named").id2label == HEADS["named"].table
+    save_adapter(model, tmp_path, "named")
+    eject(model)
+    load_adapter(model, tmp_path, "again")
+    assert task_of(model, "again").id2label == HEADS["named"].table
 
 
 def test_pipelines_name_the_outputs_of_the_head_that_runs() -> None:
