@@ -148,7 +148,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], bat
         for batch in _padded(rows, batch_size, model.device):
             head.prove(model, batch)
             if head.off is None:
-                with head.catch(model, shifted(batch["labels"])) as caught:
+                with head.catch(model, batch["labels"]) as caught:
                     model(**batch, use_cache=False)
                 if caught.scores is None or caught.fault is not None:
                     raise StateError(f"score_rows: {caught.fault}.")
