@@ -116,19 +116,30 @@ class Undo:
         for step in self._before:
             step()
         for module, cls in self._classes:
-            module.__class__ = cls
+            if module.__class__ is not cls:
+                module.__class__ = cls
+        held = {id(table) for table, _ in self._tables}
         for thing, attributes in self._objects:
-            thing.__dict__.clear()
-            thing.__dict__.update(attributes)
+            _refill(thing.__dict__, attributes)
             for value in attributes.values():
-                if value.__class__ in _TABLES:
+                if value.__class__ in _TABLES and value and id(value) not in held:
                     value.clear()
         for table, content in self._tables:
-            (table.extend if isinstance(table, list) else table.update)(content)
+            _refill(table, content)
         for factor, training, weight in self._factors:
             factor.training, factor._parameters["weight"] = training, weight
         for tensor, data, requires_grad, grad in self._tensors:
             _put_back(tensor, data, requires_grad, grad)
+
+
+def _refill(table: Any, content: Any) -> None:
+    """Restore the content of a table. One that did not change is not touched: other threads may be using the model."""
+    same = len(table) == len(content) and all(a is b for a, b in zip(table, content, strict=True))
+    if same and isinstance(table, dict):
+        same = all(a is b for a, b in zip(table.values(), content.values(), strict=True))
+    if not same:
+        table.clear()
+        (table.extend if isinstance(table, list) else table.update)(content)
 
 
 def _put_back(tensor: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
