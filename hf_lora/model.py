@@ -16,9 +16,9 @@ from transformers.utils import logging
 
 from .adapt.batchnorm import hold_batchnorm
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
-from .adapt.inject import delete, eject
+from .adapt.inject import delete
 from .adapt.labels import add_with_labels
-from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
+from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unload, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
 from .adapt.state import LoraState, require_state, set_active, state_of
@@ -222,11 +222,10 @@ class LoraModel(Extension, PreTrainedModel):
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters. If no other adapter is active then, the newest remaining one becomes active."""
         _state(self, "delete_adapter")
-        for name in as_tuple(adapter_names):
-            delete(self, name)
+        delete(self, adapter_names)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Activate one adapter, or several together. Model and config get the labels of the first.
+        """Activate one adapter, or several together. Model and config get the labels of the head that then runs.
 
         Raises:
             StateError: a name is unknown, the model is merged, or the adapters conflict, such as with their own heads.
@@ -260,8 +259,10 @@ class LoraModel(Extension, PreTrainedModel):
         try:
             with disabled(self):
                 yield
-        finally:
             guard.remove()
+        except BaseException:
+            guard.remove()
+            raise
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
         """Merge the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
@@ -285,18 +286,14 @@ class LoraModel(Extension, PreTrainedModel):
         A quantized base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
         """
         _state(self, "merge_and_unload")
-        merge_for_good(self, adapter_names, untie=untie, call="merge_and_unload")
-        return _end(self)
+        merge_for_good(self, adapter_names, untie=untie, then=_end)
+        return self
 
     def unload(self) -> PreTrainedModel:
         """Remove every adapter and return the plain base model (the same object), restored bit for bit."""
-        state = _state(self, "unload")
-        if state.activity.merged:
-            unmerge(self)
-        task = state.base_task
-        eject(self)
-        task.apply(self)
-        return _end(self)
+        _state(self, "unload")
+        unload(self, then=_end)
+        return self
 
     # Reports ---------------------------------------------------------------------------------------------------------
 
@@ -376,12 +373,11 @@ def _first_active(model: nn.Module, call: str) -> str:
     return active[0]
 
 
-def _end(model: PreTrainedModel) -> PreTrainedModel:
+def _end(model: nn.Module) -> None:
     """Restore the class of a model without adapters left."""
-    if "_require_grads_hooks" in model.__dict__:
+    if "_require_grads_hooks" in model.__dict__ and isinstance(model, PreTrainedModel):
         model.disable_input_require_grads()
     for module in model.modules():
         if isinstance(module, LoraModel):
             LoraModel.shrink(module)
             module.__dict__.pop(_OUTER, None)
-    return model

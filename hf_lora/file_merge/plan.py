@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapt.merge import by_tensor, check_mergeable, folds_of, merged_rows
+from ..adapt.folding import merged_rows
+from ..adapt.merge import by_tensor, check_mergeable, folds_of
 from ..adapt.walk import parts
 from ..errors import Faults, MergeError
 from ..layers.parts import Fold

@@ -17,7 +17,7 @@ from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
-from ..adapt.state import Task, base_task, require_state, state_of
+from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, original_state, parts
 from ..config import LoraConfig
@@ -91,12 +91,15 @@ def load_adapter(
     compare_kinds(copies, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
-    inject(
-        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
-    )
-    require_state(model, call).identity = identity
-    assign(model, name, file.tensors)
-    return plan
+
+    def fill(state: LoraState) -> None:
+        state.identity = identity
+        assign(model, name, file.tensors)
+
+    return inject(
+        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
+        call=call,
+    )  # fmt: skip
 
 
 def load_adapter_weights(
@@ -138,7 +141,14 @@ def load_adapter_weights(
     compare({key: each.shape for key, each in own.items()}, tensors, faults)
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
-    assign(model, name, tensors)
+    held = [tensor.detach() for each in own.values() for _, tensor in each.members if not is_sharded(tensor)]
+    before = [tensor.clone() for tensor in held]
+    try:
+        assign(model, name, tensors)
+    except BaseException:
+        for tensor, values in zip(held, before, strict=True):
+            tensor.copy_(values)
+        raise
 
 
 def _own_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
