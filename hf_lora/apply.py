@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from .adapt.inner import refuse_inner
 from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_task_head
-from .adapt.state import Task, require_state, state_of
+from .adapt.state import LoraState, Task, state_of
+from .adapt.undo import all_or_nothing
 from .config import LoraConfig
 from .files.identity import identify
 from .model import LoraModel
@@ -54,23 +56,30 @@ def apply_lora(
         StateError: the name exists already, or the model is merged, sharded, or has PEFT layers.
     """
     config = LoraConfig.from_any(config)
-    if config.task_type in CLASSIFICATION and is_backbone(model):
-        if num_labels is not None or id2label is not None:
-            Task.from_labels(num_labels, id2label).apply(model)
-            num_labels, id2label = None, None
-        model = with_task_head(model, config.task_type)
     call = "apply_lora(model, config)"
-    first = state_of(model) is None
-    refuse_inner(model, call)
-    identity = identify(model) if first else {}
-    add_with_labels(
-        model, config, adapter_name, num_labels, id2label, allow_bypassed=allow_bypassed, batches=batches,
+    add: Any = partial(
+        add_with_labels, config=config, name=adapter_name, allow_bypassed=allow_bypassed, batches=batches,
         original=original, call=call,
     )  # fmt: skip
-    if first:
-        require_state(model, call).identity = identity
-        LoraModel.begin(model)
+    if config.task_type in CLASSIFICATION and is_backbone(model):
+        with all_or_nothing(model):
+            if num_labels is not None or id2label is not None:
+                Task.from_labels(num_labels, id2label).apply(model)
+            model = with_task_head(model, config.task_type)
+            add(model, then=partial(_begin, model, identify(model)))
+        return model
+    refuse_inner(model, call)
+    first = state_of(model) is None
+    add(
+        model, num_labels=num_labels, id2label=id2label,
+        then=partial(_begin, model, identify(model)) if first else None,
+    )  # fmt: skip
     return model
+
+
+def _begin(model: nn.Module, identity: dict[str, Any], state: LoraState) -> None:
+    state.identity = identity
+    LoraModel.begin(model)
 
 
 get_peft_model = apply_lora

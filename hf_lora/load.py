@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +24,10 @@ from .adapt.inner import refuse_inner
 from .adapt.labels import AUTO_CLASSES
 from .adapt.merge import merge_for_good
 from .adapt.mixing import scale_adapter
-from .adapt.state import state_of
-from .adapt.undo import rollback_on
+from .adapt.state import is_over, state_of
+from .adapt.undo import all_or_nothing
 from .compat import held_load_report, is_own_model
-from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
+from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError
 from .files.format import PREFIX, AdapterFile, read_adapter
 from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
 from .files.renamed import with_present_names
@@ -121,8 +122,8 @@ def load_lora(
         model = base_model
         if not isinstance(base_model, nn.Module):
             model = _load_base(files, base_model, base_revision, kwargs)
-        # After an error, the caller's model is restored; a model that was loaded here is discarded.
-        with rollback_on(model, LoraError) if model is base_model else nullcontext():
+        # The caller's model is all or nothing; a model that was loaded here is discarded after an error.
+        with all_or_nothing(model) if model is base_model else nullcontext() as undo:
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
                 # Removed from the list, so that its tensors are freed once the model has copies.
                 file = with_present_names(model, files.pop(0), call)
@@ -132,6 +133,8 @@ def load_lora(
                 del file
             model.train(is_trainable)
             if merge:
+                if undo is not None:
+                    undo.unless(partial(is_over, model))
                 merge_for_good(model, names, untie=untie)
         return requantized(model, afterwards) if afterwards else model
 

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from .adapt.batchnorm import hold_batchnorm
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
-from .adapt.inject import delete, eject
+from .adapt.inject import delete
 from .adapt.inner import mark_inner, outermost_models, refuse_arguments_of_peft, refuse_best_model, refuse_inner
 from .adapt.labels import add_with_labels
-from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unmerge
+from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unload, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
 from .adapt.state import LoraState, require_state, set_active, state_of
@@ -63,21 +63,17 @@ class LoraModel(Extension, PreTrainedModel):
     @staticmethod
     def begin(model: nn.Module) -> None:
         """Extend the class of a model that now has adapters, if it is one of transformers, and of those inside it."""
-        try:
-            for path, module in list(model.named_modules()):
-                if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
-                    LoraModel.extend(module)
-                    if module is not model:
-                        mark_inner(model, module, path)
-            for outermost in outermost_models(model):
-                assert isinstance(outermost, LoraModel)
-                if is_checkpointing(outermost):
-                    outermost.enable_input_require_grads()
-            if isinstance(model, LoraModel) and model.training:
-                model.train()  # sets a frozen BatchNorm to eval
-        except BaseException:
-            eject(model)
-            raise
+        for path, module in list(model.named_modules()):
+            if isinstance(module, PreTrainedModel) and not isinstance(module, LoraModel):
+                LoraModel.extend(module)
+                if module is not model:
+                    mark_inner(model, module, path)
+        for outermost in outermost_models(model):
+            assert isinstance(outermost, LoraModel)
+            if is_checkpointing(outermost):
+                outermost.enable_input_require_grads()
+        if isinstance(model, LoraModel) and model.training:
+            model.train()  # sets a frozen BatchNorm to eval
 
     # Loading ---------------------------------------------------------------------------------------------------------
 
@@ -238,11 +234,10 @@ class LoraModel(Extension, PreTrainedModel):
     def delete_adapter(self, adapter_names: str | Sequence[str]) -> None:
         """Remove adapters. If no other adapter is active then, the newest remaining one becomes active."""
         _state(self, "delete_adapter")
-        for name in as_tuple(adapter_names):
-            delete(self, name)
+        delete(self, adapter_names)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
-        """Activate one adapter, or several together. Model and config get the labels of the first.
+        """Activate one adapter, or several together. Model and config get the labels of the head that then runs.
 
         Raises:
             StateError: a name is unknown, the model is merged, or the adapters conflict, such as with their own heads.
@@ -283,8 +278,10 @@ class LoraModel(Extension, PreTrainedModel):
         try:
             with disabled(self):
                 yield
-        finally:
             guard.remove()
+        except BaseException:
+            guard.remove()
+            raise
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
         """Merge the active adapters (or the named ones) into the weights; `unmerge_adapter` restores every bit.
@@ -308,17 +305,13 @@ class LoraModel(Extension, PreTrainedModel):
         A quantized base becomes a dense model, in the dtype of its other weights: see `adapt.dequantize`.
         """
         _state(self, "merge_and_unload")
-        merge_for_good(self, adapter_names, untie=untie, call="merge_and_unload")
+        merge_for_good(self, adapter_names, untie=untie)
         return self
 
     def unload(self) -> PreTrainedModel:
         """Remove every adapter and return the plain base model (the same object), restored bit for bit."""
-        state = _state(self, "unload")
-        if state.activity.merged:
-            unmerge(self)
-        task = state.base_task
-        eject(self)
-        task.apply(self)
+        _state(self, "unload")
+        unload(self)
         return self
 
     # Reports ---------------------------------------------------------------------------------------------------------

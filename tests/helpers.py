@@ -5,14 +5,31 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 VOCABULARY = 64
+PACKAGE = str(Path(__file__).parents[1] / "hf_lora")
+CHECKS = (
+    "file_maps",
+    "targets",
+    "select",
+    "match",
+    "patterns",
+    "bypass",
+    "errors",
+    "config",
+    "identity",
+    "format",
+    "headers",
+)
+"""Modules that only read the model: nothing can be half done there."""
 
 
 def randomize(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
@@ -176,6 +193,38 @@ def ending_at(moment: int, do: Callable[[], object]) -> None:
         setattr(os, name, counted(getattr(os, name)))
     do()
     os._exit(0)
+
+
+class Cut(KeyboardInterrupt):
+    pass
+
+
+class Moments:
+    """Counts the lines of the package that run, and raises at one of them."""
+
+    def __init__(self, at: int | None = None, error: type[BaseException] = Cut) -> None:
+        self.at, self.error, self.count = at, error, 0
+
+    def __enter__(self) -> Moments:
+        self._before = sys.gettrace()
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _called(self, frame: FrameType, event: str, argument: object) -> Any:
+        path = frame.f_code.co_filename
+        if not path.startswith(PACKAGE) or Path(path).stem in CHECKS:
+            return None
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, argument: object) -> Any:
+        if event == "line":
+            self.count += 1
+            if self.at is not None and self.count > self.at:
+                raise self.error(f"at {frame.f_code.co_filename}:{frame.f_lineno}")
+        return self._line
 
 
 def folded(layer: Any, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]:

@@ -8,19 +8,20 @@ import pickle
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
 import torch
-from helpers import assert_same_tensors, snapshot
+from helpers import Cut, Moments, assert_same_tensors, snapshot
 from torch import Tensor, nn
 from toys import Doubled, Negated, Pair, registered
 from transformers.pytorch_utils import Conv1D
 from walk_reference import LAYERS, Adapter, Key, Plan, Reference, is_frozen
 
-from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora
+from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora, share_inputs
 from hf_lora.adapt.inject import delete, eject
-from hf_lora.adapt.merge import disabled, merge, set_enabled, unmerge
+from hf_lora.adapt.merge import disabled, merge, set_enabled, unload, unmerge
 from hf_lora.adapt.state import require_state, set_active, state_of
 from hf_lora.files.load import load_adapter, load_adapter_weights
 from hf_lora.files.save import save_adapter
@@ -43,7 +44,7 @@ PLANS = {
     # Two methods that overlap on two layers, so only one acts at a time.
     "overlapping": (
         Plan(("embedding", "doubled", "transposed", "convolution", "linear"), bias="all", whole=("head",)),
-        Plan(("doubled", "negated", "linear"), "gain", r=2, alpha=3.0, ranks={"negated": 4}),
+        Plan(("doubled", "negated", "linear", "beside"), "gain", r=2, alpha=3.0, ranks={"negated": 4}),
     ),
     # Both on every layer and adding up.
     "together": (
@@ -57,7 +58,7 @@ PLANS = {
     ),
     # One trains whole what the other adapts.
     "crossing": (
-        Plan(("embedding", "convolution", "linear"), whole=("head",), ranks={"embedding": 2}),
+        Plan(("embedding", "convolution", "linear", "beside"), whole=("head",), ranks={"embedding": 2}),
         Plan(("doubled", "linear", "head"), bias="all", r=2),
     ),
     # What takes something out of the base, rows of an embedding, and a module with two weights.
@@ -72,7 +73,7 @@ PLANS = {
     # Each with a head of its own.
     "heads": (
         Plan(("embedding", "doubled", "negated", "transposed"), bias="all", whole=("head",)),
-        Plan(("negated", "convolution", "linear"), whole=("head",), r=2),
+        Plan(("negated", "convolution", "linear", "beside"), whole=("head",), r=2),
     ),
     # Each with a bias of its own at one layer.
     "biases": (
@@ -80,6 +81,12 @@ PLANS = {
         Plan(("doubled", "linear", "head"), bias="lora_only", alpha=2.0),
     ),
 }
+
+
+def labels_of(name: str | None) -> dict[str, Any]:
+    """What a config says of labels with this name; None for those of the base."""
+    table = {i: f"{name or 'base'} {i}" for i in range(4)}
+    return {"id2label": table, "label2id": {v: k for k, v in table.items()}, "problem_type": None}
 
 
 class Net(nn.Module):
@@ -90,7 +97,9 @@ class Net(nn.Module):
         self.embedding = nn.Embedding(11, 6)
         self.doubled, self.norm, self.negated = Doubled(6, 8), nn.LayerNorm(8), Negated(8, 5)
         self.transposed, self.convolution = Conv1D(7, 5), nn.Conv1d(7, 6, 3, padding=1)
-        self.linear, self.pair, self.head = nn.Linear(6, 6), Pair(6, 7, 6), nn.Linear(6, 4)
+        self.linear, self.beside = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.pair, self.head = Pair(6, 7, 6), nn.Linear(6, 4)
+        self.config = SimpleNamespace(**labels_of(None))
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1 or name == "transposed.weight":  # zeros and small values would hide what is done
                 nn.init.normal_(parameter, float(name == "norm.weight"), 0.4)
@@ -101,7 +110,7 @@ class Net(nn.Module):
         h = self.transposed(h).tanh()
         # Left out: an x that is not contiguous, for which `lora_products` is rounded otherwise than F.linear.
         h = self.convolution(h.transpose(1, 2)).transpose(1, 2).contiguous().tanh()
-        y: Tensor = self.head(self.pair(self.linear(h).tanh()).tanh())
+        y: Tensor = self.head(self.pair((self.linear(h) + self.beside(h)).tanh()).tanh())
         return y
 
 
@@ -141,13 +150,38 @@ class Walk:
         """Call, and return True; where the reference allows nothing of the kind, the library must refuse."""
         self.trace.append(said if allowed else f"{said}, to be refused")
         if allowed:
-            call()
+            if self.random.random() > 0.1 or not self.cut_off(call):
+                call()
             return True
         before = snapshot(self.model)
         with pytest.raises(StateError):
             call()
         assert_same_tensors(snapshot(self.model), before)
         return False
+
+    def cut_off(self, call: Callable[[], Any]) -> bool:
+        """Begin to call, and cut it off somewhere. Returns whether it is finished; else all is as it was."""
+        at, before = int(2000 * self.random.random() ** 3), self.standing()
+        torch.manual_seed(len(self.trace))
+        try:
+            with Moments(at):
+                call()
+        except Cut as cut:
+            self.trace.append(f"cut off {cut}")
+            now = self.standing()
+            return (
+                now[0] != before[0]
+                or now[1].keys() != before[1].keys()
+                or any(not torch.equal(tensor, before[1][name]) for name, tensor in now[1].items())
+            )
+        return True
+
+    def standing(self) -> tuple[Any, dict[str, Tensor]]:
+        state = state_of(self.model)
+        activity = None if state is None else (state.activity.active, state.activity.enabled, state.activity.merged)
+        adapters = None if state is None else list(state.adapters)
+        modes = [(module.training, type(module)) for module in self.model.modules()]
+        return (activity, adapters, modes, vars(self.model.config).copy()), snapshot(self.model)
 
     def pick(self, options: Sequence[T], allowed: Callable[[T], bool]) -> T:
         """One of `options`; mostly one that is allowed, as far as the reference can tell."""
@@ -165,8 +199,12 @@ class Walk:
             modules_to_save=list(plan.whole), rank_pattern=dict(plan.ranks), init_lora_weights=plan.init,
             parts={"rows": {"embedding": list(plan.rows)}} if plan.rows else {},
         )  # fmt: skip
-        if self.attempt(f"inject {name}", reference.takes(name), lambda: apply_lora(self.model, config, name)):
-            reference.add(name, Adapter(plan, True, {}))
+        labels = labels_of(f"inject {len(self.trace)}")["id2label"] if plan.whole else None
+        said = f"inject {name}"
+        if self.attempt(
+            said, reference.takes(name), lambda: apply_lora(self.model, config, name, id2label=labels)
+        ):  # fmt: skip
+            reference.add(name, Adapter(plan, True, {}, labels[0][:-2] if labels else None))
             # A copy of a head runs in float32, in whichever dtype the net is.
             if plan.init != "top" and (not plan.whole or reference.dtype == torch.float32):
                 assert torch.equal(self.model(self.ids), self.plain()(self.ids)), "a fresh adapter changed the output"
@@ -200,13 +238,7 @@ class Walk:
             reference.remove(name)
 
     def unload(self) -> None:
-        def call() -> None:
-            require_state(self.model, "unload")
-            if self.reference.merged:
-                unmerge(self.model)
-            eject(self.model)
-
-        if self.attempt("unload", self.reference.present, call):
+        if self.attempt("unload", self.reference.present, lambda: unload(self.model)):
             self.reference.end()
 
     def set_active(self) -> None:
@@ -305,7 +337,8 @@ class Walk:
         name, folder = self.pick(NAMES, lambda name: name in reference.adapters), self.folder / str(len(self.trace))
         if self.attempt(f"save {name}", name in reference.adapters, lambda: save_adapter(self.model, folder, name)):
             adapter = reference.adapters[name]
-            self.saved = [*self.saved[-3:], (folder, Adapter(adapter.plan, True, dict(adapter.tensors)))]
+            saved = Adapter(adapter.plan, True, dict(adapter.tensors), adapter.labels)
+            self.saved = [*self.saved[-3:], (folder, saved)]
 
     def load(self) -> None:
         """Either adapter's file, under either name."""
@@ -317,7 +350,7 @@ class Walk:
         if self.attempt(
             said, reference.takes(name), lambda: load_adapter(self.model, folder, name, is_trainable=trainable)
         ):
-            reference.add(name, Adapter(saved.plan, trainable, dict(saved.tensors)))
+            reference.add(name, Adapter(saved.plan, trainable, dict(saved.tensors), saved.labels))
 
     def load_weights(self) -> None:
         if not self.saved:
@@ -330,6 +363,29 @@ class Walk:
             self.attempt(said, allowed, lambda: load_adapter_weights(self.model, folder, name))
         if fits and allowed:
             reference.adapters[name].tensors = dict(saved.tensors)
+
+    def share(self) -> None:
+        def call() -> None:
+            share_inputs(self.model, self.ids)
+
+        self.attempt("share_inputs", self.reference.present, call)
+
+    def share_layers(self) -> None:
+        """Another model has two of the layers too. It can be adapted only while this one has no adapters there."""
+        other = nn.ModuleDict({path: self.model.get_submodule(path) for path in ("linear", "beside")})
+        taken = any(any(self.reference.holds(path)) for path in other)
+        self.trace.append(f"share layers that are {'taken' if taken else 'free'}")
+        config = LoraConfig(r=1, target_modules=["linear"], modules_to_save=["beside"])
+        if taken:
+            with pytest.raises(StateError, match="of another model"):
+                apply_lora(other, config)
+            return
+        apply_lora(other, config)
+        if self.reference.present:
+            for verb in (apply_lora, eject):
+                with pytest.raises(StateError, match=r"of another model|are merged"):
+                    verb(self.model)
+        eject(other)
 
     def deepcopy(self) -> None:
         self.trace.append("deepcopy")
@@ -393,6 +449,7 @@ class Walk:
             assert list(state.adapters) == list(reference.adapters)
             assert (activity.active, activity.enabled) == (reference.active, reference.enabled)
             assert activity.merged == reference.merged
+        assert vars(self.model.config) == labels_of(reference.labels)
         self.check_modules()
         self.check_parameters()
         self.check_output(self.model)
@@ -467,6 +524,8 @@ VERBS: dict[Callable[[Walk], None], int] = {
     Walk.save: 4,
     Walk.load: 5,
     Walk.load_weights: 3,
+    Walk.share: 2,
+    Walk.share_layers: 1,
     Walk.deepcopy: 2,
     Walk.pickle: 2,
     Walk.mode: 2,

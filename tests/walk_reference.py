@@ -16,11 +16,11 @@ from torch import Tensor
 Key = tuple[str, str]
 """(path of a module, kind of tensor): a factor, `lora_bias`, or the name of a tensor of a module kept whole."""
 
-LAYERS = ("embedding", "doubled", "negated", "transposed", "convolution", "linear", "pair", "head")
+LAYERS = ("embedding", "doubled", "negated", "transposed", "convolution", "linear", "beside", "pair", "head")
 """What takes factors."""
 WEIGHTS = {"pair": ("first", "second")}
 """The weights of a module that has others than `weight`."""
-BIASED = ("norm", "transposed", "convolution", "linear", "pair", "head")
+BIASED = ("norm", "transposed", "convolution", "linear", "beside", "pair", "head")
 BY_INPUT = ("embedding", "transposed")
 """Layers whose weight has a row for each input."""
 
@@ -75,6 +75,8 @@ class Adapter:
     plan: Plan
     trainable: bool
     tensors: dict[Key, Tensor]
+    labels: str | None = None
+    """What its labels are called, if it has a head."""
 
 
 class Expected(NamedTuple):
@@ -170,6 +172,11 @@ class Reference:
     @property
     def acting(self) -> tuple[str, ...]:
         return self.active if self.enabled else ()
+
+    @property
+    def labels(self) -> str | None:
+        """What the labels of the head that runs are called; None for the base's."""
+        return next((self.adapters[name].labels for name in self.acting if self.adapters[name].plan.whole), None)
 
     @property
     def trained(self) -> list[tuple[str, Key]]:
@@ -295,6 +302,6 @@ def forward(w: Mapping[str, Tensor], ids: Tensor) -> Tensor:
     padded, taps = torch.cat([edge, h, edge], 1), w["convolution.weight"].unbind(2)
     convolved = [padded[:, k : k + h.shape[1]] @ tap.t() for k, tap in enumerate(taps)]
     h = (torch.stack(convolved).sum(0) + w["convolution.bias"]).tanh()
-    h = (h @ w["linear.weight"].t() + w["linear.bias"]).tanh()
+    h = (h @ (w["linear.weight"] + w["beside.weight"]).t() + w["linear.bias"] + w["beside.bias"]).tanh()
     h = ((h @ w["pair.first"].t()).tanh() @ w["pair.second"].t() + w["pair.bias"]).tanh()
     return h @ w["head.weight"].t() + w["head.bias"]

@@ -6,9 +6,10 @@ find every such place; running both models does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,11 @@ from ..layers.hosts import states_of
 from ..layers.ops import used_devices
 from ..layers.parts import Fold
 from .dequantize import quantized_layers
-from .merge import by_tensor, disabled, merged_rows
+from .folding import merged_rows
+from .merge import by_tensor, disabled
 from .state import acting_together, require_state
+from .undo import all_or_nothing
+from .walk import module_at
 
 NOISE = 1e-3
 """A difference below this fraction of the adapter's effect counts as rounding."""
@@ -84,13 +88,13 @@ def check_adapter(model: nn.Module, batch: Mapping[str, object]) -> AdapterCheck
             modules[first.path] = first.module
     layers = {path: _Adapted(modules[path], list(by_tensor(found).values())) for path, found in folds.items()}
     was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
+    with all_or_nothing(model):
+        model.eval()
         with _float32(model):
-            return _compare(model, layers, batch)
-    finally:
+            report = _compare(model, layers, batch)
         for module in was_training:
             module.training = True
+    return report
 
 
 class _Adapted(NamedTuple):
@@ -109,7 +113,7 @@ def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, 
         hook.remove()
     with disabled(model):
         base = _output(model, batch)
-    with _all_folded(layers):
+    with _all_folded(model, layers):
         merged = _output(model, batch)
     size = max(float(unmerged.norm()), 1e-30)
     effect, error = float((unmerged - base).norm()), float((merged - unmerged).norm())
@@ -118,7 +122,7 @@ def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, 
     report.never_called = [n for n in layers if n not in called]
     if error > allowed:
         for name, layer in layers.items():
-            with _all_folded({name: layer}):
+            with _all_folded(model, {name: layer}):
                 alone = float((_output(model, batch) - unmerged).norm())
             if alone > allowed / max(1.0, len(layers) ** 0.5):
                 report.faulty[name] = alone / size
@@ -141,27 +145,35 @@ def _items(output: object) -> Iterator[tuple[str, object]]:
 
 
 @contextmanager
-def _all_folded(found: Mapping[str, _Adapted]) -> Iterator[None]:
-    """Within, the modules act as plain ones whose tensors have the adapters folded in."""
-    kept: list[tuple[Any, Tensor]] = []
+def _all_folded(model: nn.Module, found: Mapping[str, _Adapted]) -> Iterator[None]:
+    """Within, the modules act as plain ones whose tensors have the adapters folded in.
+
+    A weight that other modules share gets a copy, as `untie=True` does, because the adapter acts on its module alone.
+    """
+    restore: list[Callable[[], object]] = []
     held = [(state, state.names) for adapted in found.values() for state in states_of(adapted.module)]
-    try:
-        for adapted in found.values():
-            for fold in adapted.folds:
-                tensor: Any = fold.site.weight
-                new = tensor.detach().clone()
-                for rows, block in merged_rows(fold):
-                    new[rows] = block
-                kept.append((fold.site, tensor.data))
+    for adapted in found.values():
+        for fold in adapted.folds:
+            tensor: Any = fold.site.weight
+            new = tensor.detach().clone()
+            for rows, block in merged_rows(fold):
+                new[rows] = block
+            if fold.holders is None:
+                restore.append(partial(setattr, tensor, "data", tensor.data))
                 tensor.data = new
-        for state, _ in held:
-            state.names = ()
-        yield
-    finally:
-        for site, data in reversed(kept):
-            site.weight.data = data
-        for state, names in held:
-            state.names = names
+                continue
+            copy = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            for parameters in (module_at(model, path)._parameters for path in fold.holders):
+                for name in [name for name, parameter in parameters.items() if parameter is tensor]:
+                    restore.append(partial(parameters.__setitem__, name, tensor))
+                    parameters[name] = copy
+    for state, _ in held:
+        state.names = ()
+    yield
+    for step in reversed(restore):
+        step()
+    for state, names in held:
+        state.names = names
 
 
 @contextmanager
@@ -174,8 +186,6 @@ def _float32(model: nn.Module) -> Iterator[None]:
     ]
     for tensor, data in kept:
         tensor.data = data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in kept:
-            tensor.data = data
+    yield
+    for tensor, data in kept:
+        tensor.data = data

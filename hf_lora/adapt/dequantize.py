@@ -27,7 +27,8 @@ from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
 from .state import state_of
-from .ties import untie_all
+from .ties import has_broken_ties, untie_all
+from .undo import all_or_nothing
 from .walk import configs_of, original_modules
 
 BLOCK_ELEMENTS = 1 << 18
@@ -54,7 +55,8 @@ def dequantize(model: nn.Module, call: str = "dequantize") -> nn.Module:
         MergeError: lists every layer whose format is unknown. The model is unchanged.
     """
     check_dequantizable(model, call)
-    dequantize_with(model, {})
+    with all_or_nothing(model):
+        dequantize_with(model, {})
     return model
 
 
@@ -102,13 +104,14 @@ def dequantization_faults(model: nn.Module) -> Iterator[str]:
 def dequantize_with(model: nn.Module, folds: dict[str, Callable[[], Update]]) -> None:
     """`dequantize` without the check. `folds`: name of a layer -> returns its update when that layer is converted.
 
+    A call that was cut off anywhere is completed by another one.
+
     Raises:
         MergeError: a sum is not finite in the model's dtype; the layers before it are dense already.
     """
     dtype, state = dense_dtype(model), state_of(model)
     trains = state is not None and any(state.required_grad.values())
     shared: dict[int, nn.Parameter] = {}
-    untied = False
     for name, (layer, storage) in quantized_layers(model).items():
         old: Any = layer.weight
         fold = folds.get(name)
@@ -118,14 +121,14 @@ def dequantize_with(model: nn.Module, folds: dict[str, Callable[[], Update]]) ->
             weight = nn.Parameter(dense, requires_grad=False)
             if fold is None:
                 shared[id(old)] = weight
-        untied |= _is_tied(model, f"{name}.weight")
-        storage.make_dense(layer, weight)
         if state is not None:  # codes cannot be trained, so it was frozen; now it is like the rest of the base
             state.required_grad[f"{name}.weight"] = trains
-        if isinstance(layer, LoraLayer):
-            data = layer._lora
-            data.storage, data.shape = cast(Storage, storage_of(layer)), cast(Shape, shape_of(layer))
-    if untied:
+        with all_or_nothing(layer):
+            storage.make_dense(layer, weight)
+            if isinstance(layer, LoraLayer):
+                data = layer._lora
+                data.storage, data.shape = cast(Storage, storage_of(layer)), cast(Shape, shape_of(layer))
+    if has_broken_ties(model):
         untie_all(model)
     forget_quantization(model, dtype)
 
@@ -146,18 +149,19 @@ def _dense(
     return dense
 
 
-def read_rows(storage: Storage, layer: Any, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
+def read_rows(storage: Storage, layer: Any, reuse: bool = False, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
     """(rows, block) of the layer's weight; float64 if the device supports it.
 
     Args:
         reuse: use the same memory for all blocks, so that each is valid only until the next one.
+        first: the row to begin with, at which a block begins.
     """
     count, *rest = storage.shape(layer)
     device = cast(Tensor, layer.weight).device
     elements = BLOCK_ELEMENTS * (1 if device.type == "cpu" else 8)
     step = storage.block_rows(layer, max(1, elements // max(1, prod(rest))))
     memory = to_float64(torch.empty(0, device=device)).new_empty(min(step, count), *rest)
-    for start in range(0, count, step):
+    for start in range(first, count, step):
         rows = slice(start, min(start + step, count))
         into = memory[: rows.stop - start]
         yield rows, storage.read(layer, rows, into if reuse else torch.empty_like(into))
@@ -174,12 +178,6 @@ def dense_dtype(model: nn.Module) -> torch.dtype:
         return max(counts, key=lambda dtype: counts[dtype])
     named = getattr(getattr(model, "config", None), "dtype", None)
     return named if isinstance(named, torch.dtype) else torch.bfloat16
-
-
-def _is_tied(model: nn.Module, key: str) -> bool:
-    """Whether transformers treats a quantized weight as tied; once dense, it is separate from its source."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    return key in ties or key in ties.values()
 
 
 def forget_quantization(model: nn.Module, dtype: torch.dtype) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers.distributed import whole_numel
+from ..layers.distributed import whole_numel, whole_shape
 from ..layers.shapes import runs_forward_of
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
 from .match import holder
@@ -46,6 +46,12 @@ def outside_backbone(model: nn.Module) -> list[str]:
     outside = {name: [whole_numel(p) for p in m.parameters()] for name, m in children.items()}
     names = [name for name, sizes in outside.items() if sizes]
     return names if inside >= sum(map(sum, outside.values())) else []
+
+
+def has_outputs(head: nn.Module, count: int | None) -> bool:
+    """Whether a module may be the task head for `count` labels: it has as many outputs, or one more for no object."""
+    outputs = {shape[0] for shape in map(whole_shape, head.parameters()) if shape}
+    return count is not None and not outputs.isdisjoint((count, count + 1))
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:

@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-import gc
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..config import PRESETS, LoraConfig
+from ..config import PRESETS, LoraConfig, as_tuple
 from ..errors import ConfigError, Faults, StateError, listed
-from ..layers.copies import Replacement
 from ..layers.distributed import how_sharded
-from ..layers.hosts import Host, remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .embeddings import checkpoint_vocabulary
-from .heads import is_random
+from .heads import has_outputs, is_random
 from .inner import end_models
 from .state import (
-    ATTRIBUTE,
     AdapterRecord,
     LoraState,
     Task,
+    base_task,
     keep_frozen,
     require_state,
     set_active,
     state_of,
+    switch,
     update_requires_grad,
-)
+)  # fmt: skip
 from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
-from .walk import module_at, original_modules, parts, placed, put
+from .undo import all_or_nothing, gc_paused
+from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, put
 
 LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
@@ -53,6 +52,7 @@ def inject(
     task: Task | None = None,
     batches: Iterable[object] | None = None,
     original: Callable[[str], Tensor] | None = None,
+    then: Callable[[LoraState], object] | None = None,
     call: str = "apply_lora(model, config)",
 ) -> Explanation:
     """Add adapter `name` to `model` in place and make it the active one.
@@ -66,6 +66,7 @@ def inject(
         task: labels of this adapter; default: those of the base.
         batches: batches for initializations that use inputs or gradients.
         original: name of a layer -> its weight in the checkpoint, for initializations that need it.
+        then: called at the end; if it fails, the model is as it was before.
 
     Raises:
         TargetError, StateError, ConfigError: see `apply_lora`.
@@ -75,59 +76,61 @@ def inject(
     _check_model(model, state, name, call)
     if plan is None:
         plan = resolve(model, config, call, allow_bypassed, from_file)
-        config = informed(model, plan, config, batches, original, call)
-    first = state is None
-    state = state or _first(model)
-    active = state.activity.active
-    keep_frozen(model, state)
+        with all_or_nothing(model):
+            config = informed(model, plan, config, batches, original, call)
     named_by_user = config.target_modules not in PRESETS and not from_file
-    record = AdapterRecord(
-        config, task or state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable
-    )
-    try:
-        with gc_paused():
-            for part, planned in _planned(model, plan, name, heads or {}):
-                instead = part.attach(state.activity, planned)
-                if instead is not None:
-                    put(model, part.path, instead)
+    with all_or_nothing(model), gc_paused():
+        state = state or _first(model)
+        keep_frozen(model, state)
+        record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)
+        if plan.saved or task is not None:
+            record.task = task or replace(base_task(model))
+            own = ((heads or {}).get(path) or module_at(model, path) for path in plan.saved)
+            record.has_labels = bool(heads) or any(has_outputs(head, record.task.num_labels) for head in own)
+        for part, planned in _planned(model, plan, name, heads or {}):
+            instead = part.attach(state.activity, planned)
+            if instead is not None:
+                put(model, part.path, instead)
         state.adapters[name] = record
         if trainable:
             keep_differentiable(module for _, module in original_modules(model))
         else:
             update_requires_grad(model, state, [name])
         set_active(model, state, (name,))
-    except BaseException:  # out of memory, a failed initialization, an interrupt: all or nothing
-        _take_back(model, state, name, active)
-        if first:
-            eject(model)
-        raise
+        if then is not None:
+            then(state)
     return plan
 
 
-def delete(model: nn.Module, name: str) -> None:
-    """Remove one adapter. If no other adapter is active then, the last remaining one becomes active.
+def delete(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Remove adapters. If no other adapter is active then, the last remaining one becomes active.
 
     Raises:
-        StateError: the adapter does not exist, or the model is merged.
+        StateError: an adapter does not exist, or the model is merged.
     """
     state = require_state(model, "delete_adapter")
-    state.require(name)
+    wanted = as_tuple(names)
+    for name in wanted:
+        state.require(name)
     state.refuse_merged("delete_adapter")
-    _remove(model, parts(model, name))
-    del state.adapters[name]
-    remaining = tuple(n for n in state.activity.active if n != name)
-    if not remaining and name in state.activity.active and state.adapters:
-        remaining = (next(reversed(state.adapters)),)
-    set_active(model, state, remaining)
+    remaining = tuple(n for n in state.activity.active if n not in wanted)
+    if not remaining and state.activity.active:
+        remaining = tuple(n for n in state.adapters if n not in wanted)[-1:]
+    with all_or_nothing(model):
+        set_active(model, state, remaining)
+        for name in dict.fromkeys(wanted):
+            _remove(model, parts(model, name))
+            del state.adapters[name]
 
 
 def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> None:
     """Remove adapter `name` from some layers, and list them as skipped."""
     state = require_state(model, "drop_layers")
-    for part in list(parts(model, name)):
-        if part.name in paths and not part.replaces:
-            part.remove()
-            state.adapters[name].skipped[part.name] = reason
+    with all_or_nothing(model):
+        for part in list(parts(model, name)):
+            if part.name in paths and not part.replaces:
+                part.remove()
+                state.adapters[name].skipped[part.name] = reason
 
 
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
@@ -137,22 +140,25 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
         keep_heads: keep the active adapter's heads in place of the base's (after a merge).
     """
     state = require_state(model, "unload")
-    owned = list(parts(model))
-    active = state.activity.active if keep_heads and state.activity.enabled else ()
-    swapped = {f"{part.path}." for part in owned if part.whole_module and part.adapter in active}
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    _remove(model, owned, active)
-    if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
-        untie_all(model)  # the copy is not tied as its original was
-    state.activity.set(merged=())
-    state.originals.clear()
-    end_differentiable(module for _, module in original_modules(model))
-    for name in state.borrowed:
-        model.__dict__.pop(name, None)
-    end_models(model)
-    delattr(model, ATTRIBUTE)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.required_grad.get(name, True))
+    refuse_shared(model, "unload")
+    with all_or_nothing(model):
+        owned = list(parts(model))
+        active = state.activity.active if keep_heads and state.activity.enabled else ()
+        swapped = {f"{part.path}." for part in owned if part.whole_module and part.adapter in active}
+        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        if not active:
+            switch(model, state, active=())
+        _remove(model, owned, active)
+        if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
+            untie_all(model)  # the copy is not tied as its original was
+        state.activity.set(merged=())
+        end_differentiable(module for _, module in original_modules(model))
+        for name in state.borrowed:
+            model.__dict__.pop(name, None)
+        end_models(model)
+        delattr(model, ATTRIBUTE)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(state.required_grad.get(name, parameter.requires_grad))
     return model
 
 
@@ -169,16 +175,6 @@ def _planned(
         yield Bias(path, module_at(model, path), name), None
     for planned in plan.others:
         yield planned.kind(planned.path, module_at(model, planned.path), name), planned
-
-
-def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str, ...]) -> None:
-    """Undo an interrupted injection; `active` are the adapters that were active before it."""
-    _remove(model, parts(model, name))
-    for _, module in list(original_modules(model)):
-        remove_all(module, name)
-    state.adapters.pop(name, None)
-    state.activity.set(active=active)
-    update_requires_grad(model, state, state.adapters)
 
 
 def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:
@@ -217,6 +213,7 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
                 "load_adapter_weights."
             )
         state.refuse_merged(call)
+        refuse_shared(model, call)
         return
     if "_orig_mod" in model._modules:
         raise StateError(
@@ -240,15 +237,23 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
             faults.add(f"{path} already has adapters")
             step = f"Call unload() on {path}, then apply LoRA to the whole model."
             break
-    if not faults.found:
-        shared = [path for path, module in model.named_modules() if isinstance(module, (Host, Replacement))]
-        if shared:
-            faults.add(f"{listed(shared)} have adapters of another model, of which they are a part too")
-            step = (
-                "Layers that two models share have the adapters of one of them. Apply LoRA to one model that contains "
-                "both, call unload() on the other model first, or give this one a copy of the layers (copy.deepcopy)."
-            )
     faults.check(StateError, step)
+    refuse_shared(model, call)
+
+
+def refuse_shared(model: nn.Module, call: str) -> None:
+    """Refuse a model of which some layers have adapters of another model.
+
+    Raises:
+        StateError: lists the layers.
+    """
+    shared = of_other_models(model)
+    if shared:
+        raise StateError(
+            f"{call}: {listed(shared)} have adapters of another model, of which they are a part too. Call unload() on "
+            "that model first, or apply LoRA to one model that contains both. A copy (copy.deepcopy) of layers with "
+            "adapters has them too: copy the layers before LoRA is applied to them."
+        )
 
 
 _BEFORE_SHARDING = {
@@ -261,7 +266,7 @@ _BEFORE_SHARDING = {
 
 
 def _first(model: nn.Module) -> LoraState:
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     state = LoraState(
         required_grad={n: p.requires_grad for n, p in parameters.items()},
         base_task=Task.of(model),
@@ -273,15 +278,3 @@ def _first(model: nn.Module) -> LoraState:
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return state
-
-
-@contextmanager
-def gc_paused() -> Iterator[None]:
-    """Pause garbage collection: an injection creates tens of thousands of objects, all of which stay alive."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -14,7 +14,7 @@ from ..config import LoraConfig, as_tuple
 from ..errors import StateError, TargetError
 from ..layers.class_swap import unwrap_class
 from .embeddings import output_embedding
-from .heads import called_parts, find_heads, outside_backbone
+from .heads import called_parts, find_heads, has_outputs, outside_backbone
 from .inject import inject
 from .match import matcher
 from .state import Task, base_task, state_of
@@ -109,7 +109,8 @@ def heads_for_task(model: Any, config: LoraConfig, task: Task, call: str) -> tup
         config = dataclasses.replace(config, modules_to_save=paths)
     paths = [part for path in paths for part in called_parts(path, module_at(model, path))]
     heads: dict[str, nn.Module] = {}
-    if paths and task.num_labels == base_task(model).num_labels:
+    present = base_task(model).num_labels
+    if task.num_labels == present and any(has_outputs(module_at(model, path), present) for path in paths):
         return heads, config
     if paths and task.num_labels is not None:
         other = model_on_meta(model, task.num_labels)

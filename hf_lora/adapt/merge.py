@@ -17,27 +17,22 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import as_tuple
 from ..errors import Faults, MergeError, StateError
 from ..layers.contract import Update
 from ..layers.distributed import is_partitioned, is_sharded
-from ..layers.file_maps import lies_in, release_pages, unwritten_maps
+from ..layers.file_maps import lies_in, unwritten_maps
 from ..layers.parts import Fold
-from ..layers.storages import fits, put_rows, why_unreadable
-from .dequantize import (
-    dense_dtype,
-    dequantization_faults,
-    dequantize,
-    dequantize_with,
-    is_quantized,
-    read_rows,
-)
-from .inject import eject
+from ..layers.storages import fits, why_unreadable
+from .dequantize import dense_dtype, dequantization_faults, dequantize, dequantize_with, is_quantized
+from .folding import Folding, merged_rows
+from .inject import eject, refuse_shared
 from .inner import outermost_models
-from .state import LoraState, Original, acting_together, require_state, set_active
+from .state import LoraState, acting_together, require_state, set_active, state_of, switch
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
+from .undo import Undo, all_or_nothing
 from .walk import parts
 
 _UNMERGED = "Adapters also work unmerged."
@@ -68,78 +63,48 @@ def merge(
         MergeError: lists every layer that cannot be merged. The weights are unchanged.
     """
     state = require_state(model, call)
-    state.refuse_merged(call)
-    if not state.activity.enabled:
-        raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
-    before = state.activity.active
-    wanted = before if names is None else as_tuple(names)
-    if not wanted:
-        raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
-    if names is not None:
-        set_active(model, state, wanted)
-    active = state.activity.active
-    try:
-        folds = folds_of(model, active)
-        check_mergeable(model, folds, active, untie, keep, call)
-        stored = by_tensor(folds)
-        if not keep:
-            _check_overflow(model, stored.values(), call)
-    except MergeError:
-        set_active(model, state, before)
-        raise
-    if untie:
-        untie_adapted(model, folds)
-    packed = {name.rpartition(".")[0]: fold.start for name, fold in stored.items() if fold.storage.quantized}
-    dense = {name: fold for name, fold in stored.items() if not fold.storage.quantized}
-    maps = unwritten_maps() if dense else []
-    kept = state.originals if keep else None
-    steps = {fold.label: partial(_fold, fold, kept, maps) for fold in dense.values()}
-    if not keep and is_quantized(model):
-        steps["the quantized layers"] = partial(dequantize_with, model, packed)
-    for name, step in steps.items():
-        try:
-            step()
-        except BaseException as error:  # such as out of memory: a later merge would add to a merged layer again
-            _restore(state)
-            set_active(model, state, before)
-            if not isinstance(error, MergeError):
-                raise
-            outcome = (
-                "The weights are unchanged." if keep else "Earlier layers are merged already, so reload the base."
-            )
-            raise MergeError(f"{call}: {name}: {error}. {outcome}") from None
-    state.activity.set(merged=active)
-    return active
+    with all_or_nothing(model) as undo:
+        merging = _Merging(model, state, names, untie, keep, call, undo)
+        merging.run()
+    return state.activity.merged
 
 
 def merge_for_good(
-    model: nn.Module, names: str | Sequence[str] | None = None, *, untie: bool = False, call: str = "merge_and_unload"
+    model: nn.Module,
+    names: str | Sequence[str] | None = None,
+    *,
+    untie: bool = False,
+    call: str = "merge_and_unload",
 ) -> None:
     """Fold the active adapters (or `names`) into the weights and remove all adapters.
 
-    A quantized base becomes a dense model, in the dtype of its other weights: see dequantize.py.
+    A quantized base becomes a dense model, in the dtype of its other weights: see dequantize.py. Interrupted before
+    the first weight is written, it changes nothing; afterwards, it is completed before the error is raised.
 
     Raises:
         StateError, MergeError: as `merge`; also if the model is merged with other adapters than `names`.
     """
     state = require_state(model, call)
+    refuse_shared(model, call)
     wanted = None if names is None else as_tuple(names)
-    if not state.activity.merged:
-        merge(model, wanted, untie=untie, keep=False, call=call)
-    elif not state.activity.enabled:
-        raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
-    elif wanted not in (None, state.activity.merged):
-        state.refuse_merged(f"{call}({names!r})")
-    if is_quantized(model):  # only its dense layers were merged
-        dequantize(model, call)
-    merged = state.activity.merged
-    eject(model, keep_heads=True)
-    for each in {id(m): m for m in (model, *outermost_models(model))}.values():
-        each.__dict__[MERGED] = (*each.__dict__.get(MERGED, ()), *merged)
+    with all_or_nothing(model) as undo:
+        if not state.activity.merged:
+            merging = _Merging(model, state, wanted, untie, False, call, undo)
+            merging.then = partial(_leave_merged, model, merging.active)
+            merging.run()
+            return
+        if not state.activity.enabled:
+            raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
+        if wanted not in (None, state.activity.merged):
+            state.refuse_merged(f"{call}({names!r})")
+        if is_quantized(model):  # only its dense layers were merged
+            dequantize(model, call)
+        _leave_merged(model, state.activity.merged)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore every bit of the base weights; the adapters are active unmerged again.
+    """Restore every bit of the base weights and their ties; the adapters are active unmerged again. If that is
+    interrupted, it is completed before the error is raised.
 
     Raises:
         StateError: nothing is merged.
@@ -147,10 +112,57 @@ def unmerge(model: nn.Module) -> None:
     state = require_state(model, "unmerge_adapter")
     if not state.activity.merged:
         raise StateError("unmerge_adapter: no adapter is merged.")
-    if state.activity.enabled:
-        _restore(state)
-    state.originals.clear()
+    state.refuse_permanent("unmerge_adapter")
+    _twice(partial(_unmerge, model, state))
+
+
+def unload(model: nn.Module) -> None:
+    """Remove every adapter, merged or not, and restore every bit of the base."""
+    state = require_state(model, "unload")
+    if not state.activity.merged:
+        eject(model)
+        return
+    state.refuse_permanent("unload")
+    refuse_shared(model, "unload")
+
+    def run() -> None:
+        _unmerge(model, state)
+        if state_of(model) is not None:
+            eject(model)
+
+    _twice(run)
+
+
+def _unmerge(model: nn.Module, state: LoraState) -> None:
+    """May be repeated, wherever it was interrupted."""
+    for original in state.originals:
+        if original.merged:
+            original.put_back()
+    if state.ties is not None:
+        state.ties.restore(model)
+    state.__dict__.update(originals=[], ties=None)
     state.activity.set(merged=())
+
+
+def _leave_merged(model: nn.Module, merged: tuple[str, ...]) -> None:
+    """Remove merged adapters, and note in the model that its weights contain them. May be repeated."""
+    if state_of(model) is not None:
+        eject(model, keep_heads=True)
+    for each in {id(m): m for m in (model, *outermost_models(model))}.values():
+        each.__dict__[MERGED] = tuple(dict.fromkeys((*each.__dict__.get(MERGED, ()), *merged)))
+
+
+def _twice(change: Callable[[], object], back: Callable[[], object] = bool) -> None:
+    """Complete a change that may be repeated, also if an error or an interruption ends it; else undo it by `back`."""
+    try:
+        change()
+    except BaseException:
+        try:
+            change()
+        except BaseException:
+            back()
+            raise
+        raise
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -158,9 +170,14 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     state = require_state(model, "enable_adapters" if enabled else "disable_adapters")
     if state.activity.enabled == enabled:
         return
-    for original in state.originals:
-        original.swap()
-    state.activity.set(enabled=enabled)
+    state.refuse_permanent("disable_adapters")
+
+    def change(enabled: bool) -> None:
+        for original in state.originals:
+            original.place(merged=enabled)
+        switch(model, state, enabled=enabled)
+
+    _twice(partial(change, enabled), partial(change, not enabled))
 
 
 @contextmanager
@@ -168,11 +185,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Disable the adapters within a `with` block, and restore the previous state afterwards."""
     state = require_state(model, "disable_adapter")
     before = state.activity.enabled
-    set_enabled(model, False)
     try:
+        set_enabled(model, False)
         yield
-    finally:
         set_enabled(model, before)
+    except BaseException:
+        set_enabled(model, before)
+        raise
 
 
 def folds_of(model: nn.Module, names: tuple[str, ...], added: bool = False) -> list[Fold]:
@@ -200,15 +219,78 @@ def _one_after_another(first: Callable[[], Update], second: Callable[[], Update]
     return lambda block, rows: after(before(block, rows), rows)
 
 
-def merged_rows(fold: Fold, reuse: bool = False) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, block) of the merged tensor; float64 if the device supports it.
+class _Merging:
+    """A merge in steps. A permanent one that was cut off can be continued, so that it is completed.
 
-    Args:
-        reuse: use the same memory for all blocks, so that each is valid only until the next one.
+    Raises:
+        StateError, MergeError: the adapters cannot be merged.
     """
-    update = fold.start()
-    for rows, block in read_rows(fold.storage, fold.site, reuse):
-        yield rows, update(block, rows)
+
+    def __init__(
+        self, model: nn.Module, state: LoraState, names: str | Sequence[str] | None, untie: bool, keep: bool,
+        call: str, undo: Undo,
+    ) -> None:  # fmt: skip
+        state.refuse_merged(call)
+        if not state.activity.enabled:
+            raise StateError(f"{call}: the adapters are disabled. Call enable_adapters() first.")
+        wanted = state.activity.active if names is None else as_tuple(names)
+        if not wanted:
+            raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
+        if names is not None:
+            set_active(model, state, wanted)
+        folds = folds_of(model, wanted)
+        check_mergeable(model, folds, wanted, untie, keep, call)
+        stored = by_tensor(folds)
+        if not keep:
+            _check_overflow(model, stored.values(), call)
+        if untie:
+            state.ties = untie_adapted(model, folds)
+        self.model, self.state, self.keep, self.call, self.undo, self.active = model, state, keep, call, undo, wanted
+        self.packed = {n.rpartition(".")[0]: fold.start for n, fold in stored.items() if fold.storage.quantized}
+        dense = [fold for fold in stored.values() if not fold.storage.quantized]
+        maps = unwritten_maps() if dense else []
+        self.becomes_dense = not keep and is_quantized(model)
+        self.foldings = [Folding(fold, lies_in(fold.site.weight, maps), keep) for fold in dense]
+        self.then: Callable[[], object] = lambda: None
+
+    def run(self) -> None:
+        for folding in self.foldings:
+            self._step(folding.label, partial(folding.run, self._before_writing))
+        if self.becomes_dense:
+            self._passes_no_return()
+            self._step("the quantized layers", partial(dequantize_with, self.model, self.packed))
+        self.state.permanent = not self.keep
+        self.state.activity.set(merged=self.active)
+        self.then()
+
+    def _step(self, label: str, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except MergeError as error:
+            outcome = "Earlier layers may be merged already, so reload the base."
+            raise MergeError(
+                f"{self.call}: {label}: {error}. {'The weights are unchanged.' if self.keep else outcome}"
+            ) from None
+
+    def _before_writing(self, folding: Folding) -> None:
+        """Keep the original, or make sure that the merge will be completed."""
+        if not self.keep:
+            self._passes_no_return()
+            return
+        original = folding.original()
+        if not folding.mapped:  # the original is still there
+            self.undo.restoring(original.put_back)
+        self.state.originals = [*self.state.originals, original]
+
+    def _passes_no_return(self) -> None:
+        self.undo.no_return(self._complete)
+
+    def _complete(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:
+            self.state.lose(f"{self.call} could be neither completed nor undone ({error}). Load the base again.")
+            raise
 
 
 @torch.no_grad()
@@ -223,33 +305,6 @@ def _check_overflow(model: nn.Module, stored: Iterable[Fold], call: str) -> None
         if dtype == torch.float16 and not all(fits(block, dtype) for _, block in merged_rows(fold, reuse=True)):
             faults.add(f"{fold.label}: a merged value is not finite, or too large for {dtype}")
     faults.check(MergeError, f"The weights are unchanged. {_UNMERGED}")
-
-
-@torch.no_grad()
-def _fold(fold: Fold, kept: list[Original] | None, maps: list[tuple[int, int]]) -> None:
-    """Write one merged tensor; append its original to `kept` unless None."""
-    weight = fold.site.weight
-    if lies_in(weight, maps):  # read from the map, and written to new memory
-        before, merged = weight.data, torch.empty_like(weight)
-        for rows, block in merged_rows(fold, reuse=True):
-            put_rows(merged, rows, block)
-            if kept is None:
-                release_pages(before[rows])
-        weight.data = merged
-        if kept is not None:
-            kept.append(Original(fold.site, fold.storage, before))
-        return
-    if kept is not None:
-        kept.append(Original(fold.site, fold.storage, fold.storage.keep(fold.site)))
-    for rows, block in merged_rows(fold, reuse=True):
-        fold.storage.write(fold.site, rows, block)
-
-
-@torch.no_grad()
-def _restore(state: LoraState) -> None:
-    for original in state.originals:
-        original.put_back()
-    state.originals.clear()
 
 
 def check_mergeable(

@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import ConfigError, listed
 from .state import require_state
+from .undo import all_or_nothing
 from .walk import parts
 
 
@@ -25,5 +26,6 @@ def scale_adapter(model: nn.Module, name: str, weight: float, call: str) -> None
             f"{call}: the adapter {config.base_model_name_or_path or name!r} replaces tensors of the base "
             f"({listed(whole)}), so its weight must be 1."
         )
-    for part in owned:
-        part.scale(weight)
+    with all_or_nothing(model):
+        for part in owned:
+            part.scale(weight)

@@ -15,6 +15,7 @@ from ..layers.copies import Replacement
 from ..layers.hosts import Host
 from .embeddings import input_embedding, output_embedding, vocabulary_of
 from .state import keep_frozen, require_state, state_of, update_requires_grad
+from .undo import all_or_nothing
 from .walk import adapter_layers, original_modules, parts, put, replacements
 
 
@@ -28,13 +29,12 @@ def resizing(model: PreTrainedModel) -> Iterator[None]:
     _refuse_parts(model, {id(m.weight) for m in embeddings.values()})
     keep_frozen(model, state)
     wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
-    for path, replacement in wrapped.items():
-        put(model, path, replacement.base_layer)
-    adapted_head = output_embedding(model)
-    sizes = {id(layer): layer.weight.shape for layer in _matrices(model)}
-    try:
+    with all_or_nothing(model):
+        for path, replacement in wrapped.items():
+            put(model, path, replacement.base_layer)
+        adapted_head = output_embedding(model)
+        sizes = {id(layer): layer.weight.shape for layer in _matrices(model)}
         yield
-    finally:
         head = output_embedding(model)
         if adapted_head is not None and head is not None and head is not adapted_head:
             _move_adapters(adapted_head, head)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..layers.base import LoraLayer, ungroup
 from ..layers.ops import used_devices
 from .embeddings import output_embedding
 from .state import require_state
+from .undo import all_or_nothing
 from .walk import adapter_layers
 
 
@@ -23,7 +25,7 @@ def share_inputs(model: nn.Module, *args: object, **batch: object) -> list[tuple
     a module always get the same tensor object. From then on, in training, the first of them that is called computes
     all of their updates: one product with their A, one gradient of the input, and one dropout mask (each layer alone
     would draw its own). Otherwise the values are the same up to rounding. Every call checks whether the layers really
-    get the same tensor, so the result is correct in any case.
+    get the same tensor, and whether parameters and modes are still the same, so the result is correct in any case.
 
     Call it after adding the adapters and before training; `LoraTrainer` does this itself. It has no effect under
     `torch.compile`.
@@ -47,10 +49,11 @@ def share_inputs(model: nn.Module, *args: object, **batch: object) -> list[tuple
     for layer in layers:
         ungroup(layer)
     order = {layer: i for i, layer in enumerate(layers)}
-    found = [tuple(sorted(group, key=order.__getitem__)) for group in _record(model, layers, args, batch)]
-    for group in found:
-        for layer in group:
-            layer._lora.group = group
+    with all_or_nothing(model):
+        found = [tuple(sorted(group, key=order.__getitem__)) for group in _record(model, layers, args, batch)]
+        for group in found:
+            for layer in group:
+                layer._lora.group = group
     return [tuple(layers[layer] for layer in group) for group in found]
 
 
@@ -87,18 +90,14 @@ def _record(
     if head is not None and head not in layers:
         handles.append(head.register_forward_pre_hook(_stop))
     training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False  # without eval(), which models override; no dropout, cache or checkpointing
-        with torch.random.fork_rng(devices=used_devices()), torch.no_grad():
-            model(*args, **batch)
-    except _EndOfRecording:
-        pass
-    finally:
-        for module in training:
-            module.training = True
-        for handle in handles:
-            handle.remove()
+    for module in training:
+        module.training = False  # without eval(), which models override; no dropout, cache or checkpointing
+    with torch.random.fork_rng(devices=used_devices()), torch.no_grad(), suppress(_EndOfRecording):
+        model(*args, **batch)
+    for module in training:
+        module.training = True
+    for handle in handles:
+        handle.remove()
     groups: list[frozenset[LoraLayer]] = []
     for sets in closed.values():
         for members in sets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,9 @@ from ..errors import Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from ..layers.parts import Part
-from .walk import adapter_modules, held_parameters, parts
+from .ties import Ties
+from .walk import ATTRIBUTE, adapter_modules, held_parameters, parts
 
-ATTRIBUTE = "_hf_lora"
 _FROZEN = "frozen_by_user"
 
 
@@ -46,6 +46,13 @@ class Task:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
 
+    def take_from(self, model: nn.Module) -> Task:
+        """Take over what the config says, where the user may have changed it, if it says anything."""
+        now = Task.of(model)
+        if now.id2label is not None:
+            self.__dict__.update(now.__dict__)
+        return self
+
     def apply(self, model: Any) -> None:
         """Write the task to the model and its config, which the losses read."""
         config = getattr(model, "config", None)
@@ -69,6 +76,7 @@ class AdapterRecord:
         notes: lines at the end of its table.
         named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
+        has_labels: whether one of `heads` is the task head, whose outputs `task` describes.
     """
 
     config: LoraConfig
@@ -78,6 +86,7 @@ class AdapterRecord:
     notes: list[str] = field(default_factory=list)
     named_by_user: bool = True
     trainable: bool = True
+    has_labels: bool = False
 
 
 @dataclass
@@ -87,15 +96,24 @@ class Original:
     site: Any
     storage: Storage
     kept: Tensor
+    merged: bool = True
+    """Whether the merged tensor is in place, and `kept` the original; otherwise the other way round."""
 
     def put_back(self) -> None:
         self.storage.put_back(self.site, self.kept)
 
-    def swap(self) -> None:
-        """Swap it with the current tensor."""
+    def place(self, merged: bool) -> None:
+        """Put the merged or the original tensor in place, and keep the other one."""
+        if self.merged == merged:
+            return
         now = self.storage.keep(self.site)
-        self.put_back()
-        self.kept = now
+        try:
+            self.put_back()
+            self.__dict__.update(kept=now, merged=merged)
+        except BaseException:
+            if self.kept is not now:
+                self.storage.put_back(self.site, now)
+            raise
 
 
 @dataclass
@@ -121,6 +139,21 @@ class LoraState:
     """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""
     borrowed: list[str] = field(default_factory=list)
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
+    ties: Ties | None = None
+    """The ties of the base before a merge untied weights."""
+    permanent: bool = False
+    """Whether the merged adapters cannot be unmerged, because the originals were not kept."""
+    lost: str = ""
+    """Why the model cannot be used any more: a permanent merge could be neither undone nor completed."""
+
+    def refuse_permanent(self, call: str) -> None:
+        if self.permanent:
+            raise StateError(f"{call}: the adapters were merged without keeping the original weights (keep=False).")
+
+    def lose(self, message: str) -> None:
+        """Make every verb and every forward of an adapted layer raise."""
+        self.lost = message
+        self.activity.lose(message)
 
     def require(self, name: str) -> None:
         if name not in self.adapters:
@@ -142,14 +175,64 @@ def state_of(model: nn.Module) -> LoraState | None:
     return model.__dict__.get(ATTRIBUTE)
 
 
+def is_over(model: nn.Module) -> bool:
+    """Whether a model that had adapters has none any more, or is lost."""
+    state = state_of(model)
+    return state is None or bool(state.lost)
+
+
 def base_task(model: nn.Module) -> Task:
     """The task of the base model's head, independent of the active adapter."""
     state = state_of(model)
-    return Task.of(model) if state is None else state.base_task
+    if state is None:
+        return Task.of(model)
+    task = state.base_task
+    return task.take_from(model) if running_task(state) is task else task
+
+
+def running_task(state: LoraState) -> Task:
+    """The task of the head that runs: that of the active adapter with a head of its own, otherwise that of the base.
+
+    An adapter without a head may have names for the outputs of the base's head, from the model that it was trained on.
+    """
+    active = [state.adapters[name] for name in state.activity.active] if state.activity.enabled else []
+    for record in active:
+        if record.has_labels:
+            return record.task
+    if active and active[0].task.num_labels == state.base_task.num_labels:
+        return active[0].task
+    return state.base_task
+
+
+def task_of(model: nn.Module, name: str) -> Task:
+    """The task of an adapter; that in the config while its head runs."""
+    state = require_state(model, "task_of")
+    task = state.adapters[name].task
+    return task.take_from(model) if running_task(state) is task else task
+
+
+def switch(
+    model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
+) -> None:
+    """Change which adapters act. The labels in model and config are always those of the head that runs."""
+    activity, before = state.activity, running_task(state)
+    was_active, was_enabled = activity.active, activity.enabled
+    before.take_from(model)
+    try:
+        activity.set(active=active, enabled=enabled)
+        now = running_task(state)
+        if now is not before:
+            now.apply(model)
+    except BaseException:
+        activity.set(active=was_active, enabled=was_enabled)
+        before.apply(model)
+        raise
 
 
 def require_state(model: nn.Module, call: str) -> LoraState:
     state = state_of(model)
+    if state is not None and state.lost:
+        raise StateError(f"{call}: {state.lost}")
     if state is None:
         raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
     return state
@@ -161,22 +244,29 @@ def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str
     wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
     if not wanted:
         return
-    for name, held in adapter_modules(model, wanted):
+    for name, parameter, frozen in _tensors(model, wanted):
+        _require_grad(parameter, wanted[name] and not frozen)
+
+
+def _tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """(adapter, parameter, whether the user froze it) of all parameters of the adapters `names`."""
+    for name, held in adapter_modules(model, names):
         frozen: set[str] = held.__dict__.get(_FROZEN, set())
         for key, parameter in held_parameters(held):
-            parameter.requires_grad = wanted[name] and key not in frozen
-            if not wanted[name]:
-                parameter.grad = None
+            yield name, parameter, key in frozen
 
 
-def _trained(state: LoraState) -> list[str]:
-    return [name for name, record in state.adapters.items() if record.trainable and name in state.activity.active]
+def _require_grad(parameter: nn.Parameter, wanted: bool) -> None:
+    parameter.requires_grad = wanted
+    if not wanted:
+        parameter.grad = None
 
 
 def keep_frozen(model: nn.Module, state: LoraState) -> None:
     """Note which tensors of the active adapters the user froze, so that they stay frozen after the adapters were
     inactive. Called before `requires_grad` of an active adapter changes."""
-    for _, held in adapter_modules(model, _trained(state)):
+    trained = [n for n, record in state.adapters.items() if record.trainable and n in state.activity.active]
+    for _, held in adapter_modules(model, trained):
         frozen = {key for key, parameter in held_parameters(held) if not parameter.requires_grad}
         if frozen or _FROZEN in held.__dict__:
             held.__dict__[_FROZEN] = frozen
@@ -197,12 +287,19 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
         _refuse_conflicts(model, names)
     before = state.activity.active
     keep_frozen(model, state)
-    state.activity.set(active=names)
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    update_requires_grad(model, state, changed)
-    for name in names[:1]:
-        state.adapters[name].task.apply(model)
+    tensors = list(_tensors(model, changed)) if changed else []
+    kept = [(tensor, tensor.requires_grad, tensor.grad) for _, tensor, _ in tensors]
+    try:
+        switch(model, state, active=names)
+        for name, tensor, frozen in tensors:
+            _require_grad(tensor, name in names and not frozen)
+    except BaseException:
+        switch(model, state, active=before)
+        for tensor, requires_grad, grad in kept:
+            tensor.requires_grad, tensor.grad = requires_grad, grad
+        raise
 
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:

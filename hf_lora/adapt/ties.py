@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,29 @@ from ..layers.class_swap import unwrap_class
 from ..layers.copies import Replacement
 from ..layers.parts import Fold
 from .walk import module_at, original_modules
+
+
+@dataclass
+class Ties:
+    """The ties of a model, before some of its weights were untied.
+
+    Args:
+        parameters: (module, name, parameter) of each tied weight that got a parameter of its own.
+        keys: the ties as transformers lists them.
+        configs: the configs that said that weights are tied.
+    """
+
+    parameters: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+    keys: dict[str, str] | None = None
+    configs: list[Any] = field(default_factory=list)
+
+    def restore(self, model: nn.Module) -> None:
+        for module, name, parameter in self.parameters:
+            module._parameters[name] = parameter
+        if self.keys is not None:
+            setattr(model, _KEYS, self.keys)
+        for config in self.configs:
+            config.tie_word_embeddings = True
 
 
 def tensor_users(model: nn.Module) -> dict[int, list[str]]:
@@ -39,40 +63,58 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             activity.set(enabled=before)
 
 
-def untie_adapted(model: nn.Module, folds: Iterable[Fold]) -> None:
-    """Untie every tensor that will be merged, in memory and in the config."""
+def untie_adapted(model: nn.Module, folds: Iterable[Fold]) -> Ties:
+    """Untie every tensor that will be merged, in memory and in the config. Returns what was tied."""
+    ties = Ties()
     users = tensor_users(model)
     shared = [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
     if not shared:
-        return
+        return ties
     for fold in shared:
         if not fold.storage.quantized:  # quantized layers get their own dense weight in any case
             path, _, name = fold.name.rpartition(".")
-            _copy_parameter(module_at(model, path), name)
-    untie_all(model)
+            _copy_parameter(module_at(model, path), name, ties)
+    untie_all(model, ties)
+    return ties
 
 
-def untie_all(model: Any) -> None:
+def untie_all(model: Any, ties: Ties | None = None) -> None:
     """Copy all tied weights of a transformers model, and set its config to untied.
 
     The config has one flag for all ties, and a file of an untied model must contain every tensor.
+
+    Args:
+        ties: notes what was tied.
     """
-    ties = getattr(model, "all_tied_weights_keys", None)
-    for key, source in (ties or {}).items():
-        (path, _, name), (source_path, _, source_name) = key.rpartition("."), source.rpartition(".")
-        holder: Any = module_at(model, path)
-        if holder._parameters.get(name) is module_at(model, source_path)._parameters.get(source_name):
-            _copy_parameter(holder, name)
-    if ties is not None:
-        model.all_tied_weights_keys = {}
+    ties = Ties() if ties is None else ties
+    ties.keys = getattr(model, _KEYS, None)
+    for key, source in (ties.keys or {}).items():
+        if _parameter(model, key) is _parameter(model, source):
+            path, _, name = key.rpartition(".")
+            _copy_parameter(module_at(model, path), name, ties)
+    if ties.keys is not None:
+        setattr(model, _KEYS, {})
     for config in _configs(model):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
+            ties.configs.append(config)
 
 
-def _copy_parameter(module: nn.Module, name: str) -> None:
+def has_broken_ties(model: nn.Module) -> bool:
+    """Whether weights that transformers treats as tied are separate, as quantized ones are once they are dense."""
+    ties: dict[str, str] = getattr(model, _KEYS, None) or {}
+    return any(_parameter(model, key) is not _parameter(model, source) for key, source in ties.items())
+
+
+def _parameter(model: nn.Module, key: str) -> nn.Parameter | None:
+    path, _, name = key.rpartition(".")
+    return module_at(model, path)._parameters.get(name)
+
+
+def _copy_parameter(module: nn.Module, name: str, ties: Ties) -> None:
     parameter = module._parameters[name]
     if parameter is not None:
+        ties.parameters.append((module, name, parameter))
         module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
@@ -81,6 +123,10 @@ def forward_reads_tie_flag(model: nn.Module) -> bool:
     cls: Any = unwrap_class(type(model))
     forward = inspect.unwrap(cls.forward)
     return "tie_word_embeddings" in getattr(getattr(forward, "__code__", None), "co_names", ())
+
+
+_KEYS = "all_tied_weights_keys"
+"""The attribute of a transformers model that maps each tied weight to its source."""
 
 
 def _configs(model: nn.Module) -> Iterator[Any]:

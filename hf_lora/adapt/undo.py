@@ -1,40 +1,177 @@
-"""Undo changes to a model if a later step fails: the same module and parameter objects are restored."""
+"""All or nothing: a change of a model that is cut off anywhere is undone, or completed.
+
+`all_or_nothing` restores modules, parameter objects, configs and the plain data of adapters. It does not copy values,
+so a change that overwrites values either keeps them and calls `Undo.restoring`, or passes a point of no return, after
+which it is completed by repeating it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers.hosts import Activity, Factor, Held
+from ..layers.site import LayerAdapter
+from .state import AdapterRecord, LoraState, Original, Task
 from .walk import configs_of
+
+PLAIN = (Activity, AdapterRecord, Held, LayerAdapter, LoraState, Original, Task)
+"""Classes of plain data that change with the adapters."""
+_TABLES = frozenset({dict, OrderedDict, list, set})
+
+
+class _Kinds(dict[type, bool]):
+    """class -> whether it is a class of plain data. A lookup is not a call, which counts for large models."""
+
+    def __missing__(self, cls: type) -> bool:
+        self[cls] = issubclass(cls, PLAIN)
+        return self[cls]
+
+
+_IS_PLAIN = _Kinds()
+
+
+class Undo:
+    """What a model was, to restore it. It costs a few calls for each module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._objects: list[tuple[Any, dict[str, Any]]] = []
+        """Modules, configs and plain data with their attributes."""
+        self._factors: list[tuple[Factor, bool, nn.Parameter | None]] = []
+        self._tables: list[tuple[Any, Any]] = []
+        """The attributes that are tables and hold something, with their content."""
+        self._classes: list[tuple[nn.Module, type]] = []
+        self._tensors: list[tuple[Tensor, Tensor, bool, Tensor | None]] = []
+        self._before: list[Callable[[], object]] = []
+        self._rest: Callable[[], object] | None = None
+        self._finished: Callable[[], bool] = bool
+        self._seen: set[int] = set()
+        self._walk(model)
+        for config in configs_of(model):
+            self._remember(config)
+
+    def _walk(self, model: nn.Module) -> None:
+        stack: list[nn.Module | None] = [model]
+        seen: set[nn.Module | None] = {None}
+        while stack:
+            module = stack.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            parameters = module._parameters
+            tensors = [*parameters.values(), *module._buffers.values()]
+            if module.__class__ is Factor:  # most modules are one, and nothing else of it changes
+                self._factors += [(module, module.training, parameters["weight"])]
+            else:
+                self._classes += [(module, module.__class__)]
+                self._remember(module)
+                stack += module._modules.values()
+            self._tensors += [(t, t.data, t.requires_grad, t.grad) for t in tensors if t is not None]
+
+    def _remember(self, thing: Any) -> None:
+        """Keep the attributes of an object, the content of tables in them, and the plain data in both."""
+        attributes = thing.__dict__.copy()
+        self._objects += [(thing, attributes)]
+        for value in attributes.values():
+            kind = value.__class__
+            if kind in _TABLES:
+                if value:
+                    self._tables += [(value, value.copy())]
+                    for each in value if kind is list or kind is set else value.values():
+                        if _IS_PLAIN[each.__class__] and id(each) not in self._seen:
+                            self._seen.add(id(each))
+                            self._remember(each)
+            elif _IS_PLAIN[kind] and id(value) not in self._seen:
+                self._seen.add(id(value))
+                self._remember(value)
+
+    def restoring(self, step: Callable[[], object]) -> None:
+        """Also call `step`, which restores values, before everything else is restored."""
+        self._before.append(step)
+
+    def unless(self, finished: Callable[[], bool]) -> None:
+        """Leave the model as it is if `finished()`, because a change within this one was completed."""
+        self._finished = finished
+
+    def no_return(self, rest: Callable[[], object]) -> None:
+        """From now on nothing is undone: a change that is cut off is completed by `rest`, which can be repeated."""
+        self._rest = rest
+        for kept in (self._objects, self._tables, self._tensors, self._factors, self._before):
+            kept.clear()  # frees what was replaced
+
+    def settle(self, error: BaseException) -> None:
+        """Restore the model after an error, or complete the change."""
+        if self._finished():
+            return
+        if self._rest is not None:
+            traceback.clear_frames(error.__traceback__)  # which may hold the memory that was missing
+            self._rest()
+            return
+        for step in self._before:
+            step()
+        for module, cls in self._classes:
+            if module.__class__ is not cls:
+                module.__class__ = cls
+        held = {id(table) for table, _ in self._tables}
+        for thing, attributes in self._objects:
+            _refill(thing.__dict__, attributes)
+            for value in attributes.values():
+                if value.__class__ in _TABLES and value and id(value) not in held:
+                    value.clear()
+        for table, content in self._tables:
+            _refill(table, content)
+        for factor, training, weight in self._factors:
+            factor.training, factor._parameters["weight"] = training, weight
+        for tensor, data, requires_grad, grad in self._tensors:
+            _put_back(tensor, data, requires_grad, grad)
+
+
+def _refill(table: Any, content: Any) -> None:
+    """Restore the content of a table. One that did not change is not touched: other threads may be using the model."""
+    same = len(table) == len(content) and all(a is b for a, b in zip(table, content, strict=True))
+    if same and isinstance(table, dict):
+        same = all(a is b for a, b in zip(table.values(), content.values(), strict=True))
+    if not same:
+        table.clear()
+        (table.extend if isinstance(table, list) else table.update)(content)
+
+
+def _put_back(tensor: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | None) -> None:
+    if type(data) is Tensor and (tensor.data_ptr(), tensor.shape, tensor.dtype) != (
+        data.data_ptr(), data.shape, data.dtype,
+    ):  # fmt: skip
+        tensor.data = data
+    if tensor.requires_grad != requires_grad:
+        tensor.requires_grad_(requires_grad)
+    if tensor.grad is not grad:
+        tensor.grad = grad
 
 
 @contextmanager
-def rollback_on(model: nn.Module, error: type[Exception]) -> Iterator[None]:
-    """Restore a model's modules, parameters and configs if `error` is raised inside.
-
-    Values are not copied, so in-place changes of values are not undone.
-    """
-    modules = [(module, type(module), _contents(module)) for module in model.modules()]
-    parameters = [(p, p.data, p.requires_grad) for p in model.parameters()]
-    configs = [(config, dict(vars(config))) for config in configs_of(model)]
+def all_or_nothing(model: nn.Module) -> Iterator[Undo]:
+    """Undo or complete the change of a model in the `with` block if an error or an interruption ends it."""
+    with gc_paused():
+        undo = Undo(model)
     try:
-        yield
-    except error:
-        for module, cls, contents in modules:
-            module.__class__ = cls
-            module.__dict__.clear()
-            module.__dict__.update(contents)
-        for parameter, data, requires_grad in parameters:
-            parameter.data = data
-            parameter.requires_grad_(requires_grad)
-        for config, values in configs:
-            vars(config).clear()
-            vars(config).update(values)
+        yield undo
+    except BaseException as error:
+        undo.settle(error)
         raise
 
 
-def _contents(module: nn.Module) -> dict[str, object]:
-    """A module's attributes, with copies of its dicts (parameters, children, hooks)."""
-    return {name: value.copy() if isinstance(value, dict) else value for name, value in module.__dict__.items()}
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Pause garbage collection: an injection creates tens of thousands of objects, all of which stay alive."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -2,6 +2,9 @@
 
 A `Replacement` adds `base_layer` and `copies` to the module tree, an adapted layer `lora_*`. Configurations, files and
 tables use the original names; only these functions convert between the two.
+
+Two models may share layers, which then have the adapters of one of them: a walk over the adapters of a model passes
+over those of another.
 """
 
 from __future__ import annotations
@@ -12,10 +15,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.copies import Replacement
-from ..layers.hosts import Host
+from ..layers.hosts import Activity, Host, activity_of
 from ..layers.parts import PARTS, Part
 from ..layers.site import Site
 from ..layers.views import View, sites_of
+
+ATTRIBUTE = "_hf_lora"
+"""Attribute of a model that holds the state of its adapters."""
+
+
+def _activity(model: nn.Module) -> Activity | None:
+    """The activity of a model with adapters; None for any other, such as a copy of a part of one."""
+    state: Any = model.__dict__.get(ATTRIBUTE)
+    return None if state is None else state.activity
+
+
+def _belongs(module: nn.Module, activity: Activity | None) -> bool:
+    """Whether `module` has tensors of adapters, namely of the model with that activity."""
+    if isinstance(module, Replacement):
+        return activity is None or module.activity is activity
+    return isinstance(module, Host) and (activity is None or activity_of(module) is activity)
+
+
+def of_other_models(model: nn.Module) -> list[str]:
+    """Names of the modules that have adapters of another model, of which they are a part too."""
+    activity = _activity(model)
+    hosts = ((name, module) for name, module in _walk(model) if isinstance(module, (Host, Replacement)))
+    return [name for name, module in hosts if activity is None or not _belongs(module, activity)]
 
 
 def original_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -76,16 +102,16 @@ def adapter_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
 
     Switching between adapters is this pass. It skips modules without children, which are most.
     """
-    names = tuple(names)
+    names, activity = tuple(names), _activity(model)
     stack, seen = [model], {id(model)}
     while stack:
         module = stack.pop()
-        is_host = isinstance(module, Host)
+        belongs = _belongs(module, activity)
         for kind, child in module._modules.items():
             if child is None or not child._modules or id(child) in seen:
                 continue
             seen.add(id(child))
-            if (is_host and kind.startswith("lora_")) or (kind == "copies" and isinstance(module, Replacement)):
+            if belongs and (kind.startswith("lora_") or (kind == "copies" and isinstance(module, Replacement))):
                 for name in names:
                     held = child._modules.get(name)
                     if held is not None and "frozen" not in held.__dict__:
@@ -99,9 +125,9 @@ def parts(model: nn.Module, name: str | None = None) -> Iterator[Part]:
 
     The walk is lazy: make a list before removing parts.
     """
-    kinds = tuple(PARTS.values())
+    kinds, activity = tuple(PARTS.values()), _activity(model)
     for path, module in _walk(model):
-        if not isinstance(module, (Host, Replacement)):
+        if not _belongs(module, activity):
             continue
         for kind in kinds:
             for part in kind.at(path, module):
@@ -114,23 +140,30 @@ def adapter_layers(model: nn.Module) -> dict[str, Site]:
 
     A site that is not a layer has the name of its weight.
     """
+    activity = _activity(model)
     return {
         f"{path}.{site.name}" if isinstance(site, View) else path: site
         for path, module in original_modules(model)
+        if _belongs(module, activity)
         for site in sites_of(module)
     }
 
 
 def adapted_modules(model: nn.Module, name: str) -> set[str]:
     """Original names of the modules with factors of one adapter."""
+    layers = adapter_layers(model)
     return {
-        path for path, module in original_modules(model) if any(name in site._lora.names for site in sites_of(module))
+        path.removesuffix(f".{site.name}") if isinstance(site, View) else path
+        for path, site in layers.items()
+        if name in site._lora.names
     }
 
 
 def replacements(model: nn.Module) -> dict[str, Replacement]:
     """Original name -> replacement, for every module that some adapter trains whole."""
-    return {name: module for name, module in _walk(model) if isinstance(module, Replacement)}
+    activity = _activity(model)
+    found = {name: module for name, module in _walk(model) if isinstance(module, Replacement)}
+    return {name: module for name, module in found.items() if _belongs(module, activity)}
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -163,6 +196,6 @@ def _inside(module: Any) -> Any:
 
 def configs_of(model: nn.Module) -> list[Any]:
     """The configs of a transformers model and of the models inside it, including nested ones, each once."""
-    outer = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "__dict__")}
+    outer = {id(c): c for m in model.modules() if hasattr(c := m.__dict__.get("config"), "__dict__")}
     inner = {id(c): c for config in outer.values() for c in vars(config).values() if hasattr(c, "to_dict")}
     return list({**inner, **outer}.values())

@@ -10,9 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapt.state import require_state
+from ..adapt.state import require_state, running_task
 from ..layers.class_swap import unwrap_class
-from .lazy_model import NAME
 from .plan import Plan
 from .ranges import INDEX_NAME
 
@@ -77,7 +76,7 @@ def _config(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
     """The base's config.json with the changes of the merge."""
     model = plan.shell.model
     state = require_state(model, "merge_files")
-    task = state.adapters[NAME].task
+    task = running_task(state)
     if plan.shell.foreign:
         values["architectures"] = [unwrap_class(type(model)).__name__]
     if task != state.base_task and task.id2label:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapt.bypass import bypassed_biases
+from ..adapt.bypass import bypassed_biases, bypassed_modules
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
-from ..adapt.state import Task, base_task, require_state, state_of
+from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, original_state, parts
 from ..config import LoraConfig
@@ -91,12 +91,15 @@ def load_adapter(
     compare_kinds(copies, file.tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
-    inject(
-        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
-    )
-    require_state(model, call).identity = identity
-    assign(model, name, file.tensors)
-    return plan
+
+    def fill(state: LoraState) -> None:
+        state.identity = identity
+        assign(model, name, file.tensors)
+
+    return inject(
+        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
+        call=call,
+    )  # fmt: skip
 
 
 def load_adapter_weights(
@@ -140,7 +143,14 @@ def load_adapter_weights(
     compare({key: each.shape for key, each in own.items()}, tensors, faults)
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
-    assign(model, name, tensors)
+    held = [tensor.detach() for each in own.values() for _, tensor in each.members if not is_sharded(tensor)]
+    before = [tensor.clone() for tensor in held]
+    try:
+        assign(model, name, tensors)
+    except BaseException:
+        for tensor, values in zip(held, before, strict=True):
+            tensor.copy_(values)
+        raise
 
 
 def _own_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -205,6 +215,9 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
+    optional = {**bypassed_modules(model), **bypassed_biases(model)} if plan.biases else {}
+    # A new adapter does not train the bias of a layer that its parent reads, so the file may have none.
+    plan.biases = [path for path in plan.biases if path not in optional or _holds_bias(path, file.tensors)]
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
     buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
     keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
@@ -253,8 +266,13 @@ def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, f
         base: Any = module_at(model, path).bias
         if path in read and not is_absent(base) and not _same_as(path, base.detach().cpu(), file.tensors):
             faults.add(
-                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there"
+                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there; "
+                "merge it with PEFT's merge_and_unload and use the merged model"
             )
+
+
+def _holds_bias(path: str, tensors: Mapping[str, Tensor]) -> bool:
+    return any(key_of(path, bias_key(adapted)) in tensors for adapted in (True, False))
 
 
 def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:

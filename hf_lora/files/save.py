@@ -18,7 +18,7 @@ from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable
-from ..adapt.state import require_state
+from ..adapt.state import require_state, task_of
 from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, original_state, parts
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
@@ -210,8 +210,8 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
 
     from .. import __version__
 
-    state = require_state(model, "save_adapter")
-    task, config = state.adapters[name].task, state.adapters[name].config
+    state, task = require_state(model, "save_adapter"), task_of(model, name)
+    config = state.adapters[name].config
     return {
         "base": state.identity,
         "architecture": unwrap_class(type(model)).__name__,

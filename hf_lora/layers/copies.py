@@ -46,6 +46,10 @@ class Replacement(nn.Module):
         activity.watch(())
         self.train(base_layer.training)
 
+    @property
+    def activity(self) -> Activity:
+        return self._activity
+
     def add_copy(self, name: str, module: nn.Module | None = None) -> nn.Module:
         """Store `module` (default: a copy of the original) for an adapter, as float32."""
         added = copy.deepcopy(self.base_layer) if module is None else module

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..errors import StateError
 from .class_swap import Extension, mixins_of
 from .ops import device_only
 from .sharing import SharedOutputs
@@ -47,12 +48,27 @@ class Activity:
         for names in self.acting:
             self.acting[names] = self._acting(names)
 
+    def lose(self, message: str) -> None:
+        """Make every forward of an adapted layer raise."""
+        self.acting = _Lost(message)
+
     def watch(self, names: tuple[str, ...]) -> None:
         """Make `acting[names]` available. A layer calls this when its adapters change."""
         self.acting[names] = self._acting(names)
 
     def _acting(self, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(n for n in self.active if n in names) if self.enabled and not self.merged else ()
+
+
+class _Lost(dict[tuple[str, ...], tuple[str, ...]]):
+    """In place of `Activity.acting`: looking something up raises."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self.message = message
+
+    def __missing__(self, _names: tuple[str, ...]) -> tuple[str, ...]:
+        raise StateError(self.message)
 
 
 _EMPTY = nn.Module().__dict__
@@ -162,10 +178,9 @@ class Host(Extension):
     @classmethod
     def let_go(cls, module: nn.Module, name: str) -> None:
         """Remove an adapter if it is here, and `leave` if it was the last one."""
-        held: Held | None = module.__dict__.get(cls.attribute)  # absent if `hold` was interrupted
-        if held is not None:
-            held.remove(name)
-        if held is None or not held.names:
+        held: Held = module.__dict__[cls.attribute]
+        held.remove(name)
+        if not held.names:
             cls.leave(module)
 
 
@@ -188,21 +203,16 @@ def remove_factor(module: nn.Module, kind: str, name: str) -> None:
         del module._modules[kind]
 
 
+def activity_of(module: nn.Module) -> Activity:
+    """The activity of the model whose adapters have tensors at `module`."""
+    mixin: Any = type(module)._mixin  # type: ignore[attr-defined]
+    held: list[Held] = mixin.states(module) if issubclass(mixin, Host) else states_of(module)
+    return held[0].activity
+
+
 def states_of(module: nn.Module) -> list[Held]:
     """The plain data of all extensions of `module`."""
     return [held for mixin in mixins_of(module) if issubclass(mixin, Host) for held in mixin.states(module)]
-
-
-def remove_all(module: nn.Module, name: str) -> None:
-    """Remove everything that `module` has of an adapter, including a partly attached one."""
-    for host in [mixin for mixin in mixins_of(module) if issubclass(mixin, Host)]:
-        for kind in [k for k, held in module._modules.items() if k.startswith("lora_") and _holds(held, name)]:
-            remove_factor(module, kind, name)
-        host.let_go(module, name)
-
-
-def _holds(held: nn.Module | None, name: str) -> bool:
-    return held is not None and (name in held._modules or not held._modules)
 
 
 def strip(module: nn.Module) -> None:

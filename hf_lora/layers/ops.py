@@ -134,7 +134,8 @@ class _LoraProducts(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         mask = draw_mask(flat, plan.p) if plan.p else None
         h = F.linear(flat if mask is None else dropped(flat, dropped_indices(mask, flat, plan.p)), _stacked(a, x))
-        kept, outputs = [], []
+        kept: list[Tensor] = []
+        outputs = []
         for base, bias, part, up, scaling in zip(bases, biases, h.split(plan.ranks, 1), b, plan.scalings, strict=True):
             update = up.to(x).t()
             if plan.weights:
@@ -146,17 +147,24 @@ class _LoraProducts(torch.autograd.Function):
                 y = torch.addmm(base.reshape(-1, base.shape[-1]), part, update, alpha=scaling)
             # As in matmul, the result is not a view for autograd, so a model may change it in place.
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
-        ctx.plan = plan
+        ctx.plan, ctx.rest, ctx.done = plan, None, set()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, h, mask, *a, *b, *kept)
+        # Parameters stay in memory anyway; what is saved is checked as a whole, so they are checked by themselves.
+        ctx.parameters = [(t, _version(t)) for t in (*a, *b, *(bases if plan.weights else ()))]
+        casts = (None if weight is base else weight for weight, base in zip(kept, bases, strict=plan.weights))
+        ctx.save_for_backward(x, h, mask, *casts)
+        needs = ctx.needs_input_grad
+        ctx.mark_non_differentiable(
+            *(y for i, y in enumerate(outputs) if not needs[0] and not any(needs[2 + 4 * i : 6 + 4 * i]))
+        )
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         plan: _Plan = ctx.plan
         count, needs = len(plan.ranks), ctx.needs_input_grad
-        x, h, mask, *rest = ctx.saved_tensors
-        a, b, kept = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        x, h, mask, kept = _unpack(ctx, grads)
+        a, b = ([tensor for tensor, _ in ctx.parameters[i : i + count]] for i in (0, count))
         flat = x.reshape(-1, x.shape[-1])
         stacked = _stacked(a, x)
         places = None if mask is None else dropped_indices(mask, flat, plan.p)
@@ -192,6 +200,38 @@ class _LoraProducts(torch.autograd.Function):
             db = torch.addmm(h.new_empty(1), parts[i].t(), g, beta=0, alpha=plan.scalings[i]).t() if up else None
             found.append(None if db is None else db.to(b[i]))
         return tuple(found)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _unpack(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """x, h, mask and the weights.
+
+    The layers are independent, as if each had a function of its own: a backward through some of them leaves what the
+    others need, and only parameters of layers with a gradient must be unchanged since the forward.
+
+    Raises:
+        RuntimeError: as autograd, if a tensor that is needed was changed in place, or freed.
+    """
+    count = len(grads)
+    now = {i for i, g in enumerate(grads) if g is not None}
+    try:
+        saved = ctx.saved_tensors
+        ctx.done = now
+    except RuntimeError:  # freed by a backward through other layers, or changed
+        if ctx.rest is None or ctx.done & now:
+            raise
+        saved, ctx.done = ctx.rest[0], ctx.done | now
+        if ctx.rest[1] != _version(saved[0]):
+            raise
+    ctx.rest = (saved, _version(saved[0])) if len(now) < count else None
+    if any(_version(t) != v for i, (t, v) in enumerate(ctx.parameters) if i % count in now):
+        raise RuntimeError("A parameter that gradients depend on was changed in place after the forward of its layer.")
+    x, h, mask, *casts = saved
+    bases = (tensor for tensor, _ in ctx.parameters[2 * count :])
+    return x, h, mask, [base if cast is None else cast for base, cast in zip(bases, casts, strict=True)]
 
 
 def _stacked(factors: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -91,16 +91,6 @@ class LoraViews(Host):
     def states(cls, module: nn.Module) -> list[Held]:
         return list(module.__dict__[cls.attribute].values())
 
-    @classmethod
-    def let_go(cls, module: nn.Module, name: str) -> None:
-        views: dict[str, LayerState] = module.__dict__.get(cls.attribute, {})
-        for view, state in list(views.items()):
-            state.remove(name)
-            if not state.names:
-                del views[view]
-        if not views:
-            cls.leave(module)
-
     def train(self, mode: bool = True) -> Self:
         if mode and any(state.activity.merged for state in self._lora_views.values()):
             raise StateError(MERGED_TRAINING)

@@ -23,7 +23,7 @@ from helpers import (
 )  # fmt: skip
 from torch import Tensor
 
-from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora
+from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
 from hf_lora.adapt.resize import frozen_new_rows
 from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers, replacements
@@ -82,6 +82,63 @@ def test_untying_gives_the_right_result_and_survives_a_save(case: str, tmp_path:
     assert torch.equal(logits(loaded), logits(plain))
     plain.tie_weights()  # what loading, resizing and Trainer's saves call
     assert_near(logits(plain), y, torch.float32, 64)
+
+
+@pytest.mark.parametrize("case", TIED)
+def test_a_correct_adapter_on_one_side_of_a_tie_passes_the_check(case: str) -> None:
+    make, targets = TIED[case]
+    model = randomize(apply_lora(make(), LoraConfig(r=4, target_modules=[*targets])), scale=0.1)
+    before, y = snapshot(model), logits(model)
+    users = [id(p) for p in model.parameters()]
+    report = check_adapter(model, batch_for(model))
+    assert report.ok, str(report)
+    assert report.effect > 1e-2
+    assert report.error < 1e-4
+    assert [id(p) for p in model.parameters()] == users
+    assert_same_tensors(snapshot(model), before)
+    assert torch.equal(logits(model), y)
+
+
+def frozen_head(model: Any) -> Any:
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_("head" not in name and "layers.0" not in name)
+    return model
+
+
+@pytest.mark.parametrize("end", ["unmerge", "unload"])
+@pytest.mark.parametrize("prepare", [lambda model: model, frozen_head], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("case", TIED)
+def test_nothing_is_left_of_an_untied_merge(case: str, prepare: Callable[[Any], Any], end: str) -> None:
+    make, targets = TIED[case]
+    model = prepare(make())
+    others = ["q_proj"] if "llama" in case else []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    required = {n: p.requires_grad for n, p in parameters.items()}
+    before, flags = snapshot(model), (model.config.tie_word_embeddings, dict(model.all_tied_weights_keys))
+    randomize(apply_lora(model, LoraConfig(r=4, target_modules=[*targets, *others])))
+    y, adapted = logits(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    model.merge_adapter(untie=True)
+    assert not torch.equal(logits(model), y)
+    if end == "unmerge":
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), y)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == adapted
+    model.unload()
+    now = dict(model.named_parameters(remove_duplicate=False))
+    assert {n: id(p) for n, p in now.items()} == {n: id(p) for n, p in parameters.items()}
+    assert {n: p.requires_grad for n, p in now.items()} == required
+    assert (model.config.tie_word_embeddings, dict(model.all_tied_weights_keys)) == flags
+    assert_same_tensors(snapshot(model), before)
+
+
+def test_an_untied_model_keeps_what_required_gradients() -> None:
+    model = tied_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    randomize(apply_lora(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"])))
+    plain = model.merge_and_unload(untie=True)
+    assert plain.lm_head.weight is not plain.model.embed_tokens.weight
+    assert not plain.lm_head.weight.requires_grad
+    assert not plain.model.embed_tokens.weight.requires_grad
 
 
 def test_untied_and_unmerged_is_the_base_again() -> None:

@@ -25,7 +25,15 @@ from round_trip import check_round_trip
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, apply_lora
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    LoraConfig,
+    LoraModel,
+    MergeError,
+    apply_lora,
+    merge_files,
+)
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
 from hf_lora.files.load import load_adapter
@@ -418,6 +426,10 @@ def test_rows_that_were_added_to_an_adapted_embedding_are_in_the_file(tied: bool
         model.save_pretrained(tmp_path / "ours")
         again = LoraModel.from_pretrained(tmp_path / "ours")
         assert torch.equal(again(ids).logits, model(ids).logits)
+        with pytest.raises(MergeError, match="hf-lora merge ADAPTER --base BASE --out OUT"):
+            merge_files(tmp_path / "base", tmp_path / "ours", tmp_path / "merged", untie=True)
+        merged = LoraModel.from_pretrained(tmp_path / "ours", merge=True, untie=True)
+        assert_near(merged(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
         found = peft.PeftModel.from_pretrained(copy.deepcopy(resized), tmp_path / "ours").eval()
         assert_near(found(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
 
@@ -502,8 +514,11 @@ def test_a_trained_bias_that_its_parent_reads_is_refused(tmp_path: Path) -> None
     load_adapter(copy.deepcopy(base), tmp_path / "untrained")
     theirs.base_model.model.child.bias.data += 1
     theirs.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterFileError, match=r"child\.bias was trained, but Reads reads it directly"):
+    with pytest.raises(AdapterFileError, match=r"child\.bias was trained, but Reads reads.*merge_and_unload"):
         load_adapter(copy.deepcopy(base), tmp_path / "trained")
+    x = torch.randn(2, 4)
+    expected = theirs(x)
+    assert_near(theirs.merge_and_unload()(x), expected, torch.float32, OUTPUT_ROUNDINGS)
     model = copy.deepcopy(base)
     plan = inject(model, LoraConfig(r=2, target_modules=["other"], bias="all"))
     assert plan.biases == ["other"]

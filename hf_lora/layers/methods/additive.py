@@ -62,7 +62,8 @@ def _for_training(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Ten
     """The output with the updates of all adapters, saving little for the backward: see ops.py."""
     group = layer._lora.group
     if group and not layer._lora.taken and not x.is_inference():
-        y = pop_output(layer, x, names)
+        inner = to_compute_dtype(x)
+        y = pop_output(layer, x, names, _dropout(layer, names[0]), lambda member: _operand(member, names[0], inner))
         if y is None:
             y = _together(layer, group, x, names)
         if y is not None:
@@ -92,21 +93,20 @@ def _together(
     if len(names) > 1:
         return None
     inner, (name,), p = to_compute_dtype(x), names, _dropout(layer, names[0])
-    members, operands = [], []
+    members = []
     for member in group:
         state = member._lora
-        if state.taken or state.activity.acting[state.names] != names or member.training != layer.training:
+        if state.taken or state.activity.acting[state.names] != names or _dropout(member, name) != p:
             continue
         operand = _operand(member, name, inner)
-        if operand is not None and state.adapters[name].dropout == layer._lora.adapters[name].dropout:
-            members.append(member)
-            operands.append(operand)
-    if len(members) < 2 or not any(member is layer for member in members):
+        if operand is not None and not any(t is not None and t.is_inference() for t in operand[:4]):
+            members.append((member, operand))
+    if len(members) < 2 or not any(member is layer for member, _ in members):
         return None
-    computed = lora_products(inner, operands, p, weights=True)
-    outputs = {id(member): (member, y) for member, y in zip(members, computed, strict=True)}
-    _, y = outputs.pop(id(layer))
-    store_outputs(layer, x, names, outputs)
+    computed = lora_products(inner, [operand for _, operand in members], p, weights=True)
+    outputs = {id(member): y for (member, _), y in zip(members, computed, strict=True)}
+    y = outputs.pop(id(layer))
+    store_outputs(layer, x, names, p, members, outputs)
     return y
 
 
