@@ -26,8 +26,9 @@ from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError
-from .files.format import PREFIX, AdapterFile, key_of, read_adapter
-from .files.load import load_adapter
+from .files.format import PREFIX, AdapterFile, read_adapter
+from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
+from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import scrub
@@ -118,7 +119,8 @@ def load_lora(
         # The caller's model is all or nothing; a model that was loaded here is discarded after an error.
         with all_or_nothing(model) if model is base_model else nullcontext() as undo:
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
-                file = files.pop(0)  # so that its tensors are freed once the model has copies
+                # Removed from the list, so that its tensors are freed once the model has copies.
+                file = with_present_names(model, files.pop(0), call)
                 _fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
                 scale_adapter(model, name, weight, call)
@@ -226,16 +228,15 @@ def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool)
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
         return
-    embedding: Any = model.get_input_embeddings()
-    path = next((n for n, m in model.named_modules() if m is embedding), "")
-    whole = file.tensors.get(key_of(path, "weight"))
-    saved = whole.shape[0] if whole is not None else file.extras.get("vocabulary")
-    if not isinstance(saved, int) or saved == now:
+    saved, whole = vocabulary_in(model, file)
+    if saved is None or saved == now:
         return
+    embedding: Any = model.get_input_embeddings()
     if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
         return  # it does not fit, which is reported with all other faults
-    if whole is not None:
+    if whole is not None and (saved < now or allow_other_base or holds_new_rows(model, file)):
         model.resize_token_embeddings(saved, mean_resizing=False)
+        fill_new_rows(model, file, now)
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "

@@ -40,38 +40,45 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, for every module whose parent's source multiplies by its weight."""
-    found: dict[str, str] = {}
+    found = _used_in(model, "weight")
+    return {path: f"{cls} multiplies by its weight directly, so its forward may never run" for path, cls in found}
+
+
+def bypassed_biases(model: nn.Module) -> dict[str, str]:
+    """Original name -> reason, for every module whose parent's source adds its bias."""
+    return {path: f"{cls} reads it directly, also without the forward" for path, cls in _used_in(model, "bias")}
+
+
+def _used_in(model: nn.Module, attribute: str) -> Iterator[tuple[str, str]]:
+    """(original name of a module, class of its parent) where the parent's source computes with the attribute."""
     for name, module in original_modules(model):
         cls = unwrap_class(type(module))
-        for child in weights_used_by(cls):
-            path = f"{name}.{child}" if name else child
-            found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
-    return found
+        for child in used_by(cls, attribute):
+            yield f"{name}.{child}" if name else child, cls.__name__
 
 
 @functools.cache
-def weights_used_by(cls: type) -> frozenset[str]:
-    """Dotted paths, relative to `self`, of children whose weight the methods of `cls` use in computations."""
+def used_by(cls: type, attribute: str = "weight") -> frozenset[str]:
+    """Dotted paths, relative to `self`, of children whose weight (or bias) the methods of `cls` compute with."""
     found: set[str] = set()
     for method, function in inspect.getmembers(cls, inspect.isfunction):
         function = inspect.unwrap(function)
         if method.startswith(_NOT_FORWARD) or (function.__module__ or "").startswith(_LIBRARY_BASES):
             continue
-        names = function.__code__.co_names
-        if "weight" not in names and "bias" not in names:
+        if attribute not in function.__code__.co_names:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
         except (OSError, TypeError, SyntaxError):
             continue  # no source (an interactive session, a compiled module)
-        found.update(_used(tree))
+        found.update(_used(tree, attribute))
     return frozenset(found)
 
 
-def _used(tree: ast.AST) -> Iterator[str]:
+def _used(tree: ast.AST, attribute: str) -> Iterator[str]:
     parents: dict[ast.AST, ast.AST] = {c: p for p in ast.walk(tree) for c in ast.iter_child_nodes(p)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
+        if isinstance(node, ast.Attribute) and node.attr == attribute:
             path = _path_below_self(node.value)
             if path and not _is_harmless(node, parents[node]):
                 yield path

@@ -23,9 +23,9 @@ from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_modules
+from .bypass import bypassed_biases, bypassed_modules
 from .heads import find_heads
-from .match import PatternTable, matcher
+from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
 from .walk import original_modules
 
@@ -122,13 +122,15 @@ def resolve(
     call: str,
     allow_bypassed: bool = False,
     from_file: bool = False,
+    saved: dict[str, str] | None = None,
 ) -> Explanation:
     """The plan of an injection.
 
     Args:
         allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
-        from_file: the configuration comes from an adapter's file, whose tensors decide: `modules_to_save` and
-            patterns that match nothing are not faults.
+        from_file: the configuration comes from an adapter's file, whose tensors decide: patterns that match nothing
+            are not faults.
+        saved: name -> reason, for the modules to train whole; default: as the configuration says.
     """
     faults = Faults(call)
     check_names(config, faults)
@@ -138,7 +140,8 @@ def resolve(
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
-    plan.saved = _saved_modules(model, modules, config, faults, from_file)
+    plan.saved = _saved_modules(model, modules, config, faults) if saved is None else saved
+    _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
@@ -200,23 +203,19 @@ def scalings(config: LoraConfig) -> Callable[[str], float]:
 
 
 def _saved_modules(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults
 ) -> dict[str, str]:
-    saved: dict[str, str] = {}
     if config.modules_to_save is None:
-        saved = {} if from_file else find_heads(model)
-        _refuse_packed(modules, saved, faults)
-        return saved
+        return find_heads(model)
+    saved: dict[str, str] = {}
     unmatched, hits = set(config.modules_to_save), matcher(config.modules_to_save)
     for name in modules:
         hit = hits(name)
-        if hit and not any(name.startswith(s + ".") for s in saved):
+        if hit and holder(name, saved) is None:
             saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
-    _refuse_packed(modules, saved, faults)
-    if not from_file:
-        for pattern in sorted(unmatched):
-            faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
+    for pattern in sorted(unmatched):
+        faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
     return saved
 
 
@@ -224,8 +223,8 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
     """Refuse to train a quantized module whole, and quantized layers with a dense weight, which cannot run."""
     unfinished = {n: m for n, m in modules.items() if is_unfinished(m)}
     heads = {n: why for n, why in saved.items() if any(is_packed(p) for p in modules[n].parameters())}
-    heads |= {s: why for s, why in saved.items() if any(f"{n}.".startswith(f"{s}.") for n in unfinished)}
-    others = [n for n in unfinished if not any(f"{n}.".startswith(f"{head}.") for head in heads)]
+    heads |= {path: saved[path] for n in unfinished if (path := holder(n, saved)) is not None}
+    others = [n for n in unfinished if holder(n, heads) is None]
     skip = f"llm_int8_skip_modules or modules_to_not_convert: {[*heads, *others]!r}"
     for name, why in heads.items():
         faults.add(
@@ -246,13 +245,14 @@ def _bias_modules(
         return []
     found = []
     bypassed = {} if from_file else bypassed_modules(modules[""])
+    read = {} if from_file else bypassed_biases(modules[""])
     for name, module in modules.items():
         if config.bias == "lora_only" and name not in chosen:
             continue
-        if module._parameters.get("bias") is None or any(name == s or name.startswith(s + ".") for s in plan.saved):
+        if module._parameters.get("bias") is None or holder(name, plan.saved) is not None:
             continue
-        if name in bypassed and name not in chosen:
-            plan.skipped[f"{name}.bias"] = bypassed[name]
+        if name in read or (name in bypassed and name not in chosen):
+            plan.skipped[f"{name}.bias"] = bypassed.get(name) or read[name]
         elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
             found.append(name)
         else:

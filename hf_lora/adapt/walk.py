@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.copies import Replacement
 from ..layers.hosts import Activity, Host, activity_of
@@ -44,19 +44,23 @@ def of_other_models(model: nn.Module) -> list[str]:
     return [name for name, module in hosts if activity is None or not _belongs(module, activity)]
 
 
-def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(original name, module) of every module of the original model, each once, parents first."""
-    for name, module in _walk(model):
+def original_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """(original name, module) of every module of the original model, parents first.
+
+    Args:
+        once: yield a module with several names only under the first one.
+    """
+    for name, module in _walk(model, once):
         if not isinstance(module, Replacement):
             yield name, module
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen:
+        if once and id(module) in seen:
             continue
         seen.add(id(module))
         yield name, module
@@ -67,6 +71,16 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in reversed(list(module._modules.items())):
             if child is not None and not (is_host and child_name.startswith("lora_")):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def original_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a module had before LoRA was applied, with the tensors themselves."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in original_modules(model, once=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,10 +16,10 @@ from .hosts import Activity, Held, Host, as_masters, strip
 from .ops import device_only
 
 
-class _Copies(nn.ModuleDict):
+class Copies(nn.ModuleDict):
     """The copies, one per adapter: float32 masters that no cast of the model changes."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Copies:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Copies:
         super()._apply(device_only(fn), recurse)
         return self
 
@@ -39,7 +39,7 @@ class Replacement(nn.Module):
     def __init__(self, base_layer: nn.Module, activity: Activity) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.copies = _Copies()
+        self.copies = Copies()
         self._names: tuple[str, ...] = ()
         self._activity = activity
         activity.watch(())
@@ -115,17 +115,20 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class BiasLayer(Host):
-    """Mixin for a layer whose output is affine in its `bias`: each adapter has its own bias.
+class BiasHost(Host):
+    """Mixin for a module with a parameter `bias`, of which each adapter has its own.
 
-    The difference from the bias of the base is added to the output, so the base does not change, and an untrained
-    adapter changes no bit of the output.
+    The bias of the base does not change, and an untrained adapter changes no bit of the output.
     """
 
     attribute = "_lora_biases"
     order = 10  # outside extensions that multiply the output
     lora_bias: nn.ModuleDict
     _lora_biases: Held
+
+
+class BiasLayer(BiasHost):
+    """For a layer whose output is affine in its bias: the difference from the base's is added to the output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = super().forward(*args, **kwargs)
@@ -134,6 +137,20 @@ class BiasLayer(Host):
             shift = self.lora_bias[name].weight - bias.to(torch.float32)
             y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
         return y
+
+
+class BiasInside(BiasHost):
+    """For any other module: it runs with the adapter's bias, in the dtype of the base's, in place of its own."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held: Any = self._parameters["bias"]
+        for name in self._lora_biases.acting:  # at most one: adapters with a bias each are not active together
+            replaced: Any = self.lora_bias[name].weight.to(held.dtype)
+            self._parameters["bias"] = replaced
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self._parameters["bias"] = held
 
 
 def _dims_after_channel(layer: nn.Module, y: Tensor) -> int:

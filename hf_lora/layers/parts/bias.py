@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import FactorSpec
-from ..copies import BiasLayer
+from ..copies import BIAS_CLASSES, BiasHost, BiasInside, BiasLayer
 from ..distributed import whole_shape
 from ..fitting import fitted
 from ..hosts import Activity, add_factor, remove_factor
 from ..ops import to_float64
+from ..shapes import runs_forward_of
 from ..storages import DenseStorage
 from ..views import View
 from .base import Fold, Part, replace_the_same
@@ -26,12 +27,13 @@ class Bias(Part):
 
     @classmethod
     def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
-        if isinstance(module, BiasLayer):
+        if isinstance(module, BiasHost):
             for name in module._lora_biases.names:
                 yield cls(path, module, name)
 
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
-        BiasLayer.hold(self.module, activity).add(self.adapter)
+        affine = any(Factors.at(self.path, self.module)) or any(runs_forward_of(self.module, c) for c in BIAS_CLASSES)
+        (BiasLayer if affine else BiasInside).hold(self.module, activity).add(self.adapter)
         add_factor(self.module, "lora_bias", self.adapter, self.module.bias.detach().clone())
         return None
 
@@ -41,7 +43,7 @@ class Bias(Part):
 
     def remove(self, keep: bool = False) -> nn.Module | None:
         remove_factor(self.module, "lora_bias", self.adapter)
-        BiasLayer.let_go(self.module, self.adapter)
+        BiasHost.let_go(self.module, self.adapter)
         return None
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
