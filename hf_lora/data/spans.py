@@ -124,10 +124,20 @@ class Template:
         except Exception as error:
             raise _refused(error) from error
         text, marks = rendered[0][0], rendered[1][0]
-        begins = [self._begin(messages[:turn], tools, text) for turn in turns]
+        assistants = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(marks) == len(assistants):  # one each, so they need not be located
+            at = dict(zip(assistants, marks, strict=True))
+            by_turn = {turn: [at[turn]] for turn in turns}
+        else:
+            begins = [self._begin(messages[:turn], tools, text, turn == assistants[0]) for turn in turns]
+            ends = [*begins[1:], len(text)]
+            by_turn = {
+                turn: [(a, b) for a, b in marks if begin <= a < end]
+                for turn, begin, end in zip(turns, begins, ends, strict=True)
+            }
         spans = []
-        for turn, begin, end in zip(turns, begins, [*begins[1:], len(text)], strict=True):
-            found = [Span(turn, a, b) for a, b in marks if begin <= a < end and b > a]
+        for turn, found in by_turn.items():
+            found = [Span(turn, a, b) for a, b in found if b > a]
             if not found:
                 raise LabelError(
                     f"message {turn + 1}: the template marks nothing of the assistant's turn as generated",
@@ -136,12 +146,18 @@ class Template:
             spans += found
         return text, spans
 
-    def _begin(self, before: list[Message], tools: list[Any] | None, text: str) -> int:
-        """Where the messages before a turn end; a template may append text to the end of a chat."""
+    def _begin(self, before: list[Message], tools: list[Any] | None, text: str, is_first: bool) -> int:
+        """Where the messages before an assistant turn end; a template may append text to the end of a chat."""
         try:
             return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071
-        except LabelError:  # for example a template that requires a user message
-            return 0
+        except LabelError as error:  # for example a template that requires a user message
+            if is_first:
+                return 0
+            raise LabelError(
+                f"message {len(before) + 1}: the template does not mark one range for each assistant turn and rejects "
+                "the messages before this one alone, so it is unknown which marks belong to this turn",
+                "In the template, put one pair of {% generation %} and {% endgeneration %} around each turn.",
+            ) from error
 
     def _by_prefix(self, messages: list[Message], tools: list[Any] | None, turn: int, text: str) -> Span:
         at = f"message {turn + 1}"

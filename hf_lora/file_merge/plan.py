@@ -134,9 +134,15 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
 def _replacements(shell: Shell) -> dict[str, tuple[Tensor, torch.dtype]]:
     """Name in memory -> (values, dtype) of the tensors that the adapter replaces: heads, embeddings, biases."""
     found: dict[str, tuple[Tensor, torch.dtype]] = {}
+    alike: dict[str, list[str]] = {}  # the names under which the files hold a tensor that is tied
+    for name in sorted(shell.names.held):
+        alike.setdefault(shell.owners.get(name, name), []).append(name)
     for part in parts(shell.model, NAME):
         for name, own, base in part.replaced():
-            found[name] = own.detach(), base.dtype
+            # A module that is trained whole is not tied any more; any other tensor is replaced wherever it is.
+            names = [] if part.whole_module else alike.get(shell.owners.get(name, name), [])
+            for each in names or [name]:
+                found[each] = own.detach(), base.dtype
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..adapt.bypass import bypassed_biases
+from ..adapt.bypass import bypassed_biases, bypassed_modules
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
@@ -213,6 +213,9 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
+    optional = {**bypassed_modules(model), **bypassed_biases(model)} if plan.biases else {}
+    # A new adapter does not train the bias of a layer that its parent reads, so the file may have none.
+    plan.biases = [path for path in plan.biases if path not in optional or _holds_bias(path, file.tensors)]
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
     buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
     keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
@@ -263,6 +266,10 @@ def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, f
             faults.add(
                 f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there"
             )
+
+
+def _holds_bias(path: str, tensors: Mapping[str, Tensor]) -> bool:
+    return any(key_of(path, bias_key(adapted)) in tensors for adapted in (True, False))
 
 
 def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:

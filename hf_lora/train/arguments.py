@@ -83,6 +83,9 @@ class LoraArguments:
         choices=_INIT_NAMES,
     )
     lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
+    lora_adapter: str | None = flag(
+        None, "Folder or Hub name of an adapter to continue training, or to evaluate; the model is its base."
+    )
     lora_allow_bypassed: bool = flag(
         False, "Adapt named modules even if their parent uses their weight without calling them."
     )
@@ -180,7 +183,7 @@ class LoraArguments:
 
 def _config_fields() -> list[str]:
     """The names of the fields that LoraConfig also has."""
-    other = ("lora_allow_bypassed", "lora_guard_steps")
+    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps")
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 

@@ -22,6 +22,7 @@ from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
 from ..errors import ConfigError, StateError, TrainingError
+from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import current_names
 from .precision import precision_line
@@ -82,7 +83,10 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     call = f"{trainer}(…, lora_config=…)"
     state = state_of(model)
     reason = None
-    if state is None:
+    if flags is not None and flags.lora_adapter is not None:
+        state = _load_adapter(model, flags.lora_adapter, state, given, trainer)
+        reason = f"the adapter {flags.lora_adapter} is loaded"
+    elif state is None:
         config = flags.lora_config() if given is None and flags is not None else given
         if apply_lora(model, config, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
             raise StateError(
@@ -103,6 +107,17 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     configs = [record.config for record in state.adapters.values()]
     if flags is not None and changed and flags.lora_config() not in configs:
         logger.warning(f"These arguments have no effect because {reason}: {', '.join(changed)}.")
+
+
+def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given: Any, trainer: str) -> LoraState:
+    """Load an adapter to train into a model without one."""
+    if state is not None or given is not None:
+        what = "the model has adapters already" if state is not None else "lora_config is given"
+        raise ConfigError(
+            f"{trainer}(…): lora_adapter={source!r} names an adapter to load, but {what}. Pass only one."
+        )
+    LoraModel.from_pretrained(source, base_model=model, is_trainable=True)
+    return require_state(model, trainer)
 
 
 def adopt_metrics(trainer: Trainer) -> None:

@@ -78,6 +78,7 @@ class LoraTrainerMixin(_Trainer):
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
         self._first_batch, self._packing = FirstBatch(), Packing()
         self._own_optimizer: Optimizer | None = None
+        self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
         super().__init__(*args, **kwargs)
@@ -111,7 +112,7 @@ class LoraTrainerMixin(_Trainer):
             super().create_accelerator_and_postprocess()
         accepts = self._accept_ddp_fallback or getattr(self.args, "accept_ddp_fallback", False)
         check_engine(self.args, self.accelerator, self.model, accepts, type(self).__name__)
-        if isinstance(self.model, nn.Module):
+        if isinstance(self.model, nn.Module) and self.model is not self._adapted:  # a search calls this for each trial
             self._adapt(self.model)
         own = type(self)._build_accelerator_args is Trainer._build_accelerator_args
         if own and self.accelerator.ddp_handler is not None:
@@ -126,6 +127,7 @@ class LoraTrainerMixin(_Trainer):
 
     def _adapt(self, model: nn.Module) -> None:
         start.adapt(model, self._lora_config, self.args, type(self).__name__)
+        self._adapted = model
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
@@ -245,8 +247,7 @@ class LoraTrainerMixin(_Trainer):
 
     def _leaves_logits_out(self) -> bool:
         """Whether the logits are not needed, so that the loss may be computed over the frozen head."""
-        args = self.args
-        others = args.torch_compile or args.n_gpu > 1 or args.use_liger_kernel
+        others = self.args.torch_compile or self.args.n_gpu > 1 or self.args.use_liger_kernel
         return not others and self.label_smoother is None and self.compute_loss_func is None
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

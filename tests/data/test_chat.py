@@ -278,6 +278,26 @@ def test_the_last_turn_alone_and_the_prompts_of_pairs(bytes_: Any) -> None:
         assert bytes_.decode([label for label in later if label != -100]).startswith("assistant\nassistant<|eot_id|>")
 
 
+def test_a_turn_has_its_own_marks_if_the_messages_before_it_cannot_be_rendered(bytes_: Any) -> None:
+    """Few-shot examples, of which only the last answer is trained."""
+    messages = chat([*CHATS["one"], ("user", "and?"), ("assistant", "4"), ("user", "left"), ("assistant", "right")])
+    rejects = "{% if messages[-1]['role'] == 'user' %}{{ raise_exception('no answer') }}{% endif %}"
+    bytes_.chat_template = MARKED["chatml"]
+    _, expected = label_chat(bytes_, messages, last_turn_only=True)
+    bytes_.chat_template = rejects + MARKED["chatml"]
+    _, labels = label_chat(bytes_, messages, last_turn_only=True)
+    assert labels == expected
+    assert bytes_.decode([label for label in labels if label != -100]) == "right<|im_end|>"
+    # Two marks in each turn: which are the last turn's is unknown.
+    twice = "{% generation %}{{ m['content'] }}{% endgeneration %}"
+    bytes_.chat_template = rejects + (
+        "{% for m in messages %}{{ m['role'] }} {% if m['role'] == 'assistant' %}" + twice + " " + twice
+        + "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )  # fmt: skip
+    with pytest.raises(DataError, match="unknown which marks belong to this turn"):
+        label_chat(bytes_, messages, last_turn_only=True)
+
+
 @pytest.mark.parametrize(
     ("template", "turns", "message"),
     [

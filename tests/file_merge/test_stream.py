@@ -222,6 +222,28 @@ def test_a_file_of_peft_with_another_vocabulary(tmp_path: Path, rows: int, tied:
         assert torch.allclose(again(token_ids() % 60).logits, theirs(token_ids() % 60).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("both", [False, True], ids=["one name", "both names"])
+def test_a_trained_bias_that_has_two_names(tmp_path: Path, both: bool) -> None:
+    from transformers import MPNetConfig, MPNetForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    model = MPNetForMaskedLM(MPNetConfig(vocab_size=64, max_position_embeddings=32, **sizes))
+    base = save_base(model, tmp_path)
+    file = base / "model.safetensors"
+    held = load_file(file)
+    names = {"lm_head.bias", "lm_head.decoder.bias"}
+    if both:
+        held |= {name: model.lm_head.bias.detach().clone() for name in names}
+        save_file(held, file, metadata={"format": "pt"})
+    assert len(names & held.keys()) == (2 if both else 1)
+    adapter = save_adapter(base, tmp_path, bias="all")
+    out = merge_files(base, adapter, tmp_path / "out")
+    assert tensors_of(out).keys() == held.keys()
+    memory = LoraModel.from_pretrained(adapter, base_model=base, merge=True)
+    assert_same_bits(MPNetForMaskedLM.from_pretrained(out).state_dict(), memory.state_dict())
+
+
 def test_tables_of_positions_that_no_file_holds(tmp_path: Path) -> None:
     """Marian computes them: they are in no file of the base and in none of the result."""
     from transformers import MarianConfig, MarianMTModel

@@ -25,7 +25,15 @@ from round_trip import check_round_trip
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, apply_lora
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    LoraConfig,
+    LoraModel,
+    MergeError,
+    apply_lora,
+    merge_files,
+)
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
 from hf_lora.files.load import load_adapter
@@ -418,6 +426,10 @@ def test_rows_that_were_added_to_an_adapted_embedding_are_in_the_file(tied: bool
         model.save_pretrained(tmp_path / "ours")
         again = LoraModel.from_pretrained(tmp_path / "ours")
         assert torch.equal(again(ids).logits, model(ids).logits)
+        with pytest.raises(MergeError, match="hf-lora merge ADAPTER --base BASE --out OUT"):
+            merge_files(tmp_path / "base", tmp_path / "ours", tmp_path / "merged", untie=True)
+        merged = LoraModel.from_pretrained(tmp_path / "ours", merge=True, untie=True)
+        assert_near(merged(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
         found = peft.PeftModel.from_pretrained(copy.deepcopy(resized), tmp_path / "ours").eval()
         assert_near(found(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
 

@@ -37,6 +37,12 @@ def tiny_moe() -> Any:
     return transformers.Qwen2MoeForCausalLM(config).eval()
 
 
+def tiny_bloom() -> Any:
+    torch.manual_seed(0)
+    config = transformers.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.2)
+    return transformers.BloomForCausalLM(config).eval()
+
+
 def bert(cls: str, **config: Any) -> Callable[[], Any]:
     return lambda: tiny_bert(cls=cls, **config)
 
@@ -57,16 +63,21 @@ TEXT = {
     "gpt2": FAMILIES["gpt2"],
     "t5": FAMILIES["t5"],
     "experts": tiny_moe,
+    "parents that read a layer's bias": tiny_bloom,
 }
 IMAGES = {name: FAMILIES[name] for name in ("vit", "resnet")} | {"image backbone": lambda: FAMILIES["vit"]().vit}
 
+WITH_HEADS = (
+    "classes", "tokens", "answers", "choice", "two linear layers as a head", "distil answers", "llama classes",
+)  # fmt: skip
 GRID: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in (*TEXT, "vit")),
-    *((name, {"modules_to_save": []}) for name in TEXT if name not in ("masked", "backbone", "experts")),
+    *((name, {"modules_to_save": []}) for name in WITH_HEADS),
     ("vit", {"modules_to_save": []}),
     ("vit", {"task_type": "SEQ_CLS"}),
     ("image backbone", {}),
     *((name, {"bias": "all"}) for name in ("tokens", "masked", "two linear layers as a head", "gpt2")),
+    ("parents that read a layer's bias", {"bias": "all"}),
     ("answers", {"bias": "lora_only", "modules_to_save": []}),
     ("two linear layers as a head", {"modules_to_save": ["classifier"]}),
     ("two linear layers as a head", {"modules_to_save": ["classifier"], "bias": "all"}),

@@ -355,6 +355,41 @@ def test_a_step_of_lora_plus_is_adams_at_two_rates(arguments: Make) -> None:
     assert_same_tensors(ends[0], ends[1])
 
 
+def test_the_adapter_of_a_flag_is_trained_or_evaluated(arguments: Make, tmp_path: Path, messages: list[str]) -> None:
+    first = LoraTrainer(tiny_bert(), arguments(max_steps=2, lora_r=3), train_dataset=sentences())
+    first.train()
+    first.save_model(str(tmp_path / "adapter"))
+    expected = first.evaluate(sentences())["eval_loss"]
+    args = arguments(max_steps=1, lora_adapter=str(tmp_path / "adapter"), lora_r=5)
+    second = LoraTrainer(tiny_bert(), args, train_dataset=sentences())
+    assert "no effect because the adapter" in messages[-1]
+    assert second.evaluate(sentences())["eval_loss"] == expected
+    assert second.model.lora_configs["default"].r == 3
+    before = adapter_values(second.model)
+    second.train()
+    assert all(not torch.equal(value, before[name]) for name, value in adapter_values(second.model).items())
+    with pytest.raises(ConfigError, match=r"lora_adapter=.* but lora_config is given"):
+        LoraTrainer(tiny_bert(), args, train_dataset=sentences(), lora_config=LoraConfig(r=2))
+    with pytest.raises(ConfigError, match="the model has adapters already"):
+        LoraTrainer(second.model, args, train_dataset=sentences())
+
+
+def test_each_trial_of_a_search_adapts_a_new_model(arguments: Make) -> None:
+    """Trainer makes the model, then the accelerator again, in every trial."""
+    config = LoraConfig(r=3)
+    trainer = LoraTrainer(
+        model_init=lambda: tiny_bert(), args=arguments(max_steps=1), train_dataset=sentences(), lora_config=config
+    )
+    models = []
+    for _ in range(2):
+        trainer.model = trainer.call_model_init()
+        trainer.create_accelerator_and_postprocess()
+        models.append(trainer.model)
+        assert trainer.model.lora_configs["default"].r == 3
+    assert models[0] is not models[1]
+    trainer.train()
+
+
 def test_rates_that_cannot_be_given(arguments: Make) -> None:
     model = apply_lora(tiny_bert())
     own = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
