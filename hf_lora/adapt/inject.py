@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -76,10 +77,10 @@ def inject(
     _check_model(model, state, name, call)
     if plan is None:
         plan = resolve(model, config, call, allow_bypassed, from_file)
-        with all_or_nothing(model):
+        with nullcontext() if batches is None else all_or_nothing(model):
             config = informed(model, plan, config, batches, original, call)
     named_by_user = config.target_modules not in PRESETS and not from_file
-    with all_or_nothing(model), gc_paused():
+    with all_or_nothing(model, state.activity.active if state is not None else ()), gc_paused():
         state = state or _first(model)
         keep_frozen(model, state)
         record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import gc
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.hosts import Activity, Factor, Held
+from ..layers.copies import Copies, Replacement
+from ..layers.hosts import Activity, Factor, Held, Host
 from ..layers.site import LayerAdapter
 from .state import AdapterRecord, LoraState, Original, Task
-from .walk import configs_of
 
 PLAIN = (Activity, AdapterRecord, Held, LayerAdapter, LoraState, Original, Task)
 """Classes of plain data that change with the adapters."""
 _TABLES = frozenset({dict, OrderedDict, list, set})
+_CHILDREN_PER_ADAPTER = (nn.ModuleDict, Copies)
+_PER_ADAPTER = frozenset({AdapterRecord, LayerAdapter})
+"""Plain data in tables by the adapter's name."""
 
 
 class _Kinds(dict[type, bool]):
@@ -38,9 +41,13 @@ _IS_PLAIN = _Kinds()
 
 
 class Undo:
-    """What a model was, to restore it. It costs a few calls for each module."""
+    """What a model was, to restore it. It costs a few calls for each module.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        adapters: the adapters that exist already and whose tensors may change; default: all.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[str] | None = None) -> None:
         self._objects: list[tuple[Any, dict[str, Any]]] = []
         """Modules, configs and plain data with their attributes."""
         self._factors: list[tuple[Factor, bool, nn.Parameter | None]] = []
@@ -51,14 +58,14 @@ class Undo:
         self._before: list[Callable[[], object]] = []
         self._rest: Callable[[], object] | None = None
         self._finished: Callable[[], bool] = bool
+        self._adapters = adapters
         self._seen: set[int] = set()
         self._walk(model)
-        for config in configs_of(model):
-            self._remember(config)
 
     def _walk(self, model: nn.Module) -> None:
         stack: list[nn.Module | None] = [model]
         seen: set[nn.Module | None] = {None}
+        inside: set[int] = set()  # children of hosts, among them those that hold a child for each adapter
         while stack:
             module = stack.pop()
             if module is None or module in seen:
@@ -71,8 +78,21 @@ class Undo:
             else:
                 self._classes += [(module, module.__class__)]
                 self._remember(module)
-                stack += module._modules.values()
+                children = module._modules
+                if self._adapters is not None and module.__class__ in _CHILDREN_PER_ADAPTER and id(module) in inside:
+                    children = {name: children[name] for name in self._adapters if name in children}
+                elif isinstance(module, (Host, Replacement)):
+                    inside |= {id(child) for child in children.values()}
+                stack += children.values()
             self._tensors += [(t, t.data, t.requires_grad, t.grad) for t in tensors if t is not None]
+            self._remember_configs(module.__dict__.get("config"))
+
+    def _remember_configs(self, config: Any) -> None:
+        if hasattr(config, "__dict__"):
+            for each in (config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))):
+                if id(each) not in self._seen:
+                    self._seen.add(id(each))
+                    self._remember(each)
 
     def _remember(self, thing: Any) -> None:
         """Keep the attributes of an object, the content of tables in them, and the plain data in both."""
@@ -83,13 +103,18 @@ class Undo:
             if kind in _TABLES:
                 if value:
                     self._tables += [(value, value.copy())]
-                    for each in value if kind is list or kind is set else value.values():
-                        if _IS_PLAIN[each.__class__] and id(each) not in self._seen:
-                            self._seen.add(id(each))
-                            self._remember(each)
-            elif _IS_PLAIN[kind] and id(value) not in self._seen:
-                self._seen.add(id(value))
-                self._remember(value)
+                    for key, each in enumerate(value) if kind is list or kind is set else value.items():
+                        if _IS_PLAIN[each.__class__] and (
+                            self._adapters is None or each.__class__ not in _PER_ADAPTER or key in self._adapters
+                        ):
+                            self._remember_once(each)
+            elif _IS_PLAIN[kind]:
+                self._remember_once(value)
+
+    def _remember_once(self, thing: Any) -> None:
+        if id(thing) not in self._seen:
+            self._seen.add(id(thing))
+            self._remember(thing)
 
     def restoring(self, step: Callable[[], object]) -> None:
         """Also call `step`, which restores values, before everything else is restored."""
@@ -154,10 +179,14 @@ def _put_back(tensor: Tensor, data: Tensor, requires_grad: bool, grad: Tensor | 
 
 
 @contextmanager
-def all_or_nothing(model: nn.Module) -> Iterator[Undo]:
-    """Undo or complete the change of a model in the `with` block if an error or an interruption ends it."""
+def all_or_nothing(model: nn.Module, adapters: Sequence[str] | None = None) -> Iterator[Undo]:
+    """Undo or complete the change of a model in the `with` block if an error or an interruption ends it.
+
+    Args:
+        adapters: the adapters that exist already and whose tensors may change; default: all.
+    """
     with gc_paused():
-        undo = Undo(model)
+        undo = Undo(model, adapters)
     try:
         yield undo
     except BaseException as error:

@@ -16,10 +16,10 @@ from .hosts import Activity, Held, Host, as_masters, at_hand, strip
 from .ops import device_only
 
 
-class _Copies(nn.ModuleDict):
+class Copies(nn.ModuleDict):
     """The copies, one per adapter: float32 masters that no cast of the model changes."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Copies:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Copies:
         super()._apply(device_only(fn), recurse)
         return self
 
@@ -40,7 +40,7 @@ class Replacement(nn.Module):
     def __init__(self, base_layer: nn.Module, activity: Activity) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.copies = _Copies()
+        self.copies = Copies()
         self._names: tuple[str, ...] = ()
         self._activity = activity
         activity.watch(())
