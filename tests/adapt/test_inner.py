@@ -15,9 +15,8 @@ from transformers import BertModel
 from transformers.integrations.peft import PeftAdapterMixin
 
 from hf_lora import LoraConfig, LoraError, LoraModel, StateError, apply_lora
-from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge_for_good
-from hf_lora.adapt.state import Task, require_state, set_active
+from hf_lora.adapt.state import Task
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 
@@ -107,13 +106,12 @@ def test_every_step_in_the_message_works(encoder: Any, tmp_path: Path) -> None:
     assert (tmp_path / "inner" / "adapter_model.safetensors").is_file()
 
 
-def test_the_labels_of_a_model_around_another_are_those_of_the_active_adapter() -> None:
+def test_labels_reach_the_model_in_a_model_that_shares_its_config() -> None:
     model = apply_lora(Scorer(), LoraConfig(r=4))
     assert isinstance(model[0], LoraModel)
-    inject(model, LoraConfig(r=4), "five", task=Task.from_labels(5, None))
-    assert model.num_labels == model[0].num_labels == 5
-    set_active(model, require_state(model, "test"), ("default",))
-    assert model.num_labels == model[0].num_labels == 2
+    for count in (5, 2):
+        Task.from_labels(count, None).apply(model)
+        assert model.num_labels == model[0].num_labels == model.config.num_labels == count
 
 
 @pytest.mark.parametrize("at", ["extend", "enable_input_require_grads"])
