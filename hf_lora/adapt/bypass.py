@@ -40,18 +40,34 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, for every module whose parent's source multiplies by its weight."""
-    found: dict[str, str] = {}
-    for name, module in original_modules(model):
-        cls = unwrap_class(type(module))
-        for child in weights_used_by(cls):
-            path = f"{name}.{child}" if name else child
-            found[path] = f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
+    return {
+        path: f"{cls.__name__} multiplies by its weight directly, so its forward may never run"
+        for _, cls, path, _, tensor in _uses(model)
+        if tensor == "weight"
+    }
+
+
+def bias_readers(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """Original name -> (original name of a parent that reads its bias, its path relative to that parent)."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, _, path, child, tensor in _uses(model):
+        if tensor == "bias":
+            found.setdefault(path, []).append((name, child))
     return found
 
 
+def _uses(model: nn.Module) -> Iterator[tuple[str, type, str, str, str]]:
+    """(name, class, name of a child, its relative path, tensor) for every tensor of a child that a method reads."""
+    for name, module in original_modules(model):
+        cls = unwrap_class(type(module))
+        for used in tensors_used_by(cls):
+            child, _, tensor = used.rpartition(".")
+            yield name, cls, f"{name}.{child}" if name else child, child, tensor
+
+
 @functools.cache
-def weights_used_by(cls: type) -> frozenset[str]:
-    """Dotted paths, relative to `self`, of children whose weight the methods of `cls` use in computations."""
+def tensors_used_by(cls: type) -> frozenset[str]:
+    """Dotted paths, relative to `self`, of weights and biases of children that the methods of `cls` compute with."""
     found: set[str] = set()
     for method, function in inspect.getmembers(cls, inspect.isfunction):
         function = inspect.unwrap(function)
@@ -71,10 +87,10 @@ def weights_used_by(cls: type) -> frozenset[str]:
 def _used(tree: ast.AST) -> Iterator[str]:
     parents: dict[ast.AST, ast.AST] = {c: p for p in ast.walk(tree) for c in ast.iter_child_nodes(p)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr == "weight":
+        if isinstance(node, ast.Attribute) and node.attr in ("weight", "bias"):
             path = _path_below_self(node.value)
             if path and not _is_harmless(node, parents[node]):
-                yield path
+                yield f"{path}.{node.attr}"
 
 
 def _path_below_self(node: ast.AST) -> str | None:

@@ -17,6 +17,7 @@ from ..layers.distributed import how_sharded
 from ..layers.hosts import Host, remove_all
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
+from .bypass import bias_readers
 from .embeddings import checkpoint_vocabulary
 from .heads import is_random
 from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
@@ -152,8 +153,10 @@ def _planned(
         yield Factors(target.path, target.module, name, target.site), target
     for path in plan.saved:
         yield Copy(path, placed(model, path), name), heads.get(path)
+    readers_of_bias = bias_readers(model) if plan.biases else {}
     for path in plan.biases:
-        yield Bias(path, module_at(model, path), name), None
+        readers = [(module_at(model, reader), below) for reader, below in readers_of_bias.get(path, ())]
+        yield Bias(path, module_at(model, path), name), readers
     for planned in plan.others:
         yield planned.kind(planned.path, module_at(model, planned.path), name), planned
 

@@ -5,7 +5,7 @@ All decisions are made and all faults found before the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.contract import FactorSpec, Method, Shape, Storage
-from ..layers.copies import BIAS_CLASSES
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
-from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_modules
 from .heads import find_heads
 from .match import PatternTable, matcher
 from .select import Selection, all_names, last_names
@@ -162,7 +159,7 @@ def resolve(
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
-    plan.biases = _bias_modules(modules, config, chosen, plan, from_file)
+    plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
     for kind, wanted in config.parts.items():
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
@@ -240,24 +237,27 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
 
 
 def _bias_modules(
-    modules: dict[str, nn.Module], config: LoraConfig, chosen: Iterable[str], plan: Explanation, from_file: bool
+    modules: dict[str, nn.Module], config: LoraConfig, chosen: Container[str], plan: Explanation
 ) -> list[str]:
-    if config.bias == "none":
-        return []
-    found = []
-    bypassed = {} if from_file else bypassed_modules(modules[""])
+    """The layers whose bias is trained: all that have one, or those with factors; a bias that several hold once.
+
+    A module without a weight, such as a head for masked tokens, holds the bias of a layer inside it.
+    """
+    found: dict[int, str] = {}
     for name, module in modules.items():
-        if config.bias == "lora_only" and name not in chosen:
+        bias = module._parameters.get("bias")
+        if bias is None or not bias.is_floating_point() or (config.bias == "lora_only" and name not in chosen):
             continue
-        if module._parameters.get("bias") is None or any(name == s or name.startswith(s + ".") for s in plan.saved):
+        if any(name == whole or name.startswith(f"{whole}.") for whole in plan.saved):
             continue
-        if name in bypassed and name not in chosen:
-            plan.skipped[f"{name}.bias"] = bypassed[name]
-        elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
-            found.append(name)
+        is_layer = name in chosen or "weight" in module._parameters or "parametrizations" in module._modules
+        if not is_layer:
+            plan.skipped[f"{name}.bias"] = f"{type(module).__name__} has no weight"
+        elif id(bias) in found:
+            plan.skipped[f"{name}.bias"] = f"is the bias of {found[id(bias)]}"
         else:
-            plan.skipped[f"{name}.bias"] = f"{type(module).__name__} may use its bias in an unsupported way"
-    return found
+            found[id(bias)] = name
+    return list(found.values())
 
 
 def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:

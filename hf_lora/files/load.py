@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,12 @@ from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, original_modules, parts
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
+from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
 from ..layers.site import Site
+from .biases import biases_in
 from .format import (
     AdapterFile,
     compare,
@@ -76,7 +77,10 @@ def load_adapter(
         if spec.key is not None
     }
     adapted = {t.path for t in plan.layers}
-    expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
+    faults = Faults(call)
+    tensors, plan.biases = biases_in(model, plan, file, faults)
+    keys = {path: key_of(path, bias_key(path in adapted)) for path in plan.biases}
+    expected |= {key: whole_shape(base_bias(module_at(model, path))) for path, key in keys.items()}
     inside = tuple(f"{path}." for path in plan.saved)
     plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if not p.startswith(inside)}
     plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
@@ -88,16 +92,15 @@ def load_adapter(
         copies |= {key_of(path, k): v for k, v in head.state_dict().items() if "lora_" not in k}
     expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
     _check_base_copies(model, file, allow_other_base, call)
-    faults = Faults(call)
-    compare(expected, file.tensors, faults)
-    compare_kinds(copies, file.tensors, faults)
+    compare(expected, tensors, faults)
+    compare_kinds(copies, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
     )
     require_state(model, call).identity = identity
-    assign(model, name, file.tensors)
+    assign(model, name, tensors)
     return plan
 
 
@@ -208,15 +211,6 @@ def _alias(key: str, own: Container[str]) -> str:
         key.replace(".base_layer.bias", ".bias") if ".base_layer." in key else key.replace(".bias", ".base_layer.bias")
     )
     return other if other in own else key
-
-
-def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> str:
-    keys = [key_of(path, bias_key(a)) for a in (path in adapted, path not in adapted)]
-    return next((key for key in keys if key in tensors), keys[0])
-
-
-def _bias_shape(module: Any) -> tuple[int, ...]:
-    return whole_shape(module.bias)
 
 
 def _holds(key: str, path: str) -> bool:

@@ -23,6 +23,7 @@ from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
+from ..layers.parts import Bias
 from .format import (
     FULL_MODEL_FILES,
     stored,
@@ -170,6 +171,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
 
     state = require_state(model, "save_adapter")
     task = state.adapters[name].task
+    biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
         "base": state.identity,
         "architecture": unwrap_class(type(model)).__name__,
@@ -177,6 +179,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
         "problem_type": task.problem_type,
         "vocabulary": vocabulary_of(model),
+        **({"biases": biases} if biases else {}),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

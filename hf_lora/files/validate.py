@@ -71,6 +71,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("architecture", is_text),
         ("num_labels", _is_count),
         ("vocabulary", _is_count),
+        ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
     ):
         value = values.get(name)

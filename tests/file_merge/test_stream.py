@@ -103,6 +103,17 @@ def test_transposed_layers(tmp_path: Path) -> None:
     assert_merges_alike(base, adapter, tmp_path)
 
 
+@pytest.mark.parametrize(("tied", "untie"), [(True, False), (True, True), (False, False)])
+def test_the_bias_that_a_head_shares(tmp_path: Path, tied: bool, untie: bool) -> None:
+    """It has two names in memory and one in the files, unless an adapter of the decoder ends its tie."""
+    base = save_base(tiny_bert(cls="BertForMaskedLM", tie_word_embeddings=tied), tmp_path)
+    targets = ["query", "decoder"] if untie else ["query"]
+    adapter = save_adapter(base, tmp_path, bias="all", target_modules=targets, modules_to_save=[])
+    out = assert_merges_alike(base, adapter, tmp_path, untie=untie)
+    name = "cls.predictions.decoder.bias"
+    assert (name in tensors_of(out)) == (name in tensors_of(base) or untie)
+
+
 def test_a_head_with_other_labels_around_another_models_backbone(tmp_path: Path) -> None:
     base = save_base(tiny_bert(cls="BertForPreTraining"), tmp_path)
     from transformers import BertForSequenceClassification

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..contract import FactorSpec
-from ..copies import BiasLayer
+from ..copies import BiasLayer, base_bias
 from ..distributed import whole_shape
 from ..fitting import fitted
 from ..hosts import Activity, add_factor, remove_factor
@@ -31,8 +31,13 @@ class Bias(Part):
                 yield cls(path, module, name)
 
     def attach(self, activity: Activity, planned: Any) -> nn.Module | None:
-        BiasLayer.hold(self.module, activity).add(self.adapter)
-        add_factor(self.module, "lora_bias", self.adapter, self.module.bias.detach().clone())
+        held = BiasLayer.hold(self.module, activity)
+        if not held.names:
+            self.module._bias_is_read = False
+            for parent, path in planned:
+                self.module.read_by(parent, path)
+        held.add(self.adapter)
+        add_factor(self.module, "lora_bias", self.adapter, self._base.detach().clone())
         return None
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
@@ -46,19 +51,24 @@ class Bias(Part):
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         def replace(block: Tensor, rows: slice) -> Tensor:
-            added = block - to_float64(self.module.bias.detach()[rows])  # by a method that also folds into the bias
+            added = block - to_float64(self._base.detach()[rows])  # by a method that also folds into the bias
             return to_float64(self._bias.detach()[rows]) + added
 
         yield Fold(f"{self.path}.bias", View(self.module, "bias"), DenseStorage(), lambda: replace, None)
 
     def fit(self) -> None:
-        self.module.lora_bias[self.adapter].weight = fitted(self._bias, self.module.bias.detach().float())
+        self.module.lora_bias[self.adapter].weight = fitted(self._bias, self._base.detach().float())
 
     def conflict(self, others: Sequence[Part]) -> str | None:
         return f"{self.path}.bias: {replace_the_same(self, others)}"
 
     def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        yield f"{self.path}.bias", self._bias, self.module.bias
+        yield f"{self.path}.bias", self._bias, self._base
+
+    @property
+    def _base(self) -> Tensor:
+        found: Tensor = base_bias(self.module)
+        return found
 
     @property
     def _bias(self) -> nn.Parameter:
