@@ -17,12 +17,14 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .adapt.embeddings import vocabulary_of
 from .adapt.labels import AUTO_CLASSES
 from .adapt.mixing import scale_adapter
 from .adapt.state import state_of
 from .adapt.undo import rollback_on
+from .adapt.unsaved import new_rows
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
@@ -31,6 +33,8 @@ from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import scrub
 from .layers.ops import used_devices
+
+logger = logging.get_logger(__name__)
 
 PROCESSORS = {
     "tokenizer": "AutoTokenizer",
@@ -233,6 +237,12 @@ def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool)
         return  # it does not fit, which is reported with all other faults
     if whole is not None:
         model.resize_token_embeddings(saved, mean_resizing=False)
+        lacking = [name for name in new_rows(model, now) if key_of(name, "weight") not in file.tensors]
+        if lacking:
+            logger.warning(
+                f"{file.path}: the file has {saved} rows of the input embedding, but not the new ones of "
+                f"{', '.join(lacking)}, which are random after every load. Train both whole."
+            )
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "

@@ -26,6 +26,7 @@ from ..layers.contract import Shape, Storage, Update
 from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
+from .heads import mark_like
 from .state import state_of
 from .ties import untie_all
 from .walk import configs_of, original_modules
@@ -116,6 +117,7 @@ def dequantize_with(model: nn.Module, folds: dict[str, Callable[[], Update]]) ->
         if weight is None:
             dense = _dense(layer, storage, fold, dtype)
             weight = nn.Parameter(dense, requires_grad=False)
+            mark_like(weight, old)
             if fold is None:
                 shared[id(old)] = weight
         untied |= _is_tied(model, f"{name}.weight")

@@ -19,7 +19,7 @@ from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
 from .bypass import bias_readers
 from .embeddings import checkpoint_vocabulary
-from .heads import is_random
+from .heads import is_random, new_modules
 from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set_active, state_of, update_requires_grad
 from .statistics import informed
 from .targets import Explanation, resolve
@@ -256,6 +256,7 @@ def _first(model: nn.Module) -> LoraState:
         required_grad={n: p.requires_grad for n, p in parameters.items()},
         base_task=Task.of(model),
         vocabulary=checkpoint_vocabulary(model),
+        new_modules=new_modules(model),
         random_base=is_random(model),
         has_batchnorm=any(isinstance(m, _BatchNorm) for _, m in original_modules(model)),
     )

@@ -113,7 +113,9 @@ class LoraState:
     """The task of the model before the first adapter."""
     random_base: bool = False
     vocabulary: int | None = None
-    """Rows of the input embedding in the base checkpoint, if known: see resize.py."""
+    """Rows of the input embedding in the base checkpoint, if known."""
+    new_modules: list[str] = field(default_factory=list)
+    """Modules that the base checkpoint lacks; sharding removes the marks that show them."""
     has_batchnorm: bool = False
     resumable: bool = False
     """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""

@@ -24,6 +24,7 @@ from ..layers.views import View
 from .heads import find_heads
 from .match import PatternTable, matcher
 from .select import Selection, all_names, last_names
+from .unsaved import why_unsaved
 from .walk import original_modules
 
 NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted."
@@ -110,7 +111,8 @@ def explain_targets(model: nn.Module, config: object = None) -> Explanation:
     Raises:
         TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
     """
-    return resolve(model, LoraConfig.from_any(config), call="explain_targets(model, config)", allow_bypassed=True)
+    call = "explain_targets(model, config)"
+    return resolve(model, LoraConfig.from_any(config), call, allow_bypassed=True, explain=True)
 
 
 def resolve(
@@ -119,6 +121,7 @@ def resolve(
     call: str,
     allow_bypassed: bool = False,
     from_file: bool = False,
+    explain: bool = False,
 ) -> Explanation:
     """The plan of an injection.
 
@@ -126,6 +129,7 @@ def resolve(
         allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
         from_file: the configuration comes from an adapter's file, whose tensors decide: `modules_to_save` and
             patterns that match nothing are not faults.
+        explain: note what would be in no file, instead of refusing it.
     """
     faults = Faults(call)
     check_names(config, faults)
@@ -155,6 +159,9 @@ def resolve(
             specs = init.declare(shape, method.declare(site, shape, r))
             adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
             plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
+    unsaved = None if from_file else why_unsaved(model, plan.saved)
+    if unsaved is not None and not explain:
+        faults.add(unsaved)
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
@@ -166,7 +173,7 @@ def resolve(
             planned.kind = PARTS[kind]
         plan.others += found
     faults.check(TargetError, NEXT_STEP)
-    plan.notes = _notes(modules, plan)
+    plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
     return plan
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layers.class_swap import unwrap_class
 from ..layers.parts import Fold
+from .heads import mark_like
 from .walk import module_at, original_modules
 
 
@@ -57,7 +58,9 @@ def untie_all(model: Any) -> None:
 def _copy_parameter(module: nn.Module, name: str) -> None:
     parameter = module._parameters[name]
     if parameter is not None:
-        module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        made = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        mark_like(made, parameter)
+        module._parameters[name] = made
 
 
 def forward_reads_tie_flag(model: nn.Module) -> bool:

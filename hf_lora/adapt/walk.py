@@ -127,9 +127,12 @@ def placed(model: nn.Module, path: str) -> nn.Module:
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module (or replacement) at an original name."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(module_at(model, parent), leaf, module)
+    """Replace the module (or replacement) at an original name, and wherever else the model has the same module."""
+    before = placed(model, path)
+    held = [(parent, leaf) for parent in model.modules() for leaf, child in parent._modules.items() if child is before]
+    for parent, leaf in held:
+        if parent is not module:
+            setattr(parent, leaf, module)
 
 
 def _inside(module: Any) -> Any:

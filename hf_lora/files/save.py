@@ -17,6 +17,7 @@ from ..adapt.embeddings import vocabulary_of
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable, matcher
 from ..adapt.state import require_state
+from ..adapt.unsaved import why_unsaved
 from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
@@ -64,6 +65,13 @@ def save_adapter(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. On every process, "
             "call state = gathered_state(model), then model.save_pretrained(folder, state_dict=state, "
             "is_main_process=…)."
+        )
+    record = state.adapters[name]
+    unsaved = why_unsaved(model, record.heads) if record.trainable else None
+    if unsaved is not None:
+        raise AdapterFileError(
+            f"save_adapter({str(folder)!r}, {name!r}): {unsaved}. Nothing was written. To keep this model, merge it: "
+            "model.merge_and_unload().save_pretrained(folder)."
         )
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
