@@ -13,7 +13,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import DataError, Faults
@@ -149,3 +149,7 @@ def _scores(counts: Counter[str]) -> dict[str, float]:
 
 def _mean(values: list[bool]) -> float:
     return sum(values) / len(values) if values else float("nan")
+
+
+ANSWER_METRICS: dict[str, Callable[..., dict[str, float]]] = {"exact_match": exact_match, "field_f1": field_f1}
+"""Name -> a function of texts (`predictions`, `references`); it raises DataError if the references do not suit it."""

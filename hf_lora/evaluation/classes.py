@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -83,3 +83,7 @@ def _weights(references: Any, sample_weight: Any) -> Any:
 
 def _ratio(part: Any, whole: Any) -> Any:
     return np.divide(part, whole, out=np.zeros_like(np.asarray(whole, dtype=float)), where=np.asarray(whole) != 0)
+
+
+CLASS_METRICS: dict[str, Callable[..., dict[str, Any]]] = {"accuracy": accuracy, "f1": f1}
+"""Name -> a function of the class indices `predictions` and `references`."""

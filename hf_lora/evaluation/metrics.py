@@ -1,6 +1,7 @@
-"""The table of metrics, and `build_compute_metrics`, which makes a `compute_metrics` for Trainer from their names.
+"""The metrics by name, and `build_compute_metrics`, which makes a `compute_metrics` for Trainer from their names.
 
-To add a metric, write a function and add it to `METRICS`. Any other name or path is loaded by `evaluate`.
+To add a metric, write a function in `classes` or `answers` and add it to the table at the end of that file: Trainer,
+`evaluate` and `hf-lora eval` all read the tables. Any other name or path is loaded by the package `evaluate`.
 """
 
 from __future__ import annotations
@@ -18,18 +19,12 @@ from torch import Tensor
 from ..data.spans import IGNORED
 from ..errors import ConfigError
 from ..loss.frozen_head import Scores
-from .answers import exact_match, field_f1
-from .classes import accuracy, f1, perplexity
+from .answers import ANSWER_METRICS
+from .classes import CLASS_METRICS, perplexity
 
-METRICS: dict[str, Callable[..., dict[str, Any]]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "perplexity": perplexity,
-    "exact_match": exact_match,
-    "field_f1": field_f1,
-}
-"""Name -> a function of `predictions` and `references`; for perplexity, `predictions` are the losses of the rows."""
 PERPLEXITY = "perplexity"
+METRICS: dict[str, Callable[..., dict[str, Any]]] = CLASS_METRICS | {PERPLEXITY: perplexity} | ANSWER_METRICS
+"""Name -> a function of `predictions` and `references`; for perplexity, `predictions` are the losses of the rows."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +78,17 @@ def build_compute_metrics(
         compute_kwargs: passed to the `compute` of every metric.
 
     Raises:
-        ConfigError: a metric could not be loaded.
+        ConfigError: a metric could not be loaded, or is one of `ANSWER_METRICS`.
     """
     if callable(metric) and not hasattr(metric, "compute"):
         return metric
     metrics = list(metric) if isinstance(metric, (list, tuple)) else [metric]
+    texts = [m for m in metrics if isinstance(m, str) and m in ANSWER_METRICS]
+    if texts:
+        raise ConfigError(
+            f"{' and '.join(texts)} compare texts, but Trainer passes token ids. Use hf_lora.evaluate(..., "
+            "generate=True) after training, or pass a function of an EvalPrediction that decodes them."
+        )
     modules = [load_metric(m) if isinstance(m, (str, os.PathLike)) else m for m in metrics]
     return ComputeMetrics(modules, shift_labels, average, compute_kwargs)
 

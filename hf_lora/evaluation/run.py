@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
@@ -25,8 +26,9 @@ from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded
 from ..generate.texts import answering, evaluating, generate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
-from .answers import exact_match, field_f1, field_table, whole_object
-from .classes import accuracy, f1
+from .answers import ANSWER_METRICS, field_table
+from .classes import CLASS_METRICS
+from .metrics import build_compute_metrics
 
 
 @dataclass
@@ -34,9 +36,9 @@ class Evaluation:
     """The results of a model on a file.
 
     Args:
-        metrics: for a language model `loss`, `perplexity`, `token_accuracy` and `tokens`; for generated answers
-            `exact_match` and, if all references are JSON objects, those of `field_f1`; for a classifier `accuracy`
-            and `f1`.
+        metrics: for a language model `loss`, `perplexity`, `token_accuracy` and `tokens`; for generated answers those
+            of `ANSWER_METRICS` that suit the references (`field_f1`: if all are JSON objects); for a classifier those
+            of `CLASS_METRICS`.
         rows: number of rows evaluated.
         cut: number of rows that were truncated to the length limit.
         answers: the generated answers, one per row; empty without `generate`.
@@ -218,9 +220,11 @@ def score_answers(
         use_chat_template=templated, progress=progress,
     )  # fmt: skip
     found, true = [t.strip() for t in texts], [r.strip() for r in references]
-    result = Evaluation(exact_match(found, true), answers=texts)
-    if all(whole_object(text) is not None for text in true):
-        result.metrics |= field_f1(found, true)
+    result = Evaluation({}, answers=texts)
+    for metric in ANSWER_METRICS.values():
+        with suppress(DataError):  # the references do not suit it
+            result.metrics |= metric(predictions=found, references=true)
+    if "field_f1" in result.metrics:
         result.fields = field_table(found, true)
     return result
 
@@ -237,7 +241,7 @@ def score_classes(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> dict[str, float]:
-    """Accuracy and F1 of a text classifier on a table of texts with labels.
+    """The `CLASS_METRICS` of a text classifier on a table of texts with labels.
 
     Raises:
         StateError: the model is not a text classifier.
@@ -257,11 +261,11 @@ def score_classes(
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)
-    picked: list[int] = []
+    compute_metrics = build_compute_metrics(list(CLASS_METRICS))
+    scores: dict[str, float] = {}
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             batch = {name: t.to(model.device) for name, t in collate(rows[start : start + batch_size]).items()}
-            del batch["labels"]
-            picked += model(**batch).logits.argmax(-1).tolist()
-    true = [row["labels"] for row in rows]
-    return accuracy(picked, true) | f1(picked, true, average="binary" if len(labels) <= 2 else "macro")
+            true, last = batch.pop("labels"), start + batch_size >= len(rows)
+            scores = compute_metrics(EvalPrediction(model(**batch).logits, true.numpy()), compute_result=last)
+    return scores

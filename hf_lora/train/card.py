@@ -77,6 +77,14 @@ _NAMES = {
 _CARD = {"language", "license", "tags", "model_name", "task", "base_model", "datasets", "data", "split"}
 
 
+def card_options(model: nn.Module, repository: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `create_model_card` for a push: those given, the repository's name, the model's tags."""
+    tags = [given["tags"]] if isinstance(given.get("tags"), str) else list(given.get("tags") or [])
+    tags += [tag for tag in getattr(model, "model_tags", None) or [] if tag not in tags]
+    name = given.get("model_name") or repository.rpartition("/")[2]
+    return {**given, "model_name": name, **({"tags": tags} if tags else {})}
+
+
 def run_of(
     trainer: Trainer, model: nn.Module, data: str | None = None, split: str | None = None, datasets: Iterable[str] = ()
 ) -> Run:

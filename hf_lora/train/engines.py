@@ -43,6 +43,12 @@ def requested_engine(args: TrainingArguments) -> tuple[str, str] | None:
     return None
 
 
+def launched_for_several() -> bool:
+    """Whether `accelerate launch` was asked for several processes without a launcher that numbers them."""
+    started = any(name in os.environ for name in ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"))
+    return "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and not started
+
+
 def running_engine(accelerator: Accelerator) -> str:
     """The engine that Accelerate runs, such as NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED."""
     kind = accelerator.distributed_type
@@ -65,6 +71,12 @@ def check_engine(
             "silently on a CPU, and if the script was not started by a launcher: every process then holds the whole "
             "model. Start the script with accelerate launch on a machine with accelerators, remove the request, or "
             "pass accept_ddp_fallback=True."
+        )
+    if launched_for_several() and accelerator.num_processes == 1:
+        logger.warning(
+            "accelerate launch was asked for several processes and started one: on CPUs it needs MPI for them. Start "
+            "the script with torchrun --nproc_per_node 2, or with distributed_type: MULTI_GPU and use_cpu: true as in "
+            "examples/accelerate/cpu.yaml."
         )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if runs == "FSDP" and getattr(plugin, "fsdp_version", 2) != 2:

@@ -1,4 +1,4 @@
-"""Different learning rates for A, B and the heads, as parameter groups of Trainer's own optimizer.
+"""The optimizer's parameters: all that are trainable, with different learning rates for A, B and the heads.
 
 LoRA+ (Hayou, Ghosh, Yu 2024, arXiv:2402.12354): with one learning rate for both factors, wide layers are trained
 inefficiently; B needs a higher rate than A.
@@ -6,21 +6,79 @@ inefficiently; B needs a higher rate than A.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
+from transformers.utils import logging
 
 from ..adapt.walk import parts
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
+
+logger = logging.get_logger(__name__)
+
+
+def adopt_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
+    """Give an optimizer that was created before the adapter the adapter's tensors, in place of the frozen ones.
+
+    Without this it would train nothing: scripts create it from `model.parameters()`, before the trainer adds the
+    adapter. It must have one parameter group and no state.
+
+    Raises:
+        TrainingError: the optimizer lacks trainable tensors and has several groups, or holds a part of them.
+    """
+    missing = _missing(optimizer, model)
+    if not missing:
+        return
+    group, *more = optimizer.param_groups
+    if more or optimizer.state or any(p.requires_grad for p in group["params"]):
+        _refuse(missing, model)
+    group["params"] = [p for p in model.parameters() if p.requires_grad]
+    logger.info(
+        f"The optimizer was created before the adapter was added: it now holds the {len(missing)} trainable tensors."
+    )
+
+
+def check_optimizer(optimizer: Any, model: nn.Module, args: TrainingArguments, has_rates: bool) -> None:
+    """Refuse an optimizer that lacks trainable tensors, or rates of `args` that it does not have.
+
+    Args:
+        has_rates: whether `set_rates` was called for it.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerWiseDummyOptimizer):
+        return
+    missing = _missing(optimizer, model)
+    if missing:
+        _refuse(missing, model)
+    if not has_rates and _wants_rates(args):
+        raise ConfigError(
+            "loraplus_lr_ratio and head_learning_rate have no effect because create_optimizer is overridden. Call "
+            "super().create_optimizer() in it, or omit them."
+        )
+
+
+def _missing(optimizer: Optimizer, model: nn.Module) -> list[str]:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+
+
+def _refuse(missing: list[str], model: nn.Module) -> NoReturn:
+    count = sum(p.requires_grad for p in model.parameters())
+    raise TrainingError(
+        f"The optimizer lacks {len(missing)} of {count} trainable tensors, such as {missing[0]}, and would not train "
+        "them. Add the adapter first, model = apply_lora(model, config), and create the optimizer from [p for p in "
+        "model.parameters() if p.requires_grad]; or pass optimizer_cls_and_kwargs instead of an optimizer."
+    )
 
 
 def set_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, was_given: bool) -> bool:
     """Set the learning rates of B and the heads, if `args` has any; ConfigError if the optimizer `was_given`."""
-    ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
-    if ratio is None and head_rate is None:
+    if not _wants_rates(args):
         return False
+    ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
     if was_given:
         raise ConfigError(
             "loraplus_lr_ratio and head_learning_rate set the optimizer's parameter groups, but an optimizer was "
@@ -28,6 +86,10 @@ def set_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, w
         )
     split_by_rate(optimizer, learning_rates(model, args.learning_rate, ratio, head_rate))
     return True
+
+
+def _wants_rates(args: TrainingArguments) -> bool:
+    return any(getattr(args, name, None) is not None for name in ("loraplus_lr_ratio", "head_learning_rate"))
 
 
 def learning_rates(

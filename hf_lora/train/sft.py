@@ -39,6 +39,7 @@ from ..loss.frozen_head import FrozenHead, shifted
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .start import only_config
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -97,9 +98,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     def __init__(self, *args: Any, lora_config: Any = None, **kwargs: Any) -> None:
         given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         given.pop("self")
-        peft_config = given.pop("peft_config", None)
-        if peft_config is not None and lora_config is not None:
-            raise ConfigError(f"{type(self).__name__}(…): both lora_config and peft_config are given. Pass only one.")
+        lora_config = only_config(lora_config, given.pop("peft_config", None), type(self).__name__)
         model, config = given.get("model"), _config_of(given.get("args"), given.get("model"))
         if isinstance(model, str) and Path(model, CONFIG_NAME).is_file():
             options: Any = config.model_init_kwargs or {}
@@ -122,8 +121,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         # TRL would require marks in the template, and messages in data that are already labeled.
         config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
         with _keep_dtypes(given.get("model")):
-            lora = peft_config if lora_config is None else lora_config
-            super().__init__(**{**given, "args": config}, lora_config=lora)
+            super().__init__(**{**given, "args": config}, lora_config=lora_config)
         config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
         self._replace_fused_forward()
 

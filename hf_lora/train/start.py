@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,14 +15,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_line
-from ..adapt.sharing import share_inputs
 from ..adapt.state import LoraState, require_state, state_of
 from ..adapt.unsaved import why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
-from ..errors import Faults, StateError, TrainingError
-from ..layers.distributed import is_dtensor
+from ..errors import ConfigError, Faults, StateError, TrainingError
 from .arguments import LoraArguments
 from .precision import precision_line
 
@@ -55,6 +53,13 @@ def apply_trial(args: TrainingArguments, trial: Any, space: Any) -> None:
     for name, value in (values or {}).items():
         if name.startswith("lora_") and hasattr(args, name):
             setattr(args, name, value)
+
+
+def only_config(lora_config: Any, peft_config: Any, trainer: str) -> Any:
+    """The one of two names of an argument that is given; ConfigError if both are."""
+    if lora_config is not None and peft_config is not None:
+        raise ConfigError(f"{trainer}(…): both lora_config and peft_config are given. Pass only one.")
+    return peft_config if lora_config is None else lora_config
 
 
 def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -> None:
@@ -100,18 +105,6 @@ def adopt_metrics(trainer: Trainer) -> None:
         metrics.shift_labels = shifts_labels(trainer)
     if trainer.preprocess_logits_for_metrics is None:
         trainer.preprocess_logits_for_metrics = metrics.preprocess_logits_for_metrics
-
-
-def may_share_inputs(trainer: Trainer, model: nn.Module) -> bool:
-    """Whether layers may share inputs: not if they are compiled, sharded or replicated."""
-    args = trainer.args
-    return getattr(args, "share_inputs", True) and not (
-        args.torch_compile
-        or args.n_gpu > 1
-        or trainer.is_deepspeed_enabled
-        or trainer.is_fsdp_enabled
-        or any(is_dtensor(p) for p in model.parameters())
-    )
 
 
 def check_start(model: nn.Module, call: str) -> None:
@@ -178,20 +171,6 @@ def summary(model: nn.Module, state: LoraState, name: str) -> str:
 def base_dtype(model: Any) -> torch.dtype | None:
     """The dtype of the first frozen floating-point parameter, or None."""
     return next((p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()), None)
-
-
-def find_shared_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """`share_inputs` on a batch as passed to the model; if that forward fails, log a warning and continue.
-
-    Each layer then computes its input's product separately: slower, with the same result.
-    """
-    try:
-        share_inputs(model, **batch)
-    except Exception as error:  # of any kind: an error of the batch is raised again by the step
-        logger.warning_once(
-            f"Layers with shared inputs could not be detected because a forward on the first batch failed "
-            f"({type(error).__name__}: {error}). Training continues; share_inputs=False turns the detection off."
-        )
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -1,9 +1,8 @@
 """`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin for any Trainer.
 
 The training loop is Trainer's. `LoraTrainerMixin` overrides Trainer's methods, all in this file, each in a few lines
-that call `CheckpointStore` (complete checkpoints), `HeadLoss` (the loss over a frozen head), the watches `guard` and
-`finite`, `CardWriter` and `Pusher`. After a release of Trainer, check this file; compat.py lists the private names in
-use.
+that call `CheckpointStore`, `HeadLoss`, `FirstBatch`, the watches, `CardWriter` and `Pusher`. After a release of
+Trainer, check this file; compat.py lists the private names in use.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -26,15 +26,17 @@ from ..config import LoraConfig
 from ..evaluation.metrics import ComputeMetrics, Kept
 from ..model import LoraModel
 from . import start
-from .card import CardWriter
+from .card import CardWriter, card_options
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
 from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
 from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_adapters
 from .engines import broadcast_trainable, check_engine, check_same_adapters
+from .first_batch import FirstBatch
 from .head_loss import HeadLoss
-from .optimizer import set_rates
+from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .precision import quantization
+from .reference import check_reference
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
 from .watch.finite import FiniteWatch, check_finite, check_loss
@@ -55,7 +57,7 @@ class LoraTrainerMixin(_Trainer):
     Args:
         lora_config: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA fields of the
             training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to the result of
-            `model_init`. A model that already has adapters is trained unchanged.
+            `model_init`. A model that already has adapters is trained unchanged. `peft_config` is the same.
         accept_ddp_fallback: train even if FSDP or DeepSpeed was requested but Accelerate runs another engine, as on a
             CPU; also a training argument.
 
@@ -68,20 +70,17 @@ class LoraTrainerMixin(_Trainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        lora_config: LoraConfig | Any | None = None,
-        accept_ddp_fallback: bool = False,
-        **kwargs: Any,
+        self, *args: Any, lora_config: LoraConfig | Any = None, accept_ddp_fallback: bool = False, **kwargs: Any
     ) -> None:
-        self._lora_config = lora_config
+        self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
-        self._own_optimizer: torch.optim.Optimizer | None = None
+        self._first_batch = FirstBatch()
+        self._own_optimizer: Optimizer | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        self._sharing_pending = False
         super().__init__(*args, **kwargs)
+        check_reference(self, self._bare_model, (*args, *kwargs.values()))
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -138,17 +137,19 @@ class LoraTrainerMixin(_Trainer):
         finally:
             for watch in self._watches():
                 watch.finished()
-            self._sharing_pending = False
+            self._first_batch.finished()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         self._begin()
-        if resume_from_checkpoint is None or not self._is_sharded:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # Under these engines Trainer would look for a full model here, and for the engine's files.
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self._load_from_checkpoint(resume_from_checkpoint)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        self._load_scaler(resume_from_checkpoint)
+        # Under these engines Trainer would look for a full model there, and for the engine's files.
+        own = None if self._is_sharded else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, own)
+        if resume_from_checkpoint is not None and own is None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        if not self.is_deepspeed_enabled:
+            check_optimizer(self.optimizer, self._bare_model, self.args, self._own_optimizer is not None)
         return prepared
 
     def _begin(self) -> None:
@@ -156,13 +157,15 @@ class LoraTrainerMixin(_Trainer):
         model, call = self._bare_model, f"{type(self).__name__}.train"
         start.check_start(model, call)
         check_same_adapters(model, call)
+        if isinstance(self.optimizer, Optimizer):  # that of optimizers=; in a second run it is wrapped
+            adopt_optimizer(self.optimizer, model)
         if self.is_fsdp_enabled:
             broadcast_trainable(model, self.args.device)
         if self.is_world_process_zero():
             logger.info("\n".join(start.start_lines(model, self.accelerator, self.optimizer or self.args.optim)))
             start.warn_at_start(model, self.args.learning_rate if self.optimizer is None else None, self._base_dtype)
         self._flops_per_token = self._step_loss = None
-        self._sharing_pending = start.may_share_inputs(self, model)
+        self._first_batch.restart(self, model)
         self.head_loss.restart()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
@@ -197,13 +200,14 @@ class LoraTrainerMixin(_Trainer):
         """Like `Trainer.compute_loss`; over the frozen head if the outputs are not needed."""
         bare = self._bare_model
         trains = bare.training and torch.is_grad_enabled()
-        if self._sharing_pending and trains:
-            # At the first batch of this run, so that a resumed run has the same groups from its first step.
-            self._sharing_pending = False
-            popped = {"labels"} if self.label_smoother is not None or self.compute_loss_func is not None else set()
-            start.find_shared_inputs(bare, {k: v for k, v in inputs.items() if k not in popped})
         own, result = super().compute_loss, None
-        if not return_outputs and self._leaves_logits_out() and _is_trainers(own, Trainer.compute_loss):
+        plain = _is_trainers(own, Trainer.compute_loss)
+        over_head = plain and not return_outputs and self._leaves_logits_out()
+        if trains:
+            scaled = plain and num_items_in_batch is not None and not (over_head and self.head_loss.find(bare, inputs))
+            loss = (lambda batch, items: own(model, batch, False, items)) if scaled else None
+            self._first_batch.look(self, bare, inputs, loss)
+        if over_head:
             result = self.head_loss.compute(bare, inputs, lambda: own(model, inputs, False, num_items_in_batch))
         if result is None:
             result = own(model, inputs, return_outputs, num_items_in_batch)
@@ -216,7 +220,7 @@ class LoraTrainerMixin(_Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        ignore_keys: Any = None,
         **kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Like `Trainer.prediction_step`; over the frozen head if the metrics are from `build_compute_metrics`."""
@@ -231,13 +235,12 @@ class LoraTrainerMixin(_Trainer):
             count = functools.partial(self._get_num_items_in_batch, [inputs], self.args.device)
             batch = {**inputs, "use_cache": False}
             with torch.no_grad(), self.compute_loss_context_manager():
-                found = self.head_loss.predict(
+                found: Any = self.head_loss.predict(
                     self._bare_model, inputs, lambda: Trainer.compute_loss(self, model, batch, False, count())
                 )
             if found is not None:
-                loss: Any = found[0]
                 kept = (None, None) if prediction_loss_only else (Kept.of(found[1]), inputs["labels"])
-                return loss.detach().mean(), *kept
+                return found[0].detach().mean(), *kept
         return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
 
     def _leaves_logits_out(self) -> bool:
@@ -328,9 +331,8 @@ class LoraTrainerMixin(_Trainer):
         """Write the card of the adapter to `output_dir`: see `write_card`.
 
         Takes the arguments of `Trainer.create_model_card`: `finetuned_from` is the base's name on the Hub, `dataset`
-        and `dataset_args` are the data and the split of the evaluation. Later calls, as in a push, reuse them.
-
-        If the existing README cannot be kept, this is an AdapterFileError, or a warning during training.
+        and `dataset_args` are the data and the split of the evaluation. Later calls, as in a push, reuse them. If the
+        existing README cannot be kept, this is an AdapterFileError, or a warning during training.
         """
         if self.is_world_process_zero():
             names = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
@@ -368,10 +370,7 @@ class LoraTrainerMixin(_Trainer):
         self.save_model(_internal_call=True)  # on all processes
         if not self.is_world_process_zero():
             return None
-        tags = [kwargs["tags"]] if isinstance(kwargs.get("tags"), str) else list(kwargs.get("tags") or [])
-        tags += [tag for tag in getattr(self._bare_model, "model_tags", None) or [] if tag not in tags]
-        name = kwargs.pop("model_name", None) or str(self.hub_model_id).rpartition("/")[2]
-        self.create_model_card(model_name=name, **{**kwargs, **({"tags": tags} if tags else {})})
+        self.create_model_card(**card_options(self._bare_model, str(self.hub_model_id), kwargs))
         self._finish_current_push()
         job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
         return job.result() if blocking else log_failure(job)

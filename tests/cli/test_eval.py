@@ -18,6 +18,7 @@ from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import read_table
 from hf_lora.data.tasks import choose_columns
 from hf_lora.evaluation import run as evaluation
+from hf_lora.evaluation.answers import ANSWER_METRICS
 from hf_lora.evaluation.run import score_answers, score_rows
 
 run = functools.partial(run_command, "eval")
@@ -172,6 +173,9 @@ def test_fields_are_compared_where_all_answers_are_json(
     file = write_lines(tmp_path / "rows.jsonl", rows)
     written = [' {"intent": "open", "what": "door"}\n', 'It is {"intent": "close"}']
     monkeypatch.setattr(evaluation, "generate_texts", lambda *_, **__: written)
+    monkeypatch.setitem(
+        ANSWER_METRICS, "words", lambda predictions, references: {"words": len(predictions[1].split())}
+    )
     out = tmp_path / "out.jsonl"
     found = json.loads(run(chat_adapter, "--file", file, "--generate", "--json", "--predictions", out).stdout)
     assert found.pop("fields") == {
@@ -180,7 +184,7 @@ def test_fields_are_compared_where_all_answers_are_json(
     }
     assert found == {
         "rows": 2, "exact_match": 0.5, "field_f1": pytest.approx(6 / 7), "field_precision": 1.0, "field_recall": 0.75,
-        "valid_json": 1.0,
+        "valid_json": 1.0, "words": 4,
     }  # fmt: skip
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines == [row | {"generated": text} for row, text in zip(rows, written, strict=True)]

@@ -13,6 +13,7 @@ from tiny import tiny_gpt2
 from transformers import EvalPrediction
 
 from hf_lora.errors import ConfigError
+from hf_lora.evaluation.answers import ANSWER_METRICS
 from hf_lora.evaluation.metrics import METRICS, build_compute_metrics, load_metric
 
 RNG = np.random.default_rng(0)
@@ -159,3 +160,8 @@ def test_a_metric_that_fails_leaves_nothing_for_the_next_evaluation() -> None:
     with pytest.raises(ValueError, match="macro"):
         metric(EvalPrediction(np.array([0, 1, 2]), np.array([0, 1, 2])))
     assert metric(EvalPrediction(np.array([0, 1]), np.array([0, 1]))) == {"f1": 1.0}
+
+
+def test_a_metric_of_texts_is_refused_for_token_ids() -> None:
+    with pytest.raises(ConfigError, match=r"exact_match and field_f1 compare texts.*generate=True"):
+        build_compute_metrics(["accuracy", *ANSWER_METRICS])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening, Trainer, TrainerCallback
 
 from hf_lora import LoraConfig, LoraTrainer, apply_lora
-from hf_lora.train import start
+from hf_lora.train import first_batch
 
 Make = Callable[..., Any]
 
@@ -26,14 +26,14 @@ Make = Callable[..., Any]
 def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The batches that `share_inputs` was called with; the real one is called, too."""
     calls: list[dict[str, Any]] = []
-    real = start.share_inputs
+    real = first_batch.share_inputs
 
     def share_inputs(model: Any, **batch: Any) -> Any:
         groups = real(model, **batch)
         calls.append({"model": model, "batch": batch, "groups": groups})
         return groups
 
-    monkeypatch.setattr(start, "share_inputs", share_inputs)
+    monkeypatch.setattr(first_batch, "share_inputs", share_inputs)
     return calls
 
 
@@ -73,7 +73,7 @@ def test_where_layers_are_not_to_share(
     off: str, arguments: Make, recorded: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subject = LoraTrainer(tiny_bert(), arguments(max_steps=1), train_dataset=sentences())
-    assert start.may_share_inputs(subject, subject.model)
+    assert first_batch.may_share_inputs(subject, subject.model)
     if off == "share_inputs":
         subject = LoraTrainer(tiny_bert(), arguments(max_steps=1, share_inputs=False), train_dataset=sentences())
         subject.train()
@@ -83,7 +83,7 @@ def test_where_layers_are_not_to_share(
         monkeypatch.setattr(subject.args, "torch_compile" if off == "torch_compile" else "_n_gpu", 2)
     else:
         monkeypatch.setattr(subject, f"is_{off}_enabled", True)
-    assert not start.may_share_inputs(subject, subject.model)
+    assert not first_batch.may_share_inputs(subject, subject.model)
 
 
 def test_a_forward_that_fails_there_stops_nothing(
@@ -98,7 +98,7 @@ def test_a_forward_that_fails_there_stops_nothing(
         return adapter_values(subject.model)
 
     alone = run(share_inputs=False)
-    monkeypatch.setattr(start, "share_inputs", fails)
+    monkeypatch.setattr(first_batch, "share_inputs", fails)
     found = run()
     assert all(torch.equal(found[name], value) for name, value in alone.items())
     assert len([m for m in messages if "ValueError: no such batch" in m]) == 1
