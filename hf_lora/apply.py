@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_task_head
 from .adapt.state import Task, require_state, state_of
 from .config import LoraConfig
+from .files.base_config import base_settings
 from .files.identity import identify
 from .model import LoraModel, refuse_inner
 
@@ -61,13 +62,14 @@ def apply_lora(
     call = "apply_lora(model, config)"
     first = state_of(model) is None
     refuse_inner(model, call)
-    identity = identify(model) if first else {}
+    identity, settings = (identify(model), base_settings(model)) if first else ({}, {})
     add_with_labels(
         model, config, adapter_name, num_labels, id2label, allow_bypassed=allow_bypassed, batches=batches,
         original=original, call=call,
     )  # fmt: skip
     if first:
-        require_state(model, call).identity = identity
+        state = require_state(model, call)
+        state.identity, state.settings = identity, settings
         if isinstance(model, PreTrainedModel):
             LoraModel.begin(model)
     return model

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from .adapt.undo import rollback_on
 from .adapt.unsaved import new_rows
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
+from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import PREFIX, AdapterFile, key_of, read_adapter
 from .files.load import load_adapter
 from .hub.base import commit_in_training
@@ -176,6 +177,7 @@ def _load_base(
     if revision is not None or trained_on is not None:
         kwargs["revision"] = revision or trained_on
     kwargs.setdefault("trust_remote_code", False)  # only the caller may allow it; transformers would prompt
+    kwargs, own_size = _with_settings(name, file, kwargs)
     with held_load_report() as release:
         try:
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
@@ -193,10 +195,44 @@ def _load_base(
                 f"adapter was trained, could not be loaded ({scrub(str(error).strip().splitlines()[0])}). Check "
                 "network and access, or pass base_revision='main' to use the current base, whose weights are compared."
             ) from error
+        if own_size:
+            _check_mismatched(file, found["mismatched_keys"])
         missing = [key for key in found["missing_keys"] if not any(f"{PREFIX}{key}" in f.tensors for f in files)]
-        if missing or found["unexpected_keys"] or found["mismatched_keys"]:
+        if missing or found["unexpected_keys"] or (found["mismatched_keys"] and not own_size):
             release()  # a head in the adapter is not missing; show the report for anything else
+    set_generation(model, file.extras)
     return cast(PreTrainedModel, model)
+
+
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
+"""Arguments of `from_pretrained` that say where a config is."""
+
+
+def _with_settings(base: Any, file: AdapterFile, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Arguments for loading the base with the settings of the training, and whether its head has another size.
+
+    What the caller gives is preferred.
+    """
+    if not file.extras.get("config") or "config" in kwargs:
+        return kwargs, False
+    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
+    settings = settings_for(config, file.extras)
+    logger.info(f"{file.path}: the base is loaded as in training, with {describe_settings(file.extras)}.")
+    own_size = "vocab_size" in settings and "vocab_size" not in kwargs and "ignore_mismatched_sizes" not in kwargs
+    more = {"ignore_mismatched_sizes": True} if own_size else {}
+    return {**settings, **kwargs, **more}, own_size
+
+
+def _check_mismatched(file: AdapterFile, mismatched: Iterable[Any]) -> None:
+    """Check that the adapter brings every tensor that has another size than in the base's files."""
+    names = [key[0] if isinstance(key, tuple) else key for key in mismatched]
+    lacking = [name for name in names if f"{PREFIX}{name}" not in file.tensors]
+    if lacking:
+        raise AdapterFileError(
+            f"from_pretrained({str(file.path)!r}): with the vocab_size of the training, {', '.join(lacking)} "
+            "has another size than in the base's files, and the adapter's file lacks it. Pass the base of the "
+            "training as base_model=."
+        )
 
 
 def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -213,8 +249,7 @@ def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
     auto = getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
     if file.config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return auto
-    where = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
-    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in where if k in kwargs})
+    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
     if getattr(config, "auto_map", None):  # its class is code of its own, which the auto class finds
         return auto
     named = getattr(config, "architectures", None) or [None]

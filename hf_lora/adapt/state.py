@@ -109,6 +109,8 @@ class LoraState:
     """Original parameter name -> requires_grad before the first adapter."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Identity of the base model before anything changed: see files/identity.py."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings in the files of the base model: see files/base_config.py."""
     base_task: Task = field(default_factory=Task)
     """The task of the model before the first adapter."""
     random_base: bool = False

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
 from ..errors import AdapterFileError, BaseMismatchError
+from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
 from ..files.load import load_adapter
 from .naming import Names, names_on_disk
@@ -64,6 +65,7 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
         BaseMismatchError: the adapter was trained on another base.
     """
     config, cls = _class_of(checkpoint.folder, file, call)
+    set_settings(config, file.extras)
     _fit_vocabulary(config, file, call, allow_other_base)
     try:
         with torch.device("meta"):
@@ -80,6 +82,7 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     _fill(shell)
     _tie(shell)
     _set_placeholders(shell)
+    set_generation(model, file.extras)
     load_adapter(model, file, NAME, allow_other_base=allow_other_base, call=call)
     return shell
 

@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
@@ -23,6 +24,7 @@ from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
 from ..layers.parts import bias_key
 from ..layers.site import Site
+from .base_config import base_settings, other_settings
 from .biases import biases_in
 from .format import (
     AdapterFile,
@@ -34,8 +36,7 @@ from .format import (
 )
 from .identity import differs, identify, is_absent
 
-COMPARED_ROWS = 1024
-"""Of a base weight that are made float32 at a time."""
+logger = logging.get_logger(__name__)
 
 COMPARED_ROWS = 1024
 """Rows of a base weight that are compared, as float32, at a time."""
@@ -60,6 +61,7 @@ def load_adapter(
     call = f"{call}({str(file.path)!r}, {name!r})"
     state = state_of(model)
     identity = state.identity if state is not None else identify(model)
+    settings = state.settings if state is not None else base_settings(model)
     difference = differs(file.extras.get("base") or {}, identity)
     if difference and not allow_other_base:
         raise BaseMismatchError(
@@ -99,7 +101,11 @@ def load_adapter(
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, call=call
     )
-    require_state(model, call).identity = identity
+    state = require_state(model, call)
+    state.identity, state.settings = identity, settings
+    others = other_settings(model, file.extras)
+    if others:
+        logger.warning(f"{call}: the adapter was trained with {others}. This base has other values: set them on it.")
     assign(model, name, tensors)
     return plan
 

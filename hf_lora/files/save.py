@@ -25,6 +25,7 @@ from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
 from ..layers.parts import Bias
+from .base_config import changed_settings
 from .format import (
     FULL_MODEL_FILES,
     stored,
@@ -188,6 +189,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "problem_type": task.problem_type,
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
+        **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard
 from ..adapt.patterns import is_name, table_pattern, why_invalid
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
+from .base_config import check_settings
 
 MAX_RANK = 2**20
 MAX_PATTERNS = 20_000
@@ -78,6 +79,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         if value is not None and not good(value):
             faults.add(f"{name}={value!r} is invalid")
     _check_labels(faults, values.get("id2label"))
+    check_settings(faults, values)
     faults.check(AdapterFileError, REPAIR)
 
 
