@@ -28,7 +28,7 @@ from .adapt.unsaved import new_rows
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
 from .files.base_config import describe_settings, set_generation, settings_for
-from .files.format import PREFIX, AdapterFile, key_of, read_adapter
+from .files.format import PREFIX, AdapterFile, holds_adapter, key_of, read_adapter, read_config
 from .files.load import load_adapter
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
@@ -44,6 +44,9 @@ PROCESSORS = {
     "processor": "AutoProcessor",
 }
 """Part of a pipeline -> the auto class that loads it."""
+
+MAX_CHAIN = 16
+"""How many adapters may be the base of one another."""
 
 AFTERWARDS = ("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers")
 """Arguments of `from_pretrained` for format and placement of the weights; they apply after merging."""
@@ -118,7 +121,7 @@ def load_lora(
     with torch.random.fork_rng(devices=used_devices()):  # initializing a missing head draws random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
-            model = _load_base(files, base_model, base_revision, kwargs)
+            model = _load_base(model_class, files, base_model, base_revision, kwargs)
         # After an error, the caller's model is restored; a model that was loaded here is discarded.
         with rollback_on(model, LoraError) if model is base_model else nullcontext():
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
@@ -163,7 +166,7 @@ def _put(
 
 
 def _load_base(
-    files: Sequence[AdapterFile], base: Any, revision: str | None, kwargs: dict[str, Any]
+    model_class: Any, files: Sequence[AdapterFile], base: Any, revision: str | None, kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     file = files[0]
     name = base or file.config.base_model_name_or_path
@@ -172,6 +175,8 @@ def _load_base(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
             "Pass base_model=: a model, its folder or its repository."
         )
+    if holds_adapter(name):
+        return _load_chain(model_class, file, str(name), kwargs)
     use_recorded = revision is None and not os.path.isdir(str(name))  # Path.is_dir raises for a name that is too long
     trained_on = commit_in_training(file.config, file.extras, str(name)) if use_recorded else None
     if revision is not None or trained_on is not None:
@@ -182,6 +187,8 @@ def _load_base(
         try:
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
         except OSError as error:
+            if (folder := _on_hub(name, kwargs)) is not None:
+                return _load_chain(model_class, file, folder, kwargs)
             if base is None and trained_on is None:
                 raise AdapterFileError(
                     f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which could "
@@ -195,6 +202,8 @@ def _load_base(
                 f"adapter was trained, could not be loaded ({scrub(str(error).strip().splitlines()[0])}). Check "
                 "network and access, or pass base_revision='main' to use the current base, whose weights are compared."
             ) from error
+        if getattr(model, "_hf_peft_config_loaded", False):  # PEFT is installed, and loaded it with its base
+            return _load_chain(model_class, file, str(local_adapter(name)), kwargs)
         if own_size:
             _check_mismatched(file, found["mismatched_keys"])
         missing = [key for key in found["missing_keys"] if not any(f"{PREFIX}{key}" in f.tensors for f in files)]
@@ -202,6 +211,41 @@ def _load_base(
             release()  # a head in the adapter is not missing; show the report for anything else
     set_generation(model, file.extras)
     return cast(PreTrainedModel, model)
+
+
+def _on_hub(name: object, kwargs: Mapping[str, Any]) -> str | None:
+    """The folder of an adapter on the Hub that is named as a base; None if it is not one."""
+    where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    try:
+        return str(local_adapter(str(name), **where))
+    except (HubError, AdapterFileError):
+        return None
+
+
+def _load_chain(model_class: Any, file: AdapterFile, base: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """A base that is an adapter itself: its base with it merged, and so on."""
+    call = f"LoraModel.from_pretrained({str(file.path)!r})"
+    chain = [base]
+    while holds_adapter(inner := read_config(Path(chain[-1])).base_model_name_or_path or ""):
+        if inner in chain or len(chain) == MAX_CHAIN:
+            raise AdapterFileError(
+                f"{call}: the base of {chain[-1]} is the adapter {inner}, and so on without end. Correct "
+                "base_model_name_or_path in its adapter_config.json, or pass base_model=: the folder of a full model."
+            )
+        chain.append(inner)
+    logger.info(f"{file.path}: its base is an adapter, which is merged into its own base: {' -> '.join(chain)}.")
+    common = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
+    model: PreTrainedModel = load_lora(model_class, chain.pop(), merge=True, **common)
+    while chain:
+        model = load_lora(model_class, chain.pop(), base_model=model, merge=True)
+    wanted = _class_of(file, model.config._name_or_path, common)
+    if hasattr(wanted, "config_class") and not isinstance(model, wanted):
+        raise AdapterFileError(
+            f"{call}: the adapter is for a {wanted.__name__}, but its base {base} is an adapter of a "
+            f"{type(model).__name__}. Merge that one into a folder, and pass it as base_model=FOLDER: hf-lora merge "
+            f"{base} --out FOLDER."
+        )
+    return model
 
 
 _WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")

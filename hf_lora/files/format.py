@@ -264,6 +264,13 @@ LEAVE_THE_BASE = ("orthogonal", "eva")
 """Initializations of PEFT that only choose the first values of A and B."""
 
 
+def holds_adapter(folder: object) -> bool:
+    """Whether a folder holds an adapter, and no full model."""
+    place = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
+    has = [os.path.isfile(os.path.join(place, name)) for name in (CONFIG_NAME, "config.json")]
+    return has == [True, False]
+
+
 def read_config(path: Path) -> LoraConfig:
     """The adapter_config.json of a folder."""
     file = path / CONFIG_NAME
