@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_task_head
 from .adapt.state import Task, require_state, state_of
@@ -15,6 +16,7 @@ from .files.base_config import base_settings
 from .files.identity import identify
 from .model import LoraModel, refuse_inner
 
+logger = logging.get_logger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -63,6 +65,12 @@ def apply_lora(
     first = state_of(model) is None
     refuse_inner(model, call)
     identity, settings = (identify(model), base_settings(model)) if first else ({}, {})
+    if "not_files" in identity:
+        logger.warning(
+            f"{call}: the weights of this model are no longer those of {identity['name']} (merged, loaded or edited). "
+            "To load the adapter later, save this base before apply_lora (model.save_pretrained(folder)) and pass it: "
+            "base_model=folder."
+        )
     add_with_labels(
         model, config, adapter_name, num_labels, id2label, allow_bypassed=allow_bypassed, batches=batches,
         original=original, call=call,

@@ -217,9 +217,10 @@ def _on_hub(name: object, kwargs: Mapping[str, Any]) -> str | None:
     """The folder of an adapter on the Hub that is named as a base; None if it is not one."""
     where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
     try:
-        return str(local_adapter(str(name), **where))
+        folder = local_adapter(str(name), **where)
     except (HubError, AdapterFileError):
         return None
+    return str(folder) if holds_adapter(folder) else None
 
 
 def _load_chain(model_class: Any, file: AdapterFile, base: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:

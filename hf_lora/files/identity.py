@@ -1,9 +1,13 @@
-"""The identity of the base model of an adapter: that of the checkpoint, not of the tensors in memory.
+"""The identity of the base model of an adapter: that of the weights that it was trained on.
 
 Up to three marks are recorded when LoRA is first applied: repository and commit; a hash of a local folder's
 safetensors headers and of sampled bytes; and sampled weights rounded to bfloat16, which are nearly the same if the
-checkpoint is loaded in another dtype. Two bases are the same if any mark agrees, and differ if marks can be compared
-and none agrees. Labels, heads, dropout and vocabulary are not part of the identity.
+checkpoint is loaded in another dtype. If the weights in memory are no longer those of the files (unchanged.py), such
+as after a merge, the first two say what the base is not.
+
+Two bases differ if one is known not to be the other; otherwise their weights decide, which are compared wherever both
+are known: files of one checkpoint may differ in dtype or layout, and commits in other files. Without weights, files or
+commit must agree. Labels, heads, dropout and vocabulary are not part of the identity.
 
 Quantization is not part of it either: a base that is quantized at load is identified by its files and its dense
 weights. A checkpoint of quantized weights has different files, which are compared only with those of the same kind.
@@ -24,47 +28,78 @@ from ..adapt.embeddings import output_embedding
 from ..adapt.heads import outside_backbone
 from ..adapt.walk import original_modules
 from ..layers.distributed import is_sharded
-from .commit import cached_commit
+from .commit import cached_commit, cached_folder
+from .unchanged import has_other_weights, weight_files
 
 SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 16
 SAMPLED_BYTES = 4096
 
+FILE_MARKS = ("commit", "files")
+"""The marks that describe files."""
+
 Identity = dict[str, Any]
 
 
 def identify(model: nn.Module) -> Identity:
-    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`."""
+    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`.
+
+    `not_files` are the marks of files whose weights the model no longer has.
+    """
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or ""
+    weights = sample_weights(model)
+    commit = getattr(config, "_commit_hash", None)
+    if name and commit is None:
+        commit = cached_commit(name, weights, _sample, _same_weights)
     marks: Identity = {
         "name": name or None,
-        "commit": getattr(config, "_commit_hash", None),
+        "commit": commit,
         "files": hash_files(Path(name)) if name else None,
-        "weights": (weights := sample_weights(model)),
+        "weights": weights,
         "model_type": getattr(config, "model_type", None),
         "quantized": _quantized_files(model),
     }
-    if name and marks["commit"] is None:
-        marks["commit"] = cached_commit(name, weights, _sample, _same_weights)
+    folder = Path(name) if commit is None or marks["files"] else cached_folder(name, commit)
+    if name and not marks["quantized"] and has_other_weights(model, weight_files(folder)):
+        marks = _without_files(marks)
     return {key: value for key, value in marks.items() if value is not None}
+
+
+def renewed(recorded: Identity, model: nn.Module) -> Identity:
+    """The identity of a model with adapters: the recorded one, unless the weights of its base have changed since."""
+    then, now = recorded.get("weights"), sample_weights(model)
+    if not then or not now or not then.keys() & now.keys() or _same_weights(then, now):
+        return recorded
+    return _without_files(recorded) | {"weights": now}
+
+
+def _without_files(marks: Identity) -> Identity:
+    """The marks of a base whose weights are not those of its files."""
+    kept = {key: value for key, value in marks.items() if key not in FILE_MARKS}
+    others = {key: marks[key] for key in FILE_MARKS if marks.get(key) is not None}
+    return kept | {"not_files": others} if others else kept
 
 
 def differs(saved: Identity, found: Identity) -> str | None:
     """How this base (`found`) differs from the one that a file names; None if it is the same or unknown."""
     if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
         return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
+    names = f"(trained on {saved.get('name', 'an unnamed base')}, found {found.get('name', 'an unnamed base')})"
+    for changed, whole, whose in ((saved, found, "in training"), (found, saved, "in memory")):
+        known = (changed.get("not_files") or {}).items()
+        if any(whole.get(mark) == value for mark, value in known):
+            return f"this is another base model: its weights {whose} were not those of its files {names}"
     alike = saved.get("quantized") == found.get("quantized")
-    marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
+    marks = [mark for mark in FILE_MARKS if alike and saved.get(mark) and found.get(mark)]
     same = {mark: saved[mark] == found[mark] for mark in marks}
     then, now = saved.get("weights") or {}, found.get("weights") or {}
     if then.keys() & now.keys():
         same["weights"] = _same_weights(then, now)
-    if not same or any(same.values()):
+    if not same or same.get("weights", any(same.values())):
         return None
     what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
-    listed = " and ".join(what[mark] for mark in same)
-    names = f"(trained on {saved.get('name', 'an unnamed base')}, found {found.get('name', 'an unnamed base')})"
+    listed = " and ".join(what[mark] for mark, agrees in same.items() if not agrees)
     return f"this is another base model: {listed} differ {names}"
 
 
@@ -78,9 +113,7 @@ def _quantized_files(model: nn.Module) -> str | None:
 
 def hash_files(folder: Path) -> str | None:
     """A hash of the headers and sampled bytes of a local folder's safetensors files; None if there are none."""
-    if not folder.is_dir():
-        return None
-    paths = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    paths = weight_files(folder)
     if not paths:
         return None
     digest = hashlib.sha256()

@@ -34,7 +34,7 @@ from .format import (
     read_adapter,
     stored,
 )
-from .identity import differs, identify, is_absent
+from .identity import differs, identify, is_absent, renewed
 
 logger = logging.get_logger(__name__)
 
@@ -60,7 +60,7 @@ def load_adapter(
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
     call = f"{call}({str(file.path)!r}, {name!r})"
     state = state_of(model)
-    identity = state.identity if state is not None else identify(model)
+    identity = renewed(state.identity, model) if state is not None else identify(model)
     settings = state.settings if state is not None else base_settings(model)
     difference = differs(file.extras.get("base") or {}, identity)
     if difference and not allow_other_base:

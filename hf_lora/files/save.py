@@ -31,6 +31,7 @@ from .format import (
     stored,
     write_adapter,
 )
+from .identity import renewed
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -182,7 +183,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     task = state.adapters[name].task
     biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
-        "base": state.identity,
+        "base": renewed(state.identity, model),
         "architecture": unwrap_class(type(model)).__name__,
         "num_labels": task.num_labels,
         "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,

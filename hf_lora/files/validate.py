@@ -127,6 +127,9 @@ def _check_base(faults: Faults, base: object) -> None:
         good = is_revision if name == "commit" else is_text
         if base.get(name) is not None and not good(base[name]):
             faults.add(f"base.{name}={base[name]!r} is invalid")
+    others = base.get("not_files")
+    if others is not None and not (isinstance(others, Mapping) and all(map(is_text, others.values()))):
+        faults.add("base.not_files must hold marks of files")
     weights = base.get("weights")
     if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
         faults.add("base.weights must hold samples of weights")

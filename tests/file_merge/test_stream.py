@@ -366,7 +366,7 @@ def test_folders_that_cannot_be_written_to(tmp_path: Path) -> None:
     assert "the folder of the base" in refused(AdapterFileError, base, adapter, base)
     assert "the folder of the adapter" in refused(AdapterFileError, base, adapter, adapter, overwrite=True)
     assert "is a file" in refused(AdapterFileError, base, adapter, base / "config.json")
-    assert "neither model.safetensors" in refused(AdapterFileError, adapter, adapter, tmp_path / "out")
+    assert "is an adapter. Merge it first" in refused(AdapterFileError, adapter, adapter, tmp_path / "out")
     assert "'float32'" in refused(ConfigError, base, adapter, tmp_path / "out", dtype="float23")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
