@@ -148,9 +148,7 @@ def resolve(
         dropout = 0.0 if shape.looks_up else config.lora_dropout
         for site, storage in sites:
             name = f"{path}.{site.name}" if isinstance(site, View) else path
-            r, alpha = (
-                table.get(name, wanted if name == path else table.get(path, wanted)) for table, wanted in tables
-            )
+            r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
             scaling = config.scaling(r, alpha)
             refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
             if refused is not None:
@@ -197,10 +195,10 @@ def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) 
         )
 
 
-def scalings(config: LoraConfig) -> Callable[[str], float]:
-    """Original name of an adapted layer -> the scaling of B A there."""
+def scalings(config: LoraConfig) -> Callable[[str, str], float]:
+    """(original name of an adapted weight, that of its module) -> the scaling of B A there."""
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
-    return lambda name: config.scaling(ranks.get(name, config.r), alphas.get(name, config.alpha))
+    return lambda name, path: config.scaling(ranks.of(name, path, config.r), alphas.of(name, path, config.alpha))
 
 
 def _saved_modules(

@@ -96,6 +96,11 @@ def adapter_layers(model: nn.Module) -> dict[str, Site]:
     }
 
 
+def module_of(name: str, site: Site) -> str:
+    """The original name of the module of a site that `adapter_layers` calls `name`."""
+    return name.removesuffix(f".{site.name}") if isinstance(site, View) else name
+
+
 def adapted_modules(model: nn.Module, name: str) -> set[str]:
     """Original names of the modules with factors of one adapter."""
     return {

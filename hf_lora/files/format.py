@@ -349,7 +349,7 @@ def write_adapter(
     writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_NAME: lambda file: save_file(ready, file, metadata={"format": "pt"}),
         EXTRAS_NAME: lambda file: file.write_text(_json(extras), encoding="utf-8"),
-        CONFIG_NAME: lambda file: file.write_text(_json(config), encoding="utf-8"),
+        CONFIG_NAME: lambda file: file.write_text(_json(dict(sorted(config.items())), False), encoding="utf-8"),
     }
     replace_together(path, writers)
     return path
@@ -366,5 +366,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(values: Mapping[str, Any], sort_keys: bool = True) -> str:
+    """Tables of patterns must keep their order: the first that matches applies."""
+    return json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"

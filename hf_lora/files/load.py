@@ -16,7 +16,7 @@ from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
-from ..adapt.walk import adapter_layers, module_at, original_modules, parts
+from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, parts
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
@@ -158,8 +158,9 @@ def _compare_scalings(
     """Add a fault for the layers whose scaling differs in the file's configuration."""
     found: dict[tuple[float, float], list[str]] = {}
     of_file, of_model = scalings(saved), scalings(own)
-    for path in (path for path, layer in layers.items() if name in layer._lora.names):
-        pair = of_file(path), of_model(path)
+    for path, layer in ((path, layer) for path, layer in layers.items() if name in layer._lora.names):
+        module = module_of(path, layer)
+        pair = of_file(path, module), of_model(path, module)
         if not math.isclose(*pair, rel_tol=1e-9):
             found.setdefault(pair, []).append(path)
     for (then, now), paths in found.items():

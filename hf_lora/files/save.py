@@ -18,7 +18,7 @@ from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable, matcher
 from ..adapt.state import require_state
 from ..adapt.unsaved import why_unsaved
-from ..adapt.walk import adapted_modules, adapter_layers, original_modules, parts
+from ..adapt.walk import adapted_modules, adapter_layers, module_of, original_modules, parts
 from ..config import PRESETS, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
@@ -119,7 +119,7 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
             "layers_to_transform": None,
             "layers_pattern": None,
         }
-    names = [path for path, layer in adapter_layers(model).items() if name in layer._lora.names]
+    names = [(n, module_of(n, layer)) for n, layer in adapter_layers(model).items() if name in layer._lora.names]
     for field in ("rank_pattern", "alpha_pattern"):
         values[field] = _in_any_order(values[field], names)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
@@ -136,22 +136,21 @@ def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
     return values
 
 
-def _in_any_order(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A table that gives `names` the same values if its keys are sorted, as this library and PEFT write them.
+def _in_any_order(table: dict[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A table that gives `names` (each with its module's) the same values, with its keys sorted, as PEFT writes them.
 
     The first pattern that matches applies, so patterns that overlap need their order: then each layer has an entry.
     """
     given = PatternTable(table)
-    values = {name: given.get(name, None) for name in names}
+    values = {name: given.of(name, path, None) for name, path in names}
 
     def gives_them(other: dict[str, Any]) -> bool:
         found = PatternTable(dict(sorted(other.items())))
-        return all(found.get(name, None) == value for name, value in values.items())
+        return all(found.of(name, path, None) == values[name] for name, path in names)
 
-    if gives_them(table):
-        return table
     full = {name: value for name, value in values.items() if value is not None}
-    return full if gives_them(full) else {f"^{re.escape(name)}": value for name, value in full.items()}
+    tables = (table, full, {f"^{re.escape(name)}": value for name, value in full.items()})
+    return dict(sorted(next(each for each in tables if each is tables[-1] or gives_them(each)).items()))
 
 
 def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:

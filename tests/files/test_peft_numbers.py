@@ -8,6 +8,7 @@ ours may be four times as far from it as PEFT's own float32 is, and 16 roundings
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_lora import LoraConfig, LoraModel, apply_lora
+from hf_lora import LoraConfig, LoraModel, apply_lora, convert_adapter, inspect_adapter
 from hf_lora.files.format import WEIGHTS_NAME, split_base_copies
 from hf_lora.files.save import adapter_state_dict
 
@@ -316,6 +317,29 @@ def test_patterns_that_overlap_keep_their_order_in_a_file(patterns: dict[str, An
         assert torch.equal(again(**batch).logits, expected)
         theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path)
         assert_near(theirs(**batch).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+
+
+def test_converting_keeps_the_order_of_patterns_that_overlap(tmp_path: Path) -> None:
+    """PEFT applies the first that matches, in the order of the file."""
+    base = FAMILIES["llama"]()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "adapter_config.json"
+    patterns = {"q_proj": 100, r"layers\.0\..*": 50}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": patterns}))
+    expected = peft.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path / "old")
+    batch = batch_of(base)
+    for name in ("old", "new"):
+        if name == "new":
+            weights = tmp_path / "old" / "adapter_model.safetensors"
+            torch.save(load_file(weights), tmp_path / "old" / "adapter_model.bin")
+            convert_adapter(tmp_path / "old", tmp_path / "new")
+        found = LoraModel.from_pretrained(tmp_path / name, base_model=copy.deepcopy(base))
+        with torch.no_grad():
+            assert_near(found(**batch).logits, expected(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+        alphas = {layer.path: layer.alpha for layer in inspect_adapter(tmp_path / name).layers}
+        assert {alphas[n] for n in alphas if "q_proj" in n} == {100}
+        assert {alphas[n] for n in alphas if "0.self_attn.v_proj" in n} == {50}
 
 
 MASKED = dict(
