@@ -19,8 +19,13 @@ def encode_prompts(
     system: str | None = None,
     use_chat_template: bool | None = None,
     window: int | None = None,
+    continued: bool = True,
 ) -> list[list[int]]:
     """The tokens of each prompt, including the generation prompt of the chat template.
+
+    Args:
+        continued: the answer continues the prompt, so an EOS that the tokenizer adds to a text is removed. False for
+            encoder-decoders.
 
     Raises:
         ConfigError: a chat template is needed, and the tokenizer has none.
@@ -44,7 +49,7 @@ def encode_prompts(
         ids: list[int] = []
         try:
             if use_chat_template is False or not template:
-                ids = _raw_ids(tokenizer, str(prompt))
+                ids = _raw_ids(tokenizer, str(prompt), continued)
             else:
                 ids = _chat_ids(tokenizer, prompt, system)
             if window is not None and len(ids) >= window:
@@ -58,14 +63,13 @@ def encode_prompts(
     return encoded
 
 
-def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, continued: bool) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]:
-        ids = ids[:-1]  # some tokenizers add EOS to every text, but an answer continues it
-    if not ids:
+    adds_end = ids[-1:] == [tokenizer.eos_token_id] != plain[-1:]  # as some tokenizers do with every text
+    if len(ids) == adds_end:
         raise DataError("is empty")
-    return ids
+    return ids[:-1] if continued and adds_end else ids
 
 
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:

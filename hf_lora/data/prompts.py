@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import ConfigError, DataError, Faults
 from ..safe_io.atomic import replace_together
@@ -17,6 +18,8 @@ from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, pair_of, with_more
 from .encode import Prompt
 from .formats import TEXT, Format, read_examples, read_list, read_messages
 from .tables import Table
+
+logger = logging.get_logger(__name__)
 
 
 def read_prompts(table: Table, column: str | None = None) -> list[Prompt]:
@@ -97,32 +100,80 @@ def read_answered(
     return prompts, answers, templated
 
 
-def check_output(out: str | os.PathLike[str], table: Table) -> Path:
-    """Check, before anything is generated, that the rows of `table` and their answers can be written to `out`.
+class AnswerFile:
+    """Writes a JSONL file of the rows of a table, each with its answer; a context manager.
+
+    Answers are appended to `<out>.partial` as they come. `finish` writes all rows in order and replaces an existing
+    file; if the block ends before, the partial file is kept and named in a warning, unless it is empty.
+
+    Args:
+        table: the table that the prompts are from.
+        out: the file.
 
     Raises:
-        ConfigError: `out` is the input itself or a folder, its folder does not exist, or the input already has a
-            column with the name of the answers; lists every fault.
+        ConfigError: `out` is the input itself or a folder or cannot be written, its folder does not exist, or the
+            input already has a column with the name of the answers; lists every fault.
     """
-    path = Path(out)
-    faults = Faults(f"writing {path}")
-    if path.resolve() == Path(table.source).resolve():
-        faults.add("this is the input itself")
-    if path.is_dir():
-        faults.add("this is a folder")
-    if not path.parent.is_dir():
-        faults.add(f"the folder {path.parent} does not exist")
-    if GENERATED in table.columns:
-        faults.add(f"the input already has a column {GENERATED!r}, which the answers would replace")
-    faults.check(ConfigError, "Nothing was generated. Name another file, or rename the column.")
-    return path
+
+    def __init__(self, table: Table, out: str | os.PathLike[str]) -> None:
+        self.table, self.path = table, Path(out)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.lines: dict[int, str] = {}
+        faults = Faults(f"writing {self.path}")
+        if self.path.resolve() == Path(table.source).resolve():
+            faults.add("this is the input itself")
+        if self.path.is_dir():
+            faults.add("this is a folder")
+        if GENERATED in table.columns:
+            faults.add(f"the input already has a column {GENERATED!r}, which the answers would replace")
+        if not self.path.parent.is_dir():
+            faults.add(f"the folder {self.path.parent} does not exist")
+        if not faults.found:
+            try:
+                self._file = self.partial.open("w", encoding="utf-8")
+            except OSError as error:
+                faults.add(f"{self.partial.name} cannot be written in its folder ({error.strerror})")
+        faults.check(ConfigError, "Nothing was generated. Name another file, or rename the column.")
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def add(self, row: int, answer: str) -> None:
+        """Append the row with its answer; ConfigError if the file cannot be written."""
+        values = {name: column[row] for name, column in self.table.columns.items()} | {GENERATED: answer}
+        line = _json_line(values)
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"writing {self.partial}: {error.strerror}. It holds {len(self.lines)} of {len(self.table)} rows."
+            ) from error
+        self.lines[row] = line
+
+    def finish(self) -> None:
+        """Replace `out`, once all rows are added."""
+        text = "".join(self.lines[row] for row in sorted(self.lines))
+        name = self.path.name
+        replace_together(self.path.parent, {name: lambda file: file.write_text(text, encoding="utf-8")})
+        self.lines = {}
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # what could not be flushed is lost
+            self._file.close()
+        if self.lines:
+            logger.warning(
+                f"{self.partial} holds the {len(self.lines)} rows that were answered; {self.path} is unchanged."
+            )
+        else:
+            self.partial.unlink(missing_ok=True)
 
 
-def write_answers(table: Table, answers: Sequence[str], out: str | os.PathLike[str]) -> None:
-    """Write a JSONL file with the table's columns and the answers; an existing file is replaced atomically."""
-    lines = []
-    for row, answer in enumerate(answers):
-        values = {name: column[row] for name, column in table.columns.items()} | {GENERATED: answer}
-        lines.append(json.dumps(values, ensure_ascii=False, default=str) + "\n")
-    path = Path(out)
-    replace_together(path.parent, {path.name: lambda file: file.write_text("".join(lines), encoding="utf-8")})
+def _json_line(values: dict[str, Any]) -> str:
+    """A line of JSON. A lone surrogate, which is not valid in UTF-8, is escaped."""
+    line = json.dumps(values, ensure_ascii=False, default=str)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        line = json.dumps(values, default=str)
+    return f"{line}\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Unpack
 
@@ -18,13 +18,13 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from ..adapt.labels import task_type_of
 from ..data.chat import chat_rows
 from ..data.formats import Format, recognize_format
-from ..data.prompts import check_output, read_answered, write_answers
+from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
 from ..data.tasks import MOST_TOKENS, Columns, choose_columns, classification_rows
 from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded
-from ..generate.texts import answering, evaluating, generate_texts, window_of
+from ..generate.texts import answering, collect_answers, evaluating, iterate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
 from .answers import ANSWER_METRICS, field_table
 from .classes import CLASS_METRICS
@@ -95,28 +95,27 @@ def evaluate(
     """
     if not generate and (predictions is not None or system is not None):
         raise ConfigError("evaluate: predictions and system need generate=True (--generate). Add it, or omit them.")
-    if batch_size < 1:
-        raise ConfigError(f"evaluate: batch_size={batch_size} must be at least 1.")
+    numbers = {"batch_size": batch_size, "max_length": max_length}
+    low = [f"{name}={value}" for name, value in numbers.items() if value is not None and value < 1]
+    if low:
+        raise ConfigError(f"evaluate: {', '.join(low)} must be at least 1.")
     table = read_table(file).first(limit)
-    if predictions is not None:
-        check_output(predictions, table)
-    model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
     cut = 0
-    if not model.can_generate():
-        columns = choose_columns(table, text=text_column, label=completion_column)
-        result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
-    elif generate:
-        result = score_answers(
-            model, tokenizer, table, recognize_format(table, text_column, completion_column),
-            max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
-            progress=None if progress is None else lambda done: progress(done, len(table)),
-        )  # fmt: skip
-        if predictions is not None:
-            write_answers(table, result.answers, predictions)
-    else:
-        data_format = recognize_format(table, text_column, completion_column)
-        rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
-        result = Evaluation(score_rows(model, rows, batch_size))
+    with nullcontext() if predictions is None else AnswerFile(table, predictions) as answers:
+        model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
+        if not model.can_generate():
+            columns = choose_columns(table, text=text_column, label=completion_column)
+            result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
+        elif generate:
+            result = score_answers(
+                model, tokenizer, table, recognize_format(table, text_column, completion_column),
+                max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, file=answers,
+                progress=None if progress is None else lambda done: progress(done, len(table)),
+            )  # fmt: skip
+        else:
+            data_format = recognize_format(table, text_column, completion_column)
+            rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
+            result = Evaluation(score_rows(model, rows, batch_size))
     result.rows, result.cut = len(table), cut
     return result
 
@@ -149,7 +148,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], bat
         for batch in _padded(rows, batch_size, model.device):
             head.prove(model, batch)
             if head.off is None:
-                with head.catch(model, shifted(batch["labels"])) as caught:
+                with head.catch(model, batch["labels"]) as caught:
                     model(**batch, use_cache=False)
                 if caught.scores is None or caught.fault is not None:
                     raise StateError(f"score_rows: {caught.fault}.")
@@ -207,18 +206,23 @@ def score_answers(
     max_new_tokens: int = 256,
     batch_size: int = 8,
     system: str | None = None,
+    file: AnswerFile | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Generate an answer for each row of a table greedily, and compare it with the reference, stripped of white space.
+
+    Args:
+        file: the rows with their answers are written to it.
 
     Raises:
         DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
     prompts, references, templated = read_answered(table, data_format, tokenizer)
-    texts = generate_texts(
+    each = iterate_texts(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
         use_chat_template=templated, progress=progress,
     )  # fmt: skip
+    texts = collect_answers(each, len(prompts), file)
     found, true = [t.strip() for t in texts], [r.strip() for r in references]
     result = Evaluation({}, answers=texts)
     for metric in ANSWER_METRICS.values():

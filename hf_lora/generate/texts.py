@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -11,10 +10,10 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
 from ..data.encode import Prompt, encode_prompts
-from ..data.prompts import check_output, read_prompts, write_answers
+from ..data.prompts import AnswerFile, read_prompts
 from ..data.tables import read_table
 from ..errors import ConfigError, Faults, StateError
 from ..layers.ops import used_devices
@@ -58,23 +57,46 @@ def generate_texts(
         DataError: a prompt is empty, not a chat, or longer than the model's context window; lists them all.
         StateError: the model does not generate text.
     """
+    each = iterate_texts(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
+        top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template, stop=stop, progress=progress,
+    )  # fmt: skip
+    return collect_answers(each, len(prompts), None)
+
+
+def iterate_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    system: str | None = None,
+    use_chat_template: bool | None = None,
+    stop: str | Sequence[str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, str]]:
+    """The answers of `generate_texts`, each with the position of its prompt, as batches are finished."""
     if not model.can_generate():
         raise StateError(f"generate_texts: {type(model).__name__} does not generate text. Pass a language model.")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops)
-    encoded = encode_prompts(tokenizer, prompts, system, use_chat_template, window_of(model))
-    options = sampling(model, tokenizer, temperature, top_p)
-    answers = [""] * len(encoded)
+    encoded = encode_prompts(
+        tokenizer, prompts, system, use_chat_template, window_of(model), continued=not model.config.is_encoder_decoder
+    )
+    options = sampling(model, tokenizer, temperature, top_p, stops)
     done = 0
     with answering(model, seed):
         for rows, room in _batches(encoded, batch_size, max_new_tokens, model):
             written = _answer(model, tokenizer, [encoded[r] for r in rows], room, options, stops)
             for row, tokens in zip(rows, written, strict=True):
-                answers[row] = before_stop(str(tokenizer.decode(tokens, skip_special_tokens=True)), stops)
+                yield row, before_stop(str(tokenizer.decode(tokens, skip_special_tokens=True)), stops)
             done += len(rows)
             if progress is not None:
                 progress(done)
-    return answers
 
 
 def generate_answers(
@@ -102,7 +124,7 @@ def generate_answers(
         source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
         file: instead of `prompts`, a .txt with one prompt per line, or CSV, TSV, JSON, JSONL or Parquet.
         out: JSONL file for the rows of `file` with their answers in a column `generated`; an existing file is replaced
-            when all answers are generated.
+            when all answers are generated. Until then, finished rows are in `<out>.partial`.
         column: the column of prompts in `file`; default: found by its usual name.
         progress: called with the number of finished prompts and the total.
         loading: see `load_for_generation`; all others: see `generate_texts`.
@@ -121,16 +143,25 @@ def generate_answers(
         raise ConfigError("generate_answers: out and column need a file (--file). Omit them.")
     table = None if file is None else read_table(file, prompts=True)
     questions = list(prompts or []) if table is None else read_prompts(table, column)
-    if table is not None and out is not None:
-        check_output(out, table)
-    model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
-    answers = generate_texts(
-        model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size, temperature=temperature,
-        top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template, stop=stop,
-        progress=None if progress is None else lambda done: progress(done, len(questions)),
-    )  # fmt: skip
-    if table is not None and out is not None:
-        write_answers(table, answers, out)
+    with nullcontext() if table is None or out is None else AnswerFile(table, out) as written:
+        model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
+        each = iterate_texts(
+            model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size,
+            temperature=temperature, top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template,
+            stop=stop, progress=None if progress is None else lambda done: progress(done, len(questions)),
+        )  # fmt: skip
+        return collect_answers(each, len(questions), written)
+
+
+def collect_answers(each: Iterator[tuple[int, str]], count: int, file: AnswerFile | None) -> list[str]:
+    """The answers in order, which are also written to `file` as they come."""
+    answers = [""] * count
+    for row, answer in each:
+        answers[row] = answer
+        if file is not None:
+            file.add(row, answer)
+    if file is not None:
+        file.finish()
     return answers
 
 
@@ -163,12 +194,19 @@ def window_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def sampling(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float, top_p: float) -> dict[str, Any]:
-    """Arguments for `model.generate` that override all sampling settings in the model's generation config."""
+def sampling(
+    model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float, top_p: float, stops: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Arguments for `model.generate` within `answering`, which removes the model's own settings.
+
+    Of `stops`, those that are one token end an answer as EOS does: decoding would skip special ones.
+    """
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
-    stops = list(dict.fromkeys(e for e in (tokenizer.eos_token_id, *ends) if e is not None))
-    padding = next((p for p in (tokenizer.pad_token_id, *stops) if p is not None), 0)
+    tokens = tokenizer.get_added_vocab()
+    ends = dict.fromkeys(e for e in (tokenizer.eos_token_id, *ends) if e is not None)
+    padding = next((p for p in (tokenizer.pad_token_id, *ends) if p is not None), 0)
+    ends |= dict.fromkeys(tokens[stop] for stop in stops if stop in tokens)
     draw = temperature > 0
     return {
         "do_sample": draw,
@@ -177,7 +215,7 @@ def sampling(model: Any, tokenizer: PreTrainedTokenizerBase, temperature: float,
         "top_k": 0 if draw else 50,  # 50 is the default, which avoids a warning without sampling
         "num_beams": 1,
         "return_dict_in_generate": False,
-        "eos_token_id": stops or None,
+        "eos_token_id": list(ends) or None,
         "pad_token_id": padding,
     }
 
@@ -199,19 +237,27 @@ def evaluating(model: Any) -> Iterator[None]:
 def answering(model: Any, seed: int | None = None) -> Iterator[None]:
     """Within, the model is in eval mode and, with a seed, has a separate random state; afterwards all is restored.
 
-    A `max_length` in the model's generation config is removed meanwhile, since transformers warns about it every time.
+    Of the model's generation config only special tokens and the type of cache are kept meanwhile: its penalties,
+    banned words and minimum length would change greedy answers, and transformers warns about its `max_length`.
     """
     settings = model.generation_config
     alone = nullcontext() if seed is None else torch.random.fork_rng(devices=used_devices())
     with alone, evaluating(model):
         if seed is not None:
             torch.manual_seed(seed)
-        model.generation_config = copy.deepcopy(settings)
-        model.generation_config.max_length = None
+        model.generation_config = GenerationConfig(**_kept_settings(settings))
         try:
             yield
         finally:
             model.generation_config = settings
+
+
+def _kept_settings(settings: GenerationConfig) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in settings.to_dict().items()
+        if name.endswith("token_id") or name.startswith("cache_") or name == "use_cache"
+    }
 
 
 def room_for(model: Any, prompt_length: int, max_new_tokens: int) -> int:
@@ -247,10 +293,14 @@ def _answer(
     options: dict[str, Any],
     stops: list[str],
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to EOS. Prompts are padded on the left."""
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    ids = pad_sequence(rows, True, options["pad_token_id"], padding_side="left").to(model.device)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side="left").to(model.device)
+    """The new tokens of each prompt, up to EOS.
+
+    Prompts are padded on the left, where the answer follows; those of an encoder on the right, since encoders may
+    number their positions from the first token, padding included.
+    """
+    rows, side = [torch.tensor(prompt) for prompt in prompts], "right" if model.config.is_encoder_decoder else "left"
+    ids = pad_sequence(rows, True, options["pad_token_id"], padding_side=side).to(model.device)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, padding_side=side).to(model.device)
     start = 1 if model.config.is_encoder_decoder else ids.shape[1]
     if stops:
         options = options | {"stopping_criteria": [_StopsAt(tokenizer, stops, start)]}

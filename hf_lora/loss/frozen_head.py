@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..data.spans import IGNORED
 from ..layers.hosts import Host
-from ..layers.ops import to_compute_dtype, used_devices
+from ..layers.ops import kept_random_states, to_compute_dtype
 
 CHUNK_ELEMENTS = 2**23
 """Logits per chunk: 32 MiB in float32. Larger chunks were not faster on a CPU, and the products are large enough."""
@@ -126,14 +128,22 @@ class _LabelLogProbs(torch.autograd.Function):
                     likeliest[part] = z.argmax(-1)
                     hits[part] = likeliest[part] == labels[part]
                 z -= top
+                own -= top
                 e = z.exp() if nats is not None else z.exp_()
-                total = e.sum(-1, keepdim=True)
-                log_probs[part] = (own - top - total.log()).squeeze(-1)
+                # The label is summed apart from the other tokens: where p is 1 up to rounding, their share is the
+                # whole gradient, and log p.
+                e.scatter_(-1, label, 0.0)
+                others = e.sum(-1, keepdim=True)
+                total = others + own.exp()
+                log_total = torch.where(own == 0, others.log1p(), total.log())
+                log_probs[part] = (own - log_total).squeeze(-1)
                 if nats is not None:
-                    nats[part] = total.squeeze(-1).log() - torch.linalg.vecdot(e, z) / total.squeeze(-1)
+                    mean = torch.linalg.vecdot(e, z).unsqueeze(-1) + own.exp() * own
+                    nats[part] = (log_total - mean / total).squeeze(-1)
                 if grad is not None:
-                    mean = (e.to(dtype) @ head).to(exact).div_(total)
-                    grad[part] = head.index_select(0, label.squeeze(-1)).to(exact).sub_(mean)
+                    mean = (e.to(dtype) @ head).to(exact)
+                    wanted = head.index_select(0, label.squeeze(-1)).to(exact)
+                    grad[part] = wanted.mul_(others).sub_(mean).div_(total)
         if grad is not None:
             ctx.save_for_backward(grad, where)
         ctx.rows = hidden.shape[0]
@@ -183,16 +193,21 @@ class FrozenHead:
 
     @contextlib.contextmanager
     def catch(
-        self, model: Any, targets: Tensor, *, predictions: bool = False, entropy: bool = False
+        self, model: Any, labels: Tensor, *, predictions: bool = False, entropy: bool = False
     ) -> Iterator[Caught]:
         """Within, the model's forward with labels computes its loss from the scores; its logits are hidden states.
 
         Args:
-            targets: (B, T) as for `label_scores`: the labels that the model is called with, shifted.
+            labels: (B, T) those that the model is called with.
         """
-        caught = Caught()
+        caught, targets = Caught(), shifted(labels)
+        given, given_version = labels, _version(labels)
         head = self.module
-        plain_forward, plain_loss = head.forward, model.__dict__.get("_loss_function")
+        plain_forward = head.forward
+        if model.loss_function is not ForCausalLMLoss:  # it may be set at any time, and is read at each forward
+            caught.fault = "the model has another loss_function than that of causal language models"
+            yield caught
+            return
 
         def forward(hidden: Tensor) -> Tensor:
             if caught.scores is not None or hidden.shape[:-1] != targets.shape:
@@ -213,6 +228,11 @@ class FrozenHead:
             if scores is None or logits is not caught.hidden or _version(logits) != caught.version:
                 caught.fault = caught.fault or f"the model changes the output of {self.name} before its loss"
                 return logits.sum()
+            own = kwargs.get("shift_labels")
+            if own is None and (labels is not given or _version(given) != given_version):
+                own = targets if labels is None else shifted(labels)
+            if own is not None and not torch.equal(own.to(targets.device), targets):
+                caught.fault = "the model changes the labels before its loss"
             tokens = kwargs.get("num_items_in_batch")
             if tokens is None:
                 tokens = scores.mask.sum()
@@ -222,11 +242,7 @@ class FrozenHead:
         try:
             yield caught
         finally:
-            del head.forward
-            if plain_loss is None:
-                del model._loss_function
-            else:
-                model._loss_function = plain_loss
+            del head.forward, model._loss_function
             if not caught.loss_called and caught.fault is None:
                 caught.fault = "the model does not use its loss_function"
 
@@ -241,11 +257,11 @@ class FrozenHead:
             return
         self.proved = True
         probe = _first_tokens(inputs)
-        with torch.no_grad(), torch.random.fork_rng(used_devices()):
+        with torch.no_grad(), kept_random_states():
             seed = torch.initial_seed()
             try:
                 torch.manual_seed(seed)  # the same dropout in both
-                with self.catch(model, shifted(probe["labels"])) as caught:
+                with self.catch(model, probe["labels"]) as caught:
                     value = model(**probe)["loss"]
             except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
                 self.off = f"the model's forward uses its logits for something else ({type(error).__name__})"
@@ -264,8 +280,6 @@ class FrozenHead:
 
 def find_frozen_head(model: nn.Module) -> FrozenHead | None:
     """The head of a causal language model; None for any other model."""
-    from transformers import PreTrainedModel
-    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):

@@ -19,9 +19,12 @@ from ..adapt.targets import check_names
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.inits import INITS, init_name
+from .former_names import accepts_former_names
 
 logger = logging.get_logger(__name__)
 REGEX = "re:"
+LOWER_IS_BETTER = ("perplexity", "mean_perplexity", "wer", "cer", "ter", "mse", "mae", "rmse")
+"""Metrics whose best value is the lowest, as `metric_for_best_model`."""
 _INIT = {"true": True, "false": False}
 _IN_CONFIG = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_init": "init_lora_weights"}
 """The names in LoraConfig; other fields have the same name without the prefix lora_."""
@@ -116,6 +119,9 @@ class LoraArguments:
 
     def __post_init__(self) -> None:
         self.lora_init = str(self.lora_init).lower()  # YAML reads true as a bool
+        metric, greater = (getattr(self, n, None) for n in ("metric_for_best_model", "greater_is_better"))
+        if greater is None and str(metric).removeprefix("eval_") in LOWER_IS_BETTER:
+            vars(self)["greater_is_better"] = False  # Trainer knows it only of names that end with "loss"
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
@@ -178,6 +184,7 @@ def _config_fields() -> list[str]:
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
+@accepts_former_names
 @dataclass
 class LoraTrainingArguments(LoraArguments, TrainingArguments):
     """A drop-in replacement for `transformers.TrainingArguments` with the LoRA fields.
@@ -185,11 +192,14 @@ class LoraTrainingArguments(LoraArguments, TrainingArguments):
     Every field of `TrainingArguments` keeps its name, default and position. The fields of `LoraArguments` are added as
     flags `--lora_r`, `--lora_target_modules query value`, `--loraplus_lr_ratio`, …
 
+    Names that transformers 5 renamed or removed, such as `evaluation_strategy`, are translated with a warning.
+
     Raises:
         ConfigError: lists every LoRA field with an invalid value.
     """
 
 
+@accepts_former_names
 @dataclass
 class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with the LoRA fields; see `LoraTrainingArguments`."""

@@ -6,12 +6,9 @@ so that a run has the same values as without it.
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
@@ -19,7 +16,7 @@ from transformers.utils import logging
 
 from ..adapt.sharing import share_inputs
 from ..layers.distributed import is_dtensor
-from ..layers.ops import used_devices
+from ..layers.ops import kept_random_states
 
 logger = logging.get_logger(__name__)
 
@@ -86,18 +83,6 @@ def divides_by_items(model: nn.Module, inputs: Mapping[str, Any], loss: Loss) ->
         for module in training:
             module.training = True
     return bool(value.isnan().any())
-
-
-@contextlib.contextmanager
-def kept_random_states() -> Iterator[None]:
-    """Within, random numbers of torch, numpy and Python may be drawn; afterwards, the states are those of before."""
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=used_devices()):
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
 
 
 def may_share_inputs(trainer: Trainer, model: nn.Module) -> bool:

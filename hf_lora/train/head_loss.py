@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..loss.frozen_head import Caught, FrozenHead, Scores, find_frozen_head, shifted
+from ..loss.frozen_head import Caught, FrozenHead, Scores, find_frozen_head
 
 logger = logging.get_logger(__name__)
 Result = TypeVar("Result")
@@ -82,7 +82,7 @@ class HeadLoss:
         head = self.find(model, inputs)
         if head is None:
             return None
-        with head.catch(model, shifted(inputs["labels"]), predictions=predictions) as caught:
+        with head.catch(model, inputs["labels"], predictions=predictions) as caught:
             result = forward()
         if caught.fault is None:
             return result, caught

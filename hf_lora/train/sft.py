@@ -35,16 +35,18 @@ from ..data.tables import table_of
 from ..errors import ConfigError, TargetError
 from ..files.format import CONFIG_NAME
 from ..layers.base import LoraLayer
-from ..loss.frozen_head import FrozenHead, shifted
+from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .former_names import accepts_former_names
 from .start import only_config
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
 
 
+@accepts_former_names
 @dataclasses.dataclass
 class LoraSFTConfig(LoraArguments, SFTConfig):
     """A drop-in replacement for `trl.SFTConfig` with the LoRA fields.
@@ -210,7 +212,7 @@ def _over_head(
     head: FrozenHead, forward: Callable[..., Any], model: nn.Module, inputs: dict[str, Any]
 ) -> tuple[FusedCausalLMOutput | None, str | None]:
     """The result of TRL's forward with a fused head; None and the reason if the head does not fit."""
-    with head.catch(model, shifted(inputs["labels"]), entropy=True) as caught:
+    with head.catch(model, inputs["labels"], entropy=True) as caught:
         outputs = forward(**inputs)
     scores = caught.scores
     if caught.fault is not None or scores is None:

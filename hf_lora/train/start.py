@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..apply import apply_lora
 from ..compat import shifts_labels
 from ..errors import ConfigError, Faults, StateError, TrainingError
 from .arguments import LoraArguments
+from .former_names import current_names
 from .precision import precision_line
 
 logger = logging.get_logger(__name__)
@@ -53,6 +55,14 @@ def apply_trial(args: TrainingArguments, trial: Any, space: Any) -> None:
     for name, value in (values or {}).items():
         if name.startswith("lora_") and hasattr(args, name):
             setattr(args, name, value)
+
+
+def trainer_arguments(trainer: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of a trainer under their present names; see `former_names`."""
+    known = {
+        name for cls in trainer.__mro__ for name in inspect.signature(vars(cls).get("__init__", object)).parameters
+    }
+    return current_names(given, known.__contains__, f"{trainer.__name__}(…)")
 
 
 def only_config(lora_config: Any, peft_config: Any, trainer: str) -> Any:

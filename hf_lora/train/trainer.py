@@ -72,6 +72,7 @@ class LoraTrainerMixin(_Trainer):
     def __init__(
         self, *args: Any, lora_config: LoraConfig | Any = None, accept_ddp_fallback: bool = False, **kwargs: Any
     ) -> None:
+        kwargs = start.trainer_arguments(type(self), kwargs)
         self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()

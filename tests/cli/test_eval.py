@@ -172,7 +172,7 @@ def test_fields_are_compared_where_all_answers_are_json(
     rows = [chat("a", '{"intent": "open", "what": "door"}'), chat("the", '{"intent": "close", "what": "window"}')]
     file = write_lines(tmp_path / "rows.jsonl", rows)
     written = [' {"intent": "open", "what": "door"}\n', 'It is {"intent": "close"}']
-    monkeypatch.setattr(evaluation, "generate_texts", lambda *_, **__: written)
+    monkeypatch.setattr(evaluation, "iterate_texts", lambda *_, **__: iter(enumerate(written)))
     monkeypatch.setitem(
         ANSWER_METRICS, "words", lambda predictions, references: {"words": len(predictions[1].split())}
     )
@@ -225,6 +225,8 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
     assert model.training
     model.eval()
     assert scores.metrics == pytest.approx(evaluate(chat_adapter, chats, limit=2).metrics, rel=1e-4)
+    with pytest.raises(ConfigError, match="batch_size=0, max_length=-5 must be at least 1"):
+        evaluate("nothing", chats, batch_size=0, max_length=-5)
     with pytest.raises(ConfigError, match=r"(?s)tokenizer= is missing.*dtype= is only for a model"):
         evaluate(model, chats, dtype="float32")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import VOCABULARY, randomize, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import hf_lora
@@ -29,6 +29,8 @@ from hf_lora import (
     load_for_generation,
 )
 from hf_lora.data.encode import encode_prompts
+from hf_lora.data.prompts import AnswerFile
+from hf_lora.data.tables import read_table
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('who?') }}"
@@ -142,14 +144,35 @@ def test_gpt2_at_the_end_of_its_window(tokenizer: Any) -> None:
         generate_texts(model, plain, [short, long + " w6 w7", ""], max_new_tokens=8)
 
 
-def test_an_encoder_decoder(tokenizer: Any) -> None:
-    model = tiny_t5().double()
+def tiny_bart() -> Any:
+    """An encoder-decoder with a table of positions, which start at the first token of a row."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None, init_std=0.5,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [tiny_t5, tiny_bart])
+@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_encoder_decoder(make: Any, batch_size: int, ends: bool) -> None:
+    """As transformers answers one prompt; the encoder reads the EOS that the tokenizer adds."""
+    model, tokenizer = make().double().eval(), tiny_tokenizer(None)
+    if ends:
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", None, [("</s>", 2)])
     expected = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        assert (ids[0, -1] == 2) == ends
         found = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=[2, 1])
         expected.append(tokenizer.decode(found[0, 1:], skip_special_tokens=True))
-    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=6, use_chat_template=False) == expected
+    assert len(set(expected)) > 1
+    assert generate_texts(model, tokenizer, PROMPTS, max_new_tokens=6, batch_size=batch_size) == expected
 
 
 def test_an_answer_ends_at_the_tokenizers_end_and_at_a_stop(tokenizer: Any, adapted: Any) -> None:
@@ -160,6 +183,9 @@ def test_an_answer_ends_at_the_tokenizers_end_and_at_a_stop(tokenizer: Any, adap
     assert expected
     for stops in (stop, [stop, "never"]):
         assert generate_texts(adapted, tokenizer, PROMPTS[:1], max_new_tokens=12, stop=stops) == [expected]
+    marked = tiny_tokenizer()
+    marked.add_special_tokens({"additional_special_tokens": [stop]})  # decoding skips it
+    assert generate_texts(adapted, marked, PROMPTS[:1], max_new_tokens=12, stop=stop)[0].split() == expected.split()
     other = tiny_tokenizer()
     other.eos_token = stop  # the one of the training need not be the model's
     assert generate_texts(adapted, other, PROMPTS[:1], max_new_tokens=12)[0].split() == expected.split()
@@ -181,7 +207,11 @@ def test_the_models_own_settings_neither_matter_nor_are_warned_of(
 ) -> None:
     model = tiny_llama().double()
     expected = generate_texts(model, tokenizer, PROMPTS, max_new_tokens=6)
-    own = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 10, "num_beams": 2}
+    own: dict[str, Any] = {
+        "do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "max_length": 10, "num_beams": 2,
+        "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_new_tokens": 6, "bad_words_ids": [[7]],
+        "sequence_bias": [[[8], 50.0]], "forced_eos_token_id": None,
+    }  # fmt: skip
     for name, value in own.items():
         setattr(model.generation_config, name, value)
     transformers_log.clear()
@@ -285,8 +315,68 @@ def test_a_file_is_answered_by_a_model_in_memory(adapted: Any, tokenizer: Any, t
     with pytest.raises(DataError, match="prompt 0 has"):
         generate_answers(adapted, file=file, out=out, **options)
     assert out.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.txt", "out.jsonl"]
     with pytest.raises(ConfigError, match="tokenizer= is missing"):
         generate_answers(adapted, PROMPTS)
+
+
+def test_answers_are_kept_when_a_run_is_cut_off(
+    adapted: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    out.write_text("before")
+    expected = generate_texts(adapted, tokenizer, PROMPTS, max_new_tokens=4)
+    options: Any = {"tokenizer": tokenizer, "max_new_tokens": 4, "batch_size": 2, "file": file, "out": out}
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(logging.getLogger("hf_lora"), "propagate", True)
+    with pytest.raises(KeyboardInterrupt):
+        generate_answers(adapted, progress=interrupt, **options)
+    partial = tmp_path / "out.jsonl.partial"
+    rows = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert len(rows) == 4
+    assert all(row["generated"] == expected[PROMPTS.index(row["prompt"])] for row in rows)
+    assert out.read_text() == "before"
+    assert f"{partial} holds the 4 rows that were answered" in caplog.text
+
+    assert generate_answers(adapted, **options) == expected
+    assert not partial.exists()
+    assert [json.loads(line)["generated"] for line in out.read_text().splitlines()] == expected
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("w9\n")
+    (tmp_path / "closed.jsonl.partial").mkdir()
+    with pytest.raises(ConfigError, match=r"closed.jsonl.partial cannot be written"):
+        generate_answers("no-such-model", file=file, out=tmp_path / "closed.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_reported_at_the_first_answer(adapted: Any, tokenizer: Any, tmp_path: Path) -> None:
+    file = tmp_path / "in.txt"
+    file.write_text("w9\nw10\n")
+    (tmp_path / "out.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(ConfigError, match=r"out.jsonl.partial: No space left on device. It holds 0 of 2 rows"):
+        generate_answers(adapted, file=file, out=tmp_path / "out.jsonl", tokenizer=tokenizer, max_new_tokens=2)
+
+
+def test_a_lone_surrogate_in_a_row_is_escaped(tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "w9", "id": "\\ud800"}\n{"prompt": "w10", "id": "\u00e9"}\n', encoding="utf-8")
+    with AnswerFile(read_table(file), tmp_path / "out.jsonl") as answers:
+        answers.add(1, "second")
+        answers.add(0, "first \udc00")
+        answers.finish()
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == [
+        {"prompt": "w9", "id": "\ud800", "generated": "first \udc00"},
+        {"prompt": "w10", "id": "\u00e9", "generated": "second"},
+    ]
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

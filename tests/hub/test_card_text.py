@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hf_lora import AdapterFileError, LoraConfig, apply_lora, write_card
-from hf_lora.hub.card.card_data import Run, scores_of
+from hf_lora.hub.card.card_data import Run, Score, scores_of
 from hf_lora.hub.card.escape import clean, command_line
 from hf_lora.hub.card.readme import join_readme, split_readme
 
@@ -218,6 +218,11 @@ def test_a_run_comes_back_from_its_record() -> None:
         (["train.py"], [], 4, "torchrun --nproc-per-node 4 train.py"),
         (["train.py", "--hub_token", "abc"], [], 1, "python train.py --hub_token '***'"),
         (["train.py", "--hub-token=abc", "--api_key=k"], [], 1, "python train.py '--hub-token=***' '--api_key=***'"),
+        (["train.py", "--auth", "abc", "WANDB_API_KEY=k"], [], 1, "python train.py --auth '***' 'WANDB_API_KEY=***'"),
+        (["train.py", "--wandb-key", "abc", "--key=x"], [], 1, "python train.py --wandb-key '***' '--key=***'"),
+        (["train.py", "https://h/x?a=1&api_key=s&b=2"], [], 1, "python train.py 'https://h/x?a=1&api_key=***&b=2'"),
+        (["train.py", "data=x.csv?token=abc"], [], 1, "python train.py 'data=x.csv?token=***'"),
+        (["train.py", "--monkey", "5", "--pad_token", "x"], [], 1, "python train.py --monkey 5 --pad_token x"),
         (["train.py", "--max_new_tokens", "5"], [], 1, "python train.py --max_new_tokens 5"),
         (["train.py", "hf_abcdefghijklmnopqrstuvwx"], [], 1, "python train.py '***'"),
         (["train.py", "https://me:secret@host/x"], [], 1, "python train.py 'https://***@host/x'"),
@@ -239,6 +244,21 @@ def test_no_home_directory_stands_in_a_card(home: str) -> None:
     assert clean(f"--x={home}/data --y '{home}'") in ("--x=~/data --y '~'", f"--x=~/data --y '{home}'")
     assert "ann" not in clean(f"{home}/models/b")
     assert clean("/home-made/x /rooted") == "/home-made/x /rooted"
+
+
+def test_no_text_of_a_card_holds_a_secret_or_a_home_directory(saved: Path, readme: Path) -> None:
+    private = "/home/erin/rows hf_" + "x" * 20
+    score = Score("f1", 0.5, private, private, private, private, private)
+    run = Run([score], {private: private}, {private: private}, private, [private])
+    result = EvalResult("task", private, private, private, 1.0)
+    texts: dict[str, Any] = dict.fromkeys(("base_model", "model_name", "license", "data", "repo_id", "task"), private)
+    lists: dict[str, Any] = {name: [private] for name in ("language", "tags", "datasets")}
+    sources: list[dict[str, Any]] = [{"run": run}, {"results": {private: 0.5}}, {"results": [result]}]
+    for source in sources:
+        card = write_card(saved, **texts, **lists, **source).read_text(encoding="utf-8")
+        assert "erin" not in card
+        assert "hf_xxx" not in card
+        readme.unlink()
 
 
 def test_the_token_in_use_is_hidden(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

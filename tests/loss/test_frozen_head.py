@@ -14,7 +14,8 @@ from tiny import Rows, adapter_values, texts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from hf_lora import LoraConfig, LoraTrainer, apply_lora
 from hf_lora.data.spans import IGNORED
@@ -234,6 +235,33 @@ def test_the_backward_keeps_labeled_tokens_times_hidden() -> None:
             assert theirs >= 100 * vocabulary
 
 
+@pytest.mark.parametrize("lead", [1.0, 8.0, 16.0, 17.0, 30.0])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_a_token_that_is_nearly_certain_has_a_gradient(lead: float, bias: bool) -> None:
+    """In float32, p - 1 is 0 from a lead of 16.6 nats on. Reference: PyTorch's loss in float64."""
+    tokens, size = 12, 10  # fewer tokens in the vocabulary than dimensions, so any logits are possible
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(size, H, generator=generator)
+    shift = torch.randn(size, generator=generator) if bias else None
+    labels = torch.randint(size, (1, tokens), generator=generator)
+    logits = torch.rand(1, tokens, size, generator=generator).scatter_(-1, labels[..., None], 1 + lead)
+    hidden = (logits - (0 if shift is None else shift)) @ torch.linalg.pinv(weight).mT
+    found, expected = (
+        value_and_gradient(
+            method,
+            hidden.to(dtype).requires_grad_(),
+            weight.to(dtype),
+            None if shift is None else shift.to(dtype),
+            labels,
+        )
+        for method, dtype in ((label_scores, torch.float32), (plain, torch.float64))
+    )
+    # A logit is a sum of H rounded products, and the error of two logits is a factor of every probability.
+    slack = 2 * H * EPS[torch.float32] * float((hidden.abs() @ weight.abs().mT).max())
+    assert relative_error(found[0], expected[0]) < slack
+    assert relative_error(found[1], expected[1]) < slack
+
+
 def test_without_gradients_none_is_made() -> None:
     hidden, weight, bias, labels = problem("all")
     with torch.no_grad(), Watch() as watch:
@@ -298,7 +326,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def caught_loss(model: Any, head: FrozenHead, inputs: dict[str, Any]) -> Tensor:
-    with head.catch(model, shifted(inputs["labels"])) as caught:
+    with head.catch(model, inputs["labels"]) as caught:
         loss: Tensor = model(**inputs)["loss"]
     assert caught.fault is None
     return loss
@@ -358,7 +386,7 @@ def test_the_model_is_as_it_was_after_catch() -> None:
     inputs = batch()
     expected = model(**inputs)
     caught_loss(model, head, inputs)
-    with pytest.raises(IndexError), head.catch(model, shifted(inputs["labels"])):
+    with pytest.raises(IndexError), head.catch(model, inputs["labels"]):
         model(**inputs | {"input_ids": inputs["input_ids"] + VOCABULARY})
     assert (model.__dict__, model.lm_head.__dict__) == before
     found = model(**inputs)
@@ -499,7 +527,7 @@ def test_the_changed_models_differ_by_their_changes_alone() -> None:
         # As many hidden states as tokens: nothing fails, yet it is noticed.
         (lambda: changed(OwnEntropyForCausalLM, vocab_size=32), "does not use its loss_function"),
         (lambda: changed(TwiceForCausalLM), "lm_head is called with other tokens than those of the labels"),
-        (lambda: changed(UnshiftedForCausalLM), "the model's own loss is"),
+        (lambda: changed(UnshiftedForCausalLM), "changes the labels before its loss"),
     ],
     ids=["softcap", "logit scale", "in place", "own loss", "own loss, fits", "twice", "unshifted"],
 )
@@ -517,9 +545,52 @@ def test_a_model_that_does_more_with_its_logits_is_found(make: Callable[[], Any]
 
 def test_a_fault_inside_a_step_is_told_too() -> None:
     model = changed(InPlaceForCausalLM)
-    with FrozenHead(model).catch(model, shifted(batch()["labels"])) as caught:
+    with FrozenHead(model).catch(model, batch()["labels"]) as caught:
         model(**batch())
     assert "changes the output of lm_head" in str(caught.fault)
+
+
+class LaterForCausalLM(LlamaForCausalLM):
+    """Ignores the labels of a class of tokens, from its second training step on."""
+
+    steps = 0
+
+    def forward(self, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+        self.steps += self.training and torch.is_grad_enabled()
+        if self.steps > 2 and labels is not None:
+            labels = labels.masked_fill(labels < 20, IGNORED)
+        return super().forward(input_ids, labels=labels, **kwargs)
+
+
+def weighted_loss(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> Tensor:
+    return 3.0 * ForCausalLMLoss(logits, labels, vocab_size, **kwargs)
+
+
+@pytest.mark.parametrize("change", ["labels", "loss_function", "table"])
+def test_a_loss_that_changes_during_a_run_is_followed(
+    change: str, arguments: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the same run over all logits."""
+    ends = []
+    for over_head in (True, False):
+        model = randomize(apply_lora(changed(LaterForCausalLM) if change == "labels" else helpers.tiny_llama()))
+
+        class Changes(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                if state.global_step == 2 and change == "loss_function":
+                    model.loss_function = weighted_loss
+                elif state.global_step == 2 and change == "table":
+                    monkeypatch.setitem(LOSS_MAPPING, "ForCausalLM", weighted_loss)
+
+        args = arguments(max_steps=4, optim="sgd", frozen_head_loss=over_head, learning_rate=0.1, share_inputs=False)
+        trainer = LoraTrainer(model, args, train_dataset=texts(), callbacks=[Changes()])
+        trainer.train()
+        monkeypatch.undo()
+        if over_head:
+            assert trainer.head_loss.head.off is not None
+        ends.append(adapter_values(model))
+    for name, value in ends[0].items():
+        assert relative_error(value, ends[1][name]) < 1e-5, name
 
 
 def test_the_proof_leaves_the_random_state_and_agrees_under_dropout() -> None:

@@ -200,6 +200,12 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    def cleaned(self) -> Run:
+        """The same without secrets and home directories in any text."""
+        found = Run.from_json(_cleaned(self.to_json()))
+        assert found is not None
+        return found
+
     @classmethod
     def from_json(cls, values: Any) -> Run | None:
         """None if the values were edited and cannot be read."""
@@ -212,6 +218,14 @@ class Run:
             return None
         numbers = all(isinstance(s.value, float | str) and isinstance(s.step, int | None) for s in run.scores)
         return run if numbers and all(isinstance(part, str) for group in texts for part in group) else None
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {clean(key): _cleaned(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(part) for part in value]
+    return clean(value) if isinstance(value, str) else value
 
 
 NUMBERS = ("value", "step")
@@ -230,7 +244,7 @@ def scores_of(metrics: Mapping[str, Any], prefix: str = "", **where: Any) -> lis
     start = f"{prefix}_" if prefix else ""
     named = {key.removeprefix(start): value for key, value in metrics.items() if key.startswith(start)}
     return [
-        Score(clean(name), _number(value), **where)
+        Score(name, _number(value), **where)
         for name, value in named.items()
         if name not in ("epoch", "step") and not name.endswith(TIMES)
         if hasattr(value, "__float__") and not isinstance(value, bool)
@@ -253,9 +267,9 @@ def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | 
         ]
     return [
         Score(
-            clean(r.metric_type), _number(r.metric_value),
-            clean(r.dataset_name), None if r.dataset_type == "custom" else clean(r.dataset_type),
-            r.dataset_config, r.dataset_split, r.dataset_revision,
+            r.metric_type, _number(r.metric_value), r.dataset_name,
+            None if r.dataset_type == "custom" else r.dataset_type, r.dataset_config, r.dataset_split,
+            r.dataset_revision,
         )
         for r in results
     ]  # fmt: skip

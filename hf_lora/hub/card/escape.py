@@ -20,11 +20,15 @@ _SECRETS = re.compile(
     r"|github_pat_\w{16,}|xox[a-z]-[\w-]{10,}|AKIA[A-Z0-9]{16})|(?<=://)[^/\s@]+(?=@)"
 )
 _HOMES = re.compile(r"(?:[A-Za-z]:[\\/]Users[\\/]|/home/|/Users/)[^/\\\s\"']+|/root(?=/|$)")
-_SECRET_FLAG = re.compile(
-    r"--?(?!(?:\w+[-_])?(?:bos|cls|eos|mask|pad|sep|unk)[-_]token)(?:[\w-]*[-_])?"
-    r"(?:token|secret|passw(?:or)?d|credentials?|(?:api|access|private|secret)[-_]?key)",
-    re.IGNORECASE,
+_SECRET_NAME = (
+    r"(?!(?:[\w-]*[-_])?(?:bos|cls|eos|mask|pad|sep|unk)[-_]token)(?:[\w-]*[-_])?"
+    r"(?:token|secret|passw(?:or)?d|pwd|credentials?|auth|authorization|bearer|signature|(?:\w+[-_])?key)"
 )
+_SECRET_FLAG = re.compile(rf"--?{_SECRET_NAME}", re.IGNORECASE)
+_SECRET_VARIABLE = re.compile(_SECRET_NAME, re.IGNORECASE)
+"""The name in `NAME=value`, as a word of its own."""
+_SECRET_QUERY = re.compile(rf"(?<=[?&])({_SECRET_NAME})=[^&\s\"']+", re.IGNORECASE)
+"""An argument of a URL."""
 _MARKUP = re.compile(r"""[!"#$&'*:;<>?@\[\\\]^`{|}~]|(?<![^\W_])_|_(?![^\W_])""")
 """ASCII characters that may be markup; parentheses are not, without square brackets."""
 _PLAIN_CODE = re.compile(r"[\w./=+@:, -]*\w")
@@ -35,6 +39,7 @@ def clean(value: object) -> str:
     """One line without control characters, lone surrogates, secrets and home directories."""
     line = "".join(c if c.isprintable() or c == " " else " " for c in str(value))
     line = _SECRETS.sub(HIDDEN, scrub(line.encode("utf-8", "replace").decode("utf-8")))
+    line = _SECRET_QUERY.sub(rf"\1={HIDDEN}", line)
     home = str(Path.home())
     if len(home) > 1:
         line = re.sub(re.escape(home) + r"(?=$|[/\\\s\"',:;])", "~", line)
@@ -88,7 +93,9 @@ def command_line(argv: Sequence[str], original: Sequence[str] = (), processes: i
             shown.append(HIDDEN)
             hides = False
             continue
-        secret = _SECRET_FLAG.fullmatch(name) is not None
+        secret = _SECRET_FLAG.fullmatch(name) is not None or (
+            equals == "=" and _SECRET_VARIABLE.fullmatch(name) is not None
+        )
         hides = secret and not equals
         shown.append(f"{name}={HIDDEN}" if secret and equals else _short(word))
     return shlex.join([*head, *(clean(word) for word in shown)])

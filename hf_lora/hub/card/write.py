@@ -100,7 +100,7 @@ def write_card(
             writers[PICTURE_NAME] = lambda place: place.write_bytes(picture)
     elif known.picture:
         known.picture = (path / PICTURE_NAME).is_file()
-    content = _card_text(path, facts, known, given, old).encode()
+    content = _card_text(path, facts, known.cleaned(), given, old).encode()
     if not file.is_file() or file.read_bytes() != content:
         writers[CARD_NAME] = lambda place: place.write_bytes(content)
     if writers:

@@ -1,0 +1,98 @@
+"""Arguments of Trainer and TrainingArguments that transformers 5 renamed or removed; many scripts still pass them.
+
+Each is translated with one warning, so that a script that changes one import also runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from transformers.utils import logging
+
+from ..errors import ConfigError, Faults
+
+logger = logging.get_logger(__name__)
+Class = TypeVar("Class", bound=type)
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "push_to_hub_token": "hub_token",
+    "push_to_hub_model_id": "hub_model_id",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a ratio
+    "max_seq_length": "max_length",
+    "use_liger": "use_liger_kernel",
+    "tokenizer": "processing_class",
+}
+"""Former name -> present name, with the same meaning."""
+FLAGS: dict[str, tuple[str, object]] = {
+    "adafactor": ("optim", "adafactor"),
+    "group_by_length": ("train_sampling_strategy", "group_by_length"),
+    "include_inputs_for_metrics": ("include_for_metrics", ["inputs"]),
+}
+"""Former flag -> the present argument and its value if the flag is set."""
+REMOVED = {
+    "use_mps_device": "the device is found automatically",
+    "overwrite_output_dir": "files in output_dir are replaced as they are written",
+    "save_safetensors": "adapters are always saved as safetensors",
+    "fp16_backend": "PyTorch's own is used",
+    "half_precision_backend": "PyTorch's own is used",
+    "use_ipex": "PyTorch has its optimizations",
+    "jit_mode_eval": "use torch_compile",
+    "ray_scope": "pass scope to hyperparameter_search",
+    "include_tokens_per_second": "use include_num_input_tokens_seen",
+}
+"""Former name -> why it is not needed."""
+
+
+def current_names(given: Mapping[str, Any], known: Callable[[str], bool], call: str) -> dict[str, Any]:
+    """Keyword arguments under the names of the installed versions; one warning for each that changed.
+
+    Args:
+        known: whether the callable that gets them has a parameter of a name; such names are unchanged.
+        call: for messages.
+
+    Raises:
+        ConfigError: an argument is given under both names; lists them.
+    """
+    found, faults, notes = dict(given), Faults(call), []
+    for name in [name for name in given if not known(name)]:
+        value = found[name]
+        new, instead = FLAGS.get(name, (RENAMED.get(name), value))
+        if name == "logging_dir" and value is not None:
+            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(value))
+            notes.append("logging_dir is now the environment variable TENSORBOARD_LOGGING_DIR, which was set")
+        elif new is not None and known(new):
+            if new in given:
+                faults.add(f"{name} is the former name of {new}, and both are given")
+            if name not in FLAGS or value:
+                found[new] = instead
+            notes.append(f"{name}={value!r} is now {new}={instead!r}" if name not in FLAGS or value else "")
+        elif name in REMOVED:
+            notes.append(f"{name} is no longer an argument and was ignored: {REMOVED[name]}")
+        elif name != "logging_dir":
+            continue
+        del found[name]
+    faults.check(ConfigError, "Remove the former names.")
+    for note in filter(None, notes):
+        logger.warning_once(f"{call}: {note}.")
+    return found
+
+
+def accepts_former_names(cls: Class) -> Class:
+    """Decorator of a dataclass of training arguments: its constructor accepts their former names."""
+    original: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    known = {field.name for field in dataclasses.fields(cls)}
+
+    @functools.wraps(original)
+    def init(self: object, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **current_names(kwargs, known.__contains__, f"{cls.__name__}(…)"))
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
