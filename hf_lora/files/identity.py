@@ -26,6 +26,7 @@ from torch import nn
 
 from ..adapt.embeddings import output_embedding
 from ..adapt.heads import outside_backbone
+from ..adapt.state import require_state
 from ..adapt.walk import original_modules
 from ..layers.distributed import is_sharded
 from .commit import cached_commit, cached_folder
@@ -67,7 +68,12 @@ def identify(model: nn.Module) -> Identity:
 
 
 def renewed(recorded: Identity, model: nn.Module) -> Identity:
-    """The identity of a model with adapters: the recorded one, unless the weights of its base have changed since."""
+    """The identity of a model with adapters: the recorded one, unless the weights of its base have changed since.
+
+    While adapters are merged, the weights are not those of the base.
+    """
+    if require_state(model, "identity").activity.merged:
+        return recorded
     then, now = recorded.get("weights"), sample_weights(model)
     if not then or not now or not then.keys() & now.keys() or _same_weights(then, now):
         return recorded
