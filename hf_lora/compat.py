@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
+    "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
     "_load_best_model": (),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
@@ -75,6 +76,7 @@ ATTRIBUTES: dict[str, str] = {
     "_load_from_state_dict": "torch.nn.modules.module",
     "_load_state_dict_pre_hooks": "torch.nn.modules.module",
     "_modules": "torch.nn.modules.module",
+    "_non_persistent_buffers_set": "torch.nn.modules.module",
     "_orig_mod": "torch._dynamo.eval_frame",
     "_parameters": "torch.nn.modules.module",
     "_reversed_padding_repeated_twice": "torch.nn.modules.conv",
@@ -89,6 +91,7 @@ ATTRIBUTES: dict[str, str] = {
     "_init_weights": "transformers.modeling_utils",
     "_is_hf_initialized": "transformers.modeling_utils",
     "_is_quantized": "transformers.modeling_utils",
+    "_keys_to_ignore_on_load_missing": "transformers.modeling_utils",
     "_loss_function": "transformers.modeling_utils",
     "_require_grads_hooks": "transformers.modeling_utils",
     "_weight_conversions": "transformers.core_model_loading",

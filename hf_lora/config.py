@@ -28,32 +28,30 @@ _DEFAULTS_OF_OTHERS: dict[str, tuple[object, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-# Fields of PEFT that are not supported, as opposed to misspelled ones.
-_OF_OTHERS = frozenset(
-    [
-        "use_dora",
-        "lora_bias",
-        "use_qalora",
-        "use_bdlora",
-        "ensure_weight_tying",
-        "layer_replication",
-        "target_parameters",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "megatron_config",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "arrow_config",
-        "velora_config",
-        "kasa_config",
-        "monteclora_config",
-        "qalora_group_size",
-    ]
-)
-# Fields that do not affect the computation; any value is accepted.
-_DESCRIPTIVE = frozenset({"auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core"})
+# Fields of PEFT that are not supported -> what they do.
+_OF_OTHERS = {
+    "use_dora": "weights are normalized and scaled by a magnitude (DoRA)",
+    "lora_bias": "the second factor has a bias",
+    "use_qalora": "inputs are averaged in groups (QALoRA)",
+    "qalora_group_size": "inputs are averaged in groups (QALoRA)",
+    "use_bdlora": "a factor is block-diagonal (BD-LoRA)",
+    "ensure_weight_tying": "layers with a tied weight share their adapter",
+    "layer_replication": "layers of the base are repeated",
+    "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
+    "trainable_token_indices": "single rows of an embedding are trained",
+    "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
+    "megatron_config": "the layers are those of Megatron",
+    "arrow_config": "a router selects the adapters (Arrow)",
+    "velora_config": "gradients are computed from compressed inputs (VeLoRA)",
+    "kasa_config": "small singular values are removed from the base (KaSA)",
+    "monteclora_config": "factors are drawn at random (MonteCLoRA)",
+}
+# Fields that do not affect what a file computes; any value is accepted. The configurations of initializations have no
+# effect without `init_lora_weights`, which is read.
+_DESCRIPTIVE = frozenset({
+    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+})  # fmt: skip
 
 
 @dataclass
@@ -207,8 +205,9 @@ class LoraConfig:
         for name, value in values.items():
             if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
                 continue
-            near = name not in _OF_OTHERS and len(faults.found) < faults.LISTED
-            faults.add(f"{name}={value!r:.200} is not supported{nearest(name, own) if near else ''}")
+            why = f": {_OF_OTHERS[name]}" if name in _OF_OTHERS else ""
+            near = nearest(name, own) if not why and len(faults.found) < faults.LISTED else ""
+            faults.add(f"{name}={value!r:.200} is not supported{why or near}")
         taken = {name: value for name, value in values.items() if name in own}
         if taken.get("target_modules", ...) is None:
             faults.add("target_modules=None: the adapter's layers must be named")

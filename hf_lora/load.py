@@ -24,12 +24,12 @@ from .adapt.labels import AUTO_CLASSES
 from .adapt.mixing import scale_adapter
 from .adapt.state import state_of
 from .adapt.undo import rollback_on
-from .adapt.unsaved import new_rows
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError, LoraError
 from .files.base_config import describe_settings, set_generation, settings_for
-from .files.format import PREFIX, AdapterFile, holds_adapter, key_of, read_adapter, read_config
-from .files.load import load_adapter
+from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
+from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
+from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import scrub
@@ -125,7 +125,8 @@ def load_lora(
         # After an error, the caller's model is restored; a model that was loaded here is discarded.
         with rollback_on(model, LoraError) if model is base_model else nullcontext():
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
-                file = files.pop(0)  # so that its tensors are freed once the model has copies
+                # Removed from the list, so that its tensors are freed once the model has copies.
+                file = with_present_names(model, files.pop(0), call)
                 _fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
                 scale_adapter(model, name, weight, call)
@@ -307,22 +308,15 @@ def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool)
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
         return
-    embedding: Any = model.get_input_embeddings()
-    path = next((n for n, m in model.named_modules() if m is embedding), "")
-    whole = file.tensors.get(key_of(path, "weight"))
-    saved = whole.shape[0] if whole is not None else file.extras.get("vocabulary")
-    if not isinstance(saved, int) or saved == now:
+    saved, whole = vocabulary_in(model, file)
+    if saved is None or saved == now:
         return
+    embedding: Any = model.get_input_embeddings()
     if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
         return  # it does not fit, which is reported with all other faults
-    if whole is not None:
+    if whole is not None and (saved < now or allow_other_base or holds_new_rows(model, file)):
         model.resize_token_embeddings(saved, mean_resizing=False)
-        lacking = [name for name in new_rows(model, now) if key_of(name, "weight") not in file.tensors]
-        if lacking:
-            logger.warning(
-                f"{file.path}: the file has {saved} rows of the input embedding, but not the new ones of "
-                f"{', '.join(lacking)}, which are random after every load. Train both whole."
-            )
+        fill_new_rows(model, file, now)
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "

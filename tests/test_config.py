@@ -172,14 +172,42 @@ UNSUPPORTED: dict[str, Any] = dict(
     layer_replication=[[0, 2]],
     alora_invocation_tokens=[5],
     use_qalora=True,
+    qalora_group_size=32,
+    use_bdlora={"nblocks": 2},
     megatron_config={"a": 1},
-    loftq_config={"loftq_bits": 4},
-    eva_config={"rho": 2.0},
-    corda_config={"corda_method": "kpm"},
     arrow_config={"top_k": 3},
+    velora_config={"num_groups": 4},
+    kasa_config={"beta": 1},
+    monteclora_config={"n": 4},
     ensure_weight_tying=True,
     from_the_future=3,
 )
+WITHOUT_EFFECT: dict[str, Any] = dict(
+    auto_mapping={"base_model_class": "X"},
+    inference_mode=False,
+    peft_version="99",
+    runtime_config={"ephemeral_gpu_offload": True},
+    megatron_core="other.core",
+    loftq_config={"loftq_bits": 4},
+    eva_config={"rho": 2.0},
+    corda_config={"corda_method": "kpm"},
+    lora_ga_config={"scale": "stable"},
+)
+
+
+def test_each_field_of_peft_is_supported_or_has_no_effect_or_is_refused_with_the_reason() -> None:
+    """Of the installed version: a new field must be put into one of the three groups."""
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)} - {"peft_type"}
+    own = {f.name for f in dataclasses.fields(LoraConfig)}
+    assert fields <= own | UNSUPPORTED.keys() | WITHOUT_EFFECT.keys()
+    defaults = json.loads(json.dumps(peft.LoraConfig(target_modules="q").to_dict(), default=str))
+    assert fields <= defaults.keys() | {"runtime_config"}
+    values = {"peft_type": "LORA", "target_modules": ["q"]}
+    assert LoraConfig.from_dict(defaults | values) == LoraConfig.from_dict(values)
+    assert LoraConfig.from_dict(values | WITHOUT_EFFECT) == LoraConfig.from_dict(values)
+    for name in UNSUPPORTED.keys() - {"from_the_future"}:
+        with pytest.raises(ConfigError, match=rf"- {name}=.* is not supported: \w+ "):
+            LoraConfig.from_dict(values | {name: UNSUPPORTED[name]})
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)

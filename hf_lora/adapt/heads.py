@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..layers.distributed import whole_numel
 from .embeddings import checkpoint_vocabulary, output_embedding, vocabulary_of
+from .match import holder
 from .walk import module_at, original_modules
 
 
@@ -24,8 +25,9 @@ def mark_like(new: Tensor, old: Tensor) -> None:
 
 
 def has_marks(model: nn.Module) -> bool:
-    """Whether any parameter is marked as loaded from a checkpoint."""
-    return any(is_marked(p) for p in model.parameters())
+    """Whether any parameter of the base is marked as loaded from a checkpoint."""
+    parameters = (p for _, module in original_modules(model) for p in module._parameters.values())
+    return any(p is not None and is_marked(p) for p in parameters)
 
 
 def is_random(model: nn.Module) -> bool:
@@ -74,14 +76,12 @@ def _is_resized(model: nn.Module) -> bool:
 
 def _unmarked(model: nn.Module) -> list[str]:
     found: list[str] = []
+    held = set[str]()
     for name, module in original_modules(model):
-        if (
-            not name
-            or any(name.startswith(f + ".") for f in found)
-            or isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        ):
+        if not name or holder(name, held) is not None or isinstance(module, (nn.ModuleList, nn.ModuleDict)):
             continue
         parameters = list(module.parameters())
         if parameters and not any(is_marked(p) for p in parameters):
             found.append(name)
+            held.add(name)
     return found

@@ -24,7 +24,7 @@ from .state import ATTRIBUTE, AdapterRecord, LoraState, Task, require_state, set
 from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
-from .walk import module_at, original_modules, parts, placed, put
+from .walk import module_at, original_modules, parts, placed, places_of, put
 
 LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
@@ -75,10 +75,11 @@ def inject(
     )
     try:
         with gc_paused():
+            places = places_of(model) if plan.saved or plan.others else {}
             for part, planned in _planned(model, plan, name, heads or {}):
                 instead = part.attach(state.activity, planned)
                 if instead is not None:
-                    put(model, part.path, instead)
+                    put(model, part.path, instead, places)
         state.adapters[name] = record
         if trainable:
             keep_differentiable(module for _, module in original_modules(model))
@@ -173,10 +174,12 @@ def _take_back(model: nn.Module, state: LoraState, name: str, active: tuple[str,
 
 def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:
     """Remove parts; those of the adapters `keep` that replace modules stay in their place."""
-    for part in list(owned):
+    owned = list(owned)
+    places = places_of(model) if any(part.whole_module for part in owned) else None
+    for part in owned:
         instead = part.remove(keep=part.adapter in keep)
         if instead is not None:
-            put(model, part.path, instead)
+            put(model, part.path, instead, places)
 
 
 def _check_name(name: object) -> None:

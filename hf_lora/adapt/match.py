@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from typing import Any
 
-from .patterns import Expressions, is_name, table_pattern
+from .patterns import Expressions, as_text, is_name, table_pattern
+
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""Task type -> the names that PEFT adds to `modules_to_save`."""
 
 
 def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
@@ -37,6 +44,29 @@ def matcher(patterns: str | Collection[str]) -> Callable[[str], list[str]]:
     return ends
 
 
+def ancestors(name: str) -> Iterator[str]:
+    """The names of the modules that contain a module, outermost first, and its own name last."""
+    for end, letter in enumerate(name):
+        if letter == ".":
+            yield name[:end]
+    yield name
+
+
+def holder(name: str, modules: Container[str]) -> str | None:
+    """The outermost of `modules` that is the module `name` or contains it."""
+    return next((path for path in ancestors(name) if path in modules), None)
+
+
+def ending_with(names: Iterable[str], suffixes: Iterable[str]) -> list[str]:
+    """Those of `names` that end with one of the texts, also within a component.
+
+    PEFT matches `modules_to_save` in this way, so `classifier` includes `pre_classifier`.
+    """
+    wanted = set(suffixes)
+    lengths = sorted({len(text) for text in wanted if text})
+    return [name for name in names if any(name[-length:] in wanted for length in lengths)]
+
+
 def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
     """The index of the layer that contains `name`: its first number, or the one after a pattern such as `layers`."""
     if not patterns:
@@ -52,29 +82,33 @@ def layer_index(name: str, patterns: str | list[str] | None) -> int | None:
 class PatternTable:
     """Values by pattern (`rank_pattern`, `alpha_pattern`): the first one that matches a suffix of the name is used.
 
-    Keys are regular expressions, as in PEFT. Those of letters, digits, `_`, `-` and dots, in which a dot matches any
-    character, are looked up by their text instead of being matched one after the other.
+    Keys are regular expressions, as in PEFT. Those that are names, in which a dot matches any character unless it is
+    escaped, are looked up by their text instead of being matched one after the other.
     """
 
     def __init__(self, table: dict[str, Any]) -> None:
         self._rows = list(table.items())
-        self._names: dict[tuple[int, tuple[int, ...]], dict[str, int]] = {}
-        """(length, places of dots) -> key -> its row."""
+        self._names: dict[tuple[int, bool, tuple[int, ...]], dict[str, int]] = {}
+        """(length, whether it is the whole name, places of any character) -> text -> its row."""
+        expressions = []
         for i, key in enumerate(table):
-            if is_name(key):
-                dots = tuple(place for place, letter in enumerate(key) if letter == ".")
-                self._names.setdefault((len(key), dots), {})[key] = i
-        self._patterns = [(i, table_pattern(key)) for i, key in enumerate(table) if not is_name(key)]
-        self._expressions = Expressions(pattern for _, pattern in self._patterns)
+            found = as_text(key)
+            if found is None:
+                expressions.append((i, table_pattern(key)))
+            else:
+                kind = len(found.text), found.whole, found.dots
+                self._names.setdefault(kind, {}).setdefault(found.text, i)
+        self._patterns = expressions
+        self._expressions = Expressions(pattern for _, pattern in expressions)
         self._used: set[int] = set()
 
     def get(self, name: str, default: Any) -> Any:
         if not self._rows:
             return default
         found = len(self._rows)
-        for (length, dots), keys in self._names.items():
+        for (length, whole, dots), keys in self._names.items():
             start = len(name) - length
-            if start < 0 or (start and name[start - 1] != "."):
+            if start < 0 or (start and (whole or name[start - 1] != ".")):
                 continue
             suffix = list(name[start:])
             for place in dots:

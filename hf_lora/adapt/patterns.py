@@ -11,6 +11,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import regex
 
@@ -24,12 +25,34 @@ MAX_SIZE = 2**18
 """Maximum of characters times counts such as `{3}`, which `regex` expands: a count of 10⁶ takes gigabytes."""
 
 _NAME = re.compile(r"[\w.-]*")
+_ESCAPED_NAME = re.compile(r"\^?(?:[\w.-]|\\[.-])*\$?")
 _COUNT = re.compile(r"\{(\d+)(?:,\d*)?\}")
 
 
 def is_name(pattern: str) -> bool:
     """Whether a pattern is the name of a module or a suffix of one, which is compared without a regular expression."""
     return _NAME.fullmatch(pattern) is not None
+
+
+class Text(NamedTuple):
+    """A pattern that is a text, except for dots that match any character."""
+
+    text: str
+    """With a dot at each place where any character may be."""
+    dots: tuple[int, ...]
+    """The places of those dots; other dots in the text are dots."""
+    whole: bool
+    """Whether it must match from the start of the name."""
+
+
+def as_text(pattern: str) -> Text | None:
+    """A key of `rank_pattern` as a text, if it is a name, which may be anchored and have escaped characters."""
+    if _ESCAPED_NAME.fullmatch(pattern) is None:
+        return None
+    whole, pattern = pattern.startswith("^"), pattern.removeprefix("^").removesuffix("$")
+    letters = re.findall(r"\\?.", pattern)
+    dots = tuple(place for place, letter in enumerate(letters) if letter == ".")
+    return Text("".join(letter[-1] for letter in letters), dots, whole)
 
 
 def table_pattern(key: str) -> str:

@@ -17,7 +17,7 @@ from ..layers.storages import quantization_of, storage_of, why_no_storage
 from .bypass import bypassed_modules
 from .embeddings import output_embeddings
 from .heads import outside_backbone
-from .match import layer_index, matcher
+from .match import holder, layer_index, matcher
 from .unsaved import modules_in_no_checkpoint
 
 ONLY_WHOLE = "matches only modules that are trained whole; leave them out of modules_to_save ([]: none) to adapt them"
@@ -56,13 +56,14 @@ class Selection:
         """Name -> why it is skipped."""
         self._modules = modules
         self._config = config
-        self._saved = tuple(saved)
+        self._saved = frozenset(saved)
         self._new = frozenset(modules_in_no_checkpoint(modules[""]))
         self._faults = faults
         self._allow_bypassed = allow_bypassed
         self._from_file = from_file
         self._preset = config.target_modules in PRESETS
-        self._layers = None if config.layers_to_transform is None else as_tuple(config.layers_to_transform)
+        layers = config.layers_to_transform
+        self._layers = None if layers in (None, []) else as_tuple(layers)
         self._excludes = matcher(config.exclude_modules or [])
         self._bypassed = {} if from_file else bypassed_modules(modules[""])
         # Patterns with an effect so far, and what is wrong with the modules that a pattern matched.
@@ -84,14 +85,14 @@ class Selection:
 
     def _consider(self, name: str, module: nn.Module, patterns: list[str]) -> None:
         """Skip a module because of its name, otherwise check the module itself."""
-        whole = next((s for s in self._saved if name == s or name.startswith(s + ".")), None)
+        whole = holder(name, self._saved)
         if self._is_excluded(name):
             self.skipped[name] = "excluded by exclude_modules"
             self._hit.update(patterns)
         elif whole is not None:
             self.skipped[name] = f"trained whole, as part of {whole}"
             self._elsewhere |= dict.fromkeys(patterns, ONLY_NEW if whole in self._new else ONLY_WHOLE)
-        elif not self._is_in_layers(name):
+        elif name not in patterns and not self._is_in_layers(name):  # as in PEFT, a whole name needs no index
             self.skipped[name] = "its layer is not in layers_to_transform"
             self._elsewhere |= dict.fromkeys(patterns, ONLY_OUTSIDE)
         else:

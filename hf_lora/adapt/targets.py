@@ -22,7 +22,7 @@ from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
 from .heads import find_heads
-from .match import PatternTable, matcher
+from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
 from .unsaved import why_unsaved
 from .walk import original_modules
@@ -122,14 +122,16 @@ def resolve(
     allow_bypassed: bool = False,
     from_file: bool = False,
     explain: bool = False,
+    saved: dict[str, str] | None = None,
 ) -> Explanation:
     """The plan of an injection.
 
     Args:
         allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
-        from_file: the configuration comes from an adapter's file, whose tensors decide: `modules_to_save` and
-            patterns that match nothing are not faults.
+        from_file: the configuration comes from an adapter's file, whose tensors decide: patterns that match nothing
+            are not faults.
         explain: note what would be in no file, instead of refusing it.
+        saved: name -> reason, for the modules to train whole; default: as the configuration says.
     """
     faults = Faults(call)
     check_names(config, faults)
@@ -139,7 +141,8 @@ def resolve(
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
-    plan.saved = _saved_modules(model, modules, config, faults, from_file)
+    plan.saved = _saved_modules(model, modules, config, faults) if saved is None else saved
+    _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
@@ -202,23 +205,19 @@ def scalings(config: LoraConfig) -> Callable[[str, str], float]:
 
 
 def _saved_modules(
-    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults, from_file: bool
+    model: nn.Module, modules: dict[str, nn.Module], config: LoraConfig, faults: Faults
 ) -> dict[str, str]:
-    saved: dict[str, str] = {}
     if config.modules_to_save is None:
-        saved = {} if from_file else find_heads(model)
-        _refuse_packed(modules, saved, faults)
-        return saved
+        return find_heads(model)
+    saved: dict[str, str] = {}
     unmatched, hits = set(config.modules_to_save), matcher(config.modules_to_save)
     for name in modules:
         hit = hits(name)
-        if hit and not any(name.startswith(s + ".") for s in saved):
+        if hit and holder(name, saved) is None:
             saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
-    _refuse_packed(modules, saved, faults)
-    if not from_file:
-        for pattern in sorted(unmatched):
-            faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
+    for pattern in sorted(unmatched):
+        faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
     return saved
 
 
@@ -226,8 +225,8 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
     """Refuse to train a quantized module whole, and quantized layers with a dense weight, which cannot run."""
     unfinished = {n: m for n, m in modules.items() if is_unfinished(m)}
     heads = {n: why for n, why in saved.items() if any(is_packed(p) for p in modules[n].parameters())}
-    heads |= {s: why for s, why in saved.items() if any(f"{n}.".startswith(f"{s}.") for n in unfinished)}
-    others = [n for n in unfinished if not any(f"{n}.".startswith(f"{head}.") for head in heads)]
+    heads |= {path: saved[path] for n in unfinished if (path := holder(n, saved)) is not None}
+    others = [n for n in unfinished if holder(n, heads) is None]
     skip = f"llm_int8_skip_modules or modules_to_not_convert: {[*heads, *others]!r}"
     for name, why in heads.items():
         faults.add(
@@ -253,7 +252,7 @@ def _bias_modules(
         bias = module._parameters.get("bias")
         if bias is None or not bias.is_floating_point() or (config.bias == "lora_only" and name not in chosen):
             continue
-        if any(name == whole or name.startswith(f"{whole}.") for whole in plan.saved):
+        if holder(name, plan.saved) is not None:
             continue
         is_layer = name in chosen or "weight" in module._parameters or "parametrizations" in module._modules
         if not is_layer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.copies import Replacement
 from ..layers.hosts import Host
@@ -18,19 +18,23 @@ from ..layers.site import Site
 from ..layers.views import View, sites_of
 
 
-def original_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(original name, module) of every module of the original model, each once, parents first."""
-    for name, module in _walk(model):
+def original_modules(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """(original name, module) of every module of the original model, parents first.
+
+    Args:
+        once: yield a module with several names only under the first one.
+    """
+    for name, module in _walk(model, once):
         if not isinstance(module, Replacement):
             yield name, module
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _walk(model: nn.Module, once: bool = True) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
         name, module = stack.pop()
-        if id(module) in seen:
+        if once and id(module) in seen:
             continue
         seen.add(id(module))
         yield name, module
@@ -41,6 +45,16 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for child_name, child in reversed(list(module._modules.items())):
             if child is not None and not (is_host and child_name.startswith("lora_")):
                 stack.append((f"{name}.{child_name}" if name else child_name, child))
+
+
+def original_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a module had before LoRA was applied, with the tensors themselves."""
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in original_modules(model, once=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    }
 
 
 def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter]]:
@@ -131,13 +145,32 @@ def placed(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module (or replacement) at an original name, and wherever else the model has the same module."""
-    before = placed(model, path)
-    held = [(parent, leaf) for parent in model.modules() for leaf, child in parent._modules.items() if child is before]
+Places = dict[int, list[tuple[nn.Module, str]]]
+"""id of a module -> where a model has it: its parents, and its name in each."""
+
+
+def places_of(model: nn.Module) -> Places:
+    """Where a model has each module. Most are in one place; T5 has its embedding in three."""
+    found: Places = {}
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, leaf))
+    return found
+
+
+def put(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
+    """Replace the module (or replacement) at an original name, and wherever else the model has the same module.
+
+    Args:
+        places: the result of `places_of`, which is updated, for several calls.
+    """
+    places = places_of(model) if places is None else places
+    held = places.pop(id(placed(model, path)))
     for parent, leaf in held:
         if parent is not module:
             setattr(parent, leaf, module)
+    places[id(module)] = held
 
 
 def _inside(module: Any) -> Any:

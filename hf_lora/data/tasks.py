@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..errors import DataError, Faults, nearest
 from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
 from .tables import Table
+
+logger = logging.get_logger(__name__)
 
 CLASSIFICATION = "text-classification"
 CAUSAL_LM = "causal-lm"
@@ -95,6 +98,7 @@ def find_labels(table: Table, column: str) -> list[str]:
     faults.check(DataError, "Every row needs one label: a string or an integer.")
     if column in table.names:
         return table.names[column]
+    _warn_of_variants(table, column)
     found = {str(value) for value in table.column(column)}
     if len(found) < 2:
         raise DataError(
@@ -102,6 +106,19 @@ def find_labels(table: Table, column: str) -> list[str]:
             "rows, and classification needs two or more. Name the right column with label_column."
         )
     return sorted(found, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name))
+
+
+def _warn_of_variants(table: Table, column: str) -> None:
+    """Warn about classes that differ only in case or outer white space, which are probably one."""
+    variants: dict[str, dict[str, None]] = {}
+    for value in map(str, table.column(column)):
+        variants.setdefault(value.strip().casefold(), {})[value] = None
+    alike = [" and ".join(map(repr, names)) for names in variants.values() if len(names) > 1]
+    if alike:
+        logger.warning(
+            f"{table.source}: labels in column {column!r} differ only in case or outer white space: they become "
+            f"separate classes. {'; '.join(alike[:5])}."
+        )
 
 
 class TokenRows(list[dict[str, Any]]):
@@ -120,12 +137,14 @@ def classification_rows(
     labels: list[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
+    window: int | None = None,
 ) -> TokenRows:
     """Tokenize texts and add their class indices.
 
     Args:
         labels: the classes in order, see `find_labels`.
         max_length: limit in tokens; default: the tokenizer's, at most `MOST_TOKENS`.
+        window: number of positions of the model, which no row exceeds.
 
     Raises:
         DataError: lists every value that is empty or not text, and every label that is not in `labels`.
@@ -148,6 +167,7 @@ def classification_rows(
         targets.append(index.get(name, 0))
     faults.check(DataError, "Correct or remove these rows.")
     limit = max_length or min(int(tokenizer.model_max_length), MOST_TOKENS)
+    limit = min(limit, window or limit)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
     rows = TokenRows(
         {**{name: values[row] for name, values in encoded.items()}, "labels": target}

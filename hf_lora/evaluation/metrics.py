@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import EvalPrediction
 
 from ..data.spans import IGNORED
 from ..errors import ConfigError
@@ -159,6 +160,10 @@ class ComputeMetrics:
 
     def __call__(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
         predictions, labels = prediction.predictions, prediction.label_ids
+        if isinstance(labels, list):  # eval_do_concat_batches=False
+            for part, targets in zip(predictions, labels, strict=True):
+                self(EvalPrediction(part, targets), compute_result=False)
+            return self._results() if compute_result else {}
         labels = labels[0] if isinstance(labels, tuple) else labels
         if not self._is_kept(predictions, labels):
             raw = predictions[0] if isinstance(predictions, (tuple, list)) else predictions

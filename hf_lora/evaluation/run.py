@@ -21,7 +21,7 @@ from ..data.formats import Format, recognize_format
 from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
-from ..data.tasks import MOST_TOKENS, Columns, choose_columns, classification_rows
+from ..data.tasks import Columns, choose_columns, classification_rows
 from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded
 from ..generate.texts import answering, collect_answers, evaluating, iterate_texts, window_of
@@ -260,8 +260,7 @@ def score_classes(
         )
     config: Any = model.config
     labels = [str(config.id2label[i]) for i in range(config.num_labels)]
-    limit = max_length or min(int(tokenizer.model_max_length), window_of(model) or MOST_TOKENS, MOST_TOKENS)
-    rows = classification_rows(table, columns, labels, tokenizer, limit)
+    rows = classification_rows(table, columns, labels, tokenizer, max_length, window_of(model))
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)

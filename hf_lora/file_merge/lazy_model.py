@@ -8,6 +8,7 @@ are read.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +25,8 @@ from ..adapt.walk import module_at
 from ..errors import AdapterFileError, BaseMismatchError
 from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
-from ..files.load import load_adapter
+from ..files.load import load_adapter, vocabulary_in
+from ..files.renamed import with_present_names
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint
 
@@ -66,15 +68,10 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     """
     config, cls = _class_of(checkpoint.folder, file, call)
     set_settings(config, file.extras)
-    _fit_vocabulary(config, file, call, allow_other_base)
-    try:
-        with torch.device("meta"):
-            model = cls(config)
-    except Exception as error:  # a class that reads values in its __init__ may raise any exception
-        raise AdapterFileError(
-            f"{call}: {cls.__name__} could not be created on the meta device ({type(error).__name__}: {error}). "
-            f"{IN_MEMORY}"
-        ) from error
+    model = _on_meta(cls, config, call)
+    file = with_present_names(model, file, call)
+    if _fit_vocabulary(model, file, call, allow_other_base):
+        model = _on_meta(cls, config, call)
     model = model.to(_main_dtype(config, checkpoint)).eval()
     names = names_on_disk(model, checkpoint.tensors)
     foreign = cls.__name__ not in (config.architectures or [cls.__name__])
@@ -113,15 +110,29 @@ def _class_of(folder: Path, file: AdapterFile, call: str) -> tuple[Any, Any]:
     )
 
 
-def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base: bool) -> None:
-    """Set the vocabulary size to that of the adapter if it holds the whole embedding."""
-    text = config.get_text_config()
+def _on_meta(cls: Any, config: Any, call: str) -> Any:
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except Exception as error:  # a class that reads values in its __init__ may raise any exception
+        raise AdapterFileError(
+            f"{call}: {cls.__name__} could not be created on the meta device ({type(error).__name__}: {error}). "
+            f"{IN_MEMORY}"
+        ) from error
+
+
+def _fit_vocabulary(model: PreTrainedModel, file: AdapterFile, call: str, allow_other_base: bool) -> bool:
+    """Set the vocabulary size in the config to that of the adapter if it holds the whole embedding.
+
+    Returns:
+        whether it was changed, so that the model must be created again.
+    """
+    text = model.config.get_text_config()
     now = getattr(text, "vocab_size", None)
-    saved = file.extras.get("vocabulary")
-    if not isinstance(saved, int) or not isinstance(now, int) or saved == now:
-        return
-    whole = [t for key, t in file.tensors.items() if ".lora_" not in key and t.dim() == 2 and len(t) == saved]
-    if whole:
+    saved, whole = vocabulary_in(model, file)
+    if saved is None or not isinstance(now, int) or saved == now:
+        return False
+    if whole is not None:
         text.vocab_size = saved
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
@@ -129,6 +140,7 @@ def _fit_vocabulary(config: Any, file: AdapterFile, call: str, allow_other_base:
             "and the new rows are in no file. Resize the base as in training and save it, or pass "
             "allow_other_base=True to merge without them."
         )
+    return whole is not None
 
 
 def _main_dtype(config: Any, checkpoint: Checkpoint) -> torch.dtype:
@@ -183,6 +195,8 @@ def _tie(shell: Shell) -> None:
         if id(parameter) in first:
             shell.owners[name] = first[id(parameter)]
     shell.missing -= shell.owners.keys()
+    computed = model._keys_to_ignore_on_load_missing or ()  # such as tables of positions
+    shell.missing = {name for name in shell.missing if not any(re.search(pattern, name) for pattern in computed)}
 
 
 def _same_values(shell: Shell, one: str, other: str) -> bool:

@@ -248,7 +248,10 @@ def _write_all(plan: Plan, folder: Path, mark: str, progress: bool, call: str) -
                 continue
             path = temporary[shard.name]
             part = path.with_name(path.name + PART)
-            _write_shard(plan, shard, part, threads, bar.update)
+            try:
+                _write_shard(plan, shard, part, threads, bar.update)
+            except MergeError as error:
+                raise MergeError(f"{call}: {error}. No model was written. Use the adapter unmerged.") from error
             part.replace(path)
             sync_folder(folder)
     carry_folders(plan, folder)
@@ -305,7 +308,10 @@ def _apply(change: Change, sink: Sink) -> None:
     """Write the rows of one tensor that belong to the current file."""
     change.storage.sink = sink
     for rows, block in change.blocks():
-        change.storage.write(NO_LAYER, rows, block)
+        try:
+            change.storage.write(NO_LAYER, rows, block)
+        except MergeError as error:
+            raise MergeError(f"{change.name}: {error}") from error
     change.storage.sink = None
     change.storage.forget()
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..adapt.targets import check_names
-from ..config import LoraConfig
+from ..config import ALL_LINEAR, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.contract import FactorSpec, Method, Shape
 from ..layers.distributed import scatter
@@ -42,6 +42,8 @@ LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 EXTRAS_NAME = "hf_lora.json"
 PREFIX = "base_model.model."
 _PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
+NEW_TOKENS = ("new_embeddings.safetensors", "new_embeddings.bin")
+"""Files beside an adapter in which some libraries keep the embeddings of added tokens."""
 FULL_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -236,6 +238,12 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
             )
         raise AdapterFileError(f"{path} has {CONFIG_NAME} but no {WEIGHTS_NAME}: the adapter is incomplete.")
     _check_entries(read_header(file, weights))
+    for name in NEW_TOKENS:
+        if (path / name).exists():
+            raise AdapterFileError(
+                f"{path} has {name}, the embeddings of tokens that were added to the base, which cannot be loaded. "
+                "Load the adapter with the library that wrote it."
+            )
     try:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
@@ -260,8 +268,10 @@ def _check_entries(file: TensorFile) -> None:
     faults.check(AdapterFileError, REPAIR)
 
 
-LEAVE_THE_BASE = ("orthogonal", "eva")
-"""Initializations of PEFT that only choose the first values of A and B."""
+LEAVE_THE_BASE = ("orthogonal", "eva", "mica")
+"""Initializations of PEFT that only choose the first values of A and B (MiCA then trains A alone)."""
+CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initializations of PEFT that subtract their first update from the base."""
 
 
 def holds_adapter(folder: object) -> bool:
@@ -283,18 +293,34 @@ def read_config(path: Path) -> LoraConfig:
         raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
     check_config(values, str(file))
     try:
-        config = LoraConfig.from_dict(values, call=str(file))
+        config = LoraConfig.from_dict(_with_targets(path, values), call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error), error.faults) from error
-    if config.init_lora_weights in LEAVE_THE_BASE:  # the file has the values
+    if str(config.init_lora_weights).lower() in LEAVE_THE_BASE:  # the file has the values
         config.init_lora_weights = True
     faults = Faults(str(file))
     check_names(config, faults)
-    faults.check(
-        AdapterFileError,
-        "Import the package that registers these, or load it with the library that wrote it.",
-    )
+    step = "Import the package that registers these, or load it with the library that wrote it."
+    if faults.found and str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
+        step = (
+            f"init_lora_weights={config.init_lora_weights!r} subtracts the first update from the base. Convert the "
+            "adapter to plain LoRA with PEFT: peft_model.save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=FOLDER), where FOLDER has the adapter as it was initialized. "
+            f"{step}"
+        )
+    faults.check(AdapterFileError, step)
+    config.task_type = config.task_type or read_extras(path).get("task_type")
     return config
+
+
+def _with_targets(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, with the layers that the weights file adapts if another library's file leaves them to a table."""
+    file = path / WEIGHTS_NAME
+    if values.get("target_modules", ...) not in (None, ALL_LINEAR) or (path / EXTRAS_NAME).exists():
+        return values
+    keys = [split_key(entry.name) for entry in read_header(file).entries] if file.is_file() else []
+    layers = sorted({layer for layer, role in keys if role not in ("copy", "bias")})
+    return values | {"target_modules": layers} if layers else values
 
 
 def _finish(path: Path) -> None:

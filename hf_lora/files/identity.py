@@ -27,6 +27,7 @@ from torch import nn
 from ..adapt.embeddings import output_embedding
 from ..adapt.heads import outside_backbone
 from ..adapt.state import require_state
+from ..adapt.unsaved import modules_in_no_checkpoint
 from ..adapt.walk import original_modules
 from ..layers.distributed import is_sharded
 from .commit import cached_commit, cached_folder
@@ -139,11 +140,12 @@ def hash_files(folder: Path) -> str | None:
 def sample_weights(model: nn.Module) -> dict[str, str] | None:
     """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None if they are not available.
 
-    Embeddings (they may be resized) and heads are skipped, and names are relative to the backbone. The matrices are
-    chosen by their names alone, so that models of one checkpoint with different heads or poolers share most of them.
+    Embeddings (they may be resized), heads and modules that the checkpoint lacks are skipped, and names are relative
+    to the backbone. The matrices are chosen by their names alone, so that models of one checkpoint with different
+    heads or poolers share most of them.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    heads = tuple(f"{name}." for name in outside_backbone(model))
+    heads = tuple(f"{name}." for name in (*outside_backbone(model), *modules_in_no_checkpoint(model)))
     head = output_embedding(model)
     matrices: dict[str, torch.Tensor] = {}
     for name, module in original_modules(model):

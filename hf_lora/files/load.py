@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Container, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +15,21 @@ from transformers.utils import logging
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
+from ..adapt.match import ancestors, holder
 from ..adapt.state import Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
-from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, parts
+from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
-from ..layers.parts import bias_key
+from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
 from .biases import biases_in
 from .format import (
+    PREFIX,
     AdapterFile,
     compare,
     compare_kinds,
@@ -35,6 +38,8 @@ from .format import (
     stored,
 )
 from .identity import differs, identify, is_absent, renewed
+from .names import frozen_modules, whole_modules
+from .renamed import with_present_names
 
 logger = logging.get_logger(__name__)
 
@@ -67,10 +72,7 @@ def load_adapter(
         raise BaseMismatchError(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
-    try:
-        plan = resolve(model, file.config, call, from_file=True)
-    except TargetError as error:
-        raise AdapterFileError(str(error), error.faults) from error
+    file, plan, frozen = _plan(model, file, call)
     task = _task_in(file, model)
     expected = {
         key_of(path, spec.key): spec.shape_on_disk
@@ -83,17 +85,14 @@ def load_adapter(
     tensors, plan.biases = biases_in(model, plan, file, faults)
     keys = {path: key_of(path, bias_key(path in adapted)) for path in plan.biases}
     expected |= {key: whole_shape(base_bias(module_at(model, path))) for path, key in keys.items()}
-    inside = tuple(f"{path}." for path in plan.saved)
-    plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if not p.startswith(inside)}
-    plan.saved = {p: w for p, w in plan.saved.items() if any(_holds(key, p) for key in file.tensors)}
     task = task or _task_by_shape(model, plan, file)
     other = _model_on_meta(model, plan, task)
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
         head = module_at(model, path) if other is None else other.get_submodule(path)
-        copies |= {key_of(path, k): v for k, v in head.state_dict().items() if "lora_" not in k}
+        copies |= {key_of(path, key): tensor for key, tensor in original_state(head).items()}
     expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
-    _check_base_copies(model, file, allow_other_base, call)
+    _check_base_copies(model, frozen, allow_other_base, call)
     compare(expected, tensors, faults)
     compare_kinds(copies, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
@@ -129,11 +128,11 @@ def load_adapter_weights(
     call = f"load_adapter_weights({path!r}, {name!r})"
     faults = Faults(call)
     if isinstance(source, Mapping):
-        tensors = source
+        tensors = _own_tensors(model, name, source)
     else:
         state.require(name)
-        file = read_adapter(source)
-        tensors = file.tensors
+        file = with_present_names(model, read_adapter(source), call)
+        tensors = _own_tensors(model, name, file.tensors)
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
             raise BaseMismatchError(
@@ -150,6 +149,18 @@ def load_adapter_weights(
     compare_kinds({key: each.members[0][1] for key, each in own.items()}, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed.")
     assign(model, name, tensors)
+
+
+def _own_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A file's tensors without those of the base that are beside them."""
+    record = require_state(model, "load_adapter_weights").adapters.get(name)
+    if record is None:
+        return tensors
+    biases = [part.path for part in parts(model, name) if isinstance(part, Bias)]
+    plan = Explanation(saved=record.heads, biases=biases)
+    buffers, seconds = _other_biases(model, plan, record.config, tensors)
+    left = buffers | seconds | _frozen_keys(model, plan, tensors)
+    return {key: tensor for key, tensor in tensors.items() if key not in left}
 
 
 def _compare_scalings(
@@ -187,23 +198,116 @@ def _whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
     return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
 
 
-def _check_base_copies(model: nn.Module, file: AdapterFile, allow_other_base: bool, call: str) -> None:
-    """Compare copies of base weights in another library's file with the base, up to the rounding of a 16-bit copy."""
+def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, Explanation, dict[str, Tensor]]:
+    """What the file adapts and trains whole.
+
+    Returns:
+        the file with the tensors of the adapter, the plan, and name -> tensor for its copies of tensors of the base.
+    """
+    file = with_present_names(model, file, call)
+    whole = whole_modules(model, file.config, own=bool(file.extras))
+    try:
+        saved = dict.fromkeys(whole, "named in modules_to_save")
+        plan = resolve(model, file.config, call, from_file=True, saved=saved)
+    except TargetError as error:
+        raise AdapterFileError(str(error), error.faults) from error
+    plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
+    held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
+    plan.saved = {path: why for path, why in plan.saved.items() if path in held}
+    frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
+    buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
+    keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
+    frozen |= {key.removeprefix(PREFIX): file.tensors[key] for key in keys}
+    tensors = {key: tensor for key, tensor in file.tensors.items() if key not in keys | seconds}
+    return replace(file, tensors=tensors), plan, frozen
+
+
+def _frozen_keys(model: nn.Module, plan: Explanation, tensors: Mapping[str, Tensor]) -> set[str]:
+    """The tensors in a file of this library that are there because PEFT would train their modules whole."""
+    frozen = frozen_modules(model, list(plan.saved), None)
+    keys = {key_of(path, name) for path in frozen for name in original_state(module_at(model, path))}
+    return (keys & tensors.keys()) - {key_of(path, "bias") for path in plan.biases}
+
+
+def _other_biases(
+    model: nn.Module, plan: Explanation, config: LoraConfig, tensors: Mapping[str, Tensor]
+) -> tuple[set[str], set[str]]:
+    """Plan the parameters called `bias` that PEFT trained in other modules than layers.
+
+    Returns:
+        the keys of buffers called `bias`, and those of second names of a bias of the plan, with equal values.
+    """
+    buffers, seconds = set[str](), set[str]()
+    modules = dict(original_modules(model)) if config.bias == "all" else {}
+    planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
+    for key in tensors:
+        path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
+        if leaf != "bias" or path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
+            continue
+        bias = modules[path]._parameters.get("bias")
+        if bias is None and "bias" in modules[path]._buffers:
+            buffers.add(key)
+        elif bias is not None and id(bias) not in planned:
+            plan.biases.append(path)
+            planned[id(bias)] = path
+        elif bias is not None and _same_as(planned[id(bias)], tensors[key], tensors):
+            seconds.add(key)
+    return buffers, seconds
+
+
+def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the bias of the module `path` has these values in the file."""
+    found = (tensors.get(key_of(path, bias_key(adapted))) for adapted in (True, False))
+    return any(each is not None and torch.equal(each.to(values.dtype), values) for each in found)
+
+
+def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
+    """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
+    embedding = input_embedding(model)
+    path = next((path for path, module in original_modules(model) if module is embedding), "")
+    whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
+    rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
+    return (rows if isinstance(rows, int) else None), whole
+
+
+def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
+    """Whether the file holds both token embeddings whole, so that rows that the base lacks are known."""
+    ends = (input_embedding(model), output_embedding(model))
+    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
+    named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
+    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
+    return weights <= held
+
+
+@torch.no_grad()
+def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
+    """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
+    for path, module in original_modules(model):
+        copied = file.base_copies.get(path)
+        weight = module._parameters.get("weight")
+        if copied is not None and weight is not None and weight.shape == copied.shape:
+            weight[first:] = copied[first:].to(weight)
+
+
+def _check_base_copies(model: nn.Module, copies: Mapping[str, Tensor], allow_other_base: bool, call: str) -> None:
+    """Compare copies of tensors of the base with the base, up to the rounding of a 16-bit copy."""
     faults = Faults(call)
-    modules = dict(original_modules(model)) if file.base_copies else {}
-    for path, copied in file.base_copies.items():
-        weight = modules[path]._parameters.get("weight") if path in modules else None
+    modules = dict(original_modules(model, once=False)) if copies else {}
+    for name, copied in copies.items():
+        path, _, leaf = name.rpartition(".")
+        module = modules.get(path)
+        weight = None if module is None else module._parameters.get(leaf, module._buffers.get(leaf))
         if weight is None or is_absent(weight) or not weight.is_floating_point() or weight.dtype.itemsize < 2:
             continue
         if is_sharded(weight):
             continue
         if weight.shape != copied.shape:
-            faults.add(f"{path}: the file's base has a weight {list(copied.shape)}, this one {list(weight.shape)}")
+            faults.add(f"{name}: the file's base has {list(copied.shape)}, this one {list(weight.shape)}")
         elif not all(
             torch.allclose(own.cpu().float(), block.float(), rtol=2**-7, atol=1e-6)
             for own, block in zip(weight.detach().split(COMPARED_ROWS), copied.split(COMPARED_ROWS), strict=True)
         ):
-            faults.add(f"{path}: its base weight in the file differs from that of this model")
+            faults.add(f"{name}: its values in the file's base differ from those of this model")
     if not allow_other_base:
         faults.check(
             BaseMismatchError, "Load the base that the adapter was trained on, or pass allow_other_base=True."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -13,25 +14,35 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapt.embeddings import vocabulary_of
+from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.labels import task_type_of
-from ..adapt.match import PatternTable, matcher
+from ..adapt.match import PatternTable
 from ..adapt.state import require_state
 from ..adapt.unsaved import why_unsaved
-from ..adapt.walk import adapted_modules, adapter_layers, module_of, original_modules, parts
-from ..config import PRESETS, LoraConfig
+from ..adapt.walk import (
+    adapted_modules,
+    adapter_layers,
+    module_at,
+    module_of,
+    original_modules,
+    original_state,
+    parts,
+)
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
 from ..layers.parts import Bias
+from ..layers.storages import is_packed
 from .base_config import changed_settings
 from .format import (
     FULL_MODEL_FILES,
+    key_of,
     stored,
     write_adapter,
 )
-from .identity import renewed
+from .identity import is_absent, renewed
+from .names import Written, names_to_write
 
 
 def adapter_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
@@ -61,7 +72,9 @@ def save_adapter(
     state = require_state(model, "save_adapter")
     state.require(name)
     gathered = {id(p): state_dict[n] for n, p in model.named_parameters() if n in state_dict} if state_dict else {}
+    names = written_names(model, name)
     tensors = {key: each.value(gathered) for key, each in stored(parts(model, name)).items()}
+    tensors = _frozen_tensors(model, names.frozen) | _resized_embeddings(model, name) | tensors
     if any(is_sharded(tensor) for tensor in tensors.values()):
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): each process holds a part of the adapter. On every process, "
@@ -84,7 +97,7 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    return write_adapter(folder, config_on_disk(model, name), tensors, extras_of(model, name), allow_nonfinite)
+    return write_adapter(folder, config_on_disk(model, name, names), tensors, extras_of(model, name), allow_nonfinite)
 
 
 def save_adapters(
@@ -103,37 +116,76 @@ def save_adapters(
         save_adapter(model, Path(folder) / name if inner else folder, name, state_dict, allow_nonfinite, dtype)
 
 
-def config_on_disk(model: nn.Module, name: str) -> dict[str, Any]:
-    """The content of adapter_config.json for one adapter, with which PEFT selects the same layers."""
+def config_on_disk(model: nn.Module, name: str, names: Written | None = None) -> dict[str, Any]:
+    """The content of adapter_config.json for one adapter, with which PEFT selects the same layers.
+
+    Args:
+        names: the result of `written_names`, if the caller has it.
+    """
     state = require_state(model, "save_adapter")
-    record = state.adapters[name]
-    config = record.config
-    values = config.to_dict()
-    adapted = adapted_modules(model, name)
-    everything = [path for path, _ in original_modules(model) if path]
-    values["modules_to_save"] = list(record.heads) or None
-    if config.target_modules in PRESETS or not _finds(config, everything, adapted, list(record.heads)):
-        values |= {
-            "target_modules": shortest_names(adapted, everything),
-            "exclude_modules": None,
-            "layers_to_transform": None,
-            "layers_pattern": None,
-        }
-    names = [(n, module_of(n, layer)) for n, layer in adapter_layers(model).items() if name in layer._lora.names]
+    config = state.adapters[name].config
+    values = config.to_dict() | (names or written_names(model, name)).fields
+    layers = adapter_layers(model)
+    adapted = [(path, module_of(path, layer)) for path, layer in layers.items() if name in layer._lora.names]
     for field in ("rank_pattern", "alpha_pattern"):
-        values[field] = _in_any_order(values[field], names)
-    values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in adapter_layers(model).values())
+        values[field] = _in_any_order(values[field], adapted)
+    values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in layers.values())
     init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
     if init.takes_out and not init.repeatable:
         values |= _twice_the_ranks(values, config.use_rslora)
     if init.in_files is not None:
         values["init_lora_weights"] = init.in_files
     values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
-    values["task_type"] = config.task_type or task_type_of(model)
     if values["task_type"] is None:
         cls = unwrap_class(type(model))
         values["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return values
+
+
+def written_names(model: nn.Module, name: str) -> Written:
+    """The names of modules in the configuration of one adapter."""
+    record = require_state(model, "save_adapter").adapters[name]
+    task = record.config.task_type or task_type_of(model)
+    task = task if _is_called_by_peft(model, task) else None
+    return names_to_write(model, record.config, task, adapted_modules(model, name), list(record.heads))
+
+
+_PASSED_BY_PEFT = {"input_ids", "attention_mask", "inputs_embeds"}
+"""Arguments that PEFT's class for a task passes to the model in any case."""
+
+
+def _is_called_by_peft(model: nn.Module, task_type: str | None) -> bool:
+    """Whether PEFT's class for a task can hold the model and call it: models of images take other arguments."""
+    needs = "prepare_inputs_for_generation" if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM") else "config"
+    taken = inspect.signature(model.forward).parameters.keys()
+    return hasattr(model, needs) and taken >= _PASSED_BY_PEFT
+
+
+def _frozen_tensors(model: nn.Module, paths: Sequence[str]) -> dict[str, Tensor]:
+    """File key -> tensor of the base, for modules whose tensors PEFT needs though the adapter does not train them."""
+    modules = {path: module_at(model, path) for path in paths}
+    return {
+        key_of(path, key): tensor
+        for path, module in modules.items()
+        if not any(is_packed(p) or is_absent(p) or is_sharded(p) for p in module.parameters())
+        for key, tensor in original_state(module).items()
+    }
+
+
+def _resized_embeddings(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """File key -> weight of the base, for adapted embeddings with rows that no checkpoint has; PEFT does so."""
+    vocabulary = require_state(model, "save_adapter").vocabulary
+    if vocabulary in (None, vocabulary_of(model)):
+        return {}
+    ends = [module for module in (input_embedding(model), output_embedding(model)) if module is not None]
+    adapted = adapted_modules(model, name)
+    return {
+        key_of(path, "base_layer.weight"): weight
+        for path, module in original_modules(model)
+        if path in adapted and any(module is end for end in ends)
+        if (weight := module._parameters.get("weight")) is not None
+        if weight.is_floating_point() and not is_absent(weight) and not is_sharded(weight)
+    }
 
 
 def _in_any_order(table: dict[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -164,14 +216,6 @@ def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
     }
 
 
-def shortest_names(adapted: set[str], everything: list[str]) -> list[str]:
-    """Names that match exactly `adapted`: a last component if all modules with it are adapted, else the whole path."""
-    last = {path.rpartition(".")[2] for path in adapted}
-    others = {path.rpartition(".")[2] for path in everything if path not in adapted}
-    unique = last - others
-    return sorted(unique) + sorted(path for path in adapted if path.rpartition(".")[2] not in unique)
-
-
 def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     """The content of hf_lora.json for one adapter."""
     import transformers
@@ -179,7 +223,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     from .. import __version__
 
     state = require_state(model, "save_adapter")
-    task = state.adapters[name].task
+    task, config = state.adapters[name].task, state.adapters[name].config
     biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
         "base": renewed(state.identity, model),
@@ -187,6 +231,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "num_labels": task.num_labels,
         "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
         "problem_type": task.problem_type,
+        "task_type": config.task_type or task_type_of(model),
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
         **changed_settings(model, state.settings),
@@ -198,16 +243,6 @@ def _label(value: object) -> object:
     """A label as a JSON value; tables have NaN where a label is missing."""
     is_json = isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
     return str(value).encode("utf-8", "replace").decode() if isinstance(value, str) or not is_json else value
-
-
-def _finds(config: LoraConfig, everything: list[str], adapted: set[str], heads: list[str]) -> bool:
-    """Whether PEFT's matching of these names selects exactly the adapted layers."""
-    if config.exclude_modules or config.layers_to_transform is not None:
-        return False
-    inside = tuple(f"{head}." for head in heads)
-    hits = matcher(config.target_modules)
-    found = {p for p in everything if hits(p) and not f"{p}.".startswith(inside)}
-    return found == adapted
 
 
 def refuse_arguments(given: Mapping[str, Any]) -> None:

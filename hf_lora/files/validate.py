@@ -11,7 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
-from ..adapt.patterns import is_name, table_pattern, why_invalid
+from ..adapt.patterns import as_text, table_pattern, why_invalid
+from ..config import TASK_TYPES
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
 from .base_config import check_settings
@@ -74,6 +75,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("vocabulary", _is_count),
         ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
+        ("task_type", lambda value: value in TASK_TYPES),
     ):
         value = values.get(name)
         if value is not None and not good(value):
@@ -105,7 +107,7 @@ def _check_pattern(faults: Faults, name: str, shown: str, pattern: str) -> None:
 
 
 def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
-    expressions = sum(not is_name(key) for key in table)
+    expressions = sum(as_text(key) is None for key in table)
     if len(table) > MAX_PATTERNS or expressions > MAX_EXPRESSIONS:
         faults.add(
             f"{name} has {len(table):,} rows, {expressions:,} of them regular expressions (at most {MAX_PATTERNS:,} "
@@ -113,7 +115,7 @@ def _check_table(faults: Faults, name: str, table: Mapping[str, Any]) -> None:
         )
         return
     for key, value in table.items():
-        _check_pattern(faults, name, key, key if is_name(key) else table_pattern(key))
+        _check_pattern(faults, name, key, key if as_text(key) is not None else table_pattern(key))
         _check_rank(faults, f"{name}[{key[:100]!r}]", value if name == "rank_pattern" else None)
 
 

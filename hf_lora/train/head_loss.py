@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
+from transformers import Trainer
 from transformers.utils import logging
 
+from ..evaluation.metrics import ComputeMetrics, Kept
 from ..loss.frozen_head import Caught, FrozenHead, Scores, find_frozen_head
 
 logger = logging.get_logger(__name__)
@@ -92,3 +95,26 @@ class HeadLoss:
     def _log(self) -> None:
         if self.logs:
             logger.info(self.line())
+
+
+def predict_over_head(
+    trainer: Trainer, head_loss: HeadLoss, model: nn.Module, inputs: dict[str, Any], loss_only: bool, plain: bool,
+    loss: Callable[[dict[str, Any]], Any],
+) -> tuple[Any, Any, Any] | None:  # fmt: skip
+    """The result of `Trainer.prediction_step` without logits; None if it needs them.
+
+    Args:
+        model: without the wrappers of Accelerate.
+        plain: whether the trainer's `prediction_step` is Trainer's.
+        loss: Trainer's loss of a batch.
+    """
+    metrics, reduces = trainer.compute_metrics, trainer.preprocess_logits_for_metrics
+    ours = isinstance(metrics, ComputeMetrics) and getattr(reduces, "__self__", None) is metrics  # no other use
+    if not ours and not (plain and loss_only):
+        return None
+    with torch.no_grad(), trainer.compute_loss_context_manager():
+        found = head_loss.predict(model, inputs, lambda: loss({**inputs, "use_cache": False}))
+    if found is None:
+        return None
+    kept = (None, None) if loss_only else (Kept.of(found[1]), inputs["labels"])
+    return found[0].detach().mean(), *kept

@@ -55,11 +55,6 @@ class Prepared:
     rows: dict[str, Any]
     lines: list[str]
 
-    @property
-    def prefix(self) -> str:
-        """The prefix of the final metrics."""
-        return "test" if "test" in self.rows else "eval"
-
 
 def finetune(
     arguments: Parsed | Mapping[str, Any] | str | os.PathLike[str], report: Callable[[str], object] | None = None
@@ -87,13 +82,19 @@ def finetune(
     resume = training.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     seconds = time.perf_counter() - start
-    final = ready.rows.get(ready.prefix)
-    metrics = trainer.evaluate(final, metric_key_prefix=ready.prefix) if final is not None else {}
+    found = {
+        split: trainer.evaluate(ready.rows[split], metric_key_prefix=split)
+        for split in ("eval", "test")
+        if split in ready.rows
+    }
     trainer.save_model()
     trainer.save_state()
-    if metrics and trainer.is_world_process_zero():
-        trainer.save_metrics(ready.prefix, metrics)
-    trainer.create_model_card(**_data_of_card(parsed.run, ready.prefix))
+    metrics: dict[str, float] = {}
+    for split, values in found.items():
+        metrics |= values
+        if trainer.is_world_process_zero():
+            trainer.save_metrics(split, values)
+    trainer.create_model_card(**_data_of_card(parsed.run, list(found)))
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
@@ -127,7 +128,7 @@ def prepare(parsed: Parsed) -> Prepared:
 
 
 def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+    from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from .trainer import LoraTrainer
 
@@ -136,8 +137,10 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedT
         tokenizer.pad_token = tokenizer.eos_token
     columns = tasks.choose_columns(tables["train"], text=run.text_column, pair=run.pair_column, label=run.label_column)
     labels = tasks.find_labels(tables["train"], columns.label)
+    settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
+    window = getattr(settings, "max_position_embeddings", None)
     rows = {
-        split: tasks.classification_rows(table, columns, labels, tokenizer, run.max_length)
+        split: tasks.classification_rows(table, columns, labels, tokenizer, run.max_length, window)
         for split, table in tables.items()
     }
     used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
@@ -240,9 +243,12 @@ def _read_tables(run: RunArguments) -> dict[str, Table]:
     return tables
 
 
-def _data_of_card(run: RunArguments, prefix: str) -> dict[str, str | None]:
-    """Arguments of the card about the data of the final evaluation."""
-    file, split = (run.test_file, run.test_split) if prefix == "test" else (run.eval_file, run.eval_split)
+def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | None]:
+    """Arguments of the card about the data; with two evaluations, their names stand for the data."""
+    test = evaluated == ["test"]
+    file, split = (run.test_file, run.test_split) if test else (run.eval_file, run.eval_split)
+    if len(evaluated) > 1:
+        return {"dataset_tags": run.dataset}
     if file:
         return {"dataset": Path(file).name}
     return {"dataset": run.dataset, "dataset_tags": run.dataset, "dataset_args": split} if run.dataset else {}

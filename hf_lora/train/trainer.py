@@ -23,7 +23,6 @@ from transformers.utils import logging
 from ..adapt.gather import gathered_state
 from ..compat import add_push, after_state_is_written, loads_to_plain_cpu, push_is_running, rotates_with
 from ..config import LoraConfig
-from ..evaluation.metrics import ComputeMetrics, Kept
 from ..model import LoraModel
 from . import start
 from .card import CardWriter, card_options
@@ -33,8 +32,9 @@ from .checkpoint.sigterm import save_between_steps
 from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_adapters
 from .engines import broadcast_trainable, check_engine, check_same_adapters
 from .first_batch import FirstBatch
-from .head_loss import HeadLoss
+from .head_loss import HeadLoss, predict_over_head
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
+from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
 from .reference import check_reference
 from .watch.base import Watch
@@ -76,7 +76,7 @@ class LoraTrainerMixin(_Trainer):
         self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
         self._accept_ddp_fallback = accept_ddp_fallback
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
-        self._first_batch = FirstBatch()
+        self._first_batch, self._packing = FirstBatch(), Packing()
         self._own_optimizer: Optimizer | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
@@ -181,6 +181,12 @@ class LoraTrainerMixin(_Trainer):
             self._checkpoints.record_groups(optimizer)
         return optimizer
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        self.data_collator = self._packing.collator(self, self._bare_model)
+        if isinstance(self.data_collator, PaddedDocuments) and not kwargs.get("is_training"):
+            dataset = unpacked(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
+
     # A step ----------------------------------------------------------------------------------------------------------
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -225,24 +231,17 @@ class LoraTrainerMixin(_Trainer):
         **kwargs: Any,
     ) -> tuple[Any, Any, Any]:
         """Like `Trainer.prediction_step`; over the frozen head if the metrics are from `build_compute_metrics`."""
-        own = super().prediction_step
-        reduces: Any = self.preprocess_logits_for_metrics
-        ours = isinstance(self.compute_metrics, ComputeMetrics)
-        ours = ours and getattr(reduces, "__self__", None) is self.compute_metrics  # no other use of the logits
-        plain = prediction_loss_only and _is_trainers(own, Trainer.prediction_step)
-        if (ours or plain) and self._leaves_logits_out():
+        own, found = super().prediction_step, None
+        if self._leaves_logits_out():
             inputs = self._prepare_inputs(inputs)
             # The count of labels is Trainer's, so that the loss equals the one that Trainer reports.
             count = functools.partial(self._get_num_items_in_batch, [inputs], self.args.device)
-            batch = {**inputs, "use_cache": False}
-            with torch.no_grad(), self.compute_loss_context_manager():
-                found: Any = self.head_loss.predict(
-                    self._bare_model, inputs, lambda: Trainer.compute_loss(self, model, batch, False, count())
-                )
-            if found is not None:
-                kept = (None, None) if prediction_loss_only else (Kept.of(found[1]), inputs["labels"])
-                return found[0].detach().mean(), *kept
-        return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs)
+            found = predict_over_head(
+                self, self.head_loss, self._bare_model, inputs, prediction_loss_only,
+                _is_trainers(own, Trainer.prediction_step),
+                lambda batch: Trainer.compute_loss(self, model, batch, False, count()),
+            )  # fmt: skip
+        return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs) if found is None else found
 
     def _leaves_logits_out(self) -> bool:
         """Whether the logits are not needed, so that the loss may be computed over the frozen head."""
@@ -307,8 +306,8 @@ class LoraTrainerMixin(_Trainer):
         else:
             super()._save_optimizer_and_scheduler(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._checkpoints.load_adapters(resume_from_checkpoint, self._bare_model)
+    def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        self._checkpoints.load_adapters(folder, self._bare_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,13 @@ def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path:
     rows = texts_folder / "rows.csv"
     result = run(
         "--model", bert_folder, "--train-file", rows, "--test_file", rows, "--output-dir", tmp_path / "out",
-        "--lora-r", 4, "--lora_target_modules", "query", "value", *FAST,
+        "--eval-file", rows, "--lora-r", 4, "--lora_target_modules", "query", "value", *FAST,
     )  # fmt: skip
-    assert "text-classification from the columns 'text', 'label': 24 train, 24 test, 2 labels" in result.output
-    assert "test_accuracy" in result.output
+    assert (
+        "text-classification from the columns 'text', 'label': 24 train, 24 eval, 24 test, 2 labels" in result.output
+    )
+    assert re.search(r"eval_accuracy: (\S+)\n(.*\n)*test_accuracy: \1\n", result.output)
+    assert (tmp_path / "out" / "eval_results.json").is_file()
     model = LoraModel.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "no", 1: "yes"}
     config = model.lora_configs["default"]
@@ -211,3 +215,13 @@ def test_yaml_that_is_none(tmp_path: Path) -> None:
         parse_arguments([], config)
     config.write_text("lora_modules_to_save: []\n")
     assert parse_arguments([], config).training.lora_config().modules_to_save == []
+
+
+def test_no_row_is_longer_than_the_models_positions(bert_folder: str, tmp_path: Path) -> None:
+    """The tokenizer of the folder has no limit of its own."""
+    file = tmp_path / "rows.csv"
+    file.write_text("text,label\n" + "".join(f"{'open the door ' * 99},{label}\n" for label in ("yes", "no") * 4))
+    for more in ([], ["--max-length", "999"]):
+        out = tmp_path / f"out{len(more)}"
+        run("--model", bert_folder, "--train-file", file, "--test-file", file, "--output-dir", out, *FAST, *more)
+        assert "test_accuracy" in (out / "test_results.json").read_text()

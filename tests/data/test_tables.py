@@ -149,6 +149,13 @@ def test_labels_have_a_natural_order_and_faults_have_lines() -> None:
     assert all(part in str(error.value) for part in ("line 3: no label", "line 4: no label", "line 5: 0.5"))
 
 
+def test_classes_that_differ_only_in_writing_are_pointed_out(messages: list[str]) -> None:
+    assert find_labels(table(label=["pos", "pos ", "neg", "Neg", "other"]), "label") == [
+        "Neg", "neg", "other", "pos", "pos ",
+    ]  # fmt: skip
+    assert "'pos' and 'pos '; 'neg' and 'Neg'" in messages[-1]
+
+
 def test_classification_rows() -> None:
     data = table(text=["abc", "d"], label=["y", "x"])
     rows = classification_rows(data, choose_columns(data), ["x", "y"], Words(), max_length=3)

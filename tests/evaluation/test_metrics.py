@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
-from tiny import tiny_gpt2
+from tiny import texts, tiny_gpt2
 from transformers import EvalPrediction
 
+from hf_lora import LoraTrainer
 from hf_lora.errors import ConfigError
 from hf_lora.evaluation.answers import ANSWER_METRICS
 from hf_lora.evaluation.metrics import METRICS, build_compute_metrics, load_metric
@@ -165,3 +166,15 @@ def test_a_metric_that_fails_leaves_nothing_for_the_next_evaluation() -> None:
 def test_a_metric_of_texts_is_refused_for_token_ids() -> None:
     with pytest.raises(ConfigError, match=r"exact_match and field_f1 compare texts.*generate=True"):
         build_compute_metrics(["accuracy", *ANSWER_METRICS])
+
+
+@pytest.mark.parametrize("names", [["accuracy"], ["accuracy", "perplexity"]])
+def test_batches_that_trainer_does_not_concatenate(names: list[str], arguments: Any) -> None:
+    model = tiny_gpt2()
+    results = []
+    for concatenated in (True, False):
+        args = arguments(eval_do_concat_batches=concatenated, per_device_eval_batch_size=5)
+        trainer = LoraTrainer(model, args, eval_dataset=texts(), compute_metrics=build_compute_metrics(names))
+        found = trainer.evaluate()
+        results.append({name: found[f"eval_{name}"] for name in names})
+    assert results[1] == pytest.approx(results[0])

@@ -206,6 +206,68 @@ def test_new_rows_that_are_in_no_file_are_not_made_up(tmp_path: Path) -> None:
         assert said in refused(error, base, adapter, folder / "out")
 
 
+@pytest.mark.parametrize("rows", [60, 70])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_file_of_peft_with_another_vocabulary(tmp_path: Path, rows: int, tied: bool) -> None:
+    """PEFT's files do not say how many rows the embedding had: the tensor does."""
+    import peft
+    from transformers import LlamaForCausalLM
+
+    base = save_base(tiny_llama(tied=tied), tmp_path, "20KB")
+    model = LlamaForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(rows)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"], task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )  # fmt: skip
+    theirs = peft.get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    out = merge_files(base, tmp_path / "adapter", tmp_path / "out")
+    memory = LoraModel.from_pretrained(tmp_path / "adapter", base_model=base, merge=True)
+    memory.save_pretrained(tmp_path / "memory", max_shard_size="20KB")
+    assert_same_bits(tensors_of(out), tensors_of(tmp_path / "memory"))
+    again = LlamaForCausalLM.from_pretrained(out)
+    assert again.config.vocab_size == rows
+    with torch.no_grad():
+        assert torch.allclose(again(token_ids() % 60).logits, theirs(token_ids() % 60).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_of_positions_that_no_file_holds(tmp_path: Path) -> None:
+    """Marian computes them: they are in no file of the base and in none of the result."""
+    from transformers import MarianConfig, MarianMTModel
+
+    torch.manual_seed(0)
+    config = MarianConfig(
+        vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, pad_token_id=0,
+        decoder_start_token_id=0, eos_token_id=1, forced_eos_token_id=1,
+    )  # fmt: skip
+    base = save_base(MarianMTModel(config), tmp_path)
+    adapter = save_adapter(base, tmp_path)
+    out = merge_files(base, adapter, tmp_path / "out")
+    memory = LoraModel.from_pretrained(adapter, base_model=base, merge=True)
+    found, report = MarianMTModel.from_pretrained(out, output_loading_info=True)
+    assert_same_bits(found.state_dict(), memory.state_dict())
+    assert not report["unexpected_keys"]
+
+
+def test_a_tensor_of_the_base_that_holds_nan_is_named(tmp_path: Path) -> None:
+    model = tiny_llama()
+    base = save_base(model, tmp_path)
+    adapter = save_adapter(base, tmp_path)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = float("nan")
+    model.save_pretrained(base)
+    message = refused(MergeError, base, adapter, tmp_path / "out", allow_other_base=True)
+    assert "merge_files(" in message
+    assert "model.layers.1.mlp.up_proj.weight: a merged value is not finite" in message
+    assert not list((tmp_path / "out").glob("[!.]*"))
+
+
 def save_mixtral(folder: Path) -> Path:
     from transformers import MixtralConfig, MixtralForCausalLM
 

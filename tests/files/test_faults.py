@@ -234,6 +234,12 @@ def test_a_folder_of_folders_names_the_adapters_in_it(tmp_path: Path) -> None:
     LoraModel.from_pretrained(tmp_path / "french", base_model=tiny_llama())
 
 
+@pytest.mark.parametrize("name", ["new_embeddings.safetensors", "new_embeddings.bin"])
+def test_embeddings_of_added_tokens_beside_the_adapter_are_not_ignored(folder: Path, name: str) -> None:
+    (folder / name).write_bytes(b"")
+    assert name in refused(folder)
+
+
 # Old pickled files ---------------------------------------------------------------------------------------------------
 
 
@@ -364,7 +370,7 @@ def test_a_copy_of_the_base_in_a_foreign_file_is_compared(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama().to(torch.bfloat16))
-    with pytest.raises(BaseMismatchError, match="embed_tokens: its base weight in the file differs"):
+    with pytest.raises(BaseMismatchError, match=r"embed_tokens\.weight: its values in the file's base differ"):
         LoraModel.from_pretrained(tmp_path, base_model=tiny_llama(seed=1))
     LoraModel.from_pretrained(tmp_path, base_model=tiny_llama(seed=1), allow_other_base=True)
 

@@ -21,11 +21,22 @@ import transformers
 from families import FAMILIES, batch_of
 from helpers import assert_near, randomize, relative_error
 from packaging.version import Version
+from round_trip import check_round_trip
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lora import LoraConfig, LoraModel, apply_lora, convert_adapter, inspect_adapter
-from hf_lora.files.format import WEIGHTS_NAME, split_base_copies
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    LoraConfig,
+    LoraModel,
+    apply_lora,
+    convert_adapter,
+    inspect_adapter,
+)
+from hf_lora.adapt.inject import eject
+from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
+from hf_lora.files.load import load_adapter
 from hf_lora.files.save import adapter_state_dict
 
 EPS = torch.finfo(torch.float32).eps
@@ -376,11 +387,164 @@ def test_a_head_that_holds_the_output_embedding(name: str, part: str, tmp_path: 
     assert (expected - base(ids).logits).norm() > 0.01 * expected.norm()
 
 
-def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in_a_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "more"), [("orthogonal", {}), ("eva", {"eva_config": peft.EvaConfig(rho=1.0)}), ("mica", {})]
+)
+def test_an_initialization_of_peft_that_leaves_the_base_alone_does_not_matter_in_a_file(
+    init: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
     base = FAMILIES["llama"]()
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
-    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
+    try:
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init, **more)
+        theirs = randomize(peft.get_peft_model(copy.deepcopy(base), settings)).eval()
+    except ValueError:
+        pytest.skip("this PEFT does not have it")
     theirs.save_pretrained(tmp_path)
+    model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
+    batch = batch_of(base)
+    with torch.no_grad():
+        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=["", "rs", "ranks"])
+def test_what_peft_converted_from_an_initialization_that_changes_the_base(
+    init: Any, more: dict[str, Any], tmp_path: Path
+) -> None:
+    base = FAMILIES["llama"]()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init, **more)
+    theirs: Any = peft.get_peft_model(copy.deepcopy(base), settings).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "first")
+    theirs.peft_config["default"].init_lora_weights = init
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter *= 1.2
+    theirs.save_pretrained(tmp_path / "unconverted")
+    with pytest.raises(AdapterFileError, match=r"save_pretrained\(folder, path_initial_model_for_weight_conversion="):
+        LoraModel.from_pretrained(tmp_path / "unconverted", base_model=copy.deepcopy(base))
+    theirs.save_pretrained(tmp_path / "last", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
+    model = LoraModel.from_pretrained(tmp_path / "last", base_model=copy.deepcopy(base))
+    batch = batch_of(base)
+    with torch.no_grad():
+        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 8 * OUTPUT_ROUNDINGS)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_that_were_added_to_an_adapted_embedding_are_in_the_file(tied: bool, tmp_path: Path) -> None:
+    """PEFT writes the base's embedding beside its factors: without it nobody has the new rows."""
+    FAMILIES["llama"](tied=tied).save_pretrained(tmp_path / "base")
+    resized = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    resized.resize_token_embeddings(70)
+    targets = ["q_proj", "embed_tokens"] if tied else ["q_proj", "embed_tokens", "lm_head"]
+    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = peft.get_peft_model(copy.deepcopy(resized), settings).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.tensor([[1, 66, 5, 69, 33]])
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        model = LoraModel.from_pretrained(tmp_path / "theirs")
+        assert_near(model(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+        model.save_pretrained(tmp_path / "ours")
+        again = LoraModel.from_pretrained(tmp_path / "ours")
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        found = peft.PeftModel.from_pretrained(copy.deepcopy(resized), tmp_path / "ours").eval()
+        assert_near(found(ids).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
+
+
+def test_new_rows_of_an_output_embedding_that_no_file_holds_are_not_made_up(tmp_path: Path) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path / "base")
+    resized = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    resized.resize_token_embeddings(70)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM")
+    peft.get_peft_model(resized, settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(BaseMismatchError, match="no file contains the new rows"):
+        LoraModel.from_pretrained(tmp_path / "theirs")
+
+
+class Scaled(nn.Module):
+    """A module that multiplies by its parameter called `bias`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.inner(x) * self.bias
+        return found
+
+
+class FrozenNorm(nn.Module):
+    """A normalization of which `weight` and `bias` are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(4))
+        self.register_buffer("bias", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Any:
+        return x * self.weight + self.bias
+
+
+def test_biases_that_are_not_those_of_layers(tmp_path: Path) -> None:
+    """With bias="all" PEFT trains every parameter called bias, and also saves every buffer called bias."""
+    torch.manual_seed(0)
+    base = nn.Sequential(Scaled(), FrozenNorm(), nn.Linear(4, 4))
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["2"], bias="all"))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(5, 4)
+    expected = theirs(x)
+    model = copy.deepcopy(base)
+    load_adapter(model, tmp_path / "theirs", is_trainable=True)
+    assert_near(model(x), expected, torch.float32, OUTPUT_ROUNDINGS)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    check_round_trip(model, base, x, tmp_path)
+    unloaded = copy.deepcopy(model)
+    eject(unloaded)
+    assert torch.equal(unloaded(x), base(x))
+    with torch.no_grad():
+        base[1].bias += 1
+    with pytest.raises(BaseMismatchError, match=r"1\.bias"):
+        load_adapter(copy.deepcopy(base), tmp_path / "theirs")
+
+
+class Reads(nn.Module):
+    """A module that adds the bias of its child itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.child, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(x) + self.child.bias
+
+
+def test_a_trained_bias_that_its_parent_reads_acts_there(tmp_path: Path) -> None:
+    base, x = Reads().eval(), torch.randn(3, 4)
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["other"], bias="all"))
+    theirs.base_model.model.child.bias.data += 1
+    theirs.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    plan = load_adapter(model, tmp_path)
+    assert set(plan.biases) == {"child", "other"}
+    assert torch.equal(model(x), theirs(x))
+    assert not torch.equal(model(x), base(x))
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_layers_that_a_file_of_peft_leaves_to_a_table_are_those_with_factors(targets: Any, tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    theirs = randomize(peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=targets))).eval()
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / CONFIG_NAME
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_modules": targets}))
     model = LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
     batch = batch_of(base)
     with torch.no_grad():

@@ -274,9 +274,42 @@ def test_other_arguments_than_those_of_the_checkpoint_are_refused(arguments: Mak
         AdapterFileError, match=r"is from torch\.AdamW, but this run's optimizer is transformers\.Adafactor"
     ):
         run(arguments(**common, optim="adafactor"), resume=str(Path(arguments().output_dir, "checkpoint-2")))
+    trainer = LoraTrainer(
+        tiny_bert(), arguments(**common, head_learning_rate=3e-3), train_dataset=sentences(), lora_config=CONFIG
+    )
+    before = adapter_values(trainer.model)
+    with pytest.raises(AdapterFileError, match=r"order differs|parameter groups of .*head_learning_rate"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same_tensors(adapter_values(trainer.model), before)  # nothing was loaded
     run(arguments(name="bare", **common, save_only_model=True))
     bare = run(arguments(name="bare", **common | {"max_steps": 6}, optim="adafactor"), resume=True)
     assert bare.state.global_step == 6  # there is no state that could be another optimizer's
+
+
+def test_other_groups_of_the_same_parameters_are_refused(arguments: Make) -> None:
+    """torch would say so after the adapter was loaded, without naming the cause."""
+
+    class Split(LoraTrainer):
+        first = 0
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            if self.optimizer is None:
+                trained = [p for p in self.model.parameters() if p.requires_grad]
+                groups = [trained[: self.first], trained[self.first :]]
+                self.optimizer = torch.optim.SGD([{"params": group} for group in groups if group], lr=0.1)
+            return self.optimizer
+
+    common = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    Split.first = 3
+    run(arguments(**common), trainer=Split)
+    Split.first = 0
+    subject = Split(tiny_bert(), arguments(**common), train_dataset=sentences(), lora_config=CONFIG)
+    before = adapter_values(subject.model)
+    with pytest.raises(
+        AdapterFileError, match=r"has parameter groups of \[3, \d+\] tensors, and this run's has \[\d+\]"
+    ):
+        subject.train(resume_from_checkpoint=True)
+    assert_same_tensors(adapter_values(subject.model), before)
 
 
 def test_another_base_or_scaling_is_refused(arguments: Make) -> None:

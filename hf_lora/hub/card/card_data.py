@@ -142,13 +142,14 @@ def facts_of(model: nn.Module, name: str, folders: Iterable[Path]) -> Adapter:
         with contextlib.suppress(AdapterFileError, SafetensorError, OSError):  # missing or malformed
             if spread or _same_values(folder, tensors):
                 return read_facts(folder)
-    config = LoraConfig.from_dict(config_on_disk(model, name))
-    return Adapter(config, extras_of(model, name), {key: tuple(t.shape) for key, t in tensors.items()})
+    config, extras = LoraConfig.from_dict(config_on_disk(model, name)), extras_of(model, name)
+    config.task_type = extras["task_type"]
+    return Adapter(config, extras, {key: tuple(t.shape) for key, t in tensors.items()})
 
 
 def _same_values(folder: Path, tensors: Mapping[str, torch.Tensor]) -> bool:
     with safe_open(str(folder / WEIGHTS_NAME), "pt") as file:
-        return set(file.keys()) == set(tensors) and all(
+        return set(file.keys()) >= set(tensors) and all(
             torch.equal(file.get_tensor(key), tensor.detach().cpu()) for key, tensor in tensors.items()
         )
 

@@ -83,6 +83,21 @@ def _same_parameters(folder: Path, saved: list[str], run: Run) -> None:
     raise AdapterFileError("\n".join([*lines, FIRST_RUN]))
 
 
+def _groups(run: Run) -> list[int]:
+    """Sizes of the optimizer's parameter groups; engines drop empty ones."""
+    groups = run.groups or getattr(run.optimizer, "param_groups", [])
+    return [len(group["params"]) for group in groups if group["params"]]
+
+
+def _same_groups(folder: Path, saved: list[int], run: Run) -> None:
+    found = _groups(run)
+    if found and saved != found:
+        raise AdapterFileError(
+            f"The optimizer state in {folder} has parameter groups of {saved} tensors, and this run's has {found}: "
+            f"they depend on loraplus_lr_ratio, head_learning_rate and weight decay. {FIRST_RUN}"
+        )
+
+
 def _optimizer(run: Run) -> str | None:
     """Library and class of the optimizer, such as torch.AdamW; None under DeepSpeed, which has its own classes."""
     inner = getattr(run.optimizer, "optimizer", run.optimizer)
@@ -123,6 +138,7 @@ def _leave_out(folder: Path, saved: dict[str, list[str]], run: Run) -> None:
 
 FIELDS: dict[str, Field] = {
     "parameters": Field(lambda folder, run: _parameters(run), _same_parameters, of_optimizer=True),
+    "groups": Field(lambda folder, run: _groups(run), _same_groups, of_optimizer=True),
     "quantization": Field(lambda folder, run: run.quantization, _same_quantization, of_optimizer=False),
     "left_out": Field(_left_out, _leave_out, of_optimizer=False),
     "optimizer": Field(lambda folder, run: _optimizer(run), _same_optimizer, of_optimizer=True),

@@ -84,15 +84,22 @@ class CheckpointStore:
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
-    def load_adapters(self, folder: str, model: nn.Module) -> None:
-        """Load the adapters of a checkpoint into the model; AdapterFileError if it is incomplete or does not fit."""
+    def load_adapters(self, folder: str, model: nn.Module, optimizer: Callable[[], Any] | None = None) -> None:
+        """Load the adapters of a checkpoint into the model; AdapterFileError if it is incomplete or does not fit.
+
+        Args:
+            optimizer: returns the one that will load its state next: if that does not fit, the weights are unchanged.
+        """
         if not adapter_folders(folder):
             raise AdapterFileError(
                 f"{folder} has no {CONFIG_NAME}, so it is not the checkpoint of an adapter. Resume a checkpoint of a "
                 "whole model with transformers.Trainer, or load it with from_pretrained and adapt it."
             )
         require_complete(folder)
-        resume_fields(Path(folder), read_manifest(folder) or {}, self._run(model, None), of_optimizer=False)
+        manifest = read_manifest(folder) or {}
+        resume_fields(Path(folder), manifest, self._run(model, None), of_optimizer=False)
+        if optimizer is not None and _has_optimizer(folder):
+            resume_fields(Path(folder), manifest, self._run(model, optimizer()), of_optimizer=True)
         for name in require_state(model, "load_adapter_weights").adapters:
             load_adapter_weights(model, adapter_folder(model, folder, name), name)
 
@@ -110,7 +117,7 @@ class CheckpointStore:
 
     def has_optimizer(self, folder: str, model: nn.Module, optimizer: Any) -> bool:
         """Whether the checkpoint has the optimizer's state; warns if not. AdapterFileError if it does not fit."""
-        if not any(Path(folder).glob(f"{Path(OPTIMIZER_NAME).stem}*")):
+        if not _has_optimizer(folder):
             logger.warning(
                 f"{folder} has the adapter without the optimizer's state (save_only_model), so the optimizer and its "
                 "schedule start from the beginning, and the result will differ from an uninterrupted run."
@@ -128,6 +135,10 @@ class CheckpointStore:
 
     def _run(self, model: nn.Module, optimizer: Any) -> Run:
         return Run(model, optimizer, self.groups, self.quantization)
+
+
+def _has_optimizer(folder: str) -> bool:
+    return any(Path(folder).glob(f"{Path(OPTIMIZER_NAME).stem}*"))
 
 
 def adapter_folder(model: nn.Module, folder: str | Path, name: str) -> Path:
