@@ -7,15 +7,18 @@ from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .adapt.inner import refuse_inner
 from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_task_head
 from .adapt.state import LoraState, Task, state_of
 from .adapt.undo import all_or_nothing
 from .config import LoraConfig
+from .files.base_config import base_settings
 from .files.identity import identify
 from .model import LoraModel
 
+logger = logging.get_logger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -66,20 +69,31 @@ def apply_lora(
             if num_labels is not None or id2label is not None:
                 Task.from_labels(num_labels, id2label).apply(model)
             model = with_task_head(model, config.task_type)
-            add(model, then=partial(_begin, model, identify(model)))
+            add(model, then=_beginning(model, call))
         return model
     refuse_inner(model, call)
-    first = state_of(model) is None
     add(
         model, num_labels=num_labels, id2label=id2label,
-        then=partial(_begin, model, identify(model)) if first else None,
+        then=_beginning(model, call) if state_of(model) is None else None,
     )  # fmt: skip
     return model
 
 
-def _begin(model: nn.Module, identity: dict[str, Any], state: LoraState) -> None:
-    state.identity = identity
-    LoraModel.begin(model)
+def _beginning(model: nn.Module, call: str) -> Callable[[LoraState], None]:
+    """What ends the first injection. What the base is, is determined before."""
+    identity, settings = identify(model), base_settings(model)
+    if "not_files" in identity:
+        logger.warning(
+            f"{call}: the weights of this model are no longer those of {identity['name']} (merged, loaded or edited). "
+            "To load the adapter later, save this base before apply_lora (model.save_pretrained(folder)) and pass it: "
+            "base_model=folder."
+        )
+
+    def begin(state: LoraState) -> None:
+        state.identity, state.settings = identity, settings
+        LoraModel.begin(model)
+
+    return begin
 
 
 get_peft_model = apply_lora

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,23 +18,27 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .adapt.embeddings import vocabulary_of
 from .adapt.inner import refuse_inner
 from .adapt.labels import AUTO_CLASSES
-from .adapt.merge import merge_for_good
+from .adapt.merge import MERGED, merge_for_good
 from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report, is_own_model
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError
-from .files.format import PREFIX, AdapterFile, read_adapter
+from .files.base_config import describe_settings, set_generation, settings_for
+from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
 from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
 from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import scrub
 from .layers.ops import used_devices
+
+logger = logging.get_logger(__name__)
 
 PROCESSORS = {
     "tokenizer": "AutoTokenizer",
@@ -43,6 +47,9 @@ PROCESSORS = {
     "processor": "AutoProcessor",
 }
 """Part of a pipeline -> the auto class that loads it."""
+
+MAX_CHAIN = 16
+"""How many adapters may be the base of one another."""
 
 AFTERWARDS = ("quantization_config", "device_map", "max_memory", "offload_folder", "offload_buffers")
 """Arguments of `from_pretrained` for format and placement of the weights; they apply after merging."""
@@ -121,7 +128,7 @@ def load_lora(
     with torch.random.fork_rng(devices=used_devices()):  # initializing a missing head draws random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
-            model = _load_base(files, base_model, base_revision, kwargs)
+            model = _load_base(model_class, files, base_model, base_revision, kwargs)
         # The caller's model is all or nothing; a model that was loaded here is discarded after an error.
         with all_or_nothing(model) if model is base_model else nullcontext() as undo:
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
@@ -166,7 +173,7 @@ def _put(
 
 
 def _load_base(
-    files: Sequence[AdapterFile], base: Any, revision: str | None, kwargs: dict[str, Any]
+    model_class: Any, files: Sequence[AdapterFile], base: Any, revision: str | None, kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     file = files[0]
     name = base or file.config.base_model_name_or_path
@@ -175,15 +182,20 @@ def _load_base(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
             "Pass base_model=: a model, its folder or its repository."
         )
+    if holds_adapter(name):
+        return _load_chain(model_class, file, str(name), kwargs)
     use_recorded = revision is None and not os.path.isdir(str(name))  # Path.is_dir raises for a name that is too long
     trained_on = commit_in_training(file.config, file.extras, str(name)) if use_recorded else None
     if revision is not None or trained_on is not None:
         kwargs["revision"] = revision or trained_on
     kwargs.setdefault("trust_remote_code", False)  # only the caller may allow it; transformers would prompt
+    kwargs, own_size = _with_settings(name, file, kwargs)
     with held_load_report() as release:
         try:
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
         except OSError as error:
+            if (folder := _on_hub(name, kwargs)) is not None:
+                return _load_chain(model_class, file, folder, kwargs)
             if base is None and trained_on is None:
                 raise AdapterFileError(
                     f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which could "
@@ -197,10 +209,84 @@ def _load_base(
                 f"adapter was trained, could not be loaded ({scrub(str(error).strip().splitlines()[0])}). Check "
                 "network and access, or pass base_revision='main' to use the current base, whose weights are compared."
             ) from error
+        if getattr(model, "_hf_peft_config_loaded", False):  # PEFT is installed, and loaded it with its base
+            return _load_chain(model_class, file, str(local_adapter(name)), kwargs)
+        if own_size:
+            _check_mismatched(file, found["mismatched_keys"])
         missing = [key for key in found["missing_keys"] if not any(f"{PREFIX}{key}" in f.tensors for f in files)]
-        if missing or found["unexpected_keys"] or found["mismatched_keys"]:
+        if missing or found["unexpected_keys"] or (found["mismatched_keys"] and not own_size):
             release()  # a head in the adapter is not missing; show the report for anything else
+    set_generation(model, file.extras)
     return cast(PreTrainedModel, model)
+
+
+def _on_hub(name: object, kwargs: Mapping[str, Any]) -> str | None:
+    """The folder of an adapter on the Hub that is named as a base; None if it is not one."""
+    where = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+    try:
+        folder = local_adapter(str(name), **where)
+    except (HubError, AdapterFileError):
+        return None
+    return str(folder) if holds_adapter(folder) else None
+
+
+def _load_chain(model_class: Any, file: AdapterFile, base: str, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """A base that is an adapter itself: its base with it merged, and so on."""
+    call = f"LoraModel.from_pretrained({str(file.path)!r})"
+    chain = [base]
+    while holds_adapter(inner := read_config(Path(chain[-1])).base_model_name_or_path or ""):
+        if inner in chain or len(chain) == MAX_CHAIN:
+            raise AdapterFileError(
+                f"{call}: the base of {chain[-1]} is the adapter {inner}, and so on without end. Correct "
+                "base_model_name_or_path in its adapter_config.json, or pass base_model=: the folder of a full model."
+            )
+        chain.append(inner)
+    logger.info(f"{file.path}: its base is an adapter, which is merged into its own base: {' -> '.join(chain)}.")
+    common = {k: v for k, v in kwargs.items() if k not in ("revision", "subfolder")}
+    model: PreTrainedModel = load_lora(model_class, chain.pop(), merge=True, **common)
+    while chain:
+        model.__dict__.pop(MERGED, None)  # what is merged is what the next adapter was trained on
+        model = load_lora(model_class, chain.pop(), base_model=model, merge=True)
+    model.__dict__.pop(MERGED, None)
+    wanted = _class_of(file, model.config._name_or_path, common)
+    if hasattr(wanted, "config_class") and not isinstance(model, wanted):
+        raise AdapterFileError(
+            f"{call}: the adapter is for a {wanted.__name__}, but its base {base} is an adapter of a "
+            f"{type(model).__name__}. Merge that one into a folder, and pass it as base_model=FOLDER: hf-lora merge "
+            f"{base} --out FOLDER."
+        )
+    return model
+
+
+_WHERE = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
+"""Arguments of `from_pretrained` that say where a config is."""
+
+
+def _with_settings(base: Any, file: AdapterFile, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Arguments for loading the base with the settings of the training, and whether its head has another size.
+
+    What the caller gives is preferred.
+    """
+    if not file.extras.get("config") or "config" in kwargs:
+        return kwargs, False
+    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
+    settings = settings_for(config, file.extras)
+    logger.info(f"{file.path}: the base is loaded as in training, with {describe_settings(file.extras)}.")
+    own_size = "vocab_size" in settings and "vocab_size" not in kwargs and "ignore_mismatched_sizes" not in kwargs
+    more = {"ignore_mismatched_sizes": True} if own_size else {}
+    return {**settings, **kwargs, **more}, own_size
+
+
+def _check_mismatched(file: AdapterFile, mismatched: Iterable[Any]) -> None:
+    """Check that the adapter brings every tensor that has another size than in the base's files."""
+    names = [key[0] if isinstance(key, tuple) else key for key in mismatched]
+    lacking = [name for name in names if f"{PREFIX}{name}" not in file.tensors]
+    if lacking:
+        raise AdapterFileError(
+            f"from_pretrained({str(file.path)!r}): with the vocab_size of the training, {', '.join(lacking)} "
+            "has another size than in the base's files, and the adapter's file lacks it. Pass the base of the "
+            "training as base_model=."
+        )
 
 
 def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -217,8 +303,7 @@ def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
     auto = getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
     if file.config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         return auto
-    where = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
-    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in where if k in kwargs})
+    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
     if getattr(config, "auto_map", None):  # its class is code of its own, which the auto class finds
         return auto
     named = getattr(config, "architectures", None) or [None]

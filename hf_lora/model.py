@@ -364,7 +364,8 @@ class LoraModel(Extension, PreTrainedModel):
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """The method of transformers, which also resizes the adapters' factors and copies of the embeddings.
 
-        New rows are frozen unless the embedding is in `modules_to_save`; LoraTrainer refuses to train frozen new rows.
+        New rows are random and frozen unless input and output embedding are in `modules_to_save`. An adapter for which
+        they are frozen is not trained by LoraTrainer and not saved.
         """
         _state(self, "resize_token_embeddings")
         with resizing(self):

@@ -46,6 +46,18 @@ def randomize(model: nn.Module, seed: int = 0, scale: float = 0.3) -> nn.Module:
     return model
 
 
+def drop_modules(folder: Path, *names: str) -> Path:
+    """Take modules that were trained whole out of an adapter's file, as earlier versions wrote it without them."""
+    from safetensors.torch import load_file, save_file
+
+    weights, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({k: v for k, v in load_file(weights).items() if not any(f".{n}." in k for n in names)}, weights)
+    values = json.loads(config.read_text())
+    kept = [name for name in values["modules_to_save"] if name.rpartition(".")[2] not in names]
+    config.write_text(json.dumps(values | {"modules_to_save": kept or None}))
+    return folder
+
+
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer by name."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())

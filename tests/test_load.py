@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from families import FAMILIES, batch_of, minilm, tiny_vit
-from helpers import assert_near, assert_same_tensors, randomize, snapshot, tiny_bert, tiny_llama
+from helpers import assert_near, assert_same_tensors, drop_modules, randomize, snapshot, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
@@ -299,8 +299,9 @@ def test_a_resized_vocabulary_in_modules_to_save(adapter: Path, given: bool, tmp
 
 
 def test_a_resized_vocabulary_that_is_in_no_file(adapter: Path, tmp_path: Path) -> None:
-    model = added_tokens(type(tiny_llama()).from_pretrained(adapter.parent / "base"), None)
+    model = added_tokens(type(tiny_llama()).from_pretrained(adapter.parent / "base"), ["embed_tokens", "lm_head"])
     model.save_pretrained(tmp_path / "grown")
+    drop_modules(tmp_path / "grown", "embed_tokens", "lm_head")
     with pytest.raises(BaseMismatchError, match=r"70 rows.*the base has 64"):
         LoraModel.from_pretrained(tmp_path / "grown")
     assert LoraModel.from_pretrained(tmp_path / "grown", allow_other_base=True).config.vocab_size == 64
@@ -314,6 +315,15 @@ def test_an_output_embedding_that_the_checkpoint_lacks_is_trained_and_comes_back
     model.save_pretrained(tmp_path / "adapter")
     assert "base_model.model.lm_head.weight" in model.get_adapter_state_dict()
     assert torch.equal(logits(LoraModel.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
+def test_an_older_file_without_the_new_rows_of_the_output_embedding(adapter: Path, tmp_path: Path) -> None:
+    model = added_tokens(type(tiny_llama()).from_pretrained(adapter.parent / "base"), ["embed_tokens", "lm_head"])
+    model.save_pretrained(tmp_path)
+    LoraModel.from_pretrained(tmp_path)
+    with pytest.raises(BaseMismatchError, match="no file contains the new rows"):
+        LoraModel.from_pretrained(drop_modules(tmp_path, "lm_head"))
+    LoraModel.from_pretrained(tmp_path, allow_other_base=True)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -530,9 +540,7 @@ def test_a_head_that_the_adapter_brings_is_not_reported_missing(
     caplog.clear()
     LoraModel.from_pretrained(tmp_path / "with")
     assert "classifier.weight" not in caplog.text
-    model.unload()
-    apply_lora(model, LoraConfig(modules_to_save=[])).save_pretrained(tmp_path / "without")
-    LoraModel.from_pretrained(tmp_path / "without")
+    LoraModel.from_pretrained(drop_modules(tmp_path / "with", "classifier"))
     assert "classifier.weight" in caplog.text
 
 

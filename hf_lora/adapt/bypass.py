@@ -47,17 +47,22 @@ _LIBRARY_BASES = ("torch.nn.modules.module", "transformers.modeling_utils", "tra
 
 def bypassed_modules(model: nn.Module) -> dict[str, str]:
     """Original name -> reason, for every module whose parent's source multiplies by its weight."""
-    found = _used_in(model, "weight")
-    return {path: f"{cls} multiplies by its weight directly, so its forward may never run" for path, cls in found}
+    return {
+        path: f"{cls} multiplies by its weight directly, so its forward may never run"
+        for _, cls, path, _ in _uses(model, "weight")
+    }
 
 
-def bypassed_biases(model: nn.Module) -> dict[str, str]:
-    """Original name -> reason, for every module whose parent's source adds its bias."""
-    return {path: f"{cls} reads it directly, also without the forward" for path, cls in _used_in(model, "bias")}
+def bias_readers(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
+    """Original name -> (original name of a parent that reads its bias, its path relative to that parent)."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for name, _, path, child in _uses(model, "bias"):
+        found.setdefault(path, []).append((name, child))
+    return found
 
 
-def _used_in(model: nn.Module, attribute: str) -> Iterator[tuple[str, str]]:
-    """(original name of a module, class of its parent) where the parent's source may compute with the attribute."""
+def _uses(model: nn.Module, attribute: str) -> Iterator[tuple[str, str, str, str]]:
+    """(name of a parent, its class, name of a child, its relative path) where the parent may compute with a tensor."""
     absent: dict[str, bool] = {}  # optional argument -> whether no module of the model gives it
     for name, module in original_modules(model):
         cls = unwrap_class(type(module))
@@ -67,7 +72,7 @@ def _used_in(model: nn.Module, attribute: str) -> Iterator[tuple[str, str]]:
                     absent[argument] = not _is_given(argument, model)
             missing = {a for a in function.optional if absent.get(a) and not function.assigned(a)}
             if function.may_run(node, module, missing):
-                yield f"{name}.{child}" if name else child, cls.__name__
+                yield name, cls.__name__, f"{name}.{child}" if name else child, child
 
 
 def uncalled_embeddings(model: nn.Module) -> dict[str, str]:

@@ -26,6 +26,7 @@ from ..layers.contract import Shape, Storage, Update
 from ..layers.ops import to_float64
 from ..layers.shapes import shape_of
 from ..layers.storages import QuantizedStorage, fits, is_packed, quantization_of, storage_of, why_unreadable
+from .heads import mark_like
 from .state import state_of
 from .ties import has_broken_ties, untie_all
 from .undo import all_or_nothing
@@ -119,6 +120,7 @@ def dequantize_with(model: nn.Module, folds: dict[str, Callable[[], Update]]) ->
         if weight is None:
             dense = _dense(layer, storage, fold, dtype)
             weight = nn.Parameter(dense, requires_grad=False)
+            mark_like(weight, old)
             if fold is None:
                 shared[id(old)] = weight
         if state is not None:  # codes cannot be trained, so it was frozen; now it is like the rest of the base

@@ -20,6 +20,11 @@ def is_marked(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "_is_hf_initialized", False))
 
 
+def mark_like(new: Tensor, old: Tensor) -> None:
+    """Mark a parameter that takes the place of another as that one is."""
+    new._is_hf_initialized = is_marked(old)  # type: ignore[attr-defined]
+
+
 def has_marks(model: nn.Module) -> bool:
     """Whether any parameter of the base is marked as loaded from a checkpoint."""
     parameters = (p for _, module in original_modules(model) for p in module._parameters.values())
@@ -57,11 +62,7 @@ def has_outputs(head: nn.Module, count: int | None) -> bool:
 def find_heads(model: nn.Module) -> dict[str, str]:
     """Name -> reason, for the outermost modules that the base checkpoint lacks."""
     if has_marks(model):
-        found = dict.fromkeys(_unmarked(model), "not in the base checkpoint")
-        if found and _is_resized(model):  # transformers then created a new output embedding with the base's rows
-            head = output_embedding(model)
-            found = {name: why for name, why in found.items() if module_at(model, name) is not head}
-        return found
+        return dict.fromkeys(new_modules(model), "not in the base checkpoint")
     if output_embedding(model) is not None:
         return {}
     return dict.fromkeys(outside_backbone(model), "the task head, outside the backbone")
@@ -91,6 +92,15 @@ def why_not_called(module: nn.Module) -> str | None:
 
 def _is_uncalled(module: nn.Module) -> bool:
     return runs_forward_of(module, nn.Module)
+
+
+def new_modules(model: nn.Module) -> list[str]:
+    """The outermost modules that a model's checkpoint lacks; empty if nothing is marked."""
+    found = _unmarked(model) if has_marks(model) else []
+    if found and _is_resized(model):  # transformers then created a new output embedding with the base's rows
+        head = output_embedding(model)
+        found = [name for name in found if module_at(model, name) is not head]
+    return found
 
 
 def _is_resized(model: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from ..errors import ConfigError, Faults, StateError, listed
 from ..layers.distributed import how_sharded
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
+from .bypass import bias_readers
 from .embeddings import checkpoint_vocabulary
-from .heads import has_outputs, is_random
+from .heads import has_outputs, is_random, new_modules
 from .inner import end_models
 from .state import (
     AdapterRecord,
@@ -34,7 +35,7 @@ from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all
 from .undo import all_or_nothing, gc_paused
-from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, put
+from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, places_of, put
 
 LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
@@ -88,10 +89,11 @@ def inject(
             record.task = task or replace(base_task(model))
             own = ((heads or {}).get(path) or module_at(model, path) for path in plan.saved)
             record.has_labels = bool(heads) or any(has_outputs(head, record.task.num_labels) for head in own)
+        places = places_of(model) if plan.saved or plan.others else {}
         for part, planned in _planned(model, plan, name, heads or {}):
             instead = part.attach(state.activity, planned)
             if instead is not None:
-                put(model, part.path, instead)
+                put(model, part.path, instead, places)
         state.adapters[name] = record
         if trainable:
             keep_differentiable(module for _, module in original_modules(model))
@@ -172,18 +174,22 @@ def _planned(
         yield Factors(target.path, target.module, name, target.site), target
     for path in plan.saved:
         yield Copy(path, placed(model, path), name), heads.get(path)
+    readers_of_bias = bias_readers(model) if plan.biases else {}
     for path in plan.biases:
-        yield Bias(path, module_at(model, path), name), None
+        readers = [(module_at(model, reader), below) for reader, below in readers_of_bias.get(path, ())]
+        yield Bias(path, module_at(model, path), name), readers
     for planned in plan.others:
         yield planned.kind(planned.path, module_at(model, planned.path), name), planned
 
 
 def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -> None:
     """Remove parts; those of the adapters `keep` that replace modules stay in their place."""
-    for part in list(owned):
+    owned = list(owned)
+    places = places_of(model) if any(part.whole_module for part in owned) else None
+    for part in owned:
         instead = part.remove(keep=part.adapter in keep)
         if instead is not None:
-            put(model, part.path, instead)
+            put(model, part.path, instead, places)
 
 
 def _check_name(name: object) -> None:
@@ -272,6 +278,7 @@ def _first(model: nn.Module) -> LoraState:
         required_grad={n: p.requires_grad for n, p in parameters.items()},
         base_task=Task.of(model),
         vocabulary=checkpoint_vocabulary(model),
+        new_modules=new_modules(model),
         random_base=is_random(model),
         has_batchnorm=any(isinstance(m, _BatchNorm) for _, m in original_modules(model)),
     )

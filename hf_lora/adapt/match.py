@@ -125,5 +125,9 @@ class PatternTable:
         self._used.add(found)
         return self._rows[found][1]
 
+    def of(self, name: str, path: str, default: Any) -> Any:
+        """The value for a weight `name` of the module `path`: its own, else that of the module."""
+        return self.get(name, default if name == path else self.get(path, default))
+
     def unused(self) -> list[str]:
         return [key for i, (key, _) in enumerate(self._rows) if i not in self._used]

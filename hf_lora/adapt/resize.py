@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from ..errors import Faults, StateError
 from ..layers.base import LoraLayer
 from ..layers.class_swap import mixins_of
-from ..layers.copies import Replacement
 from ..layers.hosts import Host
-from .embeddings import input_embedding, output_embedding, vocabulary_of
-from .state import keep_frozen, require_state, state_of, update_requires_grad
+from .embeddings import output_embedding
+from .state import keep_frozen, require_state, update_requires_grad
 from .undo import all_or_nothing
 from .walk import adapter_layers, original_modules, parts, put, replacements
 
@@ -91,17 +90,3 @@ def _move_adapters(old: nn.Module, new: nn.Module) -> None:
         if name.startswith("lora_"):
             new.add_module(name, child)
     new.train(old.training)
-
-
-def frozen_new_rows(model: nn.Module) -> tuple[int, int] | None:
-    """(rows in the checkpoint, rows now) if the vocabulary has grown and no active adapter trains the embedding.
-
-    No file would contain such rows, so a reloaded model would have other values.
-    """
-    state = state_of(model)
-    now = vocabulary_of(model)
-    if state is None or state.vocabulary is None or now is None or now <= state.vocabulary:
-        return None
-    embedding = input_embedding(model)
-    kept = isinstance(embedding, Replacement) and any(n in embedding._names for n in state.activity.active)
-    return None if kept else (state.vocabulary, now)

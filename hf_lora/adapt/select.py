@@ -18,8 +18,10 @@ from .bypass import bypassed_modules, uncalled_embeddings
 from .embeddings import output_embeddings
 from .heads import outside_backbone
 from .match import holder, layer_index, matcher
+from .unsaved import modules_in_no_checkpoint
 
-ONLY_WHOLE = "matches only modules that are trained whole; pass modules_to_save=[] to adapt them instead"
+ONLY_WHOLE = "matches only modules that are trained whole; leave them out of modules_to_save ([]: none) to adapt them"
+ONLY_NEW = "matches only modules that the base checkpoint lacks, which are trained whole; leave it out"
 ONLY_OUTSIDE = "matches only modules outside layers_to_transform"
 ONLY_CONTAINERS = "matches only containers of layers, which have no weight themselves"
 
@@ -55,6 +57,7 @@ class Selection:
         self._modules = modules
         self._config = config
         self._saved = frozenset(saved)
+        self._new = frozenset(modules_in_no_checkpoint(modules[""]))
         self._faults = faults
         self._allow_bypassed = allow_bypassed
         self._from_file = from_file
@@ -89,7 +92,7 @@ class Selection:
             self._hit.update(patterns)
         elif whole is not None:
             self.skipped[name] = f"trained whole, as part of {whole}"
-            self._elsewhere |= dict.fromkeys(patterns, ONLY_WHOLE)
+            self._elsewhere |= dict.fromkeys(patterns, ONLY_NEW if whole in self._new else ONLY_WHOLE)
         elif name not in patterns and not self._is_in_layers(name):  # as in PEFT, a whole name needs no index
             self.skipped[name] = "its layer is not in layers_to_transform"
             self._elsewhere |= dict.fromkeys(patterns, ONLY_OUTSIDE)

@@ -129,11 +129,15 @@ class LoraState:
     """Original parameter name -> requires_grad before the first adapter."""
     identity: dict[str, Any] = field(default_factory=dict)
     """Identity of the base model before anything changed: see files/identity.py."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings in the files of the base model: see files/base_config.py."""
     base_task: Task = field(default_factory=Task)
     """The task of the model before the first adapter."""
     random_base: bool = False
     vocabulary: int | None = None
-    """Rows of the input embedding in the base checkpoint, if known: see resize.py."""
+    """Rows of the input embedding in the base checkpoint, if known."""
+    new_modules: list[str] = field(default_factory=list)
+    """Modules that the base checkpoint lacks; sharding removes the marks that show them."""
     has_batchnorm: bool = False
     resumable: bool = False
     """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""

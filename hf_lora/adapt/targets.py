@@ -5,7 +5,7 @@ All decisions are made and all faults found before the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -15,19 +15,18 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.contract import FactorSpec, Method, Shape, Storage
-from ..layers.copies import BIAS_CLASSES
 from ..layers.hosts import is_offloaded
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned
-from ..layers.shapes import runs_forward_of
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
-from .bypass import bypassed_biases, bypassed_modules, uncalled_embeddings
+from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
+from .unsaved import why_unsaved
 from .walk import original_modules
 
 NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted."
@@ -114,7 +113,8 @@ def explain_targets(model: nn.Module, config: object = None) -> Explanation:
     Raises:
         TargetError: lists every pattern that matches nothing and every named module that cannot be adapted.
     """
-    return resolve(model, LoraConfig.from_any(config), call="explain_targets(model, config)", allow_bypassed=True)
+    call = "explain_targets(model, config)"
+    return resolve(model, LoraConfig.from_any(config), call, allow_bypassed=True, explain=True)
 
 
 def resolve(
@@ -123,6 +123,7 @@ def resolve(
     call: str,
     allow_bypassed: bool = False,
     from_file: bool = False,
+    explain: bool = False,
     saved: dict[str, str] | None = None,
 ) -> Explanation:
     """The plan of an injection.
@@ -131,6 +132,7 @@ def resolve(
         allow_bypassed: adapt named layers even if their parent multiplies by their weight directly.
         from_file: the configuration comes from an adapter's file, whose tensors decide: patterns that match nothing
             are not faults.
+        explain: note what would be in no file, instead of refusing it.
         saved: name -> reason, for the modules to train whole; default: as the configuration says.
     """
     faults = Faults(call)
@@ -152,9 +154,7 @@ def resolve(
         dropout = 0.0 if shape.looks_up else config.lora_dropout
         for site, storage in sites:
             name = f"{path}.{site.name}" if isinstance(site, View) else path
-            r, alpha = (
-                table.get(name, wanted if name == path else table.get(path, wanted)) for table, wanted in tables
-            )
+            r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
             scaling = config.scaling(r, alpha)
             refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
             if refused is not None:
@@ -163,18 +163,21 @@ def resolve(
             specs = init.declare(shape, method.declare(site, shape, r))
             adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
             plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
+    unsaved = None if from_file else why_unsaved(model, plan.saved)
+    if unsaved is not None and not explain:
+        faults.add(unsaved)
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
-    plan.biases = _bias_modules(modules, config, chosen, plan, from_file)
+    plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
     for kind, wanted in config.parts.items():
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
             planned.kind = PARTS[kind]
         plan.others += found
     faults.check(TargetError, NEXT_STEP)
-    plan.notes = _notes(modules, plan)
+    plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
     return plan
 
 
@@ -198,10 +201,10 @@ def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) 
         )
 
 
-def scalings(config: LoraConfig) -> Callable[[str], float]:
-    """Original name of an adapted layer -> the scaling of B A there."""
+def scalings(config: LoraConfig) -> Callable[[str, str], float]:
+    """(original name of an adapted weight, that of its module) -> the scaling of B A there."""
     ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
-    return lambda name: config.scaling(ranks.get(name, config.r), alphas.get(name, config.alpha))
+    return lambda name, path: config.scaling(ranks.of(name, path, config.r), alphas.of(name, path, config.alpha))
 
 
 def _saved_modules(
@@ -256,25 +259,27 @@ def _refuse_packed(modules: dict[str, nn.Module], saved: dict[str, str], faults:
 
 
 def _bias_modules(
-    modules: dict[str, nn.Module], config: LoraConfig, chosen: Iterable[str], plan: Explanation, from_file: bool
+    modules: dict[str, nn.Module], config: LoraConfig, chosen: Container[str], plan: Explanation
 ) -> list[str]:
-    if config.bias == "none":
-        return []
-    found = []
-    bypassed = {} if from_file else bypassed_modules(modules[""])
-    read = {} if from_file else bypassed_biases(modules[""])
+    """The layers whose bias is trained: all that have one, or those with factors; a bias that several hold once.
+
+    A module without a weight, such as a head for masked tokens, holds the bias of a layer inside it.
+    """
+    found: dict[int, str] = {}
     for name, module in modules.items():
-        if config.bias == "lora_only" and name not in chosen:
+        bias = module._parameters.get("bias")
+        if bias is None or not bias.is_floating_point() or (config.bias == "lora_only" and name not in chosen):
             continue
-        if module._parameters.get("bias") is None or holder(name, plan.saved) is not None:
+        if holder(name, plan.saved) is not None:
             continue
-        if name in read or (name in bypassed and name not in chosen):
-            plan.skipped[f"{name}.bias"] = bypassed.get(name) or read[name]
-        elif name in chosen or any(runs_forward_of(module, cls) for cls in BIAS_CLASSES):
-            found.append(name)
+        is_layer = name in chosen or "weight" in module._parameters or "parametrizations" in module._modules
+        if not is_layer:
+            plan.skipped[f"{name}.bias"] = f"{type(module).__name__} has no weight"
+        elif id(bias) in found:
+            plan.skipped[f"{name}.bias"] = f"is the bias of {found[id(bias)]}"
         else:
-            plan.skipped[f"{name}.bias"] = f"{type(module).__name__} may use its bias in an unsupported way"
-    return found
+            found[id(bias)] = name
+    return list(found.values())
 
 
 def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:

@@ -13,6 +13,7 @@ from torch import nn
 from ..layers.class_swap import unwrap_class
 from ..layers.copies import Replacement
 from ..layers.parts import Fold
+from .heads import mark_like
 from .walk import module_at, original_modules
 
 
@@ -115,7 +116,9 @@ def _copy_parameter(module: nn.Module, name: str, ties: Ties) -> None:
     parameter = module._parameters[name]
     if parameter is not None:
         ties.parameters.append((module, name, parameter))
-        module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        made = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+        mark_like(made, parameter)
+        module._parameters[name] = made
 
 
 def forward_reads_tie_flag(model: nn.Module) -> bool:

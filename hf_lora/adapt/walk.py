@@ -149,6 +149,11 @@ def adapter_layers(model: nn.Module) -> dict[str, Site]:
     }
 
 
+def module_of(name: str, site: Site) -> str:
+    """The original name of the module of a site that `adapter_layers` calls `name`."""
+    return name.removesuffix(f".{site.name}") if isinstance(site, View) else name
+
+
 def adapted_modules(model: nn.Module, name: str) -> set[str]:
     """Original names of the modules with factors of one adapter."""
     layers = adapter_layers(model)
@@ -184,10 +189,32 @@ def placed(model: nn.Module, path: str) -> nn.Module:
     return found
 
 
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Replace the module (or replacement) at an original name."""
-    parent, _, leaf = path.rpartition(".")
-    setattr(module_at(model, parent), leaf, module)
+Places = dict[int, list[tuple[nn.Module, str]]]
+"""id of a module -> where a model has it: its parents, and its name in each."""
+
+
+def places_of(model: nn.Module) -> Places:
+    """Where a model has each module. Most are in one place; T5 has its embedding in three."""
+    found: Places = {}
+    for parent in model.modules():
+        for leaf, child in parent._modules.items():
+            if child is not None:
+                found.setdefault(id(child), []).append((parent, leaf))
+    return found
+
+
+def put(model: nn.Module, path: str, module: nn.Module, places: Places | None = None) -> None:
+    """Replace the module (or replacement) at an original name, and wherever else the model has the same module.
+
+    Args:
+        places: the result of `places_of`, which is updated, for several calls.
+    """
+    places = places_of(model) if places is None else places
+    held = places.pop(id(placed(model, path)))
+    for parent, leaf in held:
+        if parent is not module:
+            setattr(parent, leaf, module)
+    places[id(module)] = held
 
 
 def _inside(module: Any) -> Any:

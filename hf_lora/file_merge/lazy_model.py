@@ -23,6 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
 from ..errors import AdapterFileError, BaseMismatchError
+from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
 from ..files.load import load_adapter, vocabulary_in
 from ..files.renamed import with_present_names
@@ -66,6 +67,7 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
         BaseMismatchError: the adapter was trained on another base.
     """
     config, cls = _class_of(checkpoint.folder, file, call)
+    set_settings(config, file.extras)
     model = _on_meta(cls, config, call)
     file = with_present_names(model, file, call)
     if _fit_vocabulary(model, file, call, allow_other_base):
@@ -77,6 +79,7 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
     _fill(shell)
     _tie(shell)
     _set_placeholders(shell)
+    set_generation(model, file.extras)
     load_adapter(model, file, NAME, allow_other_base=allow_other_base, call=call)
     return shell
 

@@ -111,8 +111,8 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     """
     plan, faults = Plan(shell, dtype), Faults(call)
     folds = folds_of(shell.model, (NAME,), added=True)
-    replaced = _replacements(shell)
     extra = _untied(plan, folds, untie)
+    replaced = _replacements(plan)
     _plan_folds(plan, folds, replaced.keys(), faults)
     try:
         check_mergeable(shell.model, folds, (NAME,), untie=untie, keep=False, call=call)
@@ -131,17 +131,21 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     return plan
 
 
-def _replacements(shell: Shell) -> dict[str, tuple[Tensor, torch.dtype]]:
-    """Name in memory -> (values, dtype) of the tensors that the adapter replaces: heads, embeddings, biases."""
+def _replacements(plan: Plan) -> dict[str, tuple[Tensor, torch.dtype]]:
+    """Name in memory -> (values, dtype) of the tensors that the adapter replaces: heads, embeddings, biases.
+
+    A bias that is tied to another one, and stays so, is written under the name that the files have for it.
+    """
+    shell = plan.shell
     found: dict[str, tuple[Tensor, torch.dtype]] = {}
     alike: dict[str, list[str]] = {}  # the names under which the files hold a tensor that is tied
     for name in sorted(shell.names.held):
         alike.setdefault(shell.owners.get(name, name), []).append(name)
     for part in parts(shell.model, NAME):
+        stays_tied = not part.whole_module and not plan.untied
         for name, own, base in part.replaced():
-            # A module that is trained whole is not tied any more; any other tensor is replaced wherever it is.
-            names = [] if part.whole_module else alike.get(shell.owners.get(name, name), [])
-            for each in names or [name]:
+            owner = shell.owners.get(name, name)
+            for each in alike.get(owner, [owner]) if stays_tied else [name]:
                 found[each] = own.detach(), base.dtype
     return found
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapt.state import require_state, running_task
+from ..files.base_config import changed_json
 from ..layers.class_swap import unwrap_class
 from .plan import Plan
 from .ranges import INDEX_NAME
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 TOKENIZER = ("*token*", "*.jinja", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
 PROCESSOR = ("*processor_config.json",)
 CARRIED = (*TOKENIZER, *PROCESSOR, "*.json", "*.txt", "LICENSE*", "NOTICE*")
@@ -33,6 +35,10 @@ def writers_of(plan: Plan) -> Writers:
     if index is not None:
         same = index == plan.shell.checkpoint.index
         found[INDEX_NAME] = partial(shutil.copyfile, base / INDEX_NAME) if same else _writer(index)
+    tokens = plan.shell.file.extras.get("generation")
+    if tokens:
+        path = base / GENERATION
+        found[GENERATION] = _writer((json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}) | tokens)
     held = json.loads((base / CONFIG).read_text(encoding="utf-8"))
     config = _config(plan, json.loads(json.dumps(held)))
     found[CONFIG] = partial(shutil.copyfile, base / CONFIG) if config == held else _writer(config)
@@ -85,6 +91,7 @@ def _config(plan: Plan, values: dict[str, Any]) -> dict[str, Any]:
         values["label2id"] = dict(task.label2id or {})
         if task.problem_type or "problem_type" in values:
             values["problem_type"] = task.problem_type
+    changed_json(values, plan.shell.file.extras)
     text = model.config.get_text_config()
     inner = next(
         (v for k, v in values.items() if isinstance(v, dict) and getattr(model.config, k, None) is text), None

@@ -25,7 +25,7 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ..errors import AdapterFileError, ConfigError, Faults, LoraError, MergeError, nearest
-from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, holds_adapter, read_adapter
 from ..safe_io.atomic import (
     JOURNAL_NAME,
     finish_moves,
@@ -142,6 +142,11 @@ def _open(
 def _open_base(base: Path, faults: Faults) -> Checkpoint:
     if not base.is_dir():
         faults.add(f"{base} is not a folder")
+        return Checkpoint(base)
+    if holds_adapter(base):
+        faults.add(
+            f"{base} is an adapter. Merge it first (hf-lora merge {base} --out FOLDER) and name FOLDER as the base"
+        )
         return Checkpoint(base)
     try:
         if '"quantization_config"' in (base / "config.json").read_text(encoding="utf-8"):

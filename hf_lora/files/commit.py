@@ -32,7 +32,7 @@ def cached_commit(name: str, samples: Mapping[str, str] | None, sample: Sample, 
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or Path(name).exists():
         return None
-    storage = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+    storage = Path(constants.HF_HUB_CACHE) / _storage(name)
     found = {}
     for folder in storage.glob("snapshots/*"):
         files = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
@@ -44,6 +44,17 @@ def cached_commit(name: str, samples: Mapping[str, str] | None, sample: Sample, 
     ref = storage / "refs" / "main"
     main = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
     return main if main in certain else (certain[0] if len(certain) == 1 else None)
+
+
+def cached_folder(name: str, commit: str) -> Path:
+    """Where the cache has the files of a commit, if it does."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / _storage(name) / "snapshots" / commit
+
+
+def _storage(name: str) -> str:
+    return f"models--{name.replace('/', '--')}"
 
 
 def _holds(files: list[Path], samples: Mapping[str, str], sample: Sample, same: Same) -> bool | None:

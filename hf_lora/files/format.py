@@ -274,6 +274,13 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations of PEFT that subtract their first update from the base."""
 
 
+def holds_adapter(folder: object) -> bool:
+    """Whether a folder holds an adapter, and no full model."""
+    place = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
+    has = [os.path.isfile(os.path.join(place, name)) for name in (CONFIG_NAME, "config.json")]
+    return has == [True, False]
+
+
 def read_config(path: Path) -> LoraConfig:
     """The adapter_config.json of a folder."""
     file = path / CONFIG_NAME
@@ -368,7 +375,7 @@ def write_adapter(
     writers: dict[str, Callable[[Path], object]] = {
         WEIGHTS_NAME: lambda file: save_file(ready, file, metadata={"format": "pt"}),
         EXTRAS_NAME: lambda file: file.write_text(_json(extras), encoding="utf-8"),
-        CONFIG_NAME: lambda file: file.write_text(_json(config), encoding="utf-8"),
+        CONFIG_NAME: lambda file: file.write_text(_json(dict(sorted(config.items())), False), encoding="utf-8"),
     }
     replace_together(path, writers)
     return path
@@ -385,5 +392,6 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+def _json(values: Mapping[str, Any], sort_keys: bool = True) -> str:
+    """Tables of patterns must keep their order: the first that matches applies."""
+    return json.dumps(values, indent=2, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,10 +1,13 @@
-"""The identity of the base model of an adapter: that of the checkpoint, not of the tensors in memory.
+"""The identity of the base model of an adapter: that of the weights that it was trained on.
 
 Up to three marks are recorded when LoRA is first applied: repository and commit; a hash of a local folder's
 safetensors headers and of sampled bytes; and sampled weights rounded to bfloat16, which are nearly the same if the
-checkpoint is loaded in another dtype. The weights decide if both sides have them, because a model in memory may have
-changed since it was loaded; otherwise two bases are the same if any mark agrees. A model that adapters were merged
-into has no marks of its files. Labels, heads, dropout and vocabulary are not part of the identity.
+checkpoint is loaded in another dtype. If the weights in memory are no longer those of the files (unchanged.py), such
+as after a merge, the first two say what the base is not.
+
+Two bases differ if one is known not to be the other; otherwise their weights decide, which are compared wherever both
+are known: files of one checkpoint may differ in dtype or layout, and commits in other files. Without weights, files or
+commit must agree. Labels, heads, dropout and vocabulary are not part of the identity.
 
 Quantization is not part of it either: a base that is quantized at load is identified by its files and its dense
 weights. A checkpoint of quantized weights has different files, which are compared only with those of the same kind.
@@ -22,47 +25,87 @@ import torch
 from torch import nn
 
 from ..adapt.embeddings import output_embedding
-from ..adapt.heads import has_marks, is_marked, outside_backbone
+from ..adapt.heads import outside_backbone
 from ..adapt.merge import MERGED
+from ..adapt.state import require_state
+from ..adapt.unsaved import modules_in_no_checkpoint
 from ..adapt.walk import original_modules
 from ..layers.distributed import is_sharded
-from .commit import cached_commit
+from .commit import cached_commit, cached_folder
+from .unchanged import has_other_weights, weight_files
 
 SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 16
 SAMPLED_BYTES = 4096
 
+FILE_MARKS = ("commit", "files")
+"""The marks that describe files."""
+
 Identity = dict[str, Any]
 
 
 def identify(model: nn.Module) -> Identity:
-    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`…"""
+    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`…
+
+    `not_files` are the marks of files whose weights the model no longer has.
+    """
     config: Any = getattr(model, "config", None)
     merged = list(model.__dict__.get(MERGED, ()))
-    name = "" if merged else getattr(config, "_name_or_path", "") or ""
+    name = getattr(config, "_name_or_path", "") or ""
+    weights = sample_weights(model)
+    commit = getattr(config, "_commit_hash", None)
+    if name and commit is None:
+        commit = cached_commit(name, weights, _sample, _same_weights)
     marks: Identity = {
         "name": name or None,
-        "commit": None if merged else getattr(config, "_commit_hash", None),
+        "commit": commit,
         "files": hash_files(Path(name)) if name else None,
-        "weights": (weights := sample_weights(model)),
+        "weights": weights,
         "model_type": getattr(config, "model_type", None),
         "quantized": _quantized_files(model),
         "merged": merged or None,
     }
-    if name and marks["commit"] is None:
-        marks["commit"] = cached_commit(name, weights, _sample, _same_weights)
+    folder = Path(name) if commit is None or marks["files"] else cached_folder(name, commit)
+    if name and not marks["quantized"] and has_other_weights(model, weight_files(folder)):
+        marks = _without_files(marks)
     return {key: value for key, value in marks.items() if value is not None}
+
+
+def renewed(recorded: Identity, model: nn.Module) -> Identity:
+    """The identity of a model with adapters: the recorded one, unless the weights of its base have changed since.
+
+    While adapters are merged, the weights are not those of the base.
+    """
+    if require_state(model, "identity").activity.merged:
+        return recorded
+    then, now = recorded.get("weights"), sample_weights(model)
+    if not then or not now or not then.keys() & now.keys() or _same_weights(then, now):
+        return recorded
+    return _without_files(recorded) | {"weights": now}
+
+
+def _without_files(marks: Identity) -> Identity:
+    """The marks of a base whose weights are not those of its files."""
+    kept = {key: value for key, value in marks.items() if key not in FILE_MARKS}
+    others = {key: marks[key] for key in FILE_MARKS if marks.get(key) is not None}
+    return kept | {"not_files": others} if others else kept
 
 
 def differs(saved: Identity, found: Identity) -> str | None:
     """How this base (`found`) differs from the one that a file names; None if it is the same or unknown."""
     if saved.get("model_type") != found.get("model_type") and saved.get("model_type") and found.get("model_type"):
         return f"the adapter was trained on a {saved['model_type']} model, this is a {found['model_type']} model"
-    if found.get("merged") and found["merged"] != saved.get("merged"):
-        names = ", ".join(map(repr, found["merged"]))
-        return f"this model contains the merged {names}, and the adapter was trained without that"
+    names = f"(trained on {saved.get('name', 'an unnamed base')}, found {found.get('name', 'an unnamed base')})"
+    added = found.get("merged") if found.get("merged") != saved.get("merged") else None
+    this = f"this model contains the merged {', '.join(map(repr, added))}" if added else "this is another base model"
+    for changed, whole, whose in ((saved, found, "in training"), (found, saved, "in memory")):
+        known = (changed.get("not_files") or {}).items()
+        if any(whole.get(mark) == value for mark, value in known):
+            return f"{this}: its weights {whose} were not those of its files {names}"
+    if added:
+        return f"{this}, and the adapter was trained without that"
     alike = saved.get("quantized") == found.get("quantized")
-    marks = [mark for mark in ("commit", "files") if alike and saved.get(mark) and found.get(mark)]
+    marks = [mark for mark in FILE_MARKS if alike and saved.get(mark) and found.get(mark)]
     same = {mark: saved[mark] == found[mark] for mark in marks}
     then, now = saved.get("weights") or {}, found.get("weights") or {}
     if then.keys() & now.keys():
@@ -70,8 +113,7 @@ def differs(saved: Identity, found: Identity) -> str | None:
     if not same or same.get("weights", any(same.values())):
         return None
     what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
-    listed = " and ".join(what[mark] for mark in same)
-    names = f"(trained on {saved.get('name', 'an unnamed base')}, found {found.get('name', 'an unnamed base')})"
+    listed = " and ".join(what[mark] for mark, agrees in same.items() if not agrees)
     return f"this is another base model: {listed} differ {names}"
 
 
@@ -85,9 +127,7 @@ def _quantized_files(model: nn.Module) -> str | None:
 
 def hash_files(folder: Path) -> str | None:
     """A hash of the headers and sampled bytes of a local folder's safetensors files; None if there are none."""
-    if not folder.is_dir():
-        return None
-    paths = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("adapter_"))
+    paths = weight_files(folder)
     if not paths:
         return None
     digest = hashlib.sha256()
@@ -107,13 +147,13 @@ def hash_files(folder: Path) -> str | None:
 def sample_weights(model: nn.Module) -> dict[str, str] | None:
     """Name -> sampled elements (bfloat16, base64) of some matrices of the backbone; None if they are not available.
 
-    Embeddings (they may be resized), heads and what is not in the checkpoint are skipped, and names are relative to
-    the backbone. The matrices are chosen by their names alone, so that models of one checkpoint with different heads
-    or poolers share most of them.
+    Embeddings (they may be resized), heads and modules that the checkpoint lacks are skipped, and names are relative
+    to the backbone. The matrices are chosen by their names alone, so that models of one checkpoint with different
+    heads or poolers share most of them.
     """
     prefix = getattr(model, "base_model_prefix", "")
-    heads = tuple(f"{name}." for name in outside_backbone(model))
-    head, loaded = output_embedding(model), has_marks(model)
+    heads = tuple(f"{name}." for name in (*outside_backbone(model), *modules_in_no_checkpoint(model)))
+    head = output_embedding(model)
     matrices: dict[str, torch.Tensor] = {}
     for name, module in original_modules(model):
         weight = module._parameters.get("weight")
@@ -123,8 +163,6 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
             continue
         if not any(weight.stride()):
             continue  # one number that stands in for a weight
-        if loaded and not is_marked(weight):
-            continue
         if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
             return None  # packed or sharded: its elements are not the checkpoint's
         matrices[name.removeprefix(f"{prefix}.")] = weight

@@ -6,26 +6,28 @@ import math
 import os
 from collections.abc import Container, Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from ..adapt.bypass import bypassed_biases, bypassed_modules
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
 from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
-from ..adapt.walk import adapter_layers, module_at, original_modules, original_state, parts
+from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
+from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
+from .base_config import base_settings, other_settings
+from .biases import biases_in
 from .format import (
     PREFIX,
     AdapterFile,
@@ -35,9 +37,11 @@ from .format import (
     read_adapter,
     stored,
 )
-from .identity import differs, identify, is_absent
+from .identity import differs, identify, is_absent, renewed
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
+
+logger = logging.get_logger(__name__)
 
 COMPARED_ROWS = 1024
 """Rows of a base weight that are compared, as float32, at a time."""
@@ -61,7 +65,8 @@ def load_adapter(
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
     call = f"{call}({str(file.path)!r}, {name!r})"
     state = state_of(model)
-    identity = state.identity if state is not None else identify(model)
+    identity = renewed(state.identity, model) if state is not None else identify(model)
+    settings = state.settings if state is not None else base_settings(model)
     difference = differs(file.extras.get("base") or {}, identity)
     if difference and not allow_other_base:
         raise BaseMismatchError(
@@ -76,7 +81,10 @@ def load_adapter(
         if spec.key is not None
     }
     adapted = {t.path for t in plan.layers}
-    expected |= {_bias_key(path, adapted, file.tensors): _bias_shape(module_at(model, path)) for path in plan.biases}
+    faults = Faults(call)
+    tensors, plan.biases = biases_in(model, plan, file, faults)
+    keys = {path: key_of(path, bias_key(path in adapted)) for path in plan.biases}
+    expected |= {key: whole_shape(base_bias(module_at(model, path))) for path, key in keys.items()}
     task = task or _task_by_shape(model, plan, file)
     other = _model_on_meta(model, plan, task)
     copies: dict[str, Tensor] = {}
@@ -85,21 +93,23 @@ def load_adapter(
         copies |= {key_of(path, key): tensor for key, tensor in original_state(head).items()}
     expected |= {key: tuple(tensor.shape) for key, tensor in copies.items()}
     _check_base_copies(model, frozen, allow_other_base, call)
-    faults = Faults(call)
-    _check_read_biases(model, plan, file, faults)
-    compare(expected, file.tensors, faults)
-    compare_kinds(copies, file.tensors, faults)
+    compare(expected, tensors, faults)
+    compare_kinds(copies, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
+    others = other_settings(model, file.extras)
 
     def fill(state: LoraState) -> None:
-        state.identity = identity
-        assign(model, name, file.tensors)
+        state.identity, state.settings = identity, settings
+        assign(model, name, tensors)
 
-    return inject(
+    inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
         call=call,
     )  # fmt: skip
+    if others:
+        logger.warning(f"{call}: the adapter was trained with {others}. This base has other values: set them on it.")
+    return plan
 
 
 def load_adapter_weights(
@@ -171,8 +181,9 @@ def _compare_scalings(
     """Add a fault for the layers whose scaling differs in the file's configuration."""
     found: dict[tuple[float, float], list[str]] = {}
     of_file, of_model = scalings(saved), scalings(own)
-    for path in (path for path, layer in layers.items() if name in layer._lora.names):
-        pair = of_file(path), of_model(path)
+    for path, layer in ((path, layer) for path, layer in layers.items() if name in layer._lora.names):
+        module = module_of(path, layer)
+        pair = of_file(path, module), of_model(path, module)
         if not math.isclose(*pair, rel_tol=1e-9):
             found.setdefault(pair, []).append(path)
     for (then, now), paths in found.items():
@@ -215,9 +226,6 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
-    optional = {**bypassed_modules(model), **bypassed_biases(model)} if plan.biases else {}
-    # A new adapter does not train the bias of a layer that its parent reads, so the file may have none.
-    plan.biases = [path for path in plan.biases if path not in optional or _holds_bias(path, file.tensors)]
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
     buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
     keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
@@ -257,22 +265,6 @@ def _other_biases(
         elif bias is not None and _same_as(planned[id(bias)], tensors[key], tensors):
             seconds.add(key)
     return buffers, seconds
-
-
-def _check_read_biases(model: nn.Module, plan: Explanation, file: AdapterFile, faults: Faults) -> None:
-    """Add a fault for each bias that another library trained and that a parent reads, where ours would not be."""
-    read = bypassed_biases(model) if plan.biases and not file.extras else {}
-    for path in plan.biases:
-        base: Any = module_at(model, path).bias
-        if path in read and not is_absent(base) and not _same_as(path, base.detach().cpu(), file.tensors):
-            faults.add(
-                f"{path}.bias was trained, but {read[path]}, so that the adapter's own would have no effect there; "
-                "merge it with PEFT's merge_and_unload and use the merged model"
-            )
-
-
-def _holds_bias(path: str, tensors: Mapping[str, Tensor]) -> bool:
-    return any(key_of(path, bias_key(adapted)) in tensors for adapted in (True, False))
 
 
 def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
@@ -344,13 +336,8 @@ def _alias(key: str, own: Container[str]) -> str:
     return other if other in own else key
 
 
-def _bias_key(path: str, adapted: set[str], tensors: Mapping[str, Tensor]) -> str:
-    keys = [key_of(path, bias_key(a)) for a in (path in adapted, path not in adapted)]
-    return next((key for key in keys if key in tensors), keys[0])
-
-
-def _bias_shape(module: Any) -> tuple[int, ...]:
-    return whole_shape(module.bias)
+def _holds(key: str, path: str) -> bool:
+    return key.startswith(key_of(path, ""))
 
 
 def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:

@@ -19,19 +19,30 @@ from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable
 from ..adapt.state import require_state, task_of
-from ..adapt.walk import adapted_modules, adapter_layers, module_at, original_modules, original_state, parts
+from ..adapt.unsaved import why_unsaved
+from ..adapt.walk import (
+    adapted_modules,
+    adapter_layers,
+    module_at,
+    module_of,
+    original_modules,
+    original_state,
+    parts,
+)
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
+from ..layers.parts import Bias
 from ..layers.storages import is_packed
+from .base_config import changed_settings
 from .format import (
     FULL_MODEL_FILES,
     key_of,
     stored,
     write_adapter,
 )
-from .identity import is_absent
+from .identity import is_absent, renewed
 from .names import Written, names_to_write
 
 
@@ -75,6 +86,13 @@ def save_adapter(
             "call state = gathered_state(model), then model.save_pretrained(folder, state_dict=state, "
             "is_main_process=…)."
         )
+    record = require_state(model, "save_adapter").adapters[name]
+    unsaved = why_unsaved(model, record.heads) if record.trainable else None
+    if unsaved is not None:
+        raise AdapterFileError(
+            f"save_adapter({str(folder)!r}, {name!r}): {unsaved}. Nothing was written. To keep this model, merge it: "
+            "model.merge_and_unload().save_pretrained(folder)."
+        )
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     existing = [f for f in FULL_MODEL_FILES if (Path(folder) / f).exists()]
@@ -113,7 +131,7 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
     config = state.adapters[name].config
     values = config.to_dict() | (names or written_names(model, name)).fields
     layers = adapter_layers(model)
-    adapted = [path for path, layer in layers.items() if name in layer._lora.names]
+    adapted = [(path, module_of(path, layer)) for path, layer in layers.items() if name in layer._lora.names]
     for field in ("rank_pattern", "alpha_pattern"):
         values[field] = _in_any_order(values[field], adapted)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in layers.values())
@@ -175,22 +193,21 @@ def _resized_embeddings(model: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
-def _in_any_order(table: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """A table that gives `names` the same values if its keys are sorted, as this library and PEFT write them.
+def _in_any_order(table: dict[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """A table that gives `names` (each with its module's) the same values, with its keys sorted, as PEFT writes them.
 
     The first pattern that matches applies, so patterns that overlap need their order: then each layer has an entry.
     """
     given = PatternTable(table)
-    values = {name: given.get(name, None) for name in names}
+    values = {name: given.of(name, path, None) for name, path in names}
 
     def gives_them(other: dict[str, Any]) -> bool:
         found = PatternTable(dict(sorted(other.items())))
-        return all(found.get(name, None) == value for name, value in values.items())
+        return all(found.of(name, path, None) == values[name] for name, path in names)
 
-    if gives_them(table):
-        return table
     full = {name: value for name, value in values.items() if value is not None}
-    return full if gives_them(full) else {f"^{re.escape(name)}": value for name, value in full.items()}
+    tables = (table, full, {f"^{re.escape(name)}": value for name, value in full.items()})
+    return dict(sorted(next(each for each in tables if each is tables[-1] or gives_them(each)).items()))
 
 
 def _twice_the_ranks(values: Mapping[str, Any], rslora: bool) -> dict[str, Any]:
@@ -212,14 +229,17 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
 
     state, task = require_state(model, "save_adapter"), task_of(model, name)
     config = state.adapters[name].config
+    biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
-        "base": state.identity,
+        "base": renewed(state.identity, model),
         "architecture": unwrap_class(type(model)).__name__,
         "num_labels": task.num_labels,
         "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
         "problem_type": task.problem_type,
         "task_type": config.task_type or task_type_of(model),
         "vocabulary": vocabulary_of(model),
+        **({"biases": biases} if biases else {}),
+        **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
 

@@ -15,6 +15,7 @@ from ..adapt.patterns import as_text, table_pattern, why_invalid
 from ..config import TASK_TYPES
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
+from .base_config import check_settings
 
 MAX_RANK = 2**20
 MAX_PATTERNS = 20_000
@@ -72,6 +73,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("architecture", is_text),
         ("num_labels", _is_count),
         ("vocabulary", _is_count),
+        ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
         ("task_type", lambda value: value in TASK_TYPES),
     ):
@@ -79,6 +81,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         if value is not None and not good(value):
             faults.add(f"{name}={value!r} is invalid")
     _check_labels(faults, values.get("id2label"))
+    check_settings(faults, values)
     faults.check(AdapterFileError, REPAIR)
 
 
@@ -126,6 +129,9 @@ def _check_base(faults: Faults, base: object) -> None:
         good = is_revision if name == "commit" else is_text
         if base.get(name) is not None and not good(base[name]):
             faults.add(f"base.{name}={base[name]!r} is invalid")
+    others = base.get("not_files")
+    if others is not None and not (isinstance(others, Mapping) and all(map(is_text, others.values()))):
+        faults.add("base.not_files must hold marks of files")
     weights = base.get("weights")
     if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
         faults.add("base.weights must hold samples of weights")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
-from transformers.pytorch_utils import Conv1D
+from torch.utils.hooks import RemovableHandle
 
 from .hosts import Activity, Held, Host, as_masters, at_hand, strip
 from .ops import device_only
@@ -118,49 +119,74 @@ def _is_float(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-class BiasHost(Host):
-    """Mixin for a module with a parameter `bias`, of which each adapter has its own.
+@dataclass
+class BiasState(Held):
+    """The plain data of a `BiasLayer`."""
 
-    The bias of the base does not change, and an untrained adapter changes no bit of the output.
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    """Of the parents that read the bias."""
+
+    def unhook(self) -> None:
+        while self.hooks:
+            self.hooks.pop().remove()
+
+
+class BiasLayer(Host):
+    """Mixin for a module with a `bias`: in its forward, and in that of a parent which reads it, it is the adapter's.
+
+    At all other times it is the parameter of the base, which other libraries read to move, shard or load it. An
+    untrained adapter changes no bit of the output, since its float32 copy is rounded to the dtype of the base.
     """
 
     attribute = "_lora_biases"
-    order = 10  # outside extensions that multiply the output
+    data_class = BiasState
+    order = 10  # outside extensions of the forward
     lora_bias: nn.ModuleDict
-    _lora_biases: Held
+    _lora_biases: BiasState
+    _bias_is_read = False
 
+    @property
+    def bias(self) -> Tensor | None:
+        base = base_bias(self)
+        held: Any = self._modules.get("lora_bias") if self._bias_is_read else None
+        for name in self._lora_biases.acting if held is not None else ():  # not more than one: two are in conflict
+            return at_hand(held._modules[name]).to(base.device, base.dtype)
+        return base
 
-class BiasLayer(BiasHost):
-    """For a layer whose output is affine in its bias: the difference from the base's is added to the output."""
+    @bias.setter
+    def bias(self, value: Tensor | None) -> None:  # a Parameter does not get here: nn.Module.__setattr__ keeps it
+        self.__dict__["bias"] = value
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        y: Tensor = super().forward(*args, **kwargs)
-        for name in self._lora_biases.acting:
-            bias: Any = self.bias
-            shift = at_hand(self.lora_bias[name]) - bias.to(torch.float32)
-            y = y + shift.view(*shift.shape, *[1] * _dims_after_channel(self, y)).to(y.dtype)
-        return y
-
-
-class BiasInside(BiasHost):
-    """For any other module: it runs with the adapter's bias, in the dtype of the base's, in place of its own."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        held: Any = self._parameters["bias"]
-        for name in self._lora_biases.acting:  # at most one: adapters with a bias each are not active together
-            replaced: Any = at_hand(self.lora_bias[name]).to(held.dtype)
-            self._parameters["bias"] = replaced
+        before = self._bias_is_read
+        self._bias_is_read = True
         try:
-            return super().forward(*args, **kwargs)
+            return cast(Tensor, super().forward(*args, **kwargs))
         finally:
-            self._parameters["bias"] = held
+            self._bias_is_read = before
+
+    def read_by(self, parent: nn.Module, path: str) -> None:
+        """Make it the adapter's bias during the forward of `parent` too, which has this module at `path`."""
+        start, end = partial(_set_read, path, True), partial(_set_read, path, False)
+        hooks = self._lora_biases.hooks
+        hooks.append(parent.register_forward_pre_hook(start))
+        hooks.append(parent.register_forward_hook(end, always_call=True))
+
+    @classmethod
+    def leave(cls, module: nn.Module) -> None:
+        held: BiasState | None = module.__dict__.get(cls.attribute)
+        if held is not None:
+            held.unhook()
+        module.__dict__.pop("_bias_is_read", None)
+        super().leave(module)
 
 
-def _dims_after_channel(layer: nn.Module, y: Tensor) -> int:
-    """How many dimensions of the output y follow the channel dimension."""
-    if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return len(layer.kernel_size)
-    return y.dim() - 2 if isinstance(layer, (_BatchNorm, nn.GroupNorm)) else 0
+def _set_read(path: str, reads: bool, parent: nn.Module, *_: object) -> None:
+    layer: Any = parent.get_submodule(path)
+    layer._bias_is_read = reads
 
 
-BIAS_CLASSES = (nn.Linear, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.GroupNorm, _BatchNorm)
+def base_bias(module: nn.Module) -> Any:
+    """The bias of the base, whatever adapter acts; replicas of nn.DataParallel hold a plain tensor."""
+    parameters = module._parameters
+    return parameters["bias"] if "bias" in parameters else module.__dict__.get("bias")

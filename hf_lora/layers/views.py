@@ -49,7 +49,10 @@ class View(Site):
 
     @property
     def weight(self) -> Any:
-        return _named(self.module, self.name)
+        """The tensor of the base: of a bias too, whatever adapter acts."""
+        path, _, last = self.name.rpartition(".")
+        held = self.module.get_submodule(path)._parameters
+        return held[last] if last in held else _named(self.module, self.name)
 
     @property
     def bias(self) -> Any:

@@ -141,9 +141,9 @@ class _LabelLogProbs(torch.autograd.Function):
                     mean = torch.linalg.vecdot(e, z).unsqueeze(-1) + own.exp() * own
                     nats[part] = (log_total - mean / total).squeeze(-1)
                 if grad is not None:
-                    mean = (e.to(dtype) @ head).to(exact)
+                    mean = (e.to(dtype) @ head).to(exact).div_(total)
                     wanted = head.index_select(0, label.squeeze(-1)).to(exact)
-                    grad[part] = wanted.mul_(others).sub_(mean).div_(total)
+                    grad[part] = wanted.mul_(others / total).sub_(mean)
         if grad is not None:
             ctx.save_for_backward(grad, where)
         ctx.rows = hidden.shape[0]

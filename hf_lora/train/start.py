@@ -16,12 +16,12 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_line
-from ..adapt.resize import frozen_new_rows
 from ..adapt.state import LoraState, require_state, state_of
+from ..adapt.unsaved import why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
-from ..errors import ConfigError, StateError, TrainingError
+from ..errors import ConfigError, Faults, StateError, TrainingError
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import current_names
@@ -142,13 +142,16 @@ def check_start(model: nn.Module, call: str) -> None:
             f"{_listed(state.activity.active) or 'none'}). Load the adapter with is_trainable=True, or activate one "
             "with set_adapter."
         )
-    grown = frozen_new_rows(model)
-    if grown is not None:
-        raise TrainingError(
-            f"{call}: the token embedding grew from {grown[0]} to {grown[1]} rows, and the new rows are random, "
-            "frozen and not saved with the adapter. Train the embedding whole (add its name, and that of an untied "
-            "output embedding, to modules_to_save), or do not resize: many tokenizers have unused tokens."
-        )
+    faults = Faults(call)
+    for name in state.activity.active:
+        record = state.adapters[name]
+        unsaved = why_unsaved(model, record.heads) if record.trainable else None
+        if unsaved is not None:
+            faults.add(f"{name!r}: {unsaved}")
+    faults.check(
+        TrainingError,
+        "Load the base again, and apply LoRA so.",
+    )
 
 
 def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:

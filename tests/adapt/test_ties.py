@@ -24,7 +24,6 @@ from helpers import (
 from torch import Tensor
 
 from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
-from hf_lora.adapt.resize import frozen_new_rows
 from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers, replacements
 
@@ -297,31 +296,6 @@ def test_resizing_a_model_with_four_names_for_one_embedding() -> None:
     with pytest.raises(StateError, match=r"share one weight[\s\S]*Resize the vocabulary before apply_lora"):
         model.resize_token_embeddings(MORE)
     assert_same_tensors(snapshot(model), before)
-
-
-def test_frozen_new_rows_are_known(tmp_path: Path) -> None:
-    from transformers import LlamaForCausalLM
-
-    tiny_llama().save_pretrained(tmp_path)
-
-    def load() -> Any:
-        return LlamaForCausalLM.from_pretrained(tmp_path)
-
-    model = apply_lora(load(), LoraConfig(r=4))
-    assert frozen_new_rows(model) is None
-    model.resize_token_embeddings(MORE)
-    assert frozen_new_rows(model) == (VOCABULARY, MORE)
-    model = load()
-    model.resize_token_embeddings(MORE)  # before applying: the checkpoint's size is on disk
-    apply_lora(model, LoraConfig(r=4))
-    assert frozen_new_rows(model) == (VOCABULARY, MORE)
-    model.add_adapter("whole", LoraConfig(r=4, modules_to_save=["embed_tokens"]))
-    assert frozen_new_rows(model) is None
-    model.set_adapter("default")
-    assert frozen_new_rows(model) == (VOCABULARY, MORE)
-    smaller = apply_lora(load(), LoraConfig(r=4))
-    smaller.resize_token_embeddings(VOCABULARY - 4)
-    assert frozen_new_rows(smaller) is None
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -32,9 +32,11 @@ from hf_lora import (
     LoraModel,
     MergeError,
     apply_lora,
+    convert_adapter,
+    inspect_adapter,
     merge_files,
 )
-from hf_lora.adapt.inject import eject, inject
+from hf_lora.adapt.inject import eject
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import adapter_state_dict
@@ -330,6 +332,29 @@ def test_patterns_that_overlap_keep_their_order_in_a_file(patterns: dict[str, An
         assert_near(theirs(**batch).logits, expected, torch.float32, OUTPUT_ROUNDINGS)
 
 
+def test_converting_keeps_the_order_of_patterns_that_overlap(tmp_path: Path) -> None:
+    """PEFT applies the first that matches, in the order of the file."""
+    base = FAMILIES["llama"]()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "old")
+    path = tmp_path / "old" / "adapter_config.json"
+    patterns = {"q_proj": 100, r"layers\.0\..*": 50}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"alpha_pattern": patterns}))
+    expected = peft.PeftModel.from_pretrained(copy.deepcopy(base).eval(), tmp_path / "old")
+    batch = batch_of(base)
+    for name in ("old", "new"):
+        if name == "new":
+            weights = tmp_path / "old" / "adapter_model.safetensors"
+            torch.save(load_file(weights), tmp_path / "old" / "adapter_model.bin")
+            convert_adapter(tmp_path / "old", tmp_path / "new")
+        found = LoraModel.from_pretrained(tmp_path / name, base_model=copy.deepcopy(base))
+        with torch.no_grad():
+            assert_near(found(**batch).logits, expected(**batch).logits, torch.float32, OUTPUT_ROUNDINGS)
+        alphas = {layer.path: layer.alpha for layer in inspect_adapter(tmp_path / name).layers}
+        assert {alphas[n] for n in alphas if "q_proj" in n} == {100}
+        assert {alphas[n] for n in alphas if "0.self_attn.v_proj" in n} == {50}
+
+
 MASKED = dict(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=40,
@@ -507,22 +532,16 @@ class Reads(nn.Module):
         return self.other(x) + self.child.bias
 
 
-def test_a_trained_bias_that_its_parent_reads_is_refused(tmp_path: Path) -> None:
-    base = Reads()
+def test_a_trained_bias_that_its_parent_reads_acts_there(tmp_path: Path) -> None:
+    base, x = Reads().eval(), torch.randn(3, 4)
     theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=["other"], bias="all"))
-    theirs.save_pretrained(tmp_path / "untrained")
-    load_adapter(copy.deepcopy(base), tmp_path / "untrained")
     theirs.base_model.model.child.bias.data += 1
-    theirs.save_pretrained(tmp_path / "trained")
-    with pytest.raises(AdapterFileError, match=r"child\.bias was trained, but Reads reads.*merge_and_unload"):
-        load_adapter(copy.deepcopy(base), tmp_path / "trained")
-    x = torch.randn(2, 4)
-    expected = theirs(x)
-    assert_near(theirs.merge_and_unload()(x), expected, torch.float32, OUTPUT_ROUNDINGS)
+    theirs.save_pretrained(tmp_path)
     model = copy.deepcopy(base)
-    plan = inject(model, LoraConfig(r=2, target_modules=["other"], bias="all"))
-    assert plan.biases == ["other"]
-    assert "Reads reads it directly" in plan.skipped["child.bias"]
+    plan = load_adapter(model, tmp_path)
+    assert set(plan.biases) == {"child", "other"}
+    assert torch.equal(model(x), theirs(x))
+    assert not torch.equal(model(x), base(x))
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])

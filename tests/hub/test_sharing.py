@@ -21,6 +21,7 @@ from hf_lora import (
     AdapterFileError,
     BaseMismatchError,
     HubError,
+    LoraConfig,
     LoraModel,
     StateError,
     apply_lora,
@@ -402,6 +403,24 @@ def test_the_base_is_that_of_the_training(model: Any, hub: LocalHub, base_folder
     with pytest.raises(HubError, match=f"at commit {commit}.*base_revision='main'"):
         LoraModel.from_pretrained("user/ad")
     assert torch.equal(logits(LoraModel.from_pretrained("user/ad", base_revision="main")), expected)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_base_that_is_an_adapter_on_the_hub(ours: bool, model: Any, with_base: LocalHub, tmp_path: Path) -> None:
+    """With PEFT installed, transformers itself loads such a base, with PEFT's layers in it."""
+    import peft
+
+    model.push_to_hub("user/first")
+    merged = LoraModel.from_pretrained("user/first", merge=True)
+    config = {"target_modules": ["k_proj"], "init_lora_weights": False}
+    second: Any = (
+        apply_lora(merged, LoraConfig(**config)) if ours else peft.get_peft_model(merged, peft.LoraConfig(**config))
+    )
+    second.eval().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text()) | {"task_type": None if ours else "CAUSAL_LM"}
+    path.write_text(json.dumps(values | {"base_model_name_or_path": "user/first"}))
+    assert torch.allclose(logits(LoraModel.from_pretrained(tmp_path)), logits(second), atol=1e-5)
 
 
 def test_a_repository_that_peft_wrote(with_base: LocalHub, tmp_path: Path) -> None:

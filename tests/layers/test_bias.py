@@ -11,7 +11,7 @@ from helpers import assert_near, assert_same_tensors, batch_for, randomize, snap
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_lora import LoraConfig, MergeError, StateError, apply_lora, explain_targets
+from hf_lora import LoraConfig, MergeError, StateError, apply_lora
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, merge, unmerge
 from hf_lora.adapt.walk import parts
@@ -222,17 +222,44 @@ class ChannelsFirst(nn.LayerNorm):
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def test_biases_that_act_otherwise_or_are_bypassed_are_left_out_and_listed() -> None:
-    model = nn.ModuleDict(
-        {
-            "linear": nn.Linear(8, 8),
-            "norm": ChannelsFirst(8),
-            "attention": nn.MultiheadAttention(8, 2),
-            "block": nn.TransformerEncoderLayer(8, 2, 8),
-        }
-    )
-    plan = explain_targets(model, LoraConfig(bias="all"))
-    assert plan.biases == ["linear"]
-    assert "ChannelsFirst may use its bias in an unsupported way" in plan.skipped["norm.bias"]
-    for name in ("attention.out_proj", "block.linear1", "block.norm1", "block.self_attn.out_proj"):
-        assert "multiplies by its weight directly" in plan.skipped[f"{name}.bias"]
+class Unusual(nn.Module):
+    """Biases that act in another dimension, that a parent reads, or that two modules hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = ChannelsFirst(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.block = nn.TransformerEncoderLayer(8, 2, 8, 0.0, batch_first=True)
+        self.read = nn.Linear(8, 8)
+        self.bias = nn.Parameter(torch.zeros(5))
+        self.head = nn.Linear(8, 5)
+        self.head.bias = self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.movedim(-1, 1)).movedim(1, -1)
+        x = self.block(self.attention(x, x, x)[0])
+        return self.head(x + self.read.bias)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_biases_act_whoever_reads_them(training: bool) -> None:
+    model, plain = (Unusual().train(training) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 8)
+    inject(model, LoraConfig(target_modules=["read"], bias="all"), "default")
+    assert biases(model) == {n.rpartition(".")[0] for n in plain.state_dict() if n.endswith(".bias")}
+    assert_near(model(x), plain(x), torch.float32, 16)  # PyTorch has another kernel for frozen attention in eval
+    randomize(model)
+    with torch.no_grad():
+        for path in biases(model):
+            plain.get_parameter(f"{path}.bias").copy_(model.get_submodule(path).lora_bias["default"].weight)
+    assert_near(model(x), plain(x), torch.float32, 16)
+    weights = torch.randn(2, 3, 5)
+    (weights * model(x)).sum().backward()
+    (weights * plain(x)).sum().backward()
+    for path in biases(model):
+        found = model.get_submodule(path).lora_bias["default"].weight.grad
+        assert_near(found, plain.get_parameter(f"{path}.bias").grad, torch.float32, 64)
+    merge(model)
+    assert_near(model(x), plain(x), torch.float32, 16)
+    assert_same_tensors({"bias": model.bias}, {"bias": plain.bias})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -101,8 +102,11 @@ def test_a_base_that_is_not_that_of_its_files_is_refused(base: str, trainer: Cal
     changed.model.layers[0].mlp.up_proj.weight.data.normal_()
     grown = AutoModelForCausalLM.from_pretrained(base)
     grown.resize_token_embeddings(len(WORDS) + 2)
-    for model, reason in ((changed, "weights of its base differ"), (grown, "13 rows, and the reference's 11")):
+    whole = dataclasses.replace(CONFIG, modules_to_save=["embed_tokens", "lm_head"])
+    for model, config, reason in (
+        (changed, CONFIG, "weights of its base differ"), (grown, whole, "13 rows, and the reference's 11"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=reason):
-            trainer(model, lora_config=CONFIG)
+            trainer(model, lora_config=config)
     with pytest.raises(ConfigError, match="sync_ref_model"):
         trainer(AutoModelForCausalLM.from_pretrained(base), lora_config=CONFIG, sync_ref_model=True)

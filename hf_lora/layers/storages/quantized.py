@@ -66,8 +66,9 @@ class QuantizedStorage(Storage):
             del hooks[key]
         del layer.weight
         layer.weight = weight
-        if layer.bias is not None:  # a backend may have cast it to the dtype of its input
-            layer.bias.data = layer.bias.data.to(weight.dtype)
+        bias = layer._parameters["bias"]
+        if bias is not None:  # a backend may have cast it to the dtype of its input
+            bias.data = bias.data.to(weight.dtype)
         if issubclass(cls, Conv1D):
             layer.nx, layer.nf = layer.__dict__.pop("in_features"), layer.__dict__.pop("out_features")
         rebase(layer, cls)
