@@ -69,7 +69,9 @@ def launched(tmp_path: Path, *words: str, script_words: tuple[str, ...] = ()) ->
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("file", FILES, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(f, id=f.stem, marks=() if f.stem == "cpu" else pytest.mark.slow) for f in FILES]
+)
 def test_each_starts_its_processes(file: Path, tmp_path: Path) -> None:
     """Here with two processes on CPUs, where Accelerate has no FSDP: that is refused."""
     count = 1 if file.stem == "one_gpu" else 2
