@@ -232,7 +232,10 @@ def _check_model(model: nn.Module, state: LoraState | None, name: str, call: str
         if any(c.__module__.startswith("peft.tuners") for c in kind.__mro__):
             faults.add(f"{path or type(model).__name__} is a PEFT layer ({kind.__module__}.{kind.__name__})")
             step = (
-                "Save that adapter with PEFT (peft_model.save_pretrained(folder)), remove PEFT "
+                "Load the adapter with LoraModel.from_pretrained(adapter) instead; in a script that loads the model "
+                "itself, name the base as the model and the adapter as lora_adapter (--lora_adapter)."
+                if getattr(model, "_hf_peft_config_loaded", False)  # transformers loaded it
+                else "Save that adapter with PEFT (peft_model.save_pretrained(folder)), remove PEFT "
                 "(base = peft_model.unload()), and load it: LoraModel.from_pretrained(folder, base_model=base)."
             )
             break

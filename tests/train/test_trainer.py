@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import assert_same_tensors
+from helpers import assert_same_tensors, randomize
 from tiny import Rows, adapter_values, sentences, texts, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from torch import nn
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainingArguments
 
 from hf_lora import (
     LoraConfig,
@@ -545,3 +545,22 @@ def test_a_plain_trainer_that_could_not_load_its_best_model_is_refused_before_it
     assert any(not torch.equal(value, trained[name]) for name, value in adapter_values(model).items())
     LoraTrainer(model, arguments(**best), **data).train()
     model.train()
+
+
+def test_an_adapter_named_as_the_model_of_a_script(arguments: Make, tmp_path: Path) -> None:
+    """transformers loads it with PEFT's layers; both ways that the message names work."""
+    pytest.importorskip("peft")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    randomize(apply_lora(base, LoraConfig(r=2))).save_pretrained(adapter)
+    expected = adapter_values(base)
+    named = AutoModelForCausalLM.from_pretrained(adapter)
+    with pytest.raises(
+        StateError, match=r"PEFT layer[\s\S]*LoraModel\.from_pretrained\(adapter\)[\s\S]*--lora_adapter"
+    ):
+        LoraTrainer(named, arguments(max_steps=1), train_dataset=texts())
+    assert_same_tensors(adapter_values(LoraModel.from_pretrained(adapter, is_trainable=True)), expected)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    LoraTrainer(plain, arguments(max_steps=1, lora_adapter=str(adapter)), train_dataset=texts())
+    assert_same_tensors(adapter_values(plain), expected)
