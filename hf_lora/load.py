@@ -35,7 +35,7 @@ from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_
 from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
-from .hub.network import scrub
+from .hub.network import is_unanswered, scrub
 from .layers.ops import used_devices
 
 logger = logging.get_logger(__name__)
@@ -194,7 +194,7 @@ def _load_base(
         try:
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
         except OSError as error:
-            if (folder := _on_hub(name, kwargs)) is not None:
+            if not is_unanswered(error) and (folder := _on_hub(name, kwargs)) is not None:
                 return _load_chain(model_class, file, folder, kwargs)
             if base is None and trained_on is None:
                 raise AdapterFileError(

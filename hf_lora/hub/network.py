@@ -217,6 +217,11 @@ def status_of(error: BaseException) -> int | None:
     return status
 
 
+def is_unanswered(error: BaseException) -> bool:
+    """Whether there was no answer from the Hub, so that another request would only wait again."""
+    return isinstance(root(error), TRANSPORT) and status_of(error) is None
+
+
 def scrub(text: str, token: str | bool | None = None) -> str:
     """A text with tokens replaced by `***`."""
     for secret in (token, get_token()):

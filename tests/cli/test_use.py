@@ -46,8 +46,9 @@ def test_models_on_the_hub_and_adapters_in_folders(
     with LocalHub() as hub, hub.active(tmp_path / "home"):
         hub.add_repo("user/merged", tmp_path / "merged")
         assert run("generate", "user/merged", *words).stdout == expected
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-        assert run("generate", "user/merged", *words).stdout == expected
+        with monkeypatch.context() as patch:  # undone before the Hub is, which restores the value from before
+            patch.setattr(constants, "HF_HUB_OFFLINE", True)
+            assert run("generate", "user/merged", *words).stdout == expected
 
 
 # chat ----------------------------------------------------------------------------------------------------------------
