@@ -146,11 +146,11 @@ class Walk:
             error.add_note("The walk so far:\n" + "\n".join(f"  {i} {said}" for i, said in enumerate(self.trace)))
             raise
 
-    def attempt(self, said: str, allowed: bool, call: Callable[[], Any]) -> bool:
+    def attempt(self, said: str, allowed: bool, call: Callable[[], Any], cuts: bool = True) -> bool:
         """Call, and return True; where the reference allows nothing of the kind, the library must refuse."""
         self.trace.append(said if allowed else f"{said}, to be refused")
         if allowed:
-            if self.random.random() > 0.1 or not self.cut_off(call):
+            if not cuts or self.random.random() > 0.1 or not self.cut_off(call):
                 call()
             return True
         before = snapshot(self.model)
@@ -259,12 +259,14 @@ class Walk:
         reference, before = self.reference, self.reference.enabled
 
         def call() -> None:
-            with disabled(self.model):
-                reference.enabled = False
-                self.check()
-                self.merge()
-                self.check()
-            reference.enabled = before
+            try:
+                with disabled(self.model):
+                    reference.enabled = False
+                    self.check()
+                    self.merge()
+                    self.check()
+            finally:
+                reference.enabled = before
 
         self.attempt("disabled", reference.present, call)
 
@@ -404,7 +406,9 @@ class Walk:
     def mode(self) -> None:
         training = self.random.random() < 0.5
         allowed = not (training and self.reference.merged)
-        if self.attempt(f"train({training})", allowed, lambda: self.model.train(training)):
+        if self.attempt(
+            f"train({training})", allowed, lambda: self.model.train(training), cuts=False
+        ):  # PyTorch's verb
             self.reference.training = training
         elif not self.reference.training:
             self.model.eval()  # left out: the refused call has put the root and what comes first into training mode

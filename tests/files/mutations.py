@@ -160,8 +160,6 @@ BAD_VALUES: dict[str, list[Any]] = {
     "trust_remote_code": [True],
     "layer_replication": [[[0, 1]]],
     "megatron_config": [{"import": MARK}],
-    "eva_config": [{"module": MARK}],
-    "loftq_config": [{"loftq_bits": 4}],
     "custom_module": [MARK],
     "trainable_token_indices": [[1, 2]],
 }  # fmt: skip
@@ -170,6 +168,8 @@ GOOD_VALUES: dict[str, list[Any]] = {
                      {"base_model_class": MARK, "parent_library": MARK}],
     "runtime_config": [{"ephemeral_gpu_offload": True}, 5],
     "inference_mode": [False, "x"],
+    "eva_config": [{"module": MARK}],
+    "loftq_config": [{"loftq_bits": 4}],
     "peft_version": ["9.9.9", 5],
     "trust_remote_code": [False],
     "lora_dropout": [0.5],
