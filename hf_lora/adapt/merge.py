@@ -182,15 +182,20 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Disable the adapters within a `with` block, and restore the previous state afterwards."""
+    """Disable the adapters within a `with` block; restore the previous state afterwards, if they are still there."""
     state = require_state(model, "disable_adapter")
     before = state.activity.enabled
+
+    def restore() -> None:
+        if state_of(model) is state:
+            set_enabled(model, before)
+
     try:
         set_enabled(model, False)
         yield
-        set_enabled(model, before)
+        restore()
     except BaseException:
-        set_enabled(model, before)
+        restore()
         raise
 
 

@@ -136,6 +136,8 @@ def check_start(model: nn.Module, call: str) -> None:
     """Refuse to train without trainable parameters, or if random frozen rows would not be saved."""
     state = require_state(model, call)
     state.refuse_merged(call)
+    if not state.activity.enabled:
+        raise TrainingError(f"{call}: the adapters are disabled. Call enable_adapters(), or leave disable_adapter().")
     if not any(p.requires_grad for p in model.parameters()):
         raise TrainingError(
             f"{call}: no tensor of the adapters {_listed(state.adapters)} is trainable (active: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -567,3 +568,12 @@ def test_what_the_user_froze_stays_frozen(action: Any) -> None:
             parameter.requires_grad = True  # and what is trained again is trained after a switch too
     switch(model)
     assert not any(".default." in name for name in frozen_names(model))
+
+
+def test_a_model_may_be_unloaded_while_its_adapters_are_disabled() -> None:
+    plain = tiny_bert()
+    model = randomize(apply_lora(copy.deepcopy(plain), LoraConfig(r=2)))
+    with model.disable_adapter():
+        model.unload()
+    assert type(model) is type(plain)
+    assert_same_tensors(snapshot(model), snapshot(plain))

@@ -564,3 +564,10 @@ def test_an_adapter_named_as_the_model_of_a_script(arguments: Make, tmp_path: Pa
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     LoraTrainer(plain, arguments(max_steps=1, lora_adapter=str(adapter)), train_dataset=texts())
     assert_same_tensors(adapter_values(plain), expected)
+
+
+def test_disabled_adapters_are_not_trained(arguments: Make) -> None:
+    trainer = LoraTrainer(tiny_bert(), arguments(max_steps=1), train_dataset=sentences())
+    with trainer.model.disable_adapter(), pytest.raises(TrainingError, match=r"disabled. Call enable_adapters\(\)"):
+        trainer.train()
+    trainer.train()
