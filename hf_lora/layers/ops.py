@@ -60,6 +60,19 @@ def kept_random_states() -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Within, no module of `model` is in training mode; without `eval()`, which models override."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`fn` of `nn.Module._apply` that moves tensors but does not cast them, so that float32 masters stay float32."""
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..adapt.sharing import share_inputs
 from ..layers.distributed import is_dtensor
-from ..layers.ops import kept_random_states
+from ..layers.ops import evaluation_mode, kept_random_states
 
 logger = logging.get_logger(__name__)
 
@@ -71,17 +71,11 @@ def divides_by_items(model: nn.Module, inputs: Mapping[str, Any], loss: Loss) ->
     not average over the batches of a step; but most models with heads other than those of causal language models
     ignore it, and their loss and gradients would be multiplied by the number of batches and processes.
     """
-    training = [module for module in model.modules() if module.training]
     try:
-        for module in training:
-            module.training = False  # without eval(), which models override
-        with kept_random_states(), torch.no_grad():
+        with evaluation_mode(model), kept_random_states(), torch.no_grad():
             value = torch.as_tensor(loss(dict(inputs), torch.tensor(float("nan"))))
     except (ValueError, OverflowError, RuntimeError):  # such as int(nan); any other cause is raised again by the step
         return True
-    finally:
-        for module in training:
-            module.training = True
     return bool(value.isnan().any())
 
 

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..data.spans import IGNORED
 from ..layers.distributed import how_sharded
-from ..layers.ops import kept_random_states
+from ..layers.ops import evaluation_mode, kept_random_states
 
 logger = logging.get_logger(__name__)
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
@@ -75,15 +75,8 @@ def mixes_documents(model: PreTrainedModel, collator: Collator) -> str | None:
     Args:
         collator: packs documents.
     """
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with kept_random_states():
-            return _difference(model, collator)
-    finally:
-        for module in training:
-            module.training = True
+    with evaluation_mode(model), kept_random_states():
+        return _difference(model, collator)
 
 
 def _difference(model: PreTrainedModel, collator: Collator) -> str | None:
