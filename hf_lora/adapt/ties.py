@@ -50,6 +50,23 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+def joined_embeddings(model: nn.Module) -> dict[str, str]:
+    """Original name -> reason, for every embedding that is one module under several names although transformers ties
+    their weights: when it resizes the vocabulary, it makes one module of embeddings that share a weight. A model that
+    is loaded has one for each name again, and what a file holds for the first name would not reach the others."""
+    names: dict[int, list[str]] = {}
+    for name, module in original_modules(model, once=False):
+        if isinstance(module, nn.Embedding):
+            names.setdefault(id(module), []).append(name)
+    ties: dict[str, str] = getattr(model, _KEYS, None) or {}
+    return {
+        first: f"it is one module with {', '.join(others)}, which resizing the vocabulary made of them, but in a "
+        "loaded model they are separate. Save the resized model with save_pretrained, load it, and adapt that one"
+        for first, *others in names.values()
+        if any(f"{name}.weight" in ties for name in others)
+    }
+
+
 @contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """Within, modules that are trained whole give the weights of their originals, as if no adapter were enabled."""

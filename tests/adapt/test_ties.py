@@ -23,7 +23,7 @@ from helpers import (
 )  # fmt: skip
 from torch import Tensor
 
-from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
+from hf_lora import LoraConfig, LoraModel, MergeError, StateError, TargetError, apply_lora, check_adapter
 from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers, replacements
 
@@ -296,6 +296,33 @@ def test_resizing_a_model_with_four_names_for_one_embedding() -> None:
     with pytest.raises(StateError, match=r"share one weight[\s\S]*Resize the vocabulary before apply_lora"):
         model.resize_token_embeddings(MORE)
     assert_same_tensors(snapshot(model), before)
+
+
+def test_resizing_does_not_join_an_embedding_that_is_trained_whole() -> None:
+    model = apply_lora(quiet_t5(), LoraConfig(r=4, target_modules=["q"], modules_to_save=["encoder.embed_tokens"]))
+    before = snapshot(randomize(model))
+    with pytest.raises(StateError, match=r"share one weight[\s\S]*adapters of encoder.embed_tokens"):
+        model.resize_token_embeddings(MORE)
+    assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_embeddings_that_resizing_made_one_module_are_adapted_after_a_reload(field: str, tmp_path: Path) -> None:
+    """A reloaded base has them apart, so a file with the first name alone would have another effect there."""
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    assert base.shared is base.encoder.embed_tokens is base.decoder.embed_tokens
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q"], "modules_to_save": []}
+    with pytest.raises(TargetError, match=r"shared[\s\S]*Save the resized model with save_pretrained, load it"):
+        apply_lora(base, LoraConfig(**(settings | {field: ["shared"]})))
+    apply_lora(base, LoraConfig(**settings)).unload()
+    base.save_pretrained(tmp_path / "base")
+    names = ["encoder.embed_tokens", "decoder.embed_tokens"]
+    loaded = type(base).from_pretrained(tmp_path / "base").eval()
+    model = randomize(apply_lora(loaded, LoraConfig(**(settings | {field: names}))))
+    model.save_pretrained(tmp_path / "adapter")
+    again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=type(base).from_pretrained(tmp_path / "base"))
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
 
 
 @pytest.mark.parametrize("tied", [True, False])
