@@ -23,7 +23,7 @@ from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
-from ..layers.ops import used_devices
+from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
@@ -361,7 +361,7 @@ def _heads(model: nn.Module, plan: Explanation, other: PreTrainedModel | None) -
     """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}
-    with torch.random.fork_rng(devices=used_devices()):
+    with kept_random_states():
         return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
 
 
