@@ -18,7 +18,6 @@ from .bypass import bypassed_modules, uncalled_embeddings
 from .embeddings import output_embeddings
 from .heads import outside_backbone
 from .match import holder, layer_index, matcher
-from .ties import joined_embeddings
 from .unsaved import modules_in_no_checkpoint
 
 ONLY_WHOLE = "matches only modules that are trained whole; leave them out of modules_to_save ([]: none) to adapt them"
@@ -67,7 +66,7 @@ class Selection:
         self._layers = None if layers in (None, []) else as_tuple(layers)
         self._excludes = matcher(config.exclude_modules or [])
         self._bypassed = {} if from_file else bypassed_modules(modules[""])
-        self._misnamed = {} if from_file else {**uncalled_embeddings(modules[""]), **joined_embeddings(modules[""])}
+        self._uncalled = {} if from_file else uncalled_embeddings(modules[""])
         # Patterns with an effect so far, and what is wrong with the modules that a pattern matched.
         self._hit: set[str] = set()
         self._excluded: set[str] = set()
@@ -110,7 +109,7 @@ class Selection:
             reason = self._bypassed[name]
             if not self._preset:
                 reason += " (pass allow_bypassed=True to adapt it anyway)"
-        reason = reason or self._misnamed.get(name)
+        reason = reason or self._uncalled.get(name)
         if reason is None and shape is not None:
             self.chosen[name] = shape, sites
         elif self._preset:

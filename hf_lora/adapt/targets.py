@@ -26,7 +26,6 @@ from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
-from .ties import joined_embeddings
 from .unsaved import why_unsaved
 from .walk import original_modules
 
@@ -220,7 +219,7 @@ def _saved_modules(
         if hit and holder(name, saved) is None:
             saved[name] = "named in modules_to_save"
         unmatched.difference_update(hit)
-    for name, why in {**uncalled_embeddings(model), **joined_embeddings(model)}.items():
+    for name, why in uncalled_embeddings(model).items():
         if name in saved:
             faults.add(f"{name} cannot be trained whole: {why}")
     for pattern in sorted(unmatched):

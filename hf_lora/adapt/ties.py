@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import StateError
 from ..layers.class_swap import unwrap_class
 from ..layers.copies import Replacement
+from ..layers.hosts import Host
 from ..layers.parts import Fold
 from .heads import mark_like
-from .walk import module_at, original_modules
+from .walk import module_at, original_modules, placed
 
 
 @dataclass
@@ -50,21 +52,22 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
-def joined_embeddings(model: nn.Module) -> dict[str, str]:
-    """Original name -> reason, for every embedding that is one module under several names although transformers ties
-    their weights: when it resizes the vocabulary, it makes one module of embeddings that share a weight. A model that
-    is loaded has one for each name again, and what a file holds for the first name would not reach the others."""
-    names: dict[int, list[str]] = {}
-    for name, module in original_modules(model, once=False):
-        if isinstance(module, nn.Embedding):
-            names.setdefault(id(module), []).append(name)
-    ties: dict[str, str] = getattr(model, _KEYS, None) or {}
-    return {
-        first: f"it is one module with {', '.join(others)}, which resizing the vocabulary made of them, but in a "
-        "loaded model they are separate. Save the resized model with save_pretrained, load it, and adapt that one"
-        for first, *others in names.values()
-        if any(f"{name}.weight" in ties for name in others)
-    }
+def join_embeddings(model: Any, name: str) -> None:
+    """Make the input embedding, which is at `name`, one module with those that share its weight, as transformers does
+    when it resizes the vocabulary. What the model computes does not change.
+
+    Raises:
+        StateError: one of the others has adapters, which would be lost.
+    """
+    users = tensor_users(model)[id(module_at(model, name)._parameters["weight"])]
+    joined = [n for n in users if isinstance(module_at(model, n), nn.Embedding)]
+    taken = [n for n in joined if n != name and isinstance(placed(model, n), (Host, Replacement))]
+    if taken:
+        raise StateError(
+            f"The adapter was trained with {', '.join(joined)} as one module, and the model has adapters of "
+            f"{', '.join(taken)}, which would be lost. Load this adapter into a model without these."
+        )
+    model.set_input_embeddings(model.get_input_embeddings())
 
 
 @contextmanager

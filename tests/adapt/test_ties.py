@@ -23,7 +23,7 @@ from helpers import (
 )  # fmt: skip
 from torch import Tensor
 
-from hf_lora import LoraConfig, LoraModel, MergeError, StateError, TargetError, apply_lora, check_adapter
+from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
 from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers, replacements
 
@@ -307,22 +307,49 @@ def test_resizing_does_not_join_an_embedding_that_is_trained_whole() -> None:
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
-def test_embeddings_that_resizing_made_one_module_are_adapted_after_a_reload(field: str, tmp_path: Path) -> None:
-    """A reloaded base has them apart, so a file with the first name alone would have another effect there."""
+def test_an_adapter_of_embeddings_that_resizing_made_one_module(
+    field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loaded base has them apart, and nothing calls the one that gives its name to the tensors in the file."""
     base = quiet_t5()
     base.resize_token_embeddings(MORE, mean_resizing=False)
     assert base.shared is base.encoder.embed_tokens is base.decoder.embed_tokens
-    settings: dict[str, Any] = {"r": 4, "target_modules": ["q"], "modules_to_save": []}
-    with pytest.raises(TargetError, match=r"shared[\s\S]*Save the resized model with save_pretrained, load it"):
-        apply_lora(base, LoraConfig(**(settings | {field: ["shared"]})))
-    apply_lora(base, LoraConfig(**settings)).unload()
     base.save_pretrained(tmp_path / "base")
-    names = ["encoder.embed_tokens", "decoder.embed_tokens"]
-    loaded = type(base).from_pretrained(tmp_path / "base").eval()
-    model = randomize(apply_lora(loaded, LoraConfig(**(settings | {field: names}))))
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q"], "modules_to_save": []} | {field: ["shared"]}
+    model = randomize(apply_lora(base, LoraConfig(**settings)))
     model.save_pretrained(tmp_path / "adapter")
-    again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=type(base).from_pretrained(tmp_path / "base"))
-    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    y = logits(model)
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base").eval()
+    assert torch.equal(logits(loaded), y)
+    separate = type(base).from_pretrained(tmp_path / "base").eval()
+    plain, tensors = logits(separate), snapshot(separate)
+    assert separate.shared is not separate.encoder.embed_tokens
+    LoraModel.load_adapter(apply_lora(separate, LoraConfig(r=2, target_modules=["v"])), tmp_path / "adapter", "own")
+    assert torch.equal(logits(separate), y)
+    separate.unload()
+    assert torch.equal(logits(separate), plain)
+    assert_same_tensors(snapshot(separate), tensors)
+    (tmp_path / "adapter" / "hf_lora.json").unlink()  # a file of PEFT, which trains `shared` alone
+    LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base")
+    assert "shared has no effect, as in PEFT" in caplog.text
+
+
+def test_embeddings_with_adapters_of_their_own_are_not_joined(tmp_path: Path) -> None:
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    randomize(apply_lora(base, LoraConfig(r=4, target_modules=["shared"]))).save_pretrained(tmp_path / "adapter")
+    other = randomize(
+        apply_lora(
+            type(base).from_pretrained(tmp_path / "base").eval(),
+            LoraConfig(r=2, target_modules=["v"], modules_to_save=["encoder.embed_tokens"]),
+        )
+    )
+    before, y = snapshot(other), logits(other)
+    with pytest.raises(StateError, match=r"has adapters of encoder.embed_tokens, which would be lost"):
+        other.load_adapter(tmp_path / "adapter", "own")
+    assert_same_tensors(snapshot(other), before)
+    assert torch.equal(logits(other), y)
 
 
 @pytest.mark.parametrize("tied", [True, False])
