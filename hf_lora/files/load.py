@@ -20,6 +20,7 @@ from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
@@ -101,6 +102,7 @@ def load_adapter(
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
+        state.adapters[name].trained_format = TrainedFormat.from_json(file.extras.get("training_format"))
         assign(model, name, tensors)
 
     inject(
