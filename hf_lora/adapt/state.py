@@ -148,6 +148,8 @@ class LoraState:
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
     ties: Ties | None = None
     """The ties of the base before a merge untied weights."""
+    active_unmerged: tuple[str, ...] | None = None
+    """The adapters that were active before others were merged by name, to be active again after `unmerge`."""
     permanent: bool = False
     """Whether the merged adapters cannot be unmerged, because the originals were not kept."""
     lost: str = ""
