@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
@@ -77,6 +78,7 @@ class AdapterRecord:
         named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
         has_labels: whether one of `heads` is the task head, whose outputs `task` describes.
+        trained_format: the format of the rows that it was trained on, if known.
     """
 
     config: LoraConfig
@@ -87,6 +89,7 @@ class AdapterRecord:
     named_by_user: bool = True
     trainable: bool = True
     has_labels: bool = False
+    trained_format: TrainedFormat | None = None
 
 
 @dataclass
@@ -215,6 +218,21 @@ def task_of(model: nn.Module, name: str) -> Task:
     state = require_state(model, "task_of")
     task = state.adapters[name].task
     return task.take_from(model) if running_task(state) is task else task
+
+
+def trained_format(model: nn.Module) -> TrainedFormat | None:
+    """The format of the rows that the active adapter was trained on, if known."""
+    state = state_of(model)
+    active = [state.adapters[name] for name in state.activity.active] if state is not None else []
+    return next((record.trained_format for record in active if record.trained_format is not None), None)
+
+
+def set_trained_format(model: nn.Module, trained: TrainedFormat) -> None:
+    """Record the format of the rows with the adapters that are trained."""
+    state = require_state(model, "set_trained_format")
+    for name in state.activity.active:
+        if state.adapters[name].trainable:
+            state.adapters[name].trained_format = trained
 
 
 def switch(

@@ -22,6 +22,7 @@ from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.ties import join_embeddings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
@@ -105,6 +106,7 @@ def load_adapter(
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
+        state.adapters[name].trained_format = TrainedFormat.from_json(file.extras.get("training_format"))
         assign(model, name, tensors)
         if file.extras:  # they were one module in training, because its script had resized the vocabulary
             for path in lending:
