@@ -97,10 +97,13 @@ def test_a_merged_model_can_be_copied(how: str) -> None:
     assert_same_tensors(snapshot(twin), before)
 
 
-@pytest.mark.parametrize(("name", "backend"), [("bert", "eager"), ("llama", "aot_eager")])
-def test_it_compiles_as_one_graph(name: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend", "method"),
+    [("bert", "eager", "lora"), ("llama", "aot_eager", "lora"), ("llama", "eager", "dora")],
+)
+def test_it_compiles_as_one_graph(name: str, backend: str, method: str) -> None:
     torch._dynamo.reset()
-    model = randomize(apply_lora(MODELS[name](num_hidden_layers=1), LoraConfig(r=4)))
+    model = randomize(apply_lora(MODELS[name](num_hidden_layers=1), LoraConfig(r=4, method=method)))
     batch = batch_for(model)
     expected, logits = backward(model, batch), model(**batch).logits
     compiled = torch.compile(model, fullgraph=True, backend=backend)
