@@ -140,6 +140,7 @@ def resolve(
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
@@ -156,7 +157,8 @@ def resolve(
             name = f"{path}.{site.name}" if isinstance(site, View) else path
             r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
             scaling = config.scaling(r, alpha)
-            refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
+            refused = shape.refuse_rank(site, r) or method.refuse(site, shape)
+            refused = refused or init.refuse(site, shape) or init.refuse_rank(site, shape, r)
             if refused is not None:
                 faults.add(f"{name}: {refused}")
                 continue
@@ -185,19 +187,21 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
     """Add a fault for each method, initialization or kind of part that is not registered."""
     if config.method not in METHODS:
         faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
-    if find_init(config.init_lora_weights) is None:
-        name = init_name(config.init_lora_weights)
+    name, found = init_name(config.init_lora_weights), find_init(config.init_lora_weights)
+    if found is None:
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
+    elif (instead := found[0].refuse_options(found[1])) is not None:
+        faults.add(f"init_lora_weights={name!r}: {instead}")
     for kind in config.parts:
         if kind not in PARTS:
             faults.add(f"parts: {PARTS.why_unknown(kind)}")
 
 
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
-    if init.takes_out and not init.repeatable and not method.additive:
+    if init.takes_out and not init.repeatable and not method.of_product:
         faults.add(
             f"init_lora_weights={config.init_lora_weights!r} subtracts a product from the base that a file can hold "
-            f"only for an additive method, and method={config.method!r} is not additive"
+            f"only if the product of the factors is all that matters, unlike with method={config.method!r}"
         )
 
 

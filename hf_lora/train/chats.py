@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset
@@ -17,7 +18,9 @@ from trl.trainer.sft_config import SFTConfig
 from ..data.chat import chat_rows
 from ..data.formats import recognize_format
 from ..data.tables import Table, table_of
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError
+from .rows import format_of_table
 
 logger = logging.get_logger(__name__)
 IMAGES = {"image", "images"}
@@ -41,8 +44,8 @@ def _is_messages(cell: object) -> bool:
 
 def labeled(
     data: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig, completion_only: bool, packing: bool
-) -> Any:
-    """A dataset of chats as `input_ids` and `labels`; a streamed one row by row, as it is read.
+) -> tuple[Any, TrainedFormat]:
+    """A dataset of chats as `input_ids` and `labels`, and their format; a streamed one row by row, as it is read.
 
     Rows of a `Dataset` are truncated, so that those without a trained token are errors, unless TRL divides them.
 
@@ -60,18 +63,25 @@ def labeled(
 
     if isinstance(data, Dataset):
         limit = args.max_length if not packing or args.packing_strategy == "bfd" else None
-        rows, cut = rows_of(table_of(data, name), limit)
+        table = table_of(data, name)
+        rows, cut = rows_of(table, limit)
         if cut:
             logger.warning(
                 f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and are truncated."
             )
-        return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+        found = Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+        return found, format_of_table(table, recognize_format(table), True, args.max_length)
+
+    def table_with(row: Mapping[str, Any], index: int) -> Table:
+        return Table(name, {key: [cell] for key, cell in row.items()}, [index + 1], "row")
 
     def label(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        rows, _ = rows_of(Table(name, {key: [cell] for key, cell in row.items()}, [index + 1], "row"), None)
-        return rows[0]
+        return rows_of(table_with(row, index), None)[0][0]
 
-    return data.map(label, with_indices=True, remove_columns=list(first_row(data)))
+    table = table_with(first_row(data), 0)
+    trained = format_of_table(table, recognize_format(table), True, args.max_length)
+    found = data.map(label, with_indices=True, remove_columns=list(table.columns))
+    return found, replace(trained, system=None)  # other rows may have another system message
 
 
 def formatted(data: Any, function: Callable[[dict[str, Any]], str], args: SFTConfig) -> Any:

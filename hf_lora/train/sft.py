@@ -33,7 +33,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..adapt.state import require_state, state_of
+from ..adapt.state import require_state, set_trained_format, state_of
 from ..compat import name_or_path
 from ..errors import ConfigError, Faults, TargetError
 from ..files.format import CONFIG_NAME
@@ -44,6 +44,7 @@ from ..model import LoraModel
 from .arguments import LoraArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
+from .rows import format_of_dataset
 from .start import only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
@@ -113,12 +114,16 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             _load(given, config, AutoProcessor if IMAGES & first.keys() else AutoTokenizer)
             _check(given, config, type(self).__name__)
             self._assistant_only = config.assistant_only_loss
+            data = given.get("train_dataset") if given.get("formatting_func") is None else None
+            self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
             # TRL requires marks in the template, and chats in all data.
             config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
             with _keep_dtypes(given["model"]):
                 super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
         finally:
             vars(config).update(before)
+        if self._trained is not None:
+            set_trained_format(self._bare_model, self._trained)
         self._replace_fused_forward()
 
     def _adapt(self, model: nn.Module) -> None:
@@ -146,7 +151,9 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             dataset, formatting_func = formatted(dataset, formatting_func, args), None
         elif self._assistant_only and is_chat(first) and not isinstance(processing_class, ProcessorMixin):
             only = args.completion_only_loss is not False
-            dataset = labeled(dataset, dataset_name, processing_class, args, only, packing)
+            dataset, trained = labeled(dataset, dataset_name, processing_class, args, only, packing)
+            if dataset_name == "train":
+                self._trained = self._trained or trained
         if packing and (args.truncation_mode, args.packing_strategy) == ("keep_end", "bfd"):
             # Packing keeps the first tokens.
             dataset = prepare(dataset, processing_class, args, False, formatting_func, dataset_name)
