@@ -169,7 +169,10 @@ def made(ours: bool, model: Any, tokenizer: Any, data: Any, folder: Path, given:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [case for cases in CASES.values() for case in cases],
+    ("name", "settings"), [
+        pytest.param(*case, marks=[pytest.mark.slow] if field == "dataset_num_proc" else [])  # starts processes
+        for field, cases in CASES.items() for case in cases
+    ],
     ids=[f"{field} {i}" for field, cases in CASES.items() for i in range(len(cases))],
 )  # fmt: skip
 def test_rows_loss_and_gradients_are_trls(
