@@ -312,7 +312,7 @@ def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
-    """Resize the base's vocabulary to its size in training, if the adapter contains the whole embedding."""
+    """Resize the base's vocabulary to its size in training, if the adapter contains the rows that the base lacks."""
     now = vocabulary_of(model)
     if now is None or not isinstance(model, PreTrainedModel):
         return
@@ -322,7 +322,7 @@ def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool)
     embedding: Any = model.get_input_embeddings()
     if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
         return  # it does not fit, which is reported with all other faults
-    if whole is not None and (saved < now or allow_other_base or holds_new_rows(model, file)):
+    if holds_new_rows(model, file) or (whole is not None and (saved < now or allow_other_base)):
         model.resize_token_embeddings(saved, mean_resizing=False)
         fill_new_rows(model, file, now)
     elif saved > now and not allow_other_base:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..adapt.embeddings import input_embedding, output_embedding
+from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
@@ -24,7 +24,7 @@ from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import used_devices
-from ..layers.parts import Bias, bias_key
+from ..layers.parts import Bias, bias_key, rows_by_path
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
 from .biases import biases_in
@@ -283,11 +283,17 @@ def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tens
 
 
 def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
-    """Whether the file holds both token embeddings whole, so that rows that the base lacks are known."""
+    """Whether the file has the rows of the token embeddings that the base lacks: in whole embeddings, or alone."""
     ends = (input_embedding(model), output_embedding(model))
     weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
     named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
     held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
+    rows, _ = vocabulary_in(model, file)
+    new, wanted = range(vocabulary_of(model) or 0, rows or 0), file.config.trainable_token_indices
+    if new and wanted:
+        modules = dict(original_modules(model))
+        trained = ((path, ids) for path, ids in rows_by_path(wanted, modules, Faults("")) if set(ids).issuperset(new))
+        held |= {id(modules[path]._parameters.get("weight")) for path, _ in trained}
     return weights <= held
 
 
