@@ -36,7 +36,6 @@ _OF_OTHERS = {
     "ensure_weight_tying": "layers with a tied weight share their adapter",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
-    "trainable_token_indices": "single rows of an embedding are trained",
     "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
     "megatron_config": "the layers are those of Megatron",
     "arrow_config": "a router selects adapters for each token, so there is no adapter to train or to merge (Arrow)",
@@ -87,6 +86,8 @@ class LoraConfig:
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: folder or Hub name of the base model.
         revision: the base model's revision.
+        trainable_token_indices: tokens whose rows of the input embedding are trained and saved, such as added ones; or
+            name or suffix of a module -> tokens. Modules that share its weight use the same rows.
         use_dora: the method `"dora"`: the weights of each output are normalized and multiplied by a trained magnitude
             (Liu et al. 2024, arXiv:2402.09353).
         lora_bias: the method `"lora_bias"`: the second factor has a bias.
@@ -116,6 +117,7 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
     lora_bias: bool = False
     method: str = "lora"
@@ -194,6 +196,10 @@ class LoraConfig:
             faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
             faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
+        tokens = self.trainable_token_indices
+        lists = list(tokens.values()) if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
+        if not all(_is_list_of(each, int) for each in lists):
+            faults.add(f"trainable_token_indices={tokens!r:.200} must be a list of tokens, or lists by name")
         indices = self.layers_to_transform
         if indices is not None and not (_is_int(indices) or _is_list_of(indices, int)):
             faults.add(f"layers_to_transform={indices!r} must be one index or a list of them")

@@ -34,6 +34,7 @@ FULL: dict[str, Any] = dict(
     task_type="SEQ_CLS",
     base_model_name_or_path="somewhere/base",
     revision="abc",
+    trainable_token_indices={"embed_tokens": [3, 1]},
 )
 
 
@@ -138,6 +139,7 @@ WRONG: dict[str, list[Any]] = {
     "modules_to_save": ["score", [3]],
     "init_lora_weights": [None, 1.5, ["pissa"]],
     "method": [None, 3],
+    "trainable_token_indices": ["3", [1.5], {"x": ["y"]}],
     "use_dora": ["yes", 1],
     "lora_bias": ["no", 1.0],
     "parts": [["rows"], 3, {1: 2}],
@@ -168,7 +170,6 @@ def test_contradictions() -> None:
 
 UNSUPPORTED: dict[str, Any] = dict(
     target_parameters=["experts.gate_up_proj"],
-    trainable_token_indices=[1, 2],
     layer_replication=[[0, 2]],
     alora_invocation_tokens=[5],
     use_qalora=True,

@@ -26,7 +26,7 @@ from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
-from .unsaved import why_unsaved
+from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
 
 NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted."
@@ -165,22 +165,28 @@ def resolve(
             specs = init.declare(shape, method.declare(site, shape, r))
             adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
             plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
-    unsaved = None if from_file else why_unsaved(model, plan.saved)
-    if unsaved is not None and not explain:
-        faults.add(unsaved)
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
     plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
-    for kind, wanted in config.parts.items():
+    for kind, wanted in requested_parts(config).items():
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
             planned.kind = PARTS[kind]
         plan.others += found
+    unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
+    if unsaved is not None and not explain:
+        faults.add(unsaved)
     faults.check(TargetError, NEXT_STEP)
     plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
     return plan
+
+
+def requested_parts(config: LoraConfig) -> dict[str, Any]:
+    """Kind of part -> what a configuration asks for, in `parts` or in a field of PEFT."""
+    rows = {"token_rows": config.trainable_token_indices} if config.trainable_token_indices else {}
+    return rows | config.parts
 
 
 def check_names(config: LoraConfig, faults: Faults) -> None:

@@ -19,7 +19,7 @@ from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable
 from ..adapt.state import require_state, task_of
-from ..adapt.unsaved import why_unsaved
+from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import (
     adapted_modules,
     adapter_layers,
@@ -88,7 +88,7 @@ def save_adapter(
             "is_main_process=…)."
         )
     record = require_state(model, "save_adapter").adapters[name]
-    unsaved = why_unsaved(model, record.heads) if record.trainable else None
+    unsaved = why_unsaved(model, record.heads, trained_rows(model, name)) if record.trainable else None
     if unsaved is not None:
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): {unsaved}. Nothing was written. To keep this model, merge it: "

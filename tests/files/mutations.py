@@ -162,7 +162,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "layer_replication": [[[0, 1]]],
     "megatron_config": [{"import": MARK}],
     "custom_module": [MARK],
-    "trainable_token_indices": [[1, 2]],
+    "trainable_token_indices": [[1, 2], [-1], [10**400], "x", {"x": 3}],
 }  # fmt: skip
 GOOD_VALUES: dict[str, list[Any]] = {
     "auto_mapping": [{"base_model_class": "system", "parent_library": "os"}, 5, [MARK],

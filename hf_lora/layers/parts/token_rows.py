@@ -96,7 +96,7 @@ class TokenRows(Part):
     @classmethod
     def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterator[Planned]:
         seen: dict[int, str] = {}
-        for path, ids in _by_path(wanted, modules, faults):
+        for path, ids in rows_by_path(wanted, modules, faults):
             module: Any = modules[path]
             weight = module._parameters.get("weight")
             if not isinstance(module, (nn.Embedding, nn.Linear)) or not DenseStorage().owns(module):
@@ -137,7 +137,7 @@ class TokenRows(Part):
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
         if self._owns:
-            yield _spec(self.module, self._ids), self._rows
+            yield _spec(self.module, self.ids), self._rows
 
     def remove(self, keep: bool = False) -> None:
         held: Any = self.module._modules[ROWS]
@@ -147,7 +147,7 @@ class TokenRows(Part):
         RowsHost.let_go(self.module, self.adapter)
 
     def conflict(self, others: Sequence[Part]) -> str | None:
-        ids = [i for part in (self, *others) for i in cast(TokenRows, part)._ids]
+        ids = [i for part in (self, *others) for i in cast(TokenRows, part).ids]
         if len(set(ids)) == len(ids):
             return None
         return f"{self.path}: {' and '.join(repr(p.adapter) for p in (self, *others))} have rows of the same tokens"
@@ -159,7 +159,7 @@ class TokenRows(Part):
 
         def put(block: Tensor, rows: slice) -> Tensor:
             for part in everyone:
-                for i, row in zip(part._ids, part._rows.detach(), strict=True):
+                for i, row in zip(part.ids, part._rows.detach(), strict=True):
                     if rows.start <= i < rows.stop:
                         block[i - rows.start] = to_float64(row)
             return block
@@ -167,11 +167,11 @@ class TokenRows(Part):
         yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, None)
 
     def fit(self) -> None:
-        if max(self._ids) >= len(self.module.weight):
+        if max(self.ids) >= len(self.module.weight):
             raise StateError(f"{self.path}: the adapter {self.adapter!r} trains rows that the vocabulary would lose.")
 
     @property
-    def _ids(self) -> list[int]:
+    def ids(self) -> list[int]:
         held: RowsState = self.module._lora_rows
         return held.ids[self.adapter]
 
@@ -190,7 +190,7 @@ def _spec(module: Any, ids: Sequence[int]) -> FactorSpec:
     return FactorSpec((len(ids), size), TokenRows.keys[0])
 
 
-def _by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[tuple[str, list[int]]]:
+def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[tuple[str, list[int]]]:
     """(name of a module, tokens) of what a configuration asks for: a list is of the input embedding."""
     if not isinstance(wanted, Mapping):
         get: Any = getattr(modules.get(""), "get_input_embeddings", None)
