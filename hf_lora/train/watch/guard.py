@@ -29,6 +29,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
+from ...adapt.inner import adapted_part
 from ...adapt.state import require_state, state_of
 from ...adapt.walk import adapter_layers
 from ...errors import TrainingError
@@ -110,6 +111,7 @@ class LayerGuard(Watch):
         **kwargs: object,
     ) -> None:
         self.finished()
+        model = adapted_part(model) if model is not None else None
         if self.steps < 1 or model is None or state_of(model) is None:
             return
         self._seen = self._idle = 0
