@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hf_lora import ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora
+from hf_lora import ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, check_adapter
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
 from hf_lora.adapt.state import require_state, set_active
@@ -174,6 +174,18 @@ def test_grouped_convolutions_and_embeddings_are_refused_by_name() -> None:
         with pytest.raises(TargetError, match=match):
             inject(model, LoraConfig(r=2, target_modules=["layer"], **{field: True}))  # type: ignore[arg-type]
         assert type(model.layer) is type(layer)
+
+
+def test_a_check_leaves_out_what_cannot_be_merged() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 3, bias=False))
+    inject(model, LoraConfig(r=2, target_modules=["0"]), "grouped")
+    x = {"input": torch.randn(2, 4, 3, 3)}
+    randomize(model)
+    assert check_adapter(model, x).ok
+    inject(model, LoraConfig(r=2, target_modules=["2"], lora_bias=True), "biased")
+    randomize(model)
+    assert check_adapter(model, x).ok
 
 
 def test_a_bias_of_the_base_is_trained_under_dora_too() -> None:
