@@ -30,9 +30,10 @@ from hf_lora import (
     merge_files,
     register,
 )
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import merge, unmerge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.load import load_adapter

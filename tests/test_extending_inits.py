@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from toys import Pair, Top, registered
 
 from hf_lora import INITS, ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.load import load_adapter

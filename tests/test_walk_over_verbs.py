@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from walk_reference import LAYERS, Adapter, Key, Plan, Reference, is_frozen
 
 from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora, share_inputs
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject
 from hf_lora.adapt.merge import disabled, merge, set_enabled, unload, unmerge
-from hf_lora.adapt.state import require_state, set_active, state_of
+from hf_lora.adapt.state import require_state, state_of
 from hf_lora.files.load import load_adapter, load_adapter_weights
 from hf_lora.files.save import save_adapter
 from hf_lora.layers.base import LoraLayer
@@ -36,9 +37,10 @@ T = TypeVar("T")
 RATE = 0.1
 OUTPUT_ROUNDINGS = 8
 """In the norm, each of the layers' outputs is rounded once; sums of a few products in float32 add little."""
-GRADIENT_ROUNDINGS = 16
-"""Each token's share of a gradient went through the layers forth and back. The shares may cancel, so the error
-is measured by the sum of their norms."""
+GRADIENT_ROUNDINGS = 3 * OUTPUT_ROUNDINGS
+"""Each token's share of a gradient went through the layers forth and back, and begins with the output's distance from
+what is wanted, which has the output's error. The shares may cancel, so the error is measured by the sum of their
+norms."""
 
 PLANS = {
     # Two methods that overlap on two layers, so only one acts at a time.
@@ -277,12 +279,17 @@ class Walk:
             return self.unmerge()
         names = self.pick([None, (), *SETS], reference.merges)
         if self.attempt(f"merge {names}", reference.merges(names), lambda: merge(self.model, names)):
-            reference.active = reference.active if names is None else names
-            reference.merge()
+            reference.merge(names)
 
     def unmerge(self) -> None:
-        if self.attempt("unmerge", bool(self.reference.merged), lambda: unmerge(self.model)):
-            self.reference.merged = ()
+        reference = self.reference
+        try:
+            if self.attempt("unmerge", bool(reference.merged), lambda: unmerge(self.model)):
+                reference.unmerge()
+        except Cut:  # of a block around it; what is begun is completed
+            if reference.merged and not require_state(self.model, "unmerge").activity.merged:
+                reference.unmerge()
+            raise
 
     def merge_for_good(self) -> None:
         """On a copy: nothing leads back."""

@@ -26,11 +26,12 @@ from ..layers.distributed import is_partitioned, is_sharded
 from ..layers.file_maps import lies_in, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.storages import fits, why_unreadable
+from .activation import acting_together, set_active, switch
 from .dequantize import dense_dtype, dequantization_faults, dequantize, dequantize_with, is_quantized
 from .folding import Folding, merged_rows
 from .inject import eject, refuse_shared
 from .inner import outermost_models
-from .state import LoraState, acting_together, require_state, set_active, state_of, switch
+from .state import LoraState, require_state, state_of
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .undo import Undo, all_or_nothing
 from .walk import parts
@@ -48,7 +49,7 @@ def merge(
     keep: bool = True,
     call: str = "merge",
 ) -> tuple[str, ...]:
-    """Fold the active adapters (or `names`, which become active) into the weights, in place.
+    """Fold the active adapters (or `names`, which are active until `unmerge`) into the weights, in place.
 
     Args:
         untie: first give an adapted layer that shares its weight its own copy.
@@ -103,8 +104,8 @@ def merge_for_good(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore every bit of the base weights and their ties; the adapters are active unmerged again. If that is
-    interrupted, it is completed before the error is raised.
+    """Restore every bit of the base weights and their ties; those adapters are active that were before the merge. If
+    that is interrupted, it is completed before the error is raised.
 
     Raises:
         StateError: nothing is merged.
@@ -142,6 +143,9 @@ def _unmerge(model: nn.Module, state: LoraState) -> None:
         state.ties.restore(model)
     state.__dict__.update(originals=[], ties=None)
     state.activity.set(merged=())
+    if state.active_unmerged is not None:
+        set_active(model, state, state.active_unmerged)
+        state.active_unmerged = None
 
 
 def _leave_merged(model: nn.Module, merged: tuple[str, ...]) -> None:
@@ -242,6 +246,7 @@ class _Merging:
         if not wanted:
             raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
         if names is not None:
+            state.active_unmerged = state.activity.active
             set_active(model, state, wanted)
         folds = folds_of(model, wanted)
         check_mergeable(model, folds, wanted, untie, keep, call)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import Faults, StateError, nearest
+from ..data.trained import TrainedFormat
+from ..errors import StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
-from ..layers.parts import Part
 from .ties import Ties
-from .walk import ATTRIBUTE, adapter_modules, held_parameters, parts
-
-_FROZEN = "frozen_by_user"
+from .walk import ATTRIBUTE
 
 
 @dataclass
@@ -77,6 +74,7 @@ class AdapterRecord:
         named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
         has_labels: whether one of `heads` is the task head, whose outputs `task` describes.
+        trained_format: the format of the rows that it was trained on, if known.
     """
 
     config: LoraConfig
@@ -87,6 +85,7 @@ class AdapterRecord:
     named_by_user: bool = True
     trainable: bool = True
     has_labels: bool = False
+    trained_format: TrainedFormat | None = None
 
 
 @dataclass
@@ -145,6 +144,8 @@ class LoraState:
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
     ties: Ties | None = None
     """The ties of the base before a merge untied weights."""
+    active_unmerged: tuple[str, ...] | None = None
+    """The adapters that were active before others were merged by name, to be active again after `unmerge`."""
     permanent: bool = False
     """Whether the merged adapters cannot be unmerged, because the originals were not kept."""
     lost: str = ""
@@ -215,22 +216,19 @@ def task_of(model: nn.Module, name: str) -> Task:
     return task.take_from(model) if running_task(state) is task else task
 
 
-def switch(
-    model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
-) -> None:
-    """Change which adapters act. The labels in model and config are always those of the head that runs."""
-    activity, before = state.activity, running_task(state)
-    was_active, was_enabled = activity.active, activity.enabled
-    before.take_from(model)
-    try:
-        activity.set(active=active, enabled=enabled)
-        now = running_task(state)
-        if now is not before:
-            now.apply(model)
-    except BaseException:
-        activity.set(active=was_active, enabled=was_enabled)
-        before.apply(model)
-        raise
+def trained_format(model: nn.Module) -> TrainedFormat | None:
+    """The format of the rows that the active adapter was trained on, if known."""
+    state = state_of(model)
+    active = [state.adapters[name] for name in state.activity.active] if state is not None else []
+    return next((record.trained_format for record in active if record.trained_format is not None), None)
+
+
+def set_trained_format(model: nn.Module, trained: TrainedFormat) -> None:
+    """Record the format of the rows with the adapters that are trained."""
+    state = require_state(model, "set_trained_format")
+    for name in state.activity.active:
+        if state.adapters[name].trainable:
+            state.adapters[name].trained_format = trained
 
 
 def require_state(model: nn.Module, call: str) -> LoraState:
@@ -240,98 +238,3 @@ def require_state(model: nn.Module, call: str) -> LoraState:
     if state is None:
         raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
     return state
-
-
-def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str]) -> None:
-    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable, except for what
-    `keep_frozen` noted."""
-    wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
-    if not wanted:
-        return
-    for name, parameter, frozen in _tensors(model, wanted):
-        _require_grad(parameter, wanted[name] and not frozen)
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(adapter, parameter, whether the user froze it) of all parameters of the adapters `names`."""
-    for name, held in adapter_modules(model, names):
-        frozen: set[str] = held.__dict__.get(_FROZEN, set())
-        for key, parameter in held_parameters(held):
-            yield name, parameter, key in frozen
-
-
-def _require_grad(parameter: nn.Parameter, wanted: bool) -> None:
-    parameter.requires_grad = wanted
-    if not wanted:
-        parameter.grad = None
-
-
-def keep_frozen(model: nn.Module, state: LoraState) -> None:
-    """Note which tensors of the active adapters the user froze, so that they stay frozen after the adapters were
-    inactive. Called before `requires_grad` of an active adapter changes."""
-    trained = [n for n, record in state.adapters.items() if record.trainable and n in state.activity.active]
-    for _, held in adapter_modules(model, trained):
-        frozen = {key for key, parameter in held_parameters(held) if not parameter.requires_grad}
-        if frozen or _FROZEN in held.__dict__:
-            held.__dict__[_FROZEN] = frozen
-
-
-def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
-    """Make `names` the active adapters.
-
-    Raises:
-        StateError: a name is unknown, the model is merged, or the adapters conflict.
-    """
-    state.refuse_merged("set_adapter")
-    for name in names:
-        state.require(name)
-    if len(set(names)) != len(names):
-        raise StateError(f"set_adapter({list(names)}): an adapter is named twice.")
-    if len(names) > 1:
-        _refuse_conflicts(model, names)
-    before = state.activity.active
-    keep_frozen(model, state)
-    switched = {n for n in (*before, *names) if (n in before) != (n in names)}
-    changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    tensors = list(_tensors(model, changed)) if changed else []
-    kept = [(tensor, tensor.requires_grad, tensor.grad) for _, tensor, _ in tensors]
-    try:
-        switch(model, state, active=names)
-        for name, tensor, frozen in tensors:
-            _require_grad(tensor, name in names and not frozen)
-    except BaseException:
-        switch(model, state, active=before)
-        for tensor, requires_grad, grad in kept:
-            tensor.requires_grad, tensor.grad = requires_grad, grad
-        raise
-
-
-def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
-    """The parts of the adapters `names`, in this order, grouped by the module or weight that they act on."""
-    together: dict[tuple[type[Part], str], list[Part]] = {}
-    for part in parts(model):
-        if part.adapter in names:
-            together.setdefault((type(part), part.name), []).append(part)
-    for group in together.values():
-        group.sort(key=lambda part: names.index(part.adapter))
-    return list(together.values())
-
-
-def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    faults = Faults(f"set_adapter({list(names)}): these adapters cannot be active together")
-    together = acting_together(model, names)
-    for first, *others in together:
-        if others and (conflict := first.conflict(others)) is not None:
-            faults.add(conflict)
-    everything = [part for group in together for part in group]
-    for whole in (part for part in everything if part.whole_module):
-        for part in everything:
-            below = f"{part.path}.".startswith(f"{whole.path}.") and not (
-                part.path == whole.path and part.whole_module
-            )
-            if below and part.adapter != whole.adapter:
-                faults.add(
-                    f"{whole.path}: {whole.adapter!r} replaces this module, so what {part.adapter!r} has at "
-                    f"{part.name} would have no effect"
-                )
-    faults.check(StateError, "Set one of them at a time.")

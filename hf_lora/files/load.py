@@ -12,19 +12,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
+from ..adapt.bypass import uncalled_embeddings
+from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
 from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
+from ..adapt.ties import join_embeddings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
-from ..layers.ops import used_devices
-from ..layers.parts import Bias, bias_key, rows_by_path
+from ..layers.ops import kept_random_states
+from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
 from .biases import biases_in
@@ -98,15 +101,24 @@ def load_adapter(
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
     others = other_settings(model, file.extras)
+    uncalled = uncalled_embeddings(model)
+    lending = [path for path in dict.fromkeys((*adapted, *plan.saved)) if path in uncalled]
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
+        state.adapters[name].trained_format = TrainedFormat.from_json(file.extras.get("training_format"))
         assign(model, name, tensors)
+        if file.extras:  # they were one module in training, because its script had resized the vocabulary
+            for path in lending:
+                join_embeddings(model, path)
 
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
         call=call,
     )  # fmt: skip
+    if not file.extras:
+        for path in lending:
+            logger.warning(f"{call}: what the file has for {path} has no effect, as in PEFT: {uncalled[path]}.")
     if others:
         logger.warning(f"{call}: the adapter was trained with {others}. This base has other values: set them on it.")
     return plan
@@ -273,40 +285,6 @@ def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
     return any(each is not None and torch.equal(each.to(values.dtype), values) for each in found)
 
 
-def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
-    """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
-    embedding = input_embedding(model)
-    path = next((path for path, module in original_modules(model) if module is embedding), "")
-    whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
-    rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
-    return (rows if isinstance(rows, int) else None), whole
-
-
-def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
-    """Whether the file has the rows of the token embeddings that the base lacks: in whole embeddings, or alone."""
-    ends = (input_embedding(model), output_embedding(model))
-    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
-    named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
-    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
-    rows, _ = vocabulary_in(model, file)
-    new, wanted = range(vocabulary_of(model) or 0, rows or 0), file.config.trainable_token_indices
-    if new and wanted:
-        modules = dict(original_modules(model))
-        trained = ((path, ids) for path, ids in rows_by_path(wanted, modules, Faults("")) if set(ids).issuperset(new))
-        held |= {id(modules[path]._parameters.get("weight")) for path, _ in trained}
-    return weights <= held
-
-
-@torch.no_grad()
-def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
-    """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
-    for path, module in original_modules(model):
-        copied = file.base_copies.get(path)
-        weight = module._parameters.get("weight")
-        if copied is not None and weight is not None and weight.shape == copied.shape:
-            weight[first:] = copied[first:].to(weight)
-
-
 def _check_base_copies(model: nn.Module, copies: Mapping[str, Tensor], allow_other_base: bool, call: str) -> None:
     """Compare copies of tensors of the base with the base, up to the rounding of a 16-bit copy."""
     faults = Faults(call)
@@ -367,7 +345,7 @@ def _heads(model: nn.Module, plan: Explanation, other: PreTrainedModel | None) -
     """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}
-    with torch.random.fork_rng(devices=used_devices()):
+    with kept_random_states():
         return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
 
 

@@ -230,7 +230,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     from .. import __version__
 
     state, task = require_state(model, "save_adapter"), task_of(model, name)
-    config = state.adapters[name].config
+    config, trained = state.adapters[name].config, state.adapters[name].trained_format
     biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
         "base": renewed(state.identity, model),
@@ -241,6 +241,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "task_type": config.task_type or task_type_of(model),
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
+        **({"training_format": trained.to_json()} if trained is not None else {}),
         **({"method": config.method} if config.method != "lora" and IN_PEFT.get(config.method) == {} else {}),
         **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},

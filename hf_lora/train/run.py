@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.state import set_trained_format
 from ..data import tasks
 from ..data.chat import chat_rows, is_templated, show_batch
 from ..data.formats import describe, recognize_format
 from ..data.tables import Table, read_table
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError, Faults, nearest
 from .parsing import Parsed, RunArguments, parse_arguments
 from .start import start_lines
@@ -161,6 +163,11 @@ def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedT
     trainer = LoraTrainer(
         model, training, DataCollatorWithPadding(tokenizer), **_common(rows, tokenizer, ["accuracy", "f1"])
     )
+    limit = tasks.length_limit(tokenizer, run.max_length, window)
+    trained = TrainedFormat(
+        "classes", columns.text, pair_column=columns.pair, label_column=columns.label, max_length=limit
+    )
+    set_trained_format(trainer._bare_model, trained)
     return Prepared(trainer, rows, lines)
 
 
@@ -175,13 +182,18 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrai
     from datasets import Dataset
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from .rows import format_of_table
+
     run, training = parsed.run, parsed.training
     settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
     length = run.max_length or min(WINDOW, getattr(settings, "max_position_embeddings", None) or WINDOW)
     rows, lines, cut = {}, [], 0
     for split, table in tables.items():
         form = recognize_format(table, run.text_column, run.completion_column)
-        lines.append(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
+        templated = is_templated(form, tokenizer, run.use_chat_template)
+        lines.append(f"{split}: {describe(form, templated)}")
+        if split == "train":
+            trained = format_of_table(table, form, templated, length, run.last_turn_only)
         labelled, long = chat_rows(
             table, form, tokenizer, length,
             use_chat_template=run.use_chat_template, last_turn_only=run.last_turn_only,
@@ -200,6 +212,7 @@ def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrai
         LoraSFTConfig.of(training, packing=run.packing, max_length=length),
         **_common(rows, tokenizer, ["accuracy", "perplexity"]),
     )
+    set_trained_format(trainer._bare_model, trained)
     return Prepared(trainer, rows, lines)
 
 

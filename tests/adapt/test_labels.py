@@ -17,8 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from hf_lora import LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import eject, inject
-from hf_lora.adapt.state import Task, require_state, set_active, task_of
+from hf_lora.adapt.state import Task, require_state, task_of
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 from hf_lora.layers.copies import Replacement

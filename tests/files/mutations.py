@@ -189,6 +189,12 @@ BAD_EXTRAS: dict[str, list[Any]] = {
                  {str(i): "a" for i in range(120_000)}],
     "problem_type": [5, "os.system", []],
     "vocabulary": [-1, "x", 10**30, True, []],
+    "training_format": [5, [], "pair", {"kind": "os.system"}, {"kind": []}, {"text_column": "a"},
+                        *({"kind": "pair", name: value} for name, value in (
+                            ("text_column", 5), ("completion_column", "a\nb"), ("pair_column", ""),
+                            ("label_column", "x" * 5000), ("use_chat_template", "yes"), ("last_turn_only", 1),
+                            ("separator", "\x1b[2J"), ("separator", 3), ("system", "x" * 20_000), ("system", []),
+                            ("max_length", 0), ("max_length", -1), ("max_length", True), ("max_length", "64")))],
 }  # fmt: skip
 BAD_BASES: dict[str, list[Any]] = {
     "weights": [5, [], {"x": "!!"}, {"x": 5}, {"x": "AA=="}, {"x": ""}, {"x": "A" * 100_000}],

@@ -13,8 +13,9 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora import METHODS, LoraConfig, register
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.layers.contract import FactorSpec, Method, Shape
 
 

@@ -26,9 +26,10 @@ from shapes_under_test import (
 from torch import nn
 
 from hf_lora import LoraConfig, MergeError, StateError
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, merge, unmerge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.layers.contract import Method
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

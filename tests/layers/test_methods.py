@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from hf_lora import ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, check_adapter
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.layers.ops import scale_outputs
 
 EPS = torch.finfo(torch.float32).eps

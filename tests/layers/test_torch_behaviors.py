@@ -27,9 +27,10 @@ from helpers import (
 from torch import nn
 
 from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import disabled, merge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers
 
 MODELS: dict[str, Callable[..., Any]] = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5}
