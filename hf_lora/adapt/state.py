@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..data.trained import TrainedFormat
-from ..errors import StateError, nearest
+from ..errors import ConfigError, Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
 from .ties import Ties
@@ -39,6 +39,19 @@ class Task:
 
     @classmethod
     def from_labels(cls, num_labels: int | None, id2label: dict[int, str] | None) -> Task:
+        """The task with this number of labels, or with these names.
+
+        Raises:
+            ConfigError: there is no such number of labels, or the names are for another one.
+        """
+        faults = Faults(f"num_labels={num_labels!r}, id2label={id2label!r}")
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            faults.add("num_labels must be an integer >= 1")
+        elif id2label is not None and num_labels not in (None, len(id2label)):
+            faults.add(f"id2label has {len(id2label)} names")
+        if id2label is not None and (not id2label or set(id2label) != set(range(len(id2label)))):
+            faults.add("the keys of id2label must be the integers from 0 on, without gaps")
+        faults.check(ConfigError, "Nothing was changed.")
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)

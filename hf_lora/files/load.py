@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
-from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
@@ -43,6 +42,7 @@ from .format import (
 from .identity import differs, identify, is_absent, renewed
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
+from .vocabulary import whole_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -213,15 +213,6 @@ def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
         own[_alias(key, own)].put(tensor)
 
 
-def _whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
-    """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
-    if file.extras:
-        return {}
-    ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
-    named = [path for path, m in original_modules(model) if id(m) in ends]
-    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
-
-
 def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, Explanation, dict[str, Tensor]]:
     """What the file adapts and trains whole.
 
@@ -235,7 +226,7 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
         plan = resolve(model, file.config, call, from_file=True, saved=saved)
     except TargetError as error:
         raise AdapterFileError(str(error), error.faults) from error
-    plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
+    plan.saved |= {p: why for p, why in whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}

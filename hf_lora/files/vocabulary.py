@@ -1,15 +1,49 @@
-"""The rows of a model's token embeddings that an adapter's file holds."""
+"""The size of the vocabulary in an adapter's file and in its base."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.walk import original_modules
-from ..errors import Faults
+from ..errors import BaseMismatchError, Faults
 from ..layers.parts import rows_by_path
 from .format import AdapterFile, key_of
+
+
+def fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
+    """Resize the base's vocabulary to its size in training, if the adapter contains the rows that the base lacks."""
+    now = vocabulary_of(model)
+    if now is None or not isinstance(model, PreTrainedModel):
+        return
+    saved, whole = vocabulary_in(model, file)
+    if saved is None or saved == now:
+        return
+    embedding: Any = model.get_input_embeddings()
+    if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
+        return  # it does not fit, which is reported with all other faults
+    if holds_new_rows(model, file) or (whole is not None and (saved < now or allow_other_base)):
+        model.resize_token_embeddings(saved, mean_resizing=False)
+        fill_new_rows(model, file, now)
+    elif saved > now and not allow_other_base:
+        raise BaseMismatchError(
+            f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "
+            f"embedding, but the base has {now}, and no file contains the new rows. Resize the base as the training "
+            "script did and pass it as base_model=, or pass allow_other_base=True to load without them."
+        )
+
+
+def whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
+    """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
+    if file.extras:
+        return {}
+    ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
+    named = [path for path, m in original_modules(model) if id(m) in ends]
+    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
 
 
 def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
