@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,14 +9,11 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..data.trained import TrainedFormat
-from ..errors import Faults, StateError, nearest
+from ..errors import ConfigError, Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
-from ..layers.parts import Part
 from .ties import Ties
-from .walk import ATTRIBUTE, adapter_modules, held_parameters, parts
-
-_FROZEN = "frozen_by_user"
+from .walk import ATTRIBUTE
 
 
 @dataclass
@@ -43,6 +39,19 @@ class Task:
 
     @classmethod
     def from_labels(cls, num_labels: int | None, id2label: dict[int, str] | None) -> Task:
+        """The task with this number of labels, or with these names.
+
+        Raises:
+            ConfigError: there is no such number of labels, or the names are for another one.
+        """
+        faults = Faults(f"num_labels={num_labels!r}, id2label={id2label!r}")
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            faults.add("num_labels must be an integer >= 1")
+        elif id2label is not None and num_labels not in (None, len(id2label)):
+            faults.add(f"id2label has {len(id2label)} names")
+        if id2label is not None and (not id2label or set(id2label) != set(range(len(id2label)))):
+            faults.add("the keys of id2label must be the integers from 0 on, without gaps")
+        faults.check(ConfigError, "Nothing was changed.")
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
@@ -235,24 +244,6 @@ def set_trained_format(model: nn.Module, trained: TrainedFormat) -> None:
             state.adapters[name].trained_format = trained
 
 
-def switch(
-    model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
-) -> None:
-    """Change which adapters act. The labels in model and config are always those of the head that runs."""
-    activity, before = state.activity, running_task(state)
-    was_active, was_enabled = activity.active, activity.enabled
-    before.take_from(model)
-    try:
-        activity.set(active=active, enabled=enabled)
-        now = running_task(state)
-        if now is not before:
-            now.apply(model)
-    except BaseException:
-        activity.set(active=was_active, enabled=was_enabled)
-        before.apply(model)
-        raise
-
-
 def require_state(model: nn.Module, call: str) -> LoraState:
     state = state_of(model)
     if state is not None and state.lost:
@@ -260,98 +251,3 @@ def require_state(model: nn.Module, call: str) -> LoraState:
     if state is None:
         raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
     return state
-
-
-def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str]) -> None:
-    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable, except for what
-    `keep_frozen` noted."""
-    wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
-    if not wanted:
-        return
-    for name, parameter, frozen in _tensors(model, wanted):
-        _require_grad(parameter, wanted[name] and not frozen)
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(adapter, parameter, whether the user froze it) of all parameters of the adapters `names`."""
-    for name, held in adapter_modules(model, names):
-        frozen: set[str] = held.__dict__.get(_FROZEN, set())
-        for key, parameter in held_parameters(held):
-            yield name, parameter, key in frozen
-
-
-def _require_grad(parameter: nn.Parameter, wanted: bool) -> None:
-    parameter.requires_grad = wanted
-    if not wanted:
-        parameter.grad = None
-
-
-def keep_frozen(model: nn.Module, state: LoraState) -> None:
-    """Note which tensors of the active adapters the user froze, so that they stay frozen after the adapters were
-    inactive. Called before `requires_grad` of an active adapter changes."""
-    trained = [n for n, record in state.adapters.items() if record.trainable and n in state.activity.active]
-    for _, held in adapter_modules(model, trained):
-        frozen = {key for key, parameter in held_parameters(held) if not parameter.requires_grad}
-        if frozen or _FROZEN in held.__dict__:
-            held.__dict__[_FROZEN] = frozen
-
-
-def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
-    """Make `names` the active adapters.
-
-    Raises:
-        StateError: a name is unknown, the model is merged, or the adapters conflict.
-    """
-    state.refuse_merged("set_adapter")
-    for name in names:
-        state.require(name)
-    if len(set(names)) != len(names):
-        raise StateError(f"set_adapter({list(names)}): an adapter is named twice.")
-    if len(names) > 1:
-        _refuse_conflicts(model, names)
-    before = state.activity.active
-    keep_frozen(model, state)
-    switched = {n for n in (*before, *names) if (n in before) != (n in names)}
-    changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    tensors = list(_tensors(model, changed)) if changed else []
-    kept = [(tensor, tensor.requires_grad, tensor.grad) for _, tensor, _ in tensors]
-    try:
-        switch(model, state, active=names)
-        for name, tensor, frozen in tensors:
-            _require_grad(tensor, name in names and not frozen)
-    except BaseException:
-        switch(model, state, active=before)
-        for tensor, requires_grad, grad in kept:
-            tensor.requires_grad, tensor.grad = requires_grad, grad
-        raise
-
-
-def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
-    """The parts of the adapters `names`, in this order, grouped by the module or weight that they act on."""
-    together: dict[tuple[type[Part], str], list[Part]] = {}
-    for part in parts(model):
-        if part.adapter in names:
-            together.setdefault((type(part), part.name), []).append(part)
-    for group in together.values():
-        group.sort(key=lambda part: names.index(part.adapter))
-    return list(together.values())
-
-
-def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    faults = Faults(f"set_adapter({list(names)}): these adapters cannot be active together")
-    together = acting_together(model, names)
-    for first, *others in together:
-        if others and (conflict := first.conflict(others)) is not None:
-            faults.add(conflict)
-    everything = [part for group in together for part in group]
-    for whole in (part for part in everything if part.whole_module):
-        for part in everything:
-            below = f"{part.path}.".startswith(f"{whole.path}.") and not (
-                part.path == whole.path and part.whole_module
-            )
-            if below and part.adapter != whole.adapter:
-                faults.add(
-                    f"{whole.path}: {whole.adapter!r} replaces this module, so what {part.adapter!r} has at "
-                    f"{part.name} would have no effect"
-                )
-    faults.check(StateError, "Set one of them at a time.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from ..adapt.patterns import as_text, table_pattern, why_invalid
-from ..config import TASK_TYPES
+from ..config import IN_PEFT, TASK_TYPES
 from ..data.trained import KINDS, is_prose
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
@@ -40,7 +40,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
         AdapterFileError: lists every such field.
     """
     faults = Faults(place)
-    for name in ("use_rslora", "fan_in_fan_out"):
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if not isinstance(values.get(name, False), (bool, type(None))):
             faults.add(f"{name}={values[name]!r} must be true or false")
     _check_rank(faults, "r", values.get("r"))
@@ -77,6 +77,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
         ("task_type", lambda value: value in TASK_TYPES),
+        ("method", lambda value: IN_PEFT.get(value) == {} if isinstance(value, str) else False),
     ):
         value = values.get(name)
         if value is not None and not good(value):

@@ -89,14 +89,18 @@ def finetune(
         for split in ("eval", "test")
         if split in ready.rows
     }
-    trainer.save_model()
     trainer.save_state()
     metrics: dict[str, float] = {}
     for split, values in found.items():
         metrics |= values
         if trainer.is_world_process_zero():
             trainer.save_metrics(split, values)
-    trainer.create_model_card(**_data_of_card(parsed.run, list(found)))
+    card = _data_of_card(parsed.run, list(found))
+    if training.push_to_hub:  # saves, and writes the card, before it pushes
+        trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..adapt.report import trainable_line
 from ..adapt.state import LoraState, require_state, state_of
-from ..adapt.unsaved import why_unsaved
+from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
@@ -25,6 +25,7 @@ from ..errors import ConfigError, Faults, StateError, TrainingError
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import current_names
+from .optimizer import refuse_projections
 from .precision import precision_line
 
 logger = logging.get_logger(__name__)
@@ -79,6 +80,7 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     Args:
         trainer: name of the class, for messages.
     """
+    refuse_projections(args, trainer)
     flags = args if isinstance(args, LoraArguments) else None
     call = f"{trainer}(…, lora_config=…)"
     state = state_of(model)
@@ -95,6 +97,12 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
             )
         state = require_state(model, call)
         reason = "lora_config is given" if given is not None else None
+        if given is None and flags is not None and flags.parsed_elsewhere:
+            logger.warning(
+                f"The flags {', '.join(flags.parsed_elsewhere)} are those of another class of the parser, so the "
+                f"adapter has the defaults of {type(flags).__name__}. To use them, pass {trainer} a lora_config or "
+                "peft_config with their values (in TRL's scripts: --use_peft)."
+            )
     else:
         reason = f"the model already has the adapters {_listed(state.adapters)}"
         if given is not None:
@@ -147,7 +155,7 @@ def check_start(model: nn.Module, call: str) -> None:
     faults = Faults(call)
     for name in state.activity.active:
         record = state.adapters[name]
-        unsaved = why_unsaved(model, record.heads) if record.trainable else None
+        unsaved = why_unsaved(model, record.heads, trained_rows(model, name)) if record.trainable else None
         if unsaved is not None:
             faults.add(f"{name!r}: {unsaved}")
     faults.check(
