@@ -163,7 +163,7 @@ class LayerGuard(Watch):
         self._seen += 1
         waits = any(not w.ran and self._siblings(w) for w in self.watched)
         if self._seen >= (PATIENCE * self.steps if waits else self.steps):
-            self._report(model, optimizer, state.is_world_process_zero)
+            self._report(adapted_part(model), optimizer, state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
