@@ -16,6 +16,7 @@ from transformers import BertForSequenceClassification, Trainer
 from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, StateError, apply_lora
 from hf_lora.adapt.state import state_of
 from hf_lora.adapt.walk import adapter_layers
+from hf_lora.testing import LocalHub
 
 ROWS = [{"ids": torch.arange(i, i + 6), "labels": torch.tensor(i % 3)} for i in range(12)]
 
@@ -178,6 +179,15 @@ def test_a_training_of_sentence_transformers(kind: str, texts_base: str, tmp_pat
     for folder in ("saved", "own", "run/checkpoint-4"):
         found = values(base(str(tmp_path / folder), device="cpu"))
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6), folder
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        run.args.hub_model_id, run.args.hub_token = "user/pushed", hub.token
+        run.push_to_hub()
+        for path, data in hub.files("user/pushed").items():
+            (tmp_path / "pulled" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "pulled" / path).write_bytes(data)
+    assert (tmp_path / "pulled" / "modules.json").is_file()
+    found = values(base(str(tmp_path / "pulled"), device="cpu"))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
     resumed = made("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.equal(values(resumed.model), expected)
