@@ -94,8 +94,8 @@ def test_the_adapter_is_that_of_the_model_inside(
     for saved in (folder, tmp_path / "saved", tmp_path / "own"):
         again = LoraModel.from_pretrained(saved)
         assert torch.equal(again(input_ids=ids).logits, expected), saved
-    again = trainer(Wrapper(loaded(base)), arguments(name="more", lora_adapter=str(folder)), train_dataset=ROWS)
-    assert torch.equal(again.model.eval().inner(input_ids=ids).logits, expected)
+    more = trainer(Wrapper(loaded(base)), arguments(name="more", lora_adapter=str(folder)), train_dataset=ROWS)
+    assert torch.equal(more.model.eval().inner(input_ids=ids).logits, expected)
 
 
 def test_a_wrapper_with_parameters_is_adapted_as_a_whole(base: Path, arguments: Callable[..., Any]) -> None:
