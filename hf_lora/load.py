@@ -22,21 +22,21 @@ from transformers.utils import logging
 
 from .adapt.embeddings import vocabulary_of
 from .adapt.inner import refuse_inner
-from .adapt.labels import AUTO_CLASSES
 from .adapt.merge import MERGED, merge_for_good
 from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
-from .compat import held_load_report, is_own_model
+from .compat import held_load_report
 from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
 from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
+from .files.model_class import auto_class, class_in_config, class_in_file, needs_config
 from .files.renamed import with_present_names
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import is_unanswered, scrub
-from .layers.ops import used_devices
+from .layers.ops import kept_random_states
 
 logger = logging.get_logger(__name__)
 
@@ -125,7 +125,7 @@ def load_lora(
     where: Any = {"subfolder": subfolder, "cache_dir": cache_dir, "local_files_only": local_files_only}
     files = [read_adapter(local_adapter(source, revision, token, **where)) for source in sources]
     names = [adapter_name] if len(files) == 1 else [f"{adapter_name}-{i}" for i in range(len(files))]
-    with torch.random.fork_rng(devices=used_devices()):  # initializing a missing head draws random numbers
+    with kept_random_states():  # initializing a missing head draws random numbers
         model = base_model
         if not isinstance(base_model, nn.Module):
             model = _load_base(model_class, files, base_model, base_revision, kwargs)
@@ -290,25 +290,13 @@ def _check_mismatched(file: AdapterFile, mismatched: Iterable[Any]) -> None:
 
 
 def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
-    """The class that the adapter was trained on, if its name is known, otherwise the auto class of its task.
-
-    Files of other libraries say CAUSAL_LM of every model that generates, such as one that reads images too: for those
-    it is the class in the base's own config, if that one generates.
-    """
-    mapping = file.raw.get("auto_mapping")
-    mapped = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    for name in (file.extras.get("architecture"), mapped):
-        if name and is_own_model(name):
-            return getattr(transformers, name)
-    auto = getattr(transformers, AUTO_CLASSES[file.config.task_type or "FEATURE_EXTRACTION"])
-    if file.config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
-        return auto
-    config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
-    if getattr(config, "auto_map", None):  # its class is code of its own, which the auto class finds
-        return auto
-    named = getattr(config, "architectures", None) or [None]
-    own = getattr(transformers, named[0]) if is_own_model(named[0]) else None
-    return own if own is not None and issubclass(own, transformers.GenerationMixin) else auto
+    """The class that the adapter was trained on, if its name is known, otherwise the auto class of its task, or for a
+    task that is generation the class in the base's own config."""
+    found = class_in_file(file)
+    if found is None and needs_config(file):
+        config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
+        found = class_in_config(file, config)
+    return found or auto_class(file)
 
 
 def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:

@@ -295,7 +295,7 @@ class LoraModel(Extension, PreTrainedModel):
         merge(self, adapter_names, untie=untie, call="merge_adapter")
 
     def unmerge_adapter(self) -> None:
-        """Restore every bit of the base weights; the adapters are active unmerged again."""
+        """Restore every bit of the base weights; those adapters are active that were before the merge."""
         _state(self, "unmerge_adapter")
         unmerge(self)
 

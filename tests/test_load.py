@@ -18,7 +18,16 @@ from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel
 
 import hf_lora
-from hf_lora import AdapterFileError, BaseMismatchError, ConfigError, LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora import (
+    AdapterFileError,
+    BaseMismatchError,
+    ConfigError,
+    LoraConfig,
+    LoraModel,
+    StateError,
+    apply_lora,
+    merge_files,
+)
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
 
 
@@ -591,3 +600,6 @@ def test_pefts_task_type_of_a_model_that_reads_images_too(tmp_path: Path) -> Non
     ids = torch.arange(6)[None]
     with torch.no_grad():
         assert_near(model(input_ids=ids).logits, theirs(input_ids=ids).logits, torch.float32, 16)
+        merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+        merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+        assert_near(merged(input_ids=ids).logits, theirs(input_ids=ids).logits, torch.float32, 16)

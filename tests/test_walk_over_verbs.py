@@ -36,9 +36,10 @@ T = TypeVar("T")
 RATE = 0.1
 OUTPUT_ROUNDINGS = 8
 """In the norm, each of the layers' outputs is rounded once; sums of a few products in float32 add little."""
-GRADIENT_ROUNDINGS = 16
-"""Each token's share of a gradient went through the layers forth and back. The shares may cancel, so the error
-is measured by the sum of their norms."""
+GRADIENT_ROUNDINGS = 3 * OUTPUT_ROUNDINGS
+"""Each token's share of a gradient went through the layers forth and back, and begins with the output's distance from
+what is wanted, which has the output's error. The shares may cancel, so the error is measured by the sum of their
+norms."""
 
 PLANS = {
     # Two methods that overlap on two layers, so only one acts at a time.
@@ -277,12 +278,17 @@ class Walk:
             return self.unmerge()
         names = self.pick([None, (), *SETS], reference.merges)
         if self.attempt(f"merge {names}", reference.merges(names), lambda: merge(self.model, names)):
-            reference.active = reference.active if names is None else names
-            reference.merge()
+            reference.merge(names)
 
     def unmerge(self) -> None:
-        if self.attempt("unmerge", bool(self.reference.merged), lambda: unmerge(self.model)):
-            self.reference.merged = ()
+        reference = self.reference
+        try:
+            if self.attempt("unmerge", bool(reference.merged), lambda: unmerge(self.model)):
+                reference.unmerge()
+        except Cut:  # of a block around it; what is begun is completed
+            if reference.merged and not require_state(self.model, "unmerge").activity.merged:
+                reference.unmerge()
+            raise
 
     def merge_for_good(self) -> None:
         """On a copy: nothing leads back."""

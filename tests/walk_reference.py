@@ -133,8 +133,12 @@ class Reference:
         if torch.finfo(dtype).eps > torch.finfo(self.coarsest).eps:
             self.coarsest = dtype
 
-    def merge(self) -> None:
+    def merge(self, names: tuple[str, ...] | None) -> None:
+        self.active, self.unmerged = self.active if names is None else names, self.active
         self.merged, self.coarsest = self.active, self.dtype
+
+    def unmerge(self) -> None:
+        self.active, self.merged = self.unmerged, ()
 
     def takes(self, name: str) -> bool:
         """Whether an adapter of this name can be added."""

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import StateError
 from ..layers.hosts import states_of
-from ..layers.ops import used_devices
+from ..layers.ops import evaluation_mode, kept_random_states
 from ..layers.parts import Fold
 from .dequantize import quantized_layers
 from .folding import merged_rows
@@ -87,14 +87,8 @@ def check_adapter(model: nn.Module, batch: Mapping[str, object]) -> AdapterCheck
             folds.setdefault(first.path, []).extend(found)
             modules[first.path] = first.module
     layers = {path: _Adapted(modules[path], list(by_tensor(found).values())) for path, found in folds.items()}
-    was_training = [m for m in model.modules() if m.training]
-    with all_or_nothing(model):
-        model.eval()
-        with _float32(model):
-            report = _compare(model, layers, batch)
-        for module in was_training:
-            module.training = True
-    return report
+    with all_or_nothing(model), evaluation_mode(model), _float32(model):
+        return _compare(model, layers, batch)
 
 
 class _Adapted(NamedTuple):
@@ -130,7 +124,7 @@ def _compare(model: nn.Module, layers: dict[str, _Adapted], batch: Mapping[str, 
 
 
 def _output(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
-    with torch.random.fork_rng(devices=used_devices()):
+    with kept_random_states():
         torch.manual_seed(0)  # some losses sample points, which must be the same in every run
         output = model(**batch)
     leaves = [leaf for leaf in tree_leaves(dict(_items(output))) if isinstance(leaf, Tensor)]

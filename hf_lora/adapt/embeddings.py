@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from .walk import original_modules
+
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The output embedding of a language model, or None."""
@@ -29,7 +31,7 @@ def _embedding(model: nn.Module, getter: str) -> nn.Module | None:
 
 def output_embeddings(model: nn.Module) -> list[nn.Module]:
     """The output embeddings of the model and of language models inside it."""
-    found = (output_embedding(m) for m in model.modules() if hasattr(m, "get_output_embeddings"))
+    found = (output_embedding(m) for _, m in original_modules(model) if hasattr(type(m), "get_output_embeddings"))
     return [m for m in found if m is not None]
 
 

@@ -46,11 +46,15 @@ def outside_backbone(model: nn.Module) -> list[str]:
     backbone = model._modules.get(prefix) if prefix else None
     if backbone is None:
         return []
-    inside = sum(whole_numel(p) for p in backbone.parameters())
     children = {name: m for name, m in model._modules.items() if m is not None and name != prefix}
-    outside = {name: [whole_numel(p) for p in m.parameters()] for name, m in children.items()}
-    names = [name for name, sizes in outside.items() if sizes]
-    return names if inside >= sum(map(sum, outside.values())) else []
+    outside = {name: size for name, m in children.items() if (size := _size(m))}
+    return list(outside) if _size(backbone) >= sum(outside.values()) else []
+
+
+def _size(module: nn.Module) -> int:
+    """Number of parameters, without those of adapters."""
+    found = {id(p): p for _, m in original_modules(module) for p in m._parameters.values() if p is not None}
+    return sum(map(whole_numel, found.values()))
 
 
 def has_outputs(head: nn.Module, count: int | None) -> bool:

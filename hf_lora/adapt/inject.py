@@ -24,7 +24,6 @@ from .state import (
     LoraState,
     Task,
     base_task,
-    keep_frozen,
     require_state,
     set_active,
     state_of,
@@ -83,7 +82,6 @@ def inject(
     named_by_user = config.target_modules not in PRESETS and not from_file
     with all_or_nothing(model, state.activity.active if state is not None else ()), gc_paused():
         state = state or _first(model)
-        keep_frozen(model, state)
         record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)
         if plan.saved or task is not None:
             record.task = task or replace(base_task(model))

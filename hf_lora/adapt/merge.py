@@ -48,7 +48,7 @@ def merge(
     keep: bool = True,
     call: str = "merge",
 ) -> tuple[str, ...]:
-    """Fold the active adapters (or `names`, which become active) into the weights, in place.
+    """Fold the active adapters (or `names`, which are active until `unmerge`) into the weights, in place.
 
     Args:
         untie: first give an adapted layer that shares its weight its own copy.
@@ -103,8 +103,8 @@ def merge_for_good(
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restore every bit of the base weights and their ties; the adapters are active unmerged again. If that is
-    interrupted, it is completed before the error is raised.
+    """Restore every bit of the base weights and their ties; those adapters are active that were before the merge. If
+    that is interrupted, it is completed before the error is raised.
 
     Raises:
         StateError: nothing is merged.
@@ -142,6 +142,9 @@ def _unmerge(model: nn.Module, state: LoraState) -> None:
         state.ties.restore(model)
     state.__dict__.update(originals=[], ties=None)
     state.activity.set(merged=())
+    if state.active_unmerged is not None:
+        set_active(model, state, state.active_unmerged)
+        state.active_unmerged = None
 
 
 def _leave_merged(model: nn.Module, merged: tuple[str, ...]) -> None:
@@ -242,6 +245,7 @@ class _Merging:
         if not wanted:
             raise StateError(f"{call}: no adapter is active. Call set_adapter(name) first.")
         if names is not None:
+            state.active_unmerged = state.activity.active
             set_active(model, state, wanted)
         folds = folds_of(model, wanted)
         check_mergeable(model, folds, wanted, untie, keep, call)

@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import Faults, StateError
-from ..layers.base import LoraLayer
 from ..layers.class_swap import mixins_of
 from ..layers.hosts import Host
 from .embeddings import output_embedding
@@ -57,8 +56,8 @@ def _refuse_joined(model: PreTrainedModel) -> None:
     """Refuse embeddings that share a weight: transformers merges them into one module when it resizes them."""
     weight = getattr(model.get_input_embeddings(), "weight", None)
     held = {n: m for n, m in original_modules(model) if isinstance(m, nn.Embedding) and m.weight is weight}
-    adapted = [name for name, module in held.items() if isinstance(module, LoraLayer)]
-    if len(held) > 1 and adapted:
+    adapted = list(dict.fromkeys(part.path for part in parts(model) if part.path in held)) if len(held) > 1 else []
+    if adapted:
         raise StateError(
             f"resize_token_embeddings: {', '.join(held)} share one weight, and resizing merges them into one module: "
             f"the adapters of {', '.join(adapted)} would be lost or apply to all. Resize the vocabulary before "

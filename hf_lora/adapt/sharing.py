@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.base import LoraLayer, ungroup
-from ..layers.ops import evaluation_mode, used_devices
+from ..layers.ops import evaluation_mode, kept_random_states
 from .embeddings import output_embedding
 from .state import require_state
 from .undo import all_or_nothing
@@ -89,9 +89,8 @@ def _record(
     head = output_embedding(model)
     if head is not None and head not in layers:
         handles.append(head.register_forward_pre_hook(_stop))
-    quiet = evaluation_mode(model)  # no dropout, cache or checkpointing
-    with quiet, torch.random.fork_rng(devices=used_devices()), torch.no_grad(), suppress(_EndOfRecording):
-        model(*args, **batch)
+    with evaluation_mode(model), kept_random_states(), torch.no_grad(), suppress(_EndOfRecording):
+        model(*args, **batch)  # without dropout, cache or checkpointing
     for handle in handles:
         handle.remove()
     groups: list[frozenset[LoraLayer]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +145,8 @@ class LoraState:
     """Attributes that a Trainer set on the model and that are removed with the adapters."""
     ties: Ties | None = None
     """The ties of the base before a merge untied weights."""
+    active_unmerged: tuple[str, ...] | None = None
+    """The adapters that were active before others were merged by name, to be active again after `unmerge`."""
     permanent: bool = False
     """Whether the merged adapters cannot be unmerged, because the originals were not kept."""
     lost: str = ""
@@ -246,24 +248,12 @@ def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str
     """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable, except for what
     `keep_frozen` noted."""
     wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
-    if not wanted:
-        return
-    for name, parameter, frozen in _tensors(model, wanted):
-        _require_grad(parameter, wanted[name] and not frozen)
-
-
-def _tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """(adapter, parameter, whether the user froze it) of all parameters of the adapters `names`."""
-    for name, held in adapter_modules(model, names):
-        frozen: set[str] = held.__dict__.get(_FROZEN, set())
+    for name, held in adapter_modules(model, wanted) if wanted else ():
+        frozen = held.__dict__.get(_FROZEN, ())
         for key, parameter in held_parameters(held):
-            yield name, parameter, key in frozen
-
-
-def _require_grad(parameter: nn.Parameter, wanted: bool) -> None:
-    parameter.requires_grad = wanted
-    if not wanted:
-        parameter.grad = None
+            parameter.requires_grad = wanted[name] and key not in frozen
+            if not parameter.requires_grad:
+                parameter.grad = None
 
 
 def keep_frozen(model: nn.Module, state: LoraState) -> None:
@@ -271,9 +261,13 @@ def keep_frozen(model: nn.Module, state: LoraState) -> None:
     inactive. Called before `requires_grad` of an active adapter changes."""
     trained = [n for n, record in state.adapters.items() if record.trainable and n in state.activity.active]
     for _, held in adapter_modules(model, trained):
-        frozen = {key for key, parameter in held_parameters(held) if not parameter.requires_grad}
-        if frozen or _FROZEN in held.__dict__:
-            held.__dict__[_FROZEN] = frozen
+        _note_frozen(held, held_parameters(held))
+
+
+def _note_frozen(held: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> None:
+    frozen = [key for key, parameter in parameters if not parameter.requires_grad]
+    if frozen or _FROZEN in held.__dict__:
+        held.__dict__[_FROZEN] = frozen
 
 
 def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
@@ -290,19 +284,33 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     if len(names) > 1:
         _refuse_conflicts(model, names)
     before = state.activity.active
-    keep_frozen(model, state)
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    tensors = list(_tensors(model, changed)) if changed else []
-    kept = [(tensor, tensor.requires_grad, tensor.grad) for _, tensor, _ in tensors]
+    tensors: list[tuple[nn.Parameter, bool]] = []  # whose `requires_grad` changes, and to what
+    grads: list[tuple[nn.Parameter, Tensor]] = []  # of those that are not trained then
+    for name, held in adapter_modules(model, changed) if changed else ():
+        leaves, parameters = name in before, held_parameters(held)
+        if leaves:
+            _note_frozen(held, parameters)
+        frozen = held.__dict__.get(_FROZEN, ())
+        for key, tensor in parameters:
+            wanted = not leaves and key not in frozen
+            if tensor.requires_grad is not wanted:
+                tensors.append((tensor, wanted))
+            if not wanted and tensor.grad is not None:
+                grads.append((tensor, tensor.grad))
     try:
         switch(model, state, active=names)
-        for name, tensor, frozen in tensors:
-            _require_grad(tensor, name in names and not frozen)
+        for tensor, wanted in tensors:
+            tensor.requires_grad = wanted
+        for tensor, _ in grads:
+            tensor.grad = None
     except BaseException:
         switch(model, state, active=before)
-        for tensor, requires_grad, grad in kept:
-            tensor.requires_grad, tensor.grad = requires_grad, grad
+        for tensor, wanted in tensors:
+            tensor.requires_grad = not wanted
+        for tensor, grad in grads:
+            tensor.grad = grad
         raise
 
 

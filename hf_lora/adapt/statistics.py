@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import LoraConfig
 from ..errors import ConfigError
 from ..layers.inits import Init
-from ..layers.ops import used_devices
+from ..layers.ops import evaluation_mode, kept_random_states
 from .targets import Explanation, Target
 
 
@@ -92,20 +92,19 @@ def collect(
     targets = list(targets)
     weights = list({id(t.site.weight): t.site.weight for t in targets}.values())
     required = [weight.requires_grad for weight in weights]
-    training = [module for module in model.modules() if module.training]
-    with ExitStack() as undo:  # every step is undone, even after an error
-        for module in training:
-            undo.callback(setattr, module, "training", True)
-            module.training = False  # without eval(), which models override
+    with (
+        evaluation_mode(model),
+        kept_random_states(),
+        ExitStack() as undo,
+    ):  # every step is undone, even after an error
         for weight, flag in zip(weights, required, strict=True):
             undo.callback(weight.requires_grad_, flag)
             weight.requires_grad_(init.needs == "gradients")
         for hooks in (d for m in model.modules() for d in (m._forward_pre_hooks, m._forward_hooks, m._backward_hooks)):
             undo.callback(_put_back, hooks, hooks.copy())
         collectors = {target.name: init.collect(target.site) for target in targets}
-        with torch.random.fork_rng(devices=used_devices()):
-            for batch in (first, *batches):
-                _run(model, batch, weights if init.needs == "gradients" else [])
+        for batch in (first, *batches):
+            _run(model, batch, weights if init.needs == "gradients" else [])
         return {name: collector.result() for name, collector in collectors.items()}
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import StateError
 from ..layers.class_swap import unwrap_class
 from ..layers.copies import Replacement
+from ..layers.hosts import Host
 from ..layers.parts import Fold
 from .heads import mark_like
-from .walk import module_at, original_modules
+from .walk import module_at, original_modules, placed
 
 
 @dataclass
@@ -48,6 +50,24 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(name)
     return users
+
+
+def join_embeddings(model: Any, name: str) -> None:
+    """Make the input embedding, which is at `name`, one module with those that share its weight, as transformers does
+    when it resizes the vocabulary. What the model computes does not change.
+
+    Raises:
+        StateError: one of the others has adapters, which would be lost.
+    """
+    users = tensor_users(model)[id(module_at(model, name)._parameters["weight"])]
+    joined = [n for n in users if isinstance(module_at(model, n), nn.Embedding)]
+    taken = [n for n in joined if n != name and isinstance(placed(model, n), (Host, Replacement))]
+    if taken:
+        raise StateError(
+            f"The adapter was trained with {', '.join(joined)} as one module, and the model has adapters of "
+            f"{', '.join(taken)}, which would be lost. Load this adapter into a model without these."
+        )
+    model.set_input_embeddings(model.get_input_embeddings())
 
 
 @contextmanager

@@ -90,11 +90,11 @@ def adapter_tensors(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
             yield name, parameter
 
 
-def held_parameters(held: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+def held_parameters(held: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """The parameters of a module that `adapter_modules` gives, by their names in it."""
     if held._modules:
-        return held.named_parameters()
-    return ((key, parameter) for key, parameter in held._parameters.items() if parameter is not None)
+        return list(held.named_parameters())
+    return [(key, parameter) for key, parameter in held._parameters.items() if parameter is not None]
 
 
 def adapter_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from ..adapt.labels import AUTO_CLASSES
 from ..adapt.walk import module_at
+from ..config import as_tuple
 from ..errors import AdapterFileError, BaseMismatchError
 from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
 from ..files.load import load_adapter, vocabulary_in
+from ..files.model_class import auto_class, class_in_config, class_in_file, class_named_in
 from ..files.renamed import with_present_names
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint
@@ -96,15 +96,12 @@ def _class_of(folder: Path, file: AdapterFile, call: str) -> tuple[Any, Any]:
             f"{call}: transformers cannot load the config of {folder} ({str(error).splitlines()[0]}). Merge a model "
             "with custom code in memory: LoraModel.from_pretrained(…, trust_remote_code=True, merge=True)."
         ) from error
-    mapped = (file.raw.get("auto_mapping") or {}).get("base_model_class")
-    own = (config.architectures or [None])[0]
-    task = AUTO_CLASSES.get(file.config.task_type or "")
-    auto = getattr(transformers, task)._model_mapping.get(type(config), None) if task else None
-    auto = auto[0] if isinstance(auto, (list, tuple)) else auto
-    for name in (file.extras.get("architecture"), mapped, getattr(auto, "__name__", None), own):
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
-            return config, cls
+    cls = class_in_file(file) or class_in_config(file, config)
+    if cls is None and file.config.task_type is not None:
+        cls = as_tuple(auto_class(file)._model_mapping.get(type(config), ()) or (None,))[0]
+    cls = cls or class_named_in(config)
+    if cls is not None:
+        return config, cls
     raise AdapterFileError(
         f"{call}: neither the adapter nor the base's config names a model class of transformers. {IN_MEMORY}"
     )

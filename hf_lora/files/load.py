@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..adapt.bypass import uncalled_embeddings
 from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
 from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
+from ..adapt.ties import join_embeddings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
-from ..layers.ops import used_devices
+from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
@@ -98,15 +100,23 @@ def load_adapter(
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
     heads = _heads(model, plan, other)
     others = other_settings(model, file.extras)
+    uncalled = uncalled_embeddings(model)
+    lending = [path for path in dict.fromkeys((*adapted, *plan.saved)) if path in uncalled]
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
         assign(model, name, tensors)
+        if file.extras:  # they were one module in training, because its script had resized the vocabulary
+            for path in lending:
+                join_embeddings(model, path)
 
     inject(
         model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
         call=call,
     )  # fmt: skip
+    if not file.extras:
+        for path in lending:
+            logger.warning(f"{call}: what the file has for {path} has no effect, as in PEFT: {uncalled[path]}.")
     if others:
         logger.warning(f"{call}: the adapter was trained with {others}. This base has other values: set them on it.")
     return plan
@@ -361,7 +371,7 @@ def _heads(model: nn.Module, plan: Explanation, other: PreTrainedModel | None) -
     """New heads like those of `other`, which the file's tensors will fill."""
     if other is None:
         return {}
-    with torch.random.fork_rng(devices=used_devices()):
+    with kept_random_states():
         return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
 
 

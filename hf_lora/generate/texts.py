@@ -16,7 +16,7 @@ from ..data.encode import Prompt, encode_prompts
 from ..data.prompts import AnswerFile, read_prompts
 from ..data.tables import read_table
 from ..errors import ConfigError, Faults, StateError
-from ..layers.ops import used_devices
+from ..layers.ops import kept_random_states
 from .loading import Loading, loaded
 
 
@@ -241,7 +241,7 @@ def answering(model: Any, seed: int | None = None) -> Iterator[None]:
     banned words and minimum length would change greedy answers, and transformers warns about its `max_length`.
     """
     settings = model.generation_config
-    alone = nullcontext() if seed is None else torch.random.fork_rng(devices=used_devices())
+    alone = nullcontext() if seed is None else kept_random_states()
     with alone, evaluating(model):
         if seed is not None:
             torch.manual_seed(seed)

@@ -298,6 +298,60 @@ def test_resizing_a_model_with_four_names_for_one_embedding() -> None:
     assert_same_tensors(snapshot(model), before)
 
 
+def test_resizing_does_not_join_an_embedding_that_is_trained_whole() -> None:
+    model = apply_lora(quiet_t5(), LoraConfig(r=4, target_modules=["q"], modules_to_save=["encoder.embed_tokens"]))
+    before = snapshot(randomize(model))
+    with pytest.raises(StateError, match=r"share one weight[\s\S]*adapters of encoder.embed_tokens"):
+        model.resize_token_embeddings(MORE)
+    assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_an_adapter_of_embeddings_that_resizing_made_one_module(
+    field: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A loaded base has them apart, and nothing calls the one that gives its name to the tensors in the file."""
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    assert base.shared is base.encoder.embed_tokens is base.decoder.embed_tokens
+    base.save_pretrained(tmp_path / "base")
+    settings: dict[str, Any] = {"r": 4, "target_modules": ["q"], "modules_to_save": []} | {field: ["shared"]}
+    model = randomize(apply_lora(base, LoraConfig(**settings)))
+    model.save_pretrained(tmp_path / "adapter")
+    y = logits(model)
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base").eval()
+    assert torch.equal(logits(loaded), y)
+    separate = type(base).from_pretrained(tmp_path / "base").eval()
+    plain, tensors = logits(separate), snapshot(separate)
+    assert separate.shared is not separate.encoder.embed_tokens
+    LoraModel.load_adapter(apply_lora(separate, LoraConfig(r=2, target_modules=["v"])), tmp_path / "adapter", "own")
+    assert torch.equal(logits(separate), y)
+    separate.unload()
+    assert torch.equal(logits(separate), plain)
+    assert_same_tensors(snapshot(separate), tensors)
+    (tmp_path / "adapter" / "hf_lora.json").unlink()  # a file of PEFT, which trains `shared` alone
+    LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base")
+    assert "shared has no effect, as in PEFT" in caplog.text
+
+
+def test_embeddings_with_adapters_of_their_own_are_not_joined(tmp_path: Path) -> None:
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    randomize(apply_lora(base, LoraConfig(r=4, target_modules=["shared"]))).save_pretrained(tmp_path / "adapter")
+    other = randomize(
+        apply_lora(
+            type(base).from_pretrained(tmp_path / "base").eval(),
+            LoraConfig(r=2, target_modules=["v"], modules_to_save=["encoder.embed_tokens"]),
+        )
+    )
+    before, y = snapshot(other), logits(other)
+    with pytest.raises(StateError, match=r"has adapters of encoder.embed_tokens, which would be lost"):
+        other.load_adapter(tmp_path / "adapter", "own")
+    assert_same_tensors(snapshot(other), before)
+    assert torch.equal(logits(other), y)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_resizing_keeps_the_trained_bias_of_a_head(tied: bool) -> None:
     model = apply_lora(tiny_bert(cls="BertForMaskedLM", tie_word_embeddings=tied), LoraConfig(r=4, bias="all"))

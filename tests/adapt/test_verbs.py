@@ -208,6 +208,27 @@ def test_while_merged_what_would_be_wrong_raises(verb: str, tmp_path: Path) -> N
     WHILE_MERGED["train"](model, tmp_path)
 
 
+@pytest.mark.parametrize("before", ["second", ["second", "first"], []])
+def test_unmerging_what_was_merged_by_name_activates_what_was_active(before: Any) -> None:
+    model = two()
+    model.set_adapter(before)
+    y, requires_grad = logits(model), {n: p.requires_grad for n, p in model.named_parameters()}
+    for _ in range(2):
+        model.merge_adapter("first")
+        assert model.active_adapters() == ["first"]
+        model.unmerge_adapter()
+        assert model.active_adapters() == list([before] if isinstance(before, str) else before)
+        assert torch.equal(logits(model), y)
+        assert {n: p.requires_grad for n, p in model.named_parameters()} == requires_grad
+    with pytest.raises(StateError, match="no adapter"):
+        model.merge_adapter("third")
+    model.set_adapter("second")
+    if before:
+        model.merge_adapter()
+        model.unmerge_adapter()
+        assert model.active_adapters() == ["second"]
+
+
 def test_unmerging_what_is_not_merged_raises() -> None:
     with pytest.raises(StateError, match="no adapter is merged"):
         two().unmerge_adapter()
