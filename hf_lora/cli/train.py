@@ -25,6 +25,10 @@ Example: hf-lora train --model MODEL --train-file train.csv --test-file test.csv
 """
 
 
+_OF_THE_COMMAND = ("config", "show_batch", "dry_run", "print_config", "all_options")
+"""Options of the command itself, which are not arguments of a run."""
+
+
 def register(app: typer.Typer) -> None:
     """Add this file's command to `app`."""
     app.command(
@@ -58,8 +62,12 @@ def train(
     ),
     output_dir: str | None = typer.Option(None, help="Folder for the adapter; default: hf_lora_run."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the adapter of an earlier run in that folder."),
+    verbose: bool = typer.Option(False, "--verbose", help="Also list every adapted layer before training."),
     show_batch: bool = typer.Option(
         False, "--show-batch", help="Show the trained tokens of the first batch and exit."
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Show what would be trained, and a forecast of memory and disk, and exit."
     ),
     print_config: bool = typer.Option(
         False, "--print-config", help="Print the options as YAML, for --config, and exit."
@@ -79,17 +87,16 @@ def train(
     if all_options:
         typer.echo(argument_parser().format_help())
         raise typer.Exit
-    own = {
-        "model": model, "task": task, "train_file": train_file, "eval_file": eval_file, "test_file": test_file,
-        "dataset": dataset, "train_split": train_split, "eval_split": eval_split, "test_split": test_split,
-        "text_column": text_column, "label_column": label_column, "completion_column": completion_column,
-        "max_length": max_length, "problem_type": problem_type, "output_dir": output_dir,
-        "overwrite": overwrite or None,
-    }  # fmt: skip
-    declared = [f"--{name}={value}" for name, value in own.items() if value is not None]
+    own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
+    declared = [f"--{name}={value}" for name, value in own.items() if value not in (None, False)]
     parsed = parse_arguments([*declared, *ctx.args], config)
     if print_config:
         typer.echo(as_yaml(parsed), nl=False)
+        raise typer.Exit
+    if dry_run:
+        from ..train.forecast import forecast
+
+        typer.echo(str(forecast(parsed)))
         raise typer.Exit
     if show_batch:
         typer.echo(first_batch(parsed))
@@ -127,5 +134,7 @@ def _summary(result: RunResult) -> str:
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
             lines.append(f"{name}: {value:,.4g}")
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
+    use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
+    lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
     lines.append(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
     return "\n".join(lines)

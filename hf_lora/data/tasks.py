@@ -198,7 +198,7 @@ def classification_rows(
         window: number of positions of the model, which no row exceeds.
 
     Raises:
-        DataError: lists every value that is empty or not text, and every label that is not in `labels` or no number.
+        DataError: lists every value that is empty or not text, and every label that is not one of `labels`.
     """
     faults = Faults(f"reading {table.source}")
     texts = table.texts(columns.text, faults)

@@ -6,7 +6,7 @@ In: a model and rows. Out: an adapter, and checkpoints that contain only the ada
 - `arguments`, `parsing`: command-line flags and YAML.
 - `run`: from text files to a saved adapter; runs `hf-lora train`.
 - `check`, `base_model`, `output`: what a run checks before it loads the model; `schedule`: its steps and warm-up.
-- `forecast`: what a run would train, without weights.
+- `run_data`, `forecast`, `template`: its rows; what it would train and need, without weights; its options as YAML.
 - `start`, `labels`, `precision`, `engines`, `optimizer`, `head_loss`, `card`: the parts of the trainer.
 - `checkpoint/`: complete checkpoints, and resuming from them.
 - `watch/`: checks during a run: layers that are not trained, values that are not finite, a loss that rises.

@@ -72,7 +72,7 @@ def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table
     """Check what depends on the task: whether the model has it, and the name of the metric that is best.
 
     Raises:
-        DataError: the columns are those of a language model, and the model is none.
+        DataError: the columns are those of a language model, and the model is not one.
         ConfigError: the metric is not one that is computed.
     """
     run, training = parsed.run, parsed.training

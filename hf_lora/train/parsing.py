@@ -69,6 +69,7 @@ class RunArguments:
         "single_label_classification or regression (the labels are numbers). Default: classification, if the labels "
         "look like classes.",
     )
+    verbose: bool = flag(False, "Also list every adapted layer before training.")
     overwrite: bool = flag(
         False,
         "Replace the adapter and the checkpoints of an earlier run in output_dir. The adapter stays until the new one "

@@ -13,6 +13,9 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.match import holder
+from ..adapt.report import adapter_table
+from ..compat import held_load_report
 from ..data.chat import show_batch
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION
 from ..errors import ConfigError
@@ -70,6 +73,7 @@ def finetune(
         trainer.add_callback(watch)
     if trainer.is_world_process_zero():
         lines = start_lines(trainer.model, trainer.accelerator, training.optim) if report is not None else []
+        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
         lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
         lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
         (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
@@ -123,11 +127,16 @@ def _classifier(parsed: Parsed, data: Data) -> Any:
     run, training = parsed.run, parsed.training
     set_seed(training.seed)  # for the random weights of a new head
     # A head for another task is replaced.
-    options = {**head_settings(data), **_loading(run), "ignore_mismatched_sizes": True}
-    model = load_base(AutoModelForSequenceClassification.from_pretrained, str(run.model), str(run.model), **options)
+    options = {**head_settings(data), **_loading(run), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    load = AutoModelForSequenceClassification.from_pretrained
+    with held_load_report() as release:
+        model, found = load_base(load, str(run.model), str(run.model), **options)
+        heads = find_heads(model)
+        if any(holder(key, heads) is None for key in found["missing_keys"]):
+            release()  # a new head is not missing; the adapter's line names it
     if model.config.pad_token_id is None:
         model.config.pad_token_id = data.tokenizer.pad_token_id
-    if training.lora_modules_to_save is None and not find_heads(model):
+    if training.lora_modules_to_save is None and not heads:
         # The checkpoint has a head with this number of labels. They may be other labels, so it is trained too.
         training.lora_modules_to_save = outside_backbone(model)
     task = run.problem_type if run.problem_type in METRICS else CLASSIFICATION

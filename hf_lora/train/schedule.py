@@ -20,8 +20,15 @@ def steps_of(trainer: Trainer) -> int | None:
         return args.max_steps
     if not isinstance(data, Sized):
         return None
-    rows = len(data) / (args.train_batch_size * args.world_size)
-    batches = math.floor(rows) if args.dataloader_drop_last else math.ceil(rows)
+    return steps_of_rows(args, len(data), args.train_batch_size * args.world_size)
+
+
+def steps_of_rows(args: TrainingArguments, rows: int, batch: int) -> int:
+    """The number of optimizer steps for a number of rows, with so many in the batches of all processes together."""
+    if args.max_steps > 0:
+        return args.max_steps
+    count = rows / batch
+    batches = math.floor(count) if args.dataloader_drop_last else math.ceil(count)
     updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
     return math.ceil(args.num_train_epochs * updates)
 

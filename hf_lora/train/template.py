@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from enum import Enum
 from typing import Any
 
@@ -26,7 +28,7 @@ _RATES = {CLASSIFICATION: (1e-3, 16), CAUSAL_LM: (2e-4, 1)}
 _COMMON = {
     "eval_file": "eval.csv", "dtype": "bfloat16", "lora_alpha": 16, "lora_dropout": 0.05,
     "lora_target_modules": ["all-linear"], "head_learning_rate": 1e-3, "loraplus_lr_ratio": 4,
-    "gradient_checkpointing": True, "save_strategy": "epoch", "overwrite": True, "seed": 42,
+    "save_strategy": "epoch", "overwrite": True, "seed": 42,
 }  # fmt: skip
 """Options that are written as comments."""
 
@@ -73,13 +75,14 @@ def _plain(value: object) -> object:
 
 
 def _line(name: str, value: object) -> str:
-    return str(yaml.safe_dump({name: value}, default_flow_style=None, width=1000)).rstrip()
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+    return f"{name}: {value if plain else json.dumps(value)}"
 
 
 def _explained(name: str) -> list[str]:
     fields = {f.name: f for cls in (RunArguments, LoraTrainingArguments) for f in dataclasses.fields(cls)}
     text = " ".join(str(fields[name].metadata.get("help", "")).split())
-    sentence = text.split(". ")[0].rstrip(".") + "."
+    sentence = re.split(r"\.\s+(?=[A-Z])", text)[0].rstrip(".") + "."
     words, lines = sentence.split(), ["#"]
     for word in words:
         if len(lines[-1]) + len(word) >= WIDTH:
