@@ -29,24 +29,30 @@ _DEFAULTS_OF_OTHERS: dict[str, tuple[object, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
-# Fields of PEFT that are not supported -> what they do.
+# Fields of PEFT that are not supported -> what they do, and why that is not done here.
 _OF_OTHERS = {
-    "use_dora": "weights are normalized and scaled by a magnitude (DoRA)",
-    "lora_bias": "the second factor has a bias",
-    "use_qalora": "inputs are averaged in groups (QALoRA)",
-    "qalora_group_size": "inputs are averaged in groups (QALoRA)",
-    "use_bdlora": "a factor is block-diagonal (BD-LoRA)",
+    "use_qalora": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
+    "qalora_group_size": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
+    "use_bdlora": "a factor is block-diagonal, which saves time only if layers are split over devices (BD-LoRA)",
     "ensure_weight_tying": "layers with a tied weight share their adapter",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
-    "trainable_token_indices": "single rows of an embedding are trained",
     "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
     "megatron_config": "the layers are those of Megatron",
-    "arrow_config": "a router selects the adapters (Arrow)",
-    "velora_config": "gradients are computed from compressed inputs (VeLoRA)",
-    "kasa_config": "small singular values are removed from the base (KaSA)",
-    "monteclora_config": "factors are drawn at random (MonteCLoRA)",
+    "arrow_config": "a router selects adapters for each token, so there is no adapter to train or to merge (Arrow)",
+    "velora_config": "gradients are computed from compressed inputs, so they are not those of the loss (VeLoRA)",
+    "kasa_config": "small singular values are removed from the base, which other adapters then lack (KaSA)",
+    "monteclora_config": "factors are drawn at random and need a loss of their own (MonteCLoRA)",
 }
+_OTHER_TYPES = {
+    "ADALORA": "AdaLoRA prunes ranks during training by a schedule of its own. Convert it to LoRA with PEFT, or train "
+    "with ranks of your own (rank_pattern)",
+    "XLORA": "X-LoRA mixes several adapters by a trained network, for each token. Load these adapters one by one",
+}
+IN_PEFT: dict[str, dict[str, bool]] = {
+    "lora": {}, "lora_fa": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
+}  # fmt: skip
+"""Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
 # Fields that do not affect what a file computes; any value is accepted. The configurations of initializations have no
 # effect without `init_lora_weights`, which is read.
 _DESCRIPTIVE = frozenset({
@@ -108,8 +114,13 @@ class LoraConfig:
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: folder or Hub name of the base model.
         revision: the base model's revision.
-        method: `"lora"`, or a method that another package registered (docs/extending.md). Files contain it only if it
-            is not `"lora"`.
+        trainable_token_indices: tokens whose rows of the input embedding are trained and saved, such as added ones; or
+            name or suffix of a module -> tokens. Modules that share its weight use the same rows.
+        use_dora: the method `"dora"`: the weights of each output are normalized and multiplied by a trained magnitude
+            (Liu et al. 2024, arXiv:2402.09353).
+        lora_bias: the method `"lora_bias"`: the second factor has a bias.
+        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"` (docs/methods.md), or a method that another package
+            registered (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
 
@@ -134,6 +145,9 @@ class LoraConfig:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -148,6 +162,7 @@ class LoraConfig:
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.parts = {} if self.parts is None else self.parts
         faults = Faults("LoraConfig(…)")
+        self._resolve_method(faults)
         self._check(faults)
         faults.check(ConfigError, "Correct these fields; the docstring of LoraConfig describes them.")
 
@@ -159,6 +174,25 @@ class LoraConfig:
     def scaling(self, r: int, alpha: float) -> float:
         """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def _resolve_method(self, faults: Faults) -> None:
+        """Make `method` and the fields that PEFT has instead agree."""
+        if not isinstance(self.method, str):
+            faults.add(f"method={self.method!r} must be a name, such as 'lora'")
+        asked = [str(self.method)]
+        for name, fields in IN_PEFT.items():
+            for each in fields:
+                value = getattr(self, each) or False
+                setattr(self, each, value or name == self.method)
+                if not isinstance(value, bool):
+                    faults.add(f"{each}={value!r} must be True or False")
+                elif value:
+                    asked.append(name)
+        wanted = [name for name in dict.fromkeys(asked) if name != "lora"]
+        if len(wanted) > 1:
+            faults.add(f"use_dora, lora_bias and method ask for {', '.join(wanted)}, but a layer has one method")
+        elif wanted:
+            self.method = wanted[0]
 
     def _check(self, faults: Faults) -> None:
         if not _is_int(self.r) or self.r < 1:
@@ -186,12 +220,14 @@ class LoraConfig:
             faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
         if not isinstance(self.init_lora_weights, (bool, str)):
             faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
-        if not isinstance(self.method, str):
-            faults.add(f"method={self.method!r} must be a name, such as 'lora'")
         if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
             faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
             faults.add(f"modules_to_save={self.modules_to_save!r} must be a list of names, [] for none, or None")
+        tokens = self.trainable_token_indices
+        lists = list(tokens.values()) if isinstance(tokens, Mapping) else [[] if tokens is None else tokens]
+        if not all(_is_list_of(each, int) for each in lists):
+            faults.add(f"trainable_token_indices={tokens!r:.200} must be a list of tokens, or lists by name")
         indices = self.layers_to_transform
         if indices is not None and not (_is_int(indices) or _is_list_of(indices, int)):
             faults.add(f"layers_to_transform={indices!r} must be one index or a list of them")
@@ -206,7 +242,7 @@ class LoraConfig:
         """The content of PEFT's adapter_config.json: plain JSON values, with `lora_alpha` resolved."""
         values = dataclasses.asdict(self)
         values["lora_alpha"] = self.alpha
-        if self.method == "lora":  # PEFT does not know this field
+        if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
         if not self.parts:
             del values["parts"]
@@ -229,7 +265,7 @@ class LoraConfig:
         kind = values.get("peft_type", "LORA")
         kind = str(getattr(kind, "value", kind)).upper()
         if kind not in ("LORA", _peft_type(values.get("method"), values.get("parts") or ())):
-            faults.add(f"peft_type={kind!r}: only LORA adapters are supported")
+            faults.add(f"peft_type={kind!r}: {_OTHER_TYPES.get(kind, 'only LORA adapters are supported')}")
         for name, value in values.items():
             if name not in own and name != "peft_type":
                 _check_foreign(name, value, own, faults)
@@ -281,7 +317,7 @@ class LoraConfig:
 
 def _peft_type(method: object, parts: Iterable[object]) -> str:
     """The `peft_type` in files. PEFT refuses unknown types, instead of ignoring a method or part that it lacks."""
-    others = [name for name in (method, *sorted(map(str, parts))) if name not in (None, "lora")]
+    others = [name for name in (method, *sorted(map(str, parts))) if name is not None and name not in IN_PEFT]
     return "_".join(["LORA", *map(str, others)]).upper()
 
 

@@ -20,19 +20,19 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapt.embeddings import vocabulary_of
 from .adapt.inner import refuse_inner
 from .adapt.merge import MERGED, merge_for_good
 from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report
-from .errors import AdapterFileError, BaseMismatchError, ConfigError, Faults, HubError
+from .errors import AdapterFileError, ConfigError, Faults, HubError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
-from .files.load import fill_new_rows, holds_new_rows, load_adapter, vocabulary_in
+from .files.load import load_adapter
 from .files.model_class import auto_class, class_in_config, class_in_file, needs_config
 from .files.renamed import with_present_names
+from .files.vocabulary import fit_vocabulary
 from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import is_unanswered, scrub
@@ -134,7 +134,7 @@ def load_lora(
             for name, weight in zip(names, weights or [1.0] * len(files), strict=True):
                 # Removed from the list, so that its tensors are freed once the model has copies.
                 file = with_present_names(model, files.pop(0), call)
-                _fit_vocabulary(model, file, allow_other_base)
+                fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
                 scale_adapter(model, name, weight, call)
                 del file
@@ -297,28 +297,6 @@ def _class_of(file: AdapterFile, base: Any, kwargs: Mapping[str, Any]) -> Any:
         config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})
         found = class_in_config(file, config)
     return found or auto_class(file)
-
-
-def _fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
-    """Resize the base's vocabulary to its size in training, if the adapter contains the whole embedding."""
-    now = vocabulary_of(model)
-    if now is None or not isinstance(model, PreTrainedModel):
-        return
-    saved, whole = vocabulary_in(model, file)
-    if saved is None or saved == now:
-        return
-    embedding: Any = model.get_input_embeddings()
-    if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
-        return  # it does not fit, which is reported with all other faults
-    if whole is not None and (saved < now or allow_other_base or holds_new_rows(model, file)):
-        model.resize_token_embeddings(saved, mean_resizing=False)
-        fill_new_rows(model, file, now)
-    elif saved > now and not allow_other_base:
-        raise BaseMismatchError(
-            f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "
-            f"embedding, but the base has {now}, and no file contains the new rows. Resize the base as the training "
-            "script did and pass it as base_model=, or pass allow_other_base=True to load without them."
-        )
 
 
 def sources_of(

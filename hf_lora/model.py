@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .adapt.activation import set_active
 from .adapt.batchnorm import hold_batchnorm
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
 from .adapt.inject import delete
@@ -23,7 +24,7 @@ from .adapt.labels import add_with_labels
 from .adapt.merge import disabled, merge, merge_for_good, set_enabled, unload, unmerge
 from .adapt.report import adapter_table, trainable_line
 from .adapt.resize import resizing
-from .adapt.state import LoraState, require_state, set_active, state_of
+from .adapt.state import LoraState, require_state, state_of
 from .adapt.ties import original_weights
 from .compat import running_trainer
 from .config import LoraConfig, as_tuple

@@ -35,12 +35,13 @@ FULL: dict[str, Any] = dict(
     task_type="SEQ_CLS",
     base_model_name_or_path="somewhere/base",
     revision="abc",
+    trainable_token_indices={"embed_tokens": [3, 1]},
 )
 
 
 def test_every_field_goes_to_json_and_back() -> None:
     values = FULL | {"method": "other", "parts": {"rows": {"embed": [1]}}}  # ours alone
-    assert set(values) == {f.name for f in dataclasses.fields(LoraConfig)}
+    assert set(values) | {"use_dora", "lora_bias"} == {f.name for f in dataclasses.fields(LoraConfig)}
     assert not {"method", "parts"} & LoraConfig(**FULL).to_dict().keys()
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())
@@ -139,6 +140,9 @@ WRONG: dict[str, list[Any]] = {
     "modules_to_save": ["score", [3]],
     "init_lora_weights": [None, 1.5, ["pissa"]],
     "method": [None, 3],
+    "trainable_token_indices": ["3", [1.5], {"x": ["y"]}],
+    "use_dora": ["yes", 1],
+    "lora_bias": ["no", 1.0],
     "parts": [["rows"], 3, {1: 2}],
     "task_type": ["SEQ_CLASS", "x"],
 }
@@ -166,10 +170,7 @@ def test_contradictions() -> None:
 
 
 UNSUPPORTED: dict[str, Any] = dict(
-    use_dora=True,
-    lora_bias=True,
     target_parameters=["experts.gate_up_proj"],
-    trainable_token_indices=[1, 2],
     layer_replication=[[0, 2]],
     alora_invocation_tokens=[5],
     use_qalora=True,
@@ -225,9 +226,29 @@ def test_all_unsupported_fields_are_named_at_once() -> None:
     assert all(f"- {name}=" in str(caught.value) for name in [*UNSUPPORTED, "peft_type"])
 
 
-def test_dora_of_a_peft_object_is_refused() -> None:
-    with pytest.raises(ConfigError, match="use_dora=True"):
-        LoraConfig.from_any(peft.LoraConfig(target_modules=["q"], use_dora=True))
+@pytest.mark.parametrize(("field", "method"), [("use_dora", "dora"), ("lora_bias", "lora_bias")])
+def test_a_method_and_pefts_field_for_it_are_the_same(field: str, method: str) -> None:
+    config = LoraConfig(target_modules=["q"], lora_alpha=8, **{field: True})  # type: ignore[arg-type]
+    assert config == LoraConfig(target_modules=["q"], lora_alpha=8, method=method)
+    assert config == LoraConfig.from_any(peft.LoraConfig(target_modules=["q"], **{field: True}))  # type: ignore[arg-type]
+    assert (getattr(config, field), config.method) == (True, method)
+    values = config.to_dict()
+    assert (values["peft_type"], values[field], "method" in values) == ("LORA", True, False)
+    assert LoraConfig.from_dict(values) == config
+    assert LoraConfig.from_dict(values | {field: None}).method == "lora"
+
+
+def test_a_layer_has_one_method() -> None:
+    with pytest.raises(ConfigError, match="ask for dora, lora_bias, but a layer has one method"):
+        LoraConfig(use_dora=True, lora_bias=True)
+    with pytest.raises(ConfigError, match="ask for lora_fa, dora"):
+        LoraConfig(use_dora=True, method="lora_fa")
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("ADALORA", "AdaLoRA prunes ranks"), ("XLORA", "X-LoRA mixes")])
+def test_another_type_is_refused_with_the_reason(kind: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        LoraConfig.from_dict({"peft_type": kind, "target_modules": ["q"]})
 
 
 @pytest.mark.parametrize("value", [None, False, {}, [], ""])
@@ -255,8 +276,11 @@ def test_a_peft_config_without_targets_adapts_all_linear_layers_and_says_so(mess
 
 def test_no_next_step_advises_to_remove_what_changes_the_result() -> None:
     with pytest.raises(ConfigError, match="do not remove it") as raised:
-        LoraConfig.from_dict({"target_modules": ["q_proj"], "use_dora": True})
-    assert "use_dora=True is not supported" in str(raised.value)
+        LoraConfig.from_dict({"target_modules": ["q_proj"], "use_qalora": True})
+    assert "use_qalora=True is not supported" in str(raised.value)
+
+
+OWN = {f.name for f in dataclasses.fields(LoraConfig)}
 
 
 @pytest.mark.parametrize("name", sorted(f.name for f in dataclasses.fields(peft.LoraConfig)))
@@ -264,10 +288,10 @@ def test_every_argument_of_pefts_constructor_is_one_here(name: str) -> None:
     """At PEFT's default it changes nothing; another value of a field that is not here is a ConfigError."""
     default = getattr(peft.LoraConfig(), name)
     given = {name: default} if name not in ("target_modules", "peft_type") else {}
-    assert LoraConfig(**given) == LoraConfig(**{k: v for k, v in given.items() if k in FULL})
+    assert LoraConfig(**given) == LoraConfig(**{k: v for k, v in given.items() if k in OWN})
     if name in _DESCRIPTIVE:
         assert LoraConfig(**{name: "another"}) == LoraConfig()
-    elif name not in (*FULL, "peft_type"):
+    elif name not in (*OWN, "peft_type"):
         with pytest.raises(ConfigError, match=f"{name}='another' is not supported"):
             LoraConfig(**{name: "another"})
 

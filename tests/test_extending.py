@@ -30,9 +30,10 @@ from hf_lora import (
     merge_files,
     register,
 )
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import merge, unmerge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.format import WEIGHTS_NAME
 from hf_lora.files.load import load_adapter
@@ -194,9 +195,9 @@ def test_methods_that_do_not_add_up_cannot_act_together() -> None:
 
 def test_what_is_not_registered_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        apply_lora(tiny_llama(), LoraConfig(method="gian", init_lora_weights="pissa"))
+        apply_lora(tiny_llama(), LoraConfig(method="gian", init_lora_weights="pisa"))
     assert "there is no method 'gian' (did you mean 'gain'" in str(caught.value)
-    assert "there is no initialization 'pissa'" in str(caught.value)
+    assert "there is no initialization 'pisa'" in str(caught.value)
     model = apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], method="gain"))
     model.save_pretrained(tmp_path)
     del METHODS["gain"]

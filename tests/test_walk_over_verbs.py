@@ -20,9 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from walk_reference import LAYERS, Adapter, Key, Plan, Reference, is_frozen
 
 from hf_lora import AdapterFileError, LoraConfig, StateError, apply_lora, share_inputs
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject
 from hf_lora.adapt.merge import disabled, merge, set_enabled, unload, unmerge
-from hf_lora.adapt.state import require_state, set_active, state_of
+from hf_lora.adapt.state import require_state, state_of
 from hf_lora.files.load import load_adapter, load_adapter_weights
 from hf_lora.files.save import save_adapter
 from hf_lora.layers.base import LoraLayer

@@ -22,7 +22,18 @@ from typing import Any
 import torch
 import variants
 from common import DTYPES, Table, arguments, device_of, keep_memory, settings_of, take_turns
-from variants import VARIANTS, Batch, Case, Lora, build, flop_limit, gradient_errors, reference_gradients, stepper
+from variants import (
+    ON_REQUEST,
+    VARIANTS,
+    Batch,
+    Case,
+    Lora,
+    build,
+    flop_limit,
+    gradient_errors,
+    reference_gradients,
+    stepper,
+)
 
 LIMITS = {"float32": 1e-4, "bfloat16": 0.1}
 """Relative errors above which gradients are wrong, beyond rounding."""
@@ -45,7 +56,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--loss", choices=("model", "head"), default="model")
     parser.add_argument(
-        "--variants", nargs="+", choices=tuple(VARIANTS), help="default: all except those that --compile adds"
+        "--variants", nargs="+", choices=tuple(VARIANTS), help="default: all but those with torch.compile and DoRA"
     )
     parser.add_argument(
         "--compile", action="store_true", help="PEFT under torch.compile too (always with --preset h200)"
@@ -72,13 +83,13 @@ def case_of(options: argparse.Namespace, device: torch.device) -> Case:
 def prove(built: dict[str, Any], case: Case, lora: Lora, autocast: bool, dtype: str) -> dict[str, float]:
     """The relative error of each variant's gradients, without dropout. Exits if one is wrong."""
     few = {k: v[:2, :32] if v.dim() > 1 else v[:2] for k, v in case.batch.items()}
-    reference = reference_gradients(case, lora, few)
+    references = {dora: reference_gradients(case, lora, few, dora) for dora in {"dora" in name for name in built}}
     limit = LIMITS["bfloat16" if autocast else dtype]
     errors: dict[str, float] = {}
     for name, model in built.items():
         if name in ("frozen", "full"):
             continue
-        errors[name], worst = gradient_errors(model, few, reference, autocast)
+        errors[name], worst = gradient_errors(model, few, references["dora" in name], autocast)
         if not errors[name] < limit or not worst < 10 * limit:
             sys.exit(
                 f"The gradients of {VARIANTS[name]} are wrong: relative error {errors[name]:.1e} in all and "
@@ -93,7 +104,7 @@ def trainer_stepper(variant: str, model: Any, batch: Batch, autocast: bool) -> C
 
     from hf_lora import LoraTrainer
 
-    cls = LoraTrainer if variant == "ours" else Trainer
+    cls = LoraTrainer if variant.startswith("ours") else Trainer
     args = TrainingArguments(
         "out/benchmarks/trainer", report_to="none", bf16=autocast, use_cpu=batch["input_ids"].device.type == "cpu"
     )
@@ -128,7 +139,7 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
     options.dtype = options.dtype or ("float32" if options.preset == "cpu" or options.autocast else "bfloat16")
     kept = keep_memory() if options.keep_memory else False
     case = case or case_of(options, device)
-    chosen = options.variants or [v for v in VARIANTS if v != "peft_compiled"]
+    chosen = options.variants or [v for v in VARIANTS if v not in ON_REQUEST]
     if not options.variants and (options.compile or options.preset == "h200"):
         chosen.append("peft_compiled")
     lora = Lora(options.rank, 2 * options.rank, options.dropout)

@@ -24,7 +24,11 @@ VARIANTS = {
     "peft_compiled": "PEFT, default, compiled",
     "ours": "hf_lora",
     "full": "full fine-tuning",
+    "peft_dora": "PEFT, DoRA",
+    "ours_dora": "hf_lora, DoRA",
 }
+ON_REQUEST = ("peft_compiled", "peft_dora", "ours_dora")
+"""The variants that a benchmark runs only if they are named."""
 
 
 @dataclass
@@ -137,7 +141,8 @@ def build(variant: str, case: Case, lora: Lora) -> Any:
     if variant == "frozen":
         return model.requires_grad_(False)
     factors = lora.factors(model, targets)
-    adapted = ours(model, targets, lora, case.batch) if variant == "ours" else peft(model, targets, lora, variant)
+    own = variant in ("ours", "ours_dora")
+    adapted = ours(model, targets, lora, case.batch, variant) if own else peft(model, targets, lora, variant)
     with torch.no_grad():
         for path, values in factors.items():
             for parameter, value in zip(factors_of(adapted, path), values, strict=True):
@@ -145,12 +150,13 @@ def build(variant: str, case: Case, lora: Lora) -> Any:
     return torch.compile(adapted, dynamic=False) if variant == "peft_compiled" else adapted
 
 
-def ours(model: Any, targets: list[str], lora: Lora, batch: Batch) -> Any:
+def ours(model: Any, targets: list[str], lora: Lora, batch: Batch, variant: str = "ours") -> Any:
     import hf_lora
 
     config = hf_lora.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=[]
-    )
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, modules_to_save=[],
+        **({"use_dora": True} if variant == "ours_dora" else {}),
+    )  # fmt: skip
     model = hf_lora.apply_lora(model, config)
     share = getattr(hf_lora, "share_inputs", None)
     if share is not None:
@@ -161,7 +167,10 @@ def ours(model: Any, targets: list[str], lora: Lora, batch: Batch) -> Any:
 def peft(model: Any, targets: list[str], lora: Lora, variant: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        use_dora=variant == "peft_dora",
+    )  # fmt: skip
     return get_peft_model(model, config, autocast_adapter_dtype=variant != "peft_same").train()
 
 
@@ -213,24 +222,30 @@ def flop_limit(model: nn.Module, targets: list[str], rank: int) -> float:
 # The check -----------------------------------------------------------------------------------------------------------
 
 
-def reference_gradients(case: Case, lora: Lora, batch: Batch) -> Factors:
+def reference_gradients(case: Case, lora: Lora, batch: Batch, dora: bool = False) -> Factors:
     """(dA, dB) of each target in float64, from a plain model with the weight W' = W + s B A.
 
-    From its gradient G by W' follow dB = s G Aᵀ and dA = s Bᵀ G. No adapter's code takes part.
+    From its gradient G by W' follow dB = s G Aᵀ and dA = s Bᵀ G. No adapter's code takes part. For DoRA, whose
+    magnitudes are the norms of W here, W' and G are multiplied by the quotient of the norms.
     """
     model = case.load().double().eval().requires_grad_(False)
     scaling = lora.alpha / lora.rank
     factors = lora.factors(model, case.targets(model))
     factors = {path: (a.to(batch["labels"].device, torch.float64), b.to(batch["labels"].device, torch.float64))
                for path, (a, b) in factors.items()}  # fmt: skip
+    gains: dict[str, Tensor | float] = dict.fromkeys(factors, 1.0)
     for path, (a, b) in factors.items():
         weight = model.get_submodule(path).weight
+        norms = weight.norm(dim=1, keepdim=True)
         weight.add_(scaling * b @ a)
+        if dora:
+            gains[path] = norms / weight.norm(dim=1, keepdim=True)
+        weight.mul_(gains[path])
         weight.requires_grad_()
     model(**batch).loss.backward()
     found: Factors = {}
     for path, (a, b) in factors.items():
-        g = model.get_submodule(path).weight.grad
+        g = gains[path] * model.get_submodule(path).weight.grad
         found[path] = scaling * b.T @ g, scaling * g @ a.T
     return found
 

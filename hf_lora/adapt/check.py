@@ -20,10 +20,11 @@ from ..errors import StateError
 from ..layers.hosts import states_of
 from ..layers.ops import evaluation_mode, kept_random_states
 from ..layers.parts import Fold
+from .activation import acting_together
 from .dequantize import quantized_layers
 from .folding import merged_rows
 from .merge import by_tensor, disabled
-from .state import acting_together, require_state
+from .state import require_state
 from .undo import all_or_nothing
 from .walk import module_at
 

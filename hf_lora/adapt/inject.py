@@ -15,21 +15,12 @@ from ..errors import ConfigError, Faults, StateError, listed
 from ..layers.distributed import how_sharded
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
+from .activation import set_active, switch, update_requires_grad
 from .bypass import bias_readers
 from .embeddings import checkpoint_vocabulary
 from .heads import has_outputs, is_random, new_modules
 from .inner import end_models
-from .state import (
-    AdapterRecord,
-    LoraState,
-    Task,
-    base_task,
-    require_state,
-    set_active,
-    state_of,
-    switch,
-    update_requires_grad,
-)  # fmt: skip
+from .state import AdapterRecord, LoraState, Task, base_task, require_state, state_of
 from .statistics import informed
 from .targets import Explanation, resolve
 from .ties import untie_all

@@ -26,11 +26,12 @@ from ..layers.distributed import is_partitioned, is_sharded
 from ..layers.file_maps import lies_in, unwritten_maps
 from ..layers.parts import Fold
 from ..layers.storages import fits, why_unreadable
+from .activation import acting_together, set_active, switch
 from .dequantize import dense_dtype, dequantization_faults, dequantize, dequantize_with, is_quantized
 from .folding import Folding, merged_rows
 from .inject import eject, refuse_shared
 from .inner import outermost_models
-from .state import LoraState, acting_together, require_state, set_active, state_of, switch
+from .state import LoraState, require_state, state_of
 from .ties import forward_reads_tie_flag, tensor_users, untie_adapted
 from .undo import Undo, all_or_nothing
 from .walk import parts

@@ -14,7 +14,8 @@ def scale_adapter(model: nn.Module, name: str, weight: float, call: str) -> None
     """Multiply the updates of adapter `name`, which will be merged, by `weight`.
 
     Raises:
-        ConfigError: the adapter has whole tensors, which replace those of the base and cannot be scaled.
+        ConfigError: the adapter has parts that cannot be scaled: whole tensors, which replace those of the base, or
+            factors of a method whose updates are not summed.
     """
     if weight == 1:
         return
@@ -23,8 +24,8 @@ def scale_adapter(model: nn.Module, name: str, weight: float, call: str) -> None
     if whole:
         config = require_state(model, call).adapters[name].config
         raise ConfigError(
-            f"{call}: the adapter {config.base_model_name_or_path or name!r} replaces tensors of the base "
-            f"({listed(whole)}), so its weight must be 1."
+            f"{call}: the adapter {config.base_model_name_or_path or name!r} replaces tensors of the base or their "
+            f"norms ({listed(whole)}), so its weight must be 1."
         )
     with all_or_nothing(model):
         for part in owned:

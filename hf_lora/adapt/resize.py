@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..errors import Faults, StateError
 from ..layers.class_swap import mixins_of
 from ..layers.hosts import Host
+from .activation import keep_frozen, update_requires_grad
 from .embeddings import output_embedding
-from .state import keep_frozen, require_state, update_requires_grad
+from .state import require_state
 from .undo import all_or_nothing
 from .walk import adapter_layers, original_modules, parts, put, replacements
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..errors import Faults, StateError, nearest
+from ..data.trained import TrainedFormat
+from ..errors import ConfigError, Faults, StateError, nearest
 from ..layers.contract import Storage
 from ..layers.hosts import Activity
-from ..layers.parts import Part
 from .ties import Ties
-from .walk import ATTRIBUTE, adapter_modules, held_parameters, parts
-
-_FROZEN = "frozen_by_user"
+from .walk import ATTRIBUTE
 
 
 @dataclass
@@ -42,6 +39,19 @@ class Task:
 
     @classmethod
     def from_labels(cls, num_labels: int | None, id2label: dict[int, str] | None) -> Task:
+        """The task with this number of labels, or with these names.
+
+        Raises:
+            ConfigError: there is no such number of labels, or the names are for another one.
+        """
+        faults = Faults(f"num_labels={num_labels!r}, id2label={id2label!r}")
+        if num_labels is not None and (type(num_labels) is not int or num_labels < 1):
+            faults.add("num_labels must be an integer >= 1")
+        elif id2label is not None and num_labels not in (None, len(id2label)):
+            faults.add(f"id2label has {len(id2label)} names")
+        if id2label is not None and (not id2label or set(id2label) != set(range(len(id2label)))):
+            faults.add("the keys of id2label must be the integers from 0 on, without gaps")
+        faults.check(ConfigError, "Nothing was changed.")
         if id2label is None:
             id2label = {i: f"LABEL_{i}" for i in range(num_labels or 0)}
         return cls(len(id2label), dict(id2label), {v: k for k, v in id2label.items()}, None)
@@ -77,6 +87,7 @@ class AdapterRecord:
         named_by_user: whether the user named its layers (by a list or regular expression) rather than a preset.
         trainable: whether its tensors require gradients while it is active.
         has_labels: whether one of `heads` is the task head, whose outputs `task` describes.
+        trained_format: the format of the rows that it was trained on, if known.
     """
 
     config: LoraConfig
@@ -87,6 +98,7 @@ class AdapterRecord:
     named_by_user: bool = True
     trainable: bool = True
     has_labels: bool = False
+    trained_format: TrainedFormat | None = None
 
 
 @dataclass
@@ -217,22 +229,19 @@ def task_of(model: nn.Module, name: str) -> Task:
     return task.take_from(model) if running_task(state) is task else task
 
 
-def switch(
-    model: nn.Module, state: LoraState, active: tuple[str, ...] | None = None, enabled: bool | None = None
-) -> None:
-    """Change which adapters act. The labels in model and config are always those of the head that runs."""
-    activity, before = state.activity, running_task(state)
-    was_active, was_enabled = activity.active, activity.enabled
-    before.take_from(model)
-    try:
-        activity.set(active=active, enabled=enabled)
-        now = running_task(state)
-        if now is not before:
-            now.apply(model)
-    except BaseException:
-        activity.set(active=was_active, enabled=was_enabled)
-        before.apply(model)
-        raise
+def trained_format(model: nn.Module) -> TrainedFormat | None:
+    """The format of the rows that the active adapter was trained on, if known."""
+    state = state_of(model)
+    active = [state.adapters[name] for name in state.activity.active] if state is not None else []
+    return next((record.trained_format for record in active if record.trained_format is not None), None)
+
+
+def set_trained_format(model: nn.Module, trained: TrainedFormat) -> None:
+    """Record the format of the rows with the adapters that are trained."""
+    state = require_state(model, "set_trained_format")
+    for name in state.activity.active:
+        if state.adapters[name].trainable:
+            state.adapters[name].trained_format = trained
 
 
 def require_state(model: nn.Module, call: str) -> LoraState:
@@ -242,104 +251,3 @@ def require_state(model: nn.Module, call: str) -> LoraState:
     if state is None:
         raise StateError(f"{call}: this {type(model).__name__} has no adapters. Call apply_lora(model, config) first.")
     return state
-
-
-def update_requires_grad(model: nn.Module, state: LoraState, names: Iterable[str]) -> None:
-    """Set `requires_grad` of the tensors of `names`: true if the adapter is active and trainable, except for what
-    `keep_frozen` noted."""
-    wanted = {name: state.adapters[name].trainable and name in state.activity.active for name in names}
-    for name, held in adapter_modules(model, wanted) if wanted else ():
-        frozen = held.__dict__.get(_FROZEN, ())
-        for key, parameter in held_parameters(held):
-            parameter.requires_grad = wanted[name] and key not in frozen
-            if not parameter.requires_grad:
-                parameter.grad = None
-
-
-def keep_frozen(model: nn.Module, state: LoraState) -> None:
-    """Note which tensors of the active adapters the user froze, so that they stay frozen after the adapters were
-    inactive. Called before `requires_grad` of an active adapter changes."""
-    trained = [n for n, record in state.adapters.items() if record.trainable and n in state.activity.active]
-    for _, held in adapter_modules(model, trained):
-        _note_frozen(held, held_parameters(held))
-
-
-def _note_frozen(held: nn.Module, parameters: list[tuple[str, nn.Parameter]]) -> None:
-    frozen = [key for key, parameter in parameters if not parameter.requires_grad]
-    if frozen or _FROZEN in held.__dict__:
-        held.__dict__[_FROZEN] = frozen
-
-
-def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> None:
-    """Make `names` the active adapters.
-
-    Raises:
-        StateError: a name is unknown, the model is merged, or the adapters conflict.
-    """
-    state.refuse_merged("set_adapter")
-    for name in names:
-        state.require(name)
-    if len(set(names)) != len(names):
-        raise StateError(f"set_adapter({list(names)}): an adapter is named twice.")
-    if len(names) > 1:
-        _refuse_conflicts(model, names)
-    before = state.activity.active
-    switched = {n for n in (*before, *names) if (n in before) != (n in names)}
-    changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    tensors: list[tuple[nn.Parameter, bool]] = []  # whose `requires_grad` changes, and to what
-    grads: list[tuple[nn.Parameter, Tensor]] = []  # of those that are not trained then
-    for name, held in adapter_modules(model, changed) if changed else ():
-        leaves, parameters = name in before, held_parameters(held)
-        if leaves:
-            _note_frozen(held, parameters)
-        frozen = held.__dict__.get(_FROZEN, ())
-        for key, tensor in parameters:
-            wanted = not leaves and key not in frozen
-            if tensor.requires_grad is not wanted:
-                tensors.append((tensor, wanted))
-            if not wanted and tensor.grad is not None:
-                grads.append((tensor, tensor.grad))
-    try:
-        switch(model, state, active=names)
-        for tensor, wanted in tensors:
-            tensor.requires_grad = wanted
-        for tensor, _ in grads:
-            tensor.grad = None
-    except BaseException:
-        switch(model, state, active=before)
-        for tensor, wanted in tensors:
-            tensor.requires_grad = not wanted
-        for tensor, grad in grads:
-            tensor.grad = grad
-        raise
-
-
-def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
-    """The parts of the adapters `names`, in this order, grouped by the module or weight that they act on."""
-    together: dict[tuple[type[Part], str], list[Part]] = {}
-    for part in parts(model):
-        if part.adapter in names:
-            together.setdefault((type(part), part.name), []).append(part)
-    for group in together.values():
-        group.sort(key=lambda part: names.index(part.adapter))
-    return list(together.values())
-
-
-def _refuse_conflicts(model: nn.Module, names: tuple[str, ...]) -> None:
-    faults = Faults(f"set_adapter({list(names)}): these adapters cannot be active together")
-    together = acting_together(model, names)
-    for first, *others in together:
-        if others and (conflict := first.conflict(others)) is not None:
-            faults.add(conflict)
-    everything = [part for group in together for part in group]
-    for whole in (part for part in everything if part.whole_module):
-        for part in everything:
-            below = f"{part.path}.".startswith(f"{whole.path}.") and not (
-                part.path == whole.path and part.whole_module
-            )
-            if below and part.adapter != whole.adapter:
-                faults.add(
-                    f"{whole.path}: {whole.adapter!r} replaces this module, so what {part.adapter!r} has at "
-                    f"{part.name} would have no effect"
-                )
-    faults.check(StateError, "Set one of them at a time.")

@@ -27,7 +27,7 @@ from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
-from .unsaved import why_unsaved
+from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
 
 logger = logging.get_logger(__name__)
@@ -143,6 +143,7 @@ def resolve(
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
@@ -159,26 +160,27 @@ def resolve(
             name = f"{path}.{site.name}" if isinstance(site, View) else path
             r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
             scaling = config.scaling(r, alpha)
-            refused = shape.refuse_rank(site, r) or method.refuse(site, shape) or init.refuse(site, shape)
+            refused = shape.refuse_rank(site, r) or method.refuse(site, shape)
+            refused = refused or init.refuse(site, shape) or init.refuse_rank(site, shape, r)
             if refused is not None:
                 faults.add(f"{name}: {refused}")
                 continue
             specs = init.declare(shape, method.declare(site, shape, r))
             adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
             plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
-    unsaved = None if from_file else why_unsaved(model, plan.saved)
-    if unsaved is not None and not explain:
-        faults.add(unsaved)
     if not from_file:
         for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
             for key in table.unused():
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
     plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
-    for kind, wanted in config.parts.items():
+    for kind, wanted in requested_parts(config).items():
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
             planned.kind = PARTS[kind]
         plan.others += found
+    unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
+    if unsaved is not None and not explain:
+        faults.add(unsaved)
     faults.check(TargetError, NEXT_STEP)
     plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
     excess = None if from_file else _excess(plan.layers)
@@ -206,23 +208,31 @@ def _excess(targets: list[Target]) -> str | None:
     )
 
 
+def requested_parts(config: LoraConfig) -> dict[str, Any]:
+    """Kind of part -> what a configuration asks for, in `parts` or in a field of PEFT."""
+    rows = {"token_rows": config.trainable_token_indices} if config.trainable_token_indices else {}
+    return rows | config.parts
+
+
 def check_names(config: LoraConfig, faults: Faults) -> None:
     """Add a fault for each method, initialization or kind of part that is not registered."""
     if config.method not in METHODS:
         faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
-    if find_init(config.init_lora_weights) is None:
-        name = init_name(config.init_lora_weights)
+    name, found = init_name(config.init_lora_weights), find_init(config.init_lora_weights)
+    if found is None:
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
+    elif (instead := found[0].refuse_options(found[1])) is not None:
+        faults.add(f"init_lora_weights={name!r}: {instead}")
     for kind in config.parts:
         if kind not in PARTS:
             faults.add(f"parts: {PARTS.why_unknown(kind)}")
 
 
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
-    if init.takes_out and not init.repeatable and not method.additive:
+    if init.takes_out and not init.repeatable and not method.of_product:
         faults.add(
             f"init_lora_weights={config.init_lora_weights!r} subtracts a product from the base that a file can hold "
-            f"only for an additive method, and method={config.method!r} is not additive"
+            f"only if the product of the factors is all that matters, unlike with method={config.method!r}"
         )
 
 

@@ -6,16 +6,17 @@ trains their modules whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..layers.parts import Planned, TokenRows
 from .embeddings import checkpoint_vocabulary, input_embedding, output_embedding, vocabulary_of
 from .heads import new_modules
 from .state import state_of
 from .ties import tensor_users
-from .walk import module_at
+from .walk import module_at, parts
 
 
 def modules_in_no_checkpoint(model: nn.Module) -> list[str]:
@@ -24,7 +25,21 @@ def modules_in_no_checkpoint(model: nn.Module) -> list[str]:
     return new_modules(model) if state is None else state.new_modules
 
 
-def unsaved(model: nn.Module, whole: Iterable[str]) -> dict[str, str]:
+Rows = Mapping[str, Collection[int]]
+"""Name of a module -> the rows of its weight that an adapter trains."""
+
+
+def planned_rows(planned: Iterable[Planned]) -> Rows:
+    """The rows that a plan trains."""
+    return {each.path: each.options[0] for each in planned if issubclass(each.kind, TokenRows)}
+
+
+def trained_rows(model: nn.Module, adapter: str) -> Rows:
+    """The rows that an adapter trains."""
+    return {part.path: part.ids for part in parts(model, adapter) if isinstance(part, TokenRows)}
+
+
+def unsaved(model: nn.Module, whole: Iterable[str], rows: Rows) -> dict[str, str]:
     """Name -> what of it would be in no file, for an adapter that trains the modules `whole` completely.
 
     Nothing is known of a model that was created from a config, or that was copied.
@@ -33,16 +48,19 @@ def unsaved(model: nn.Module, whole: Iterable[str]) -> dict[str, str]:
     found = dict.fromkeys(modules_in_no_checkpoint(model), "not in the base checkpoint")
     before = checkpoint_vocabulary(model) if state is None else state.vocabulary
     if before is not None:
-        rows = f"{vocabulary_of(model)} rows, {before} in the base checkpoint"
-        found = dict.fromkeys(new_rows(model, before), rows) | found
+        now = vocabulary_of(model) or 0
+        added = [
+            name for name in new_rows(model, before) if not set(rows.get(name, ())).issuperset(range(before, now))
+        ]
+        found = dict.fromkeys(added, f"{now} rows, {before} in the base checkpoint") | found
     inside = tuple(f"{name}." for name in whole)
     return {name: why for name, why in found.items() if not f"{name}.".startswith(inside)}
 
 
-def why_unsaved(model: nn.Module, whole: Iterable[str]) -> str | None:
+def why_unsaved(model: nn.Module, whole: Iterable[str], rows: Rows) -> str | None:
     """`unsaved` as a line of an error that names what to train whole; None if everything would be in the file."""
     whole = list(whole)
-    found = unsaved(model, whole)
+    found = unsaved(model, whole, rows)
     if not found:
         return None
     listed = ", ".join(f"{name} ({why})" for name, why in found.items())

@@ -35,7 +35,19 @@ def eval_(
     limit: int | None = typer.Option(None, help="Number of rows, from the start of the file (default: all)."),
     text_column: str | None = typer.Option(None, help="Column of texts or prompts (default: found by name)."),
     completion_column: str | None = typer.Option(None, help="Column of answers or labels (default: found by name)."),
-    max_length: int | None = typer.Option(None, help="Maximum tokens per row (default: the model's context length)."),
+    pair_column: str | None = typer.Option(None, help="Column of the second text of a classification."),
+    use_chat_template: bool | None = typer.Option(
+        None,
+        "--use-chat-template/--no-use-chat-template",
+        help="Whether pairs of texts are turns of a chat.",
+        show_default=False,
+    ),
+    last_turn_only: bool | None = typer.Option(
+        None, "--last-turn-only/--all-turns", help="Turns of the assistant that are evaluated.", show_default=False
+    ),
+    max_length: int | None = typer.Option(
+        None, help="Maximum tokens per row (default: as in training, else the model's context length)."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the metrics as JSON."),
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,
@@ -51,12 +63,15 @@ def eval_(
 
     For a language model: perplexity and token accuracy over the answers; with --generate, the share of generated
     answers that are correct and, if they are JSON, the scores of their fields. For a classifier: accuracy and F1.
+
+    Rows become tokens as in training, which is recorded with the adapter. Options override that.
     """
     from ..evaluation.run import evaluate
 
     found = evaluate(
         source, file, generate=generate, predictions=predictions, limit=limit, text_column=text_column,
-        completion_column=completion_column, max_length=max_length, system=system, max_new_tokens=max_new_tokens,
+        completion_column=completion_column, pair_column=pair_column, use_chat_template=use_chat_template,
+        last_turn_only=last_turn_only, max_length=max_length, system=system, max_new_tokens=max_new_tokens,
         batch_size=batch_size, progress=progress_line(), base_model=base_model, merge=merge, revision=revision,
         subfolder=subfolder, dtype=dtype, device=device,
     )  # fmt: skip

@@ -26,7 +26,7 @@ BATCH_SIZE = typer.Option(8, help="Prompts per batch.")
 TEMPERATURE = typer.Option(0.0, help="Sampling temperature; 0: greedy decoding.")
 TOP_P = typer.Option(1.0, help="Sample from the most likely tokens whose total probability is this.")
 SEED = typer.Option(None, help="Random seed for sampling.")
-SYSTEM = typer.Option(None, help="System message for chats without one.")
+SYSTEM = typer.Option(None, help="System message for chats without one (default: as in training, if known).")
 
 HELP = """\
 /base          use the base model without the adapter
@@ -62,11 +62,14 @@ def chat(
     Answers are streamed, and the conversation is kept. /base and /adapter turn the adapter off and on.
     """
     from ..generate.conversation import Conversation
-    from ..generate.loading import load_for_generation
+    from ..generate.loading import load_for_generation, recorded_format
 
     model, tokenizer = load_for_generation(
         source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
     )
+    if merge and system is None:  # the adapter is gone, and its record with it
+        trained = recorded_format(source, revision=revision, subfolder=subfolder)
+        system = trained.system if trained is not None else None
     conversation = Conversation(
         model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
@@ -149,7 +152,13 @@ def generate(
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
-    raw: bool = typer.Option(False, "--raw", help="Continue the prompts without the chat template."),
+    use_chat_template: bool | None = typer.Option(
+        None,
+        "--use-chat-template/--raw",
+        help="Apply the chat template to prompts, or continue them as they are (default: as in training, if known, "
+        "else the template if there is one).",
+        show_default=False,
+    ),
     max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = BATCH_SIZE,
     temperature: float = TEMPERATURE,
@@ -166,7 +175,7 @@ def generate(
     answers = generate_answers(
         source, prompt or None, file=file, out=out, column=column, max_new_tokens=max_new_tokens,
         batch_size=batch_size, temperature=temperature, top_p=top_p, seed=seed, system=system,
-        use_chat_template=False if raw else None, stop=stop, progress=progress_line(), base_model=base_model,
+        use_chat_template=use_chat_template, stop=stop, progress=progress_line(), base_model=base_model,
         merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device,
     )  # fmt: skip
     typer.echo("\n\n".join(answers) if out is None else f"{len(answers):,} answers: {out}")

@@ -47,7 +47,7 @@ def times() -> Times | None:
     except (ImportError, OSError, RuntimeError):
         return None
     idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is also in user
-    busy = sum(value for core in cores for name, value in core._asdict().items() if name not in idle)
+    busy = sum(sum(core) - sum(getattr(core, name, 0.0) for name in idle) for core in cores)
     return Times(time.perf_counter(), busy, sum(os.times()[:4]))
 
 

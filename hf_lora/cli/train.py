@@ -88,7 +88,7 @@ def train(
         typer.echo(argument_parser().format_help())
         raise typer.Exit
     own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
-    declared = [f"--{name}={value}" for name, value in own.items() if value not in (None, False)]
+    declared = [f"--{name}={value}" for name, value in own.items() if value is not None and value is not False]
     parsed = parse_arguments([*declared, *ctx.args], config)
     if print_config:
         typer.echo(as_yaml(parsed), nl=False)

@@ -9,4 +9,5 @@ generation all use it to read their rows.
 - `tasks`: which task the columns are for; the rows of a text classification.
 - `chat`, `spans`: rendered chats, and which of their tokens are trained.
 - `prompts`, `encode`: from rows to prompts, and from prompts to tokens.
+- `trained`: the record of a training's format, which is kept with the adapter.
 """

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError, Faults
-from .formats import PAIR, TEXT, Example, Format, Message, read_examples
+from .encode import with_system
+from .formats import PAIR, RAW, TEXT, Example, Format, Message, read_examples
 from .spans import IGNORED, Labeled, LabelError, Template, label_spans, special_ids
 from .tables import Table
 
@@ -107,12 +108,15 @@ def is_templated(
 
     Args:
         use_chat_template: True applies it to every pair of texts, False to none. Default: it is applied to chats, and
-            to pairs if the tokenizer has one, except to the columns `prompt` and `completion`.
+            to pairs as in the training of an adapter that is evaluated, else if the tokenizer has one, except to the
+            columns `prompt` and `completion`.
 
     Raises:
         ConfigError: chats without a template, or a template was requested for texts without turns or does not exist.
     """
     has = bool(getattr(tokenizer, "chat_template", None))
+    if use_chat_template is None and data_format.trained is not None and data_format.kind in (PAIR, RAW):
+        use_chat_template = data_format.trained.use_chat_template
     if use_chat_template and data_format.kind == TEXT:
         raise ConfigError(
             f"use_chat_template=True, but {data_format.columns[0]!r} holds texts without turns. Omit it, or name the "
@@ -139,7 +143,7 @@ def chat_rows(
     max_length: int,
     *,
     use_chat_template: bool | None = None,
-    last_turn_only: bool = False,
+    last_turn_only: bool | None = None,
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Tokenize and label the rows of a table.
 
@@ -147,7 +151,8 @@ def chat_rows(
         data_format: see `recognize_format`.
         max_length: longer rows are truncated at their end to this many tokens.
         use_chat_template: see `is_templated`.
-        last_turn_only: train on the last assistant turn of each chat only.
+        last_turn_only: train on the last assistant turn of each chat only. Default: as in the training of an adapter
+            that is evaluated, else False.
 
     Returns:
         (one row of `input_ids` and `labels` for each row of the table, the number of truncated rows).
@@ -161,6 +166,8 @@ def chat_rows(
         raise DataError(f"{table.source} has no rows to train on.")
     templated = is_templated(data_format, tokenizer, use_chat_template)
     examples = read_examples(table, data_format)
+    if last_turn_only is None:
+        last_turn_only = bool(data_format.trained is not None and data_format.trained.last_turn_only)
     template = Template(tokenizer) if templated else None
     faults, hints = Faults(f"labeling {table.source}"), dict[str, None]()
     rows: list[dict[str, list[int]]] = []
@@ -204,7 +211,9 @@ def _label(
         return Labeled(*label_pair(tokenizer, prompt + data_format.between, completion))
     if messages is None:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    return _label_chat(template, messages, example.tools, last_turn_only, example.train_from)
+    whole = with_system(messages, data_format.trained.system if data_format.trained is not None else None)
+    first = example.train_from + len(whole) - len(messages)
+    return _label_chat(template, whole, example.tools, last_turn_only, first)
 
 
 def _warn(table: Table, template: Template, rows: list[dict[str, list[int]]], split: int) -> None:

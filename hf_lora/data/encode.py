@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError, Faults
+from .trained import TrainedFormat
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or the messages of a chat: mappings with `role` and `content`."""
@@ -63,6 +64,32 @@ def encode_prompts(
     return encoded
 
 
+def as_in_training(
+    trained: TrainedFormat | None,
+    prompts: Sequence[Prompt],
+    system: str | None = None,
+    use_chat_template: bool | None = None,
+) -> tuple[Sequence[Prompt], str | None, bool | None]:
+    """The first arguments of `encode_prompts`, with those that are not given as in the training of the adapter."""
+    texts = all(isinstance(prompt, str) for prompt in prompts)
+    if trained is None:
+        return prompts, system, use_chat_template
+    if use_chat_template is None and system is None and texts and trained.use_chat_template is False:
+        return [f"{prompt}{trained.separator or ''}" for prompt in prompts], None, False
+    if use_chat_template is None and texts:
+        use_chat_template = trained.use_chat_template or None
+    if system is None and use_chat_template is not False:
+        system = trained.system
+    return prompts, system, use_chat_template
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """The messages, after a system message if one is given and they have none."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, continued: bool) -> list[int]:
     ids: list[int] = tokenizer(text)["input_ids"]
     plain: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -82,11 +109,9 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | 
         raise DataError("ends with an assistant message, which needs no answer" if messages else "has no messages")
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError("is empty")
-    if system is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
     try:
         made: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+            with_system(messages, system), add_generation_prompt=True, tokenize=True, return_dict=True
         )
     except TemplateError as error:
         raise DataError(f"does not fit the tokenizer's chat template: {error}") from error

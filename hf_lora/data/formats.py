@@ -23,6 +23,7 @@ from ..errors import DataError, Faults, nearest
 from . import columns
 from .columns import pair_of, with_more
 from .tables import Table
+from .trained import TrainedFormat, is_prose
 
 CHAT, PAIR, RAW, TEXT = "chat", "pair", "raw", "text"
 
@@ -42,6 +43,7 @@ class Format:
         rows: the number of rows of the table.
         turns: mean number of messages of a chat.
         unused: the table's other columns.
+        trained: how an adapter that is evaluated was trained; it decides how these rows become tokens.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Format:
     rows: int = 0
     turns: float = 0.0
     unused: tuple[str, ...] = ()
+    trained: TrainedFormat | None = None
 
     @property
     def chat(self) -> bool:
@@ -60,7 +63,8 @@ class Format:
     @property
     def between(self) -> str:
         """The separator of a prompt and its answer without a chat template."""
-        return "" if self.kind == RAW else columns.ANSWER
+        separator = self.trained.separator if self.trained is not None else None
+        return separator if separator is not None else "" if self.kind == RAW else columns.ANSWER
 
 
 @dataclass
@@ -79,12 +83,16 @@ class Example:
     train_from: int = 0
 
 
-def recognize_format(table: Table, text: str | None = None, completion: str | None = None) -> Format:
+def recognize_format(
+    table: Table, text: str | None = None, completion: str | None = None, trained: TrainedFormat | None = None
+) -> Format:
     """Recognize the format of a table by its columns, the most specific first.
 
     Args:
         text, completion: columns that the user named: prompts and answers, or `text` alone for lists of messages or
             for texts of which every token is trained.
+        trained: the format of an adapter's training. If the table has all of its columns, they are used; named ones
+            are preferred.
 
     Raises:
         DataError: a named column is missing, no format or more than one fits, or the rows have different formats.
@@ -92,6 +100,8 @@ def recognize_format(table: Table, text: str | None = None, completion: str | No
     for name in (text, completion):
         if name is not None:
             table.column(name)
+    if trained is not None:
+        return replace(_like(table, text, completion, trained), trained=trained)
     if text is not None or completion is not None:
         return _complete(table, _named(table, text, completion))
     candidates = _candidates(table)
@@ -167,6 +177,26 @@ def read_examples(table: Table, data_format: Format) -> list[Example]:
     faults.check(DataError, "Correct or remove these rows.")
     triples = zip(prompts, inputs, completions, strict=True)
     return [Example(prompt=with_more(prompt, more), completion=answer) for prompt, more, answer in triples]
+
+
+def _like(table: Table, text: str | None, completion: str | None, trained: TrainedFormat) -> Format:
+    """The format with the columns of the training, if the table has them."""
+    prompts, answers = text or trained.text_column, completion or trained.completion_column
+    if prompts is None or not {prompts, answers} - {None} <= table.columns.keys():
+        return recognize_format(table, text, completion)
+    if answers is not None:
+        return _complete(table, _pair(table, prompts, answers))
+    return _complete(table, _named(table, prompts, None) if text else Format(prompts, trained.kind, (prompts,)))
+
+
+def common_system(table: Table, data_format: Format) -> str | None:
+    """The system message of all chats of a table, if they have the same and it can be kept with an adapter."""
+    if not data_format.chat:
+        return None
+    first = [example.messages[0] for example in read_examples(table, data_format) if example.messages]
+    found = {message["content"] if message["role"] == "system" else None for message in first}
+    system = found.pop() if len(found) == 1 else None
+    return system if is_prose(system) else None
 
 
 def _known_formats() -> str:

@@ -18,20 +18,25 @@ from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, pair_of, with_more
 from .encode import Prompt
 from .formats import TEXT, Format, read_examples, read_list, read_messages
 from .tables import Table
+from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
 
 
-def read_prompts(table: Table, column: str | None = None) -> list[Prompt]:
+def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat | None = None) -> list[Prompt]:
     """The prompt of each row: a text, or a chat up to its last user turn.
 
     Args:
         column: with texts, or lists of messages (also as JSON text). Default: found by its usual name. To
             `instruction`, a column `input` is appended.
+        trained: the format of an adapter's training, whose column is used if the table has it and none is named.
 
     Raises:
         DataError: no column was found, or a row has no prompt; lists every such row.
     """
+    known = trained.text_column if trained is not None else None
+    column = column or (known if known in table.columns else None)
+    answers = (trained.completion_column if trained is not None and column == known else None) or ""
     column = column or next((c for c in TO_ANSWER if c in table.columns), None)
     if column is None:
         raise DataError(
@@ -39,7 +44,8 @@ def read_prompts(table: Table, column: str | None = None) -> list[Prompt]:
             f"{', '.join(map(repr, table.columns))}; known names are {', '.join(TO_ANSWER)}. Name it with --column."
         )
     faults = Faults(f"reading {table.source}")
-    more = table.columns.get(pair_of(column).more or "", [None] * len(table))
+    added = pair_of(column, answers).more
+    more = table.columns.get(added if added and added != answers else "", [None] * len(table))
     tools = table.columns.get(TOOLS, [None] * len(table))
     prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
@@ -66,7 +72,7 @@ def _question(cell: object, where: str, faults: Faults) -> list[Any]:
 
 
 def read_answered(
-    table: Table, data_format: Format, tokenizer: PreTrainedTokenizerBase
+    table: Table, data_format: Format, tokenizer: PreTrainedTokenizerBase, use_chat_template: bool | None = None
 ) -> tuple[list[Prompt], list[str], bool]:
     """(prompts, reference answers, whether the chat template is applied to prompts), as in training.
 
@@ -80,7 +86,7 @@ def read_answered(
             f"{table.source}: {data_format.columns[0]!r} holds texts that are not split into prompt and answer. "
             "Provide columns such as 'prompt' and 'completion', or omit --generate."
         )
-    templated = is_templated(data_format, tokenizer)
+    templated = is_templated(data_format, tokenizer, use_chat_template)
     faults = Faults(f"reading {table.source}")
     prompts: list[Prompt] = []
     answers: list[str] = []

@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ..errors import DataError, Faults, nearest
 from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
 from .tables import Table
+from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
 
@@ -64,13 +65,29 @@ def choose_task(table: Table, *, label: str | None = None, completion: str | Non
 
 
 def choose_columns(
-    table: Table, *, text: str | None = None, pair: str | None = None, label: str | None = None
+    table: Table,
+    *,
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+    trained: TrainedFormat | None = None,
 ) -> Columns:
-    """Find the columns of a classification that were not named, by the usual names.
+    """Find the columns of a classification that were not named: those of an adapter's training, or by the usual names.
 
     Raises:
-        DataError: a named column does not exist, or one was not found.
+        DataError: a named column does not exist, one was not found, or the second text of the training is missing.
     """
+    if trained is not None:
+        pair = pair or trained.pair_column
+        if pair == trained.pair_column and pair is not None and pair not in table.columns:
+            raise DataError(
+                f"{table.source}: the adapter was trained on pairs of texts, and there is no column {pair!r} of the "
+                f"second ones. It has {', '.join(map(repr, table.columns))}. Name it with pair_column."
+            )
+        text, label = (
+            named or (known if known in table.columns else None)
+            for named, known in ((text, trained.text_column), (label, trained.label_column))
+        )
     for name in (text, pair, label):
         if name is not None:
             table.column(name)
@@ -172,6 +189,12 @@ def _warn_of_variants(table: Table, column: str) -> None:
         )
 
 
+def length_limit(tokenizer: PreTrainedTokenizerBase, max_length: int | None = None, window: int | None = None) -> int:
+    """The maximum tokens of a row of `classification_rows`, from its arguments."""
+    limit = max_length or min(int(tokenizer.model_max_length), MOST_TOKENS)
+    return min(limit, window or limit)
+
+
 class TokenRows(list[dict[str, Any]]):
     """Tokenized rows for Trainer, of different lengths; the collator pads them.
 
@@ -206,8 +229,7 @@ def classification_rows(
     targets: Sequence[float]
     targets = _numbers(table, columns.label, faults) if labels is None else _classes(table, columns, labels, faults)
     faults.check(DataError, "Correct or remove these rows.")
-    limit = max_length or min(int(tokenizer.model_max_length), MOST_TOKENS)
-    limit = min(limit, window or limit)
+    limit = length_limit(tokenizer, max_length, window)
     encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
     rows = TokenRows(
         {**{name: values[row] for name, values in encoded.items()}, "labels": target}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack
 
 import torch
@@ -16,14 +16,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapt.labels import task_type_of
-from ..data.chat import chat_rows
+from ..data.chat import chat_rows, is_templated
 from ..data.formats import Format, recognize_format
 from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
 from ..data.tasks import REGRESSION, Columns, choose_columns, classification_rows
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, StateError
-from ..generate.loading import Loading, loaded
+from ..generate.loading import Loading, loaded, recorded_format
 from ..generate.texts import answering, collect_answers, evaluating, iterate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
 from .answers import ANSWER_METRICS, field_table
@@ -61,6 +62,9 @@ def evaluate(
     limit: int | None = None,
     text_column: str | None = None,
     completion_column: str | None = None,
+    pair_column: str | None = None,
+    use_chat_template: bool | None = None,
+    last_turn_only: bool | None = None,
     max_length: int | None = None,
     tokenizer: Any = None,
     system: str | None = None,
@@ -74,17 +78,24 @@ def evaluate(
     For a language model: perplexity and token accuracy on the answers; with `generate`, the fraction of generated
     answers that are right and, if they are JSON, the F1 of their fields. For a classifier: accuracy and F1.
 
+    Rows become tokens as in the training of the adapter, which `hf-lora train` records with it. The options of the
+    format override that; without a record their defaults are those of `hf-lora train`.
+
     Args:
         source: an adapter or a full model, its folder or its name on the Hub; or a model in memory with `tokenizer`.
         file: CSV, TSV, JSON, JSONL or Parquet, with the columns of a training file.
         generate: generate answers and compare them with those of the file, ignoring surrounding white space.
         predictions: JSONL file to write the rows with the generated answers to.
         limit: use only the first rows of the file; default: all.
-        text_column, completion_column: the column of texts or prompts, and of answers or labels; default: found by
-            their usual names.
-        max_length: truncate rows to this many tokens; default: the model's context window, for a classifier at most
-            512.
-        system, max_new_tokens: for generated answers, see `generate_texts`.
+        text_column, completion_column: the column of texts or prompts, and of answers or labels; default: those of the
+            training if the file has them, else found by their usual names.
+        pair_column: the second text of a classification.
+        use_chat_template: whether pairs of texts are turns of a chat, see `is_templated`.
+        last_turn_only: evaluate only the assistant's last turn of each chat.
+        max_length: truncate rows to this many tokens; default: as in training, else the model's context window, for a
+            classifier at most 512.
+        system: a system message for chats that have none.
+        max_new_tokens: for generated answers, see `generate_texts`.
         progress: called with the number of generated answers and the total.
         loading: see `load_for_generation`.
 
@@ -93,8 +104,8 @@ def evaluate(
         DataError: the file is missing or malformed, or does not fit the model; lists every such row.
         AdapterFileError, StateError: the model could not be loaded, or models of its type cannot be evaluated here.
     """
-    if not generate and (predictions is not None or system is not None):
-        raise ConfigError("evaluate: predictions and system need generate=True (--generate). Add it, or omit them.")
+    if not generate and predictions is not None:
+        raise ConfigError("evaluate: predictions need generate=True (--generate). Add it, or omit them.")
     numbers = {"batch_size": batch_size, "max_length": max_length}
     low = [f"{name}={value}" for name, value in numbers.items() if value is not None and value < 1]
     if low:
@@ -102,22 +113,43 @@ def evaluate(
     table = read_table(file).first(limit)
     cut = 0
     with nullcontext() if predictions is None else AnswerFile(table, predictions) as answers:
+        trained = recorded_format(source, **loading)
         model, tokenizer = loaded("evaluate", source, tokenizer, any_task=not generate, **loading)
+        max_length = max_length or (trained.max_length if trained is not None else None)
+        chats = {"system": system, "use_chat_template": use_chat_template, "last_turn_only": last_turn_only}
         if not model.can_generate():
-            columns = choose_columns(table, text=text_column, label=completion_column)
+            _refuse("a classifier", chats)
+            columns = choose_columns(
+                table, text=text_column, pair=pair_column, label=completion_column, trained=trained
+            )
             result = Evaluation(score_classes(model, tokenizer, table, columns, batch_size, max_length))
-        elif generate:
-            result = score_answers(
-                model, tokenizer, table, recognize_format(table, text_column, completion_column),
-                max_new_tokens=max_new_tokens, batch_size=batch_size, system=system, file=answers,
-                progress=None if progress is None else lambda done: progress(done, len(table)),
-            )  # fmt: skip
         else:
-            data_format = recognize_format(table, text_column, completion_column)
-            rows, cut = chat_rows(table, data_format, tokenizer, max_length or window_of(model) or 2**31)
-            result = Evaluation(score_rows(model, rows, batch_size))
+            _refuse("a language model", {"pair_column": pair_column})
+            if system is not None:
+                trained = replace(trained or TrainedFormat(), system=system)
+            data_format = recognize_format(table, text_column, completion_column, trained)
+            if not is_templated(data_format, tokenizer, use_chat_template):
+                _refuse(f"{data_format.name} without a chat template", {"system": system})
+            if generate:
+                result = score_answers(
+                    model, tokenizer, table, data_format, max_new_tokens=max_new_tokens, batch_size=batch_size,
+                    use_chat_template=use_chat_template, file=answers,
+                    progress=None if progress is None else lambda done: progress(done, len(table)),
+                )  # fmt: skip
+            else:
+                rows, cut = chat_rows(
+                    table, data_format, tokenizer, max_length or window_of(model) or 2**31,
+                    use_chat_template=use_chat_template, last_turn_only=last_turn_only,
+                )  # fmt: skip
+                result = Evaluation(score_rows(model, rows, batch_size))
     result.rows, result.cut = len(table), cut
     return result
+
+
+def _refuse(what: str, options: Mapping[str, object]) -> None:
+    given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if given:
+        raise ConfigError(f"evaluate: {', '.join(given)} has no effect on {what}. Omit it.")
 
 
 # The loss on the answers ---------------------------------------------------------------------------------------------
@@ -205,7 +237,7 @@ def score_answers(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 8,
-    system: str | None = None,
+    use_chat_template: bool | None = None,
     file: AnswerFile | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
@@ -217,10 +249,10 @@ def score_answers(
     Raises:
         DataError: see `read_answered`, and `generate_texts` for prompts that are too long.
     """
-    prompts, references, templated = read_answered(table, data_format, tokenizer)
+    prompts, references, templated = read_answered(table, data_format, tokenizer, use_chat_template)
     each = iterate_texts(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, system=system,
-        use_chat_template=templated, progress=progress,
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        use_chat_template=templated, progress=progress, trained=data_format.trained,
     )  # fmt: skip
     texts = collect_answers(each, len(prompts), file)
     found, true = [t.strip() for t in texts], [r.strip() for r in references]

@@ -24,9 +24,10 @@ from ..config import as_tuple
 from ..errors import AdapterFileError, BaseMismatchError
 from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
-from ..files.load import load_adapter, vocabulary_in
+from ..files.load import load_adapter
 from ..files.model_class import auto_class, class_in_config, class_in_file, class_named_in
 from ..files.renamed import with_present_names
+from ..files.vocabulary import vocabulary_in
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint
 

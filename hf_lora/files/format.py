@@ -34,6 +34,7 @@ from ..layers.storages import fits
 from ..safe_io.atomic import finish_moves, replace_together
 from ..safe_io.headers import TensorFile, read_header
 from ..safe_io.reading import REPAIR, own_file, read_json
+from .initializations import read_init
 from .validate import check_config, check_extras
 
 CONFIG_NAME = "adapter_config.json"
@@ -268,12 +269,6 @@ def _check_entries(file: TensorFile) -> None:
     faults.check(AdapterFileError, REPAIR)
 
 
-LEAVE_THE_BASE = ("orthogonal", "eva", "mica")
-"""Initializations of PEFT that only choose the first values of A and B (MiCA then trains A alone)."""
-CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations of PEFT that subtract their first update from the base."""
-
-
 def holds_adapter(folder: object) -> bool:
     """Whether a folder holds an adapter, and no full model."""
     place = os.fspath(folder) if isinstance(folder, (str, os.PathLike)) else ""
@@ -296,20 +291,15 @@ def read_config(path: Path) -> LoraConfig:
         config = LoraConfig.from_dict(_with_targets(path, values), call=str(file))
     except ConfigError as error:
         raise AdapterFileError(str(error), error.faults) from error
-    if str(config.init_lora_weights).lower() in LEAVE_THE_BASE:  # the file has the values
-        config.init_lora_weights = True
     faults = Faults(str(file))
+    step = read_init(config, faults)
     check_names(config, faults)
-    step = "Import the package that registers these, or load it with the library that wrote it."
-    if faults.found and str(config.init_lora_weights).lower().startswith(CHANGE_THE_BASE):
-        step = (
-            f"init_lora_weights={config.init_lora_weights!r} subtracts the first update from the base. Convert the "
-            "adapter to plain LoRA with PEFT: peft_model.save_pretrained(folder, "
-            "path_initial_model_for_weight_conversion=FOLDER), where FOLDER has the adapter as it was initialized. "
-            f"{step}"
-        )
-    faults.check(AdapterFileError, step)
-    config.task_type = config.task_type or read_extras(path).get("task_type")
+    faults.check(
+        AdapterFileError, step or "Import the package that registers these, or load it with the library that wrote it."
+    )
+    extras = read_extras(path)
+    config.task_type = config.task_type or extras.get("task_type")
+    config.method = extras.get("method", config.method)
     return config
 
 

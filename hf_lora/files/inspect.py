@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapt.match import PatternTable
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, Faults, TargetError
 from ..layers.storages import fits
 from ..safe_io.reading import REPAIR
@@ -81,6 +82,9 @@ class AdapterSummary:
             head.append(
                 f"labels: {self.extras['num_labels']} ({', '.join(names[:8])}{', …' if len(names) > 8 else ''})"
             )
+        trained = TrainedFormat.from_json(self.extras.get("training_format"))
+        if trained is not None:
+            head.append(f"training rows: {trained}")
         if not self.extras:
             head.append(f"no {EXTRAS_NAME}: written by another library")
         cells = [("layer", "shape", "r", "alpha", "update norm", "stable rank", "parameters")]

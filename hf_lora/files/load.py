@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
-from ..adapt.embeddings import input_embedding, output_embedding
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head
 from ..adapt.match import ancestors, holder
@@ -22,6 +21,7 @@ from ..adapt.targets import Explanation, resolve, scalings
 from ..adapt.ties import join_embeddings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
@@ -42,6 +42,7 @@ from .format import (
 from .identity import differs, identify, is_absent, renewed
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
+from .vocabulary import whole_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -105,6 +106,7 @@ def load_adapter(
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
+        state.adapters[name].trained_format = TrainedFormat.from_json(file.extras.get("training_format"))
         assign(model, name, tensors)
         if file.extras:  # they were one module in training, because its script had resized the vocabulary
             for path in lending:
@@ -211,15 +213,6 @@ def assign(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
         own[_alias(key, own)].put(tensor)
 
 
-def _whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
-    """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
-    if file.extras:
-        return {}
-    ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
-    named = [path for path, m in original_modules(model) if id(m) in ends]
-    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
-
-
 def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, Explanation, dict[str, Tensor]]:
     """What the file adapts and trains whole.
 
@@ -233,7 +226,7 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
         plan = resolve(model, file.config, call, from_file=True, saved=saved)
     except TargetError as error:
         raise AdapterFileError(str(error), error.faults) from error
-    plan.saved |= {p: why for p, why in _whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
+    plan.saved |= {p: why for p, why in whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     plan.saved = {path: why for path, why in plan.saved.items() if path in held}
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
@@ -281,34 +274,6 @@ def _same_as(path: str, values: Tensor, tensors: Mapping[str, Tensor]) -> bool:
     """Whether the bias of the module `path` has these values in the file."""
     found = (tensors.get(key_of(path, bias_key(adapted))) for adapted in (True, False))
     return any(each is not None and torch.equal(each.to(values.dtype), values) for each in found)
-
-
-def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
-    """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
-    embedding = input_embedding(model)
-    path = next((path for path, module in original_modules(model) if module is embedding), "")
-    whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
-    rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
-    return (rows if isinstance(rows, int) else None), whole
-
-
-def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
-    """Whether the file holds both token embeddings whole, so that rows that the base lacks are known."""
-    ends = (input_embedding(model), output_embedding(model))
-    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
-    named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
-    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
-    return weights <= held
-
-
-@torch.no_grad()
-def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
-    """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
-    for path, module in original_modules(model):
-        copied = file.base_copies.get(path)
-        weight = module._parameters.get("weight")
-        if copied is not None and weight is not None and weight.shape == copied.shape:
-            weight[first:] = copied[first:].to(weight)
 
 
 def _check_base_copies(model: nn.Module, copies: Mapping[str, Tensor], allow_other_base: bool, call: str) -> None:

@@ -19,7 +19,7 @@ from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
 from ..adapt.match import PatternTable
 from ..adapt.state import require_state, task_of
-from ..adapt.unsaved import why_unsaved
+from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import (
     adapted_modules,
     adapter_layers,
@@ -29,6 +29,7 @@ from ..adapt.walk import (
     original_state,
     parts,
 )
+from ..config import IN_PEFT
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
@@ -87,7 +88,7 @@ def save_adapter(
             "is_main_process=…)."
         )
     record = require_state(model, "save_adapter").adapters[name]
-    unsaved = why_unsaved(model, record.heads) if record.trainable else None
+    unsaved = why_unsaved(model, record.heads, trained_rows(model, name)) if record.trainable else None
     if unsaved is not None:
         raise AdapterFileError(
             f"save_adapter({str(folder)!r}, {name!r}): {unsaved}. Nothing was written. To keep this model, merge it: "
@@ -136,6 +137,7 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
         values[field] = _in_any_order(values[field], adapted)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in layers.values())
     init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    init = next((layer._lora.adapters[name].init for layer in layers.values() if name in layer._lora.names), init)
     if init.takes_out and not init.repeatable:
         values |= _twice_the_ranks(values, config.use_rslora)
     if init.in_files is not None:
@@ -228,7 +230,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     from .. import __version__
 
     state, task = require_state(model, "save_adapter"), task_of(model, name)
-    config = state.adapters[name].config
+    config, trained = state.adapters[name].config, state.adapters[name].trained_format
     biases = sum(isinstance(part, Bias) for part in parts(model, name))
     return {
         "base": renewed(state.identity, model),
@@ -239,6 +241,8 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "task_type": config.task_type or task_type_of(model),
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
+        **({"training_format": trained.to_json()} if trained is not None else {}),
+        **({"method": config.method} if config.method != "lora" and IN_PEFT.get(config.method) == {} else {}),
         **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

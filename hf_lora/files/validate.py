@@ -8,11 +8,12 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from ..adapt.patterns import as_text, table_pattern, why_invalid
-from ..config import TASK_TYPES
+from ..config import IN_PEFT, TASK_TYPES
+from ..data.trained import KINDS, is_prose
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
 from .base_config import check_settings
@@ -39,7 +40,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
         AdapterFileError: lists every such field.
     """
     faults = Faults(place)
-    for name in ("use_rslora", "fan_in_fan_out"):
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
         if not isinstance(values.get(name, False), (bool, type(None))):
             faults.add(f"{name}={values[name]!r} must be true or false")
     _check_rank(faults, "r", values.get("r"))
@@ -76,11 +77,13 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
         ("task_type", lambda value: value in TASK_TYPES),
+        ("method", lambda value: IN_PEFT.get(value) == {} if isinstance(value, str) else False),
     ):
         value = values.get(name)
         if value is not None and not good(value):
             faults.add(f"{name}={value!r} is invalid")
     _check_labels(faults, values.get("id2label"))
+    _check_format(faults, values.get("training_format"))
     check_settings(faults, values)
     faults.check(AdapterFileError, REPAIR)
 
@@ -157,5 +160,29 @@ def _check_labels(faults: Faults, labels: object) -> None:
         faults.add("id2label must map each key to a name")
 
 
+def _check_format(faults: Faults, values: object) -> None:
+    if values is None:
+        return
+    if not isinstance(values, Mapping) or values.get("kind") not in KINDS:
+        faults.add(f"training_format must be an object with a kind: {', '.join(KINDS)}")
+        return
+    for name, good in _FORMAT.items():
+        if values.get(name) is not None and not good(values[name]):
+            faults.add(f"training_format.{name}={values[name]!r} is invalid")
+
+
+def _is_length(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+_FORMAT: dict[str, Callable[[object], bool]] = {
+    **dict.fromkeys(("text_column", "completion_column", "pair_column", "label_column"), is_text),
+    **dict.fromkeys(("use_chat_template", "last_turn_only"), lambda value: isinstance(value, bool)),
+    **dict.fromkeys(("separator", "system"), is_prose),
+    "max_length": _is_length,
+}
+"""Field of `TrainedFormat` -> whether a value is valid."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
-from ..data.encode import encode_prompts
+from ..adapt.state import trained_format
+from ..data.encode import as_in_training, encode_prompts
 from ..errors import ConfigError, DataError, Faults, StateError
 from ..model import LoraModel
 from .texts import answering, check_sampling, new_tokens, room_for, sampling, window_of
@@ -21,7 +22,8 @@ class Conversation:
     Args:
         model: a language model, with adapters or without.
         tokenizer: its tokenizer, with a chat template.
-        system: the system message; default: that of the template, if any.
+        system: the system message; default: the one of all chats in the adapter's training, else that of the
+            template, if any.
         max_new_tokens, temperature, top_p: as in `generate_texts`.
         seed: random seed of the first answer; each further answer uses the next seed.
 
@@ -57,7 +59,7 @@ class Conversation:
             raise StateError(f"Conversation: {type(model).__name__} does not generate text. Pass a language model.")
         self.model = model
         self.tokenizer = tokenizer
-        self.system = system
+        self.system = as_in_training(trained_format(model), [[]], system)[1]
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p

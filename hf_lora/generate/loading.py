@@ -11,9 +11,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..adapt.labels import task_type_of
+from ..adapt.state import trained_format
+from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, ConfigError, Faults, StateError, nearest
 from ..export import DTYPES
-from ..files.format import CONFIG_NAME, read_config
+from ..files.format import CONFIG_NAME, read_config, read_extras
 from ..hub.download import FullModelError, local_adapter
 from ..load import find_processor
 from ..model import LoraModel
@@ -147,6 +149,23 @@ def _load_whole(
             f"{call}: it has no adapter, and no language model could be loaded from it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name."
         ) from error
+
+
+def recorded_format(source: Any, **loading: Unpack[Loading]) -> TrainedFormat | None:
+    """The format of the rows that an adapter was trained on, if known, before its base is loaded.
+
+    Args:
+        source, loading: as for `loaded`.
+    """
+    if isinstance(source, PreTrainedModel):
+        return trained_format(source)
+    try:
+        folder = local_adapter(
+            source, loading.get("revision"), loading.get("token"), subfolder=loading.get("subfolder")
+        )
+    except FullModelError:
+        return None
+    return TrainedFormat.from_json(read_extras(folder).get("training_format"))
 
 
 def loaded(

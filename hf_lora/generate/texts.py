@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria
 
-from ..data.encode import Prompt, encode_prompts
+from ..adapt.state import trained_format
+from ..data.encode import Prompt, as_in_training, encode_prompts
 from ..data.prompts import AnswerFile, read_prompts
 from ..data.tables import read_table
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError, Faults, StateError
 from ..layers.ops import kept_random_states
-from .loading import Loading, loaded
+from .loading import Loading, loaded, recorded_format
 
 
 def generate_texts(
@@ -44,8 +46,9 @@ def generate_texts(
         temperature: 0 is greedy decoding; above 0, tokens are sampled.
         top_p: sample from the most likely tokens with this total probability (nucleus sampling).
         seed: for sampling; the global random state is then unchanged.
-        system: a system message for chats that have none.
-        use_chat_template: apply the tokenizer's chat template to texts, as user messages. Default: if it has one.
+        system: a system message for chats that have none. Default: the one of all chats in the adapter's training.
+        use_chat_template: True applies the tokenizer's chat template to texts, as user messages; False continues them
+            as they are. Default: as in the training of the adapter, if known, else True if there is a template.
         stop: an answer ends before any of these strings.
         progress: called with the number of finished prompts.
 
@@ -78,12 +81,20 @@ def iterate_texts(
     use_chat_template: bool | None = None,
     stop: str | Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
+    trained: TrainedFormat | None = None,
 ) -> Iterator[tuple[int, str]]:
-    """The answers of `generate_texts`, each with the position of its prompt, as batches are finished."""
+    """The answers of `generate_texts`, each with the position of its prompt, as batches are finished.
+
+    Args:
+        trained: the format of the adapter's training; default: that of the model's active adapter.
+    """
     if not model.can_generate():
         raise StateError(f"generate_texts: {type(model).__name__} does not generate text. Pass a language model.")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops)
+    prompts, system, use_chat_template = as_in_training(
+        trained or trained_format(model), prompts, system, use_chat_template
+    )
     encoded = encode_prompts(
         tokenizer, prompts, system, use_chat_template, window_of(model), continued=not model.config.is_encoder_decoder
     )
@@ -125,7 +136,7 @@ def generate_answers(
         file: instead of `prompts`, a .txt with one prompt per line, or CSV, TSV, JSON, JSONL or Parquet.
         out: JSONL file for the rows of `file` with their answers in a column `generated`; an existing file is replaced
             when all answers are generated. Until then, finished rows are in `<out>.partial`.
-        column: the column of prompts in `file`; default: found by its usual name.
+        column: the column of prompts in `file`; default: that of the adapter's training, else found by its usual name.
         progress: called with the number of finished prompts and the total.
         loading: see `load_for_generation`; all others: see `generate_texts`.
 
@@ -142,13 +153,15 @@ def generate_answers(
     if file is None and (out is not None or column is not None):
         raise ConfigError("generate_answers: out and column need a file (--file). Omit them.")
     table = None if file is None else read_table(file, prompts=True)
-    questions = list(prompts or []) if table is None else read_prompts(table, column)
     with nullcontext() if table is None or out is None else AnswerFile(table, out) as written:
+        trained = recorded_format(source, **loading)
+        questions = list(prompts or []) if table is None else read_prompts(table, column, trained)
         model, tokenizer = loaded("generate_answers", source, tokenizer, **loading)
         each = iterate_texts(
             model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size,
             temperature=temperature, top_p=top_p, seed=seed, system=system, use_chat_template=use_chat_template,
             stop=stop, progress=None if progress is None else lambda done: progress(done, len(questions)),
+            trained=trained,
         )  # fmt: skip
         return collect_answers(each, len(questions), written)
 

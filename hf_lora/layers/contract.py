@@ -94,6 +94,8 @@ class Shape(ABC):
     """Whether the input holds indices of rows, as for an embedding: nothing is multiplied, and dropout is off."""
     fan_in_fan_out = False
     """Whether the weight is stored as (I, O). In PEFT the user sets this."""
+    by_input = False
+    """Whether the weight has one row per input, so that the weights of an output are a column."""
     keys: dict[str, str] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
     """Factor -> its name in the file, relative to the layer's path."""
     is_matrix = False
@@ -182,6 +184,9 @@ class Method(ABC):
     `{"lora_magnitude_vector": "lora_magnitude_vector"}`. Names of factors begin with `lora_`."""
     additive = False
     """Whether updates of several adapters of this method can be summed."""
+    of_product = False
+    """Whether A and B matter only through their product B A. Then factors of rank 2 R can hold a difference of two
+    products, as the files of some initializations do."""
 
     def refuse(self, layer: Any, shape: Shape) -> str | None:
         """Why this method cannot act on a layer; None if it can."""

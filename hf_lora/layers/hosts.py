@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,10 @@ class Held:
     def acting(self) -> tuple[str, ...]:
         return self.activity.acting[self.names]
 
+    def forget(self, weight: bool = True) -> None:
+        """Drop what was computed from the tensors of the adapters, and from the base's if `weight`."""
+        return None
+
     def add(self, name: str) -> None:
         self.names = (*self.names, name)
         self.activity.watch(self.names)
@@ -165,6 +169,22 @@ class Host(Extension):
     def states(cls, module: nn.Module) -> list[Held]:
         """The plain data at `module`, one for each site."""
         return [module.__dict__[cls.attribute]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Host:
+        self._forget()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def train(self, mode: bool = True) -> Self:
+        self._forget(weight=False)
+        return super().train(mode)
+
+    def _forget(self, weight: bool = True) -> None:
+        for held in states_of(self):
+            held.forget(weight)
 
     @classmethod
     def hold(cls, module: nn.Module, activity: Activity) -> Held:

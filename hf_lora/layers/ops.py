@@ -160,13 +160,15 @@ class _LoraProducts(torch.autograd.Function):
                 y = torch.addmm(base.reshape(-1, base.shape[-1]), part, update, alpha=scaling)
             # As in matmul, the result is not a view for autograd, so a model may change it in place.
             outputs.append(torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]]))
-        ctx.plan, ctx.rest, ctx.done = plan, None, set()
+        ctx.plan, ctx.rest, ctx.done, ctx.shape = plan, None, set(), x.shape
         ctx.set_materialize_grads(False)
         # Parameters stay in memory anyway; what is saved is checked as a whole, so they are checked by themselves.
-        ctx.parameters = [(t, _version(t)) for t in (*a, *b, *(bases if plan.weights else ()))]
+        ctx.parameters = [(t, version_of(t)) for t in (*a, *b, *(bases if plan.weights else ()))]
         casts = (None if weight is base else weight for weight, base in zip(kept, bases, strict=plan.weights))
-        ctx.save_for_backward(x, h, mask, *casts)
         needs = ctx.needs_input_grad
+        # Only the gradients of A and of the weights read x.
+        reads_x = any(needs[4::4]) or (plan.weights and any(needs[2::4]))
+        ctx.save_for_backward(x if reads_x else None, h, mask, *casts)
         ctx.mark_non_differentiable(
             *(y for i, y in enumerate(outputs) if not needs[0] and not any(needs[2 + 4 * i : 6 + 4 * i]))
         )
@@ -178,11 +180,14 @@ class _LoraProducts(torch.autograd.Function):
         count, needs = len(plan.ranks), ctx.needs_input_grad
         x, h, mask, kept = _unpack(ctx, grads)
         a, b = ([tensor for tensor, _ in ctx.parameters[i : i + count]] for i in (0, count))
-        flat = x.reshape(-1, x.shape[-1])
-        stacked = _stacked(a, x)
-        places = None if mask is None else dropped_indices(mask, flat, plan.p)
-        masked = flat if places is None else dropped(flat, places)
+        flat = None if x is None else x.reshape(-1, x.shape[-1])
+        stacked = _stacked(a, h)
+        like = h.new_empty(1).expand(len(h), ctx.shape[-1]) if flat is None else flat
+        places = None if mask is None else dropped_indices(mask, like, plan.p)
+        masked = flat if places is None or flat is None else dropped(flat, places)
         if torch.is_grad_enabled():  # double backward: h depends on x and A
+            if masked is None:
+                raise RuntimeError("A is frozen, so the layer's input was not kept for a second derivative.")
             h = F.linear(masked, stacked)
         parts = h.split(plan.ranks, 1)
         flats = [None if g is None else g.reshape(-1, g.shape[-1]) for g in grads]
@@ -196,8 +201,8 @@ class _LoraProducts(torch.autograd.Function):
             for g, weight in zip(flats, kept, strict=plan.weights):
                 if g is not None:
                     dx.addmm_(g, weight)
-            dx = dx.view(x.shape)
-        da = (t.t() @ masked).split(plan.ranks) if any(needs[4::4]) else ()
+            dx = dx.view(ctx.shape)
+        da = () if masked is None or not any(needs[4::4]) else (t.t() @ masked).split(plan.ranks)
         found: list[Any] = [dx, None]
         for i, g in enumerate(flats):
             if g is None:
@@ -207,7 +212,7 @@ class _LoraProducts(torch.autograd.Function):
             if not plan.weights:
                 found += [grads[i], None]
             else:
-                found += [g.t() @ flat if base else None, g.sum(0) if bias else None]
+                found += [g.t() @ flat if base and flat is not None else None, g.sum(0) if bias else None]
             found.append(da[i].to(a[i]) if down else None)
             # (R, O), then transposed: computing (O, R) directly is slower on a CPU.
             db = torch.addmm(h.new_empty(1), parts[i].t(), g, beta=0, alpha=plan.scalings[i]).t() if up else None
@@ -215,12 +220,13 @@ class _LoraProducts(torch.autograd.Function):
         return tuple(found)
 
 
-def _version(tensor: Tensor | None) -> int | None:
+def version_of(tensor: Tensor | None) -> int | None:
+    """The number of changes of `tensor` in place; None if PyTorch does not count them."""
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-def _unpack(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """x, h, mask and the weights.
+def _unpack(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    """x (None if no gradient needs it), h, mask and the weights.
 
     The layers are independent, as if each had a function of its own: a backward through some of them leaves what the
     others need, and only parameters of layers with a gradient must be unchanged since the forward.
@@ -237,10 +243,10 @@ def _unpack(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, T
         if ctx.rest is None or ctx.done & now:
             raise
         saved, ctx.done = ctx.rest[0], ctx.done | now
-        if ctx.rest[1] != _version(saved[0]):
+        if ctx.rest[1] != version_of(saved[0]):
             raise
-    ctx.rest = (saved, _version(saved[0])) if len(now) < count else None
-    if any(_version(t) != v for i, (t, v) in enumerate(ctx.parameters) if i % count in now):
+    ctx.rest = (saved, version_of(saved[0])) if len(now) < count else None
+    if any(version_of(t) != v for i, (t, v) in enumerate(ctx.parameters) if i % count in now):
         raise RuntimeError("A parameter that gradients depend on was changed in place after the forward of its layer.")
     x, h, mask, *casts = saved
     bases = (tensor for tensor, _ in ctx.parameters[2 * count :])
@@ -267,3 +273,54 @@ def _columns(grads: Sequence[Tensor | None], b: Sequence[Tensor], plan: _Plan, h
             part.addmm_(g, up.to(h), beta=0, alpha=scaling)
         start += rank
     return t
+
+
+# Scaled outputs ------------------------------------------------------------------------------------------------------
+
+_ELEMENTS = 1 << 17
+"""Elements of a block of rows of a gradient that a core's cache holds."""
+
+
+def scale_outputs(y: Tensor, change: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y + change ∘ (y - bias): the output y of a layer if the weights of its outputs are multiplied by 1 + change.
+
+    Args:
+        y: (…, O), or with other axes after O.
+        change, bias: (O,), or with axes to multiply y by; `change` in float32.
+    """
+    if change.dim() == 1 and y.requires_grad and can_use_functions():
+        scaled: Tensor = _ScaledOutputs.apply(y, change, bias)
+        return scaled
+    return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), change.to(y.dtype))
+
+
+class _ScaledOutputs(torch.autograd.Function):
+    """The backward of `scale_outputs`, in one pass over the gradient and y.
+
+    With g the gradient: dy = g + change ∘ g, dchange = Σ g ∘ (y - bias), dbias = - change ∘ Σ g.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, change: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(y, change, bias)
+        return torch.addcmul(y, y if bias is None else y - bias.to(y.dtype), change.to(y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, change, bias = ctx.saved_tensors
+        g, y = grad.reshape(-1, grad.shape[-1]), y.reshape(-1, y.shape[-1])
+        gain = change.to(g.dtype)
+        if torch.is_grad_enabled():  # double backward
+            dy, dchange = torch.addcmul(g, g, gain), (g * y).sum(0, dtype=change.dtype)
+        else:
+            dy, dchange = torch.empty_like(g), torch.zeros_like(change)
+            rows = max(1, _ELEMENTS // g.shape[1]) if g.device.type == "cpu" else max(1, len(g))
+            for part, of, into in zip(g.split(rows), y.split(rows), dy.split(rows), strict=True):
+                torch.addcmul(part, part, gain, out=into)
+                dchange += (part * of).sum(0, dtype=change.dtype)
+        dbias = None
+        if bias is not None:
+            total = g.sum(0, dtype=change.dtype)
+            dchange = dchange - bias.to(change.dtype) * total
+            dbias = (-change * total).to(bias.dtype) if ctx.needs_input_grad[2] else None
+        return dy.view(grad.shape), dchange, dbias

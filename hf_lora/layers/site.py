@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .contract import FactorSpec, Method, Shape, Storage, Update
@@ -64,10 +65,20 @@ class LayerState(Held):
     """The adapters whose initialization subtracted a product from the base."""
     group: tuple[Site, ...] = ()
     """The layers, including this one, that may be computed together: see sharing.py."""
+    derived: dict[str, Any] = field(default_factory=dict)
+    """What methods computed from the frozen weight, at most one row of it each."""
+    evaluated: dict[str, Any] = field(default_factory=dict)
+    """What methods computed from the weight and the factors of an adapter, for evaluation: adapter -> values."""
+
+    def forget(self, weight: bool = True) -> None:
+        self.evaluated.clear()
+        if weight:
+            self.derived.clear()
 
     def remove(self, name: str) -> None:
         super().remove(name)
         self.adapters.pop(name, None)
+        self.evaluated.pop(name, None)
         self.taken = tuple(n for n in self.taken if n != name)
 
 
@@ -109,6 +120,14 @@ class Site:
     def read(self, rows: slice = slice(None)) -> Tensor:
         """A copy of rows of the weight in float32."""
         return self._lora.storage.read(cast(Any, self), rows)
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """Two matrices whose product is the change of the weight without its scaling: see `Shape.factors`."""
+        return self._lora.shape.factors(cast(Any, self), name)
+
+    def whole(self) -> Site:
+        """The site with the whole weight of the base, although an initialization subtracted a product from it."""
+        return self
 
     def respond(self, x: Tensor) -> Tensor:
         """The output with the active adapters; shapes and dtype are those of `product`."""
@@ -192,6 +211,16 @@ class Reduced(Seen):
     def __init__(self, site: Site, names: tuple[str, ...]) -> None:
         super().__init__(site)
         self.names = names
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        left, right = super().matrices(name)
+        if name not in self.names:
+            return left, right
+        less, of = self._lora.shape.factors(cast(Any, _Taken(self.site)), name)
+        return torch.cat([left, -less], 1), torch.cat([right, of])
+
+    def whole(self) -> Site:
+        return self.site
 
     def product(self, x: Tensor) -> Tensor:
         y, state, frozen = self.site.product(x), self._lora, _Taken(self.site)

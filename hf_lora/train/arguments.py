@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..adapt.targets import check_names
 from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
-from ..layers.inits import INITS, init_name
+from ..layers.methods import METHODS
 from .former_names import accepts_former_names
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,6 @@ LOWER_IS_BETTER = ("perplexity", "mean_perplexity", "wer", "cer", "ter", "mse", 
 _INIT = {"true": True, "false": False}
 _IN_CONFIG = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_init": "init_lora_weights"}
 """The names in LoraConfig; other fields have the same name without the prefix lora_."""
-_INIT_NAMES = sorted({*_INIT, *(INITS.keys() - {init_name(True), init_name(False)})}, reverse=True)
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -69,6 +68,10 @@ class LoraArguments:
         None, 'Alphas for single modules, as JSON: {"name or pattern": 32}.'
     )
     lora_use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    lora_use_dora: bool = flag(False, "DoRA: a trained magnitude for each output; the same as --lora_method dora.")
+    lora_method: str = flag(
+        "lora", "How the factors change a layer: lora, dora, lora_bias or lora_fa.", choices=list(METHODS)
+    )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "Biases to train: none, those of the adapted layers (lora_only), or all."
     )
@@ -79,8 +82,8 @@ class LoraArguments:
     )
     lora_init: str = flag(
         "true",
-        "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests).",
-        choices=_INIT_NAMES,
+        "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "
+        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora.",
     )
     lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
     lora_adapter: str | None = flag(
@@ -158,7 +161,8 @@ class LoraArguments:
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")
-        check_names(LoraConfig(init_lora_weights=values["init_lora_weights"]), unknown)
+        named = {name: values[name] for name in ("init_lora_weights", "method")}
+        check_names(LoraConfig(**named), unknown)
         faults.found += [_as_flag(fault) for fault in unknown.found]
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be an integer >= 0 (0: off)")

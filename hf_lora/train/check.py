@@ -7,11 +7,10 @@ import math
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import PretrainedConfig
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from ..config import as_tuple
+from ..adapt.labels import generates
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION, PROBLEM_TYPES, REGRESSION, TASKS, suggest_columns
@@ -94,15 +93,6 @@ def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table
             f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
             f"{', '.join(known)}."
         )
-
-
-def generates(config: PretrainedConfig) -> bool:
-    """Whether the checkpoint of a config is a language model."""
-    classes = [getattr(transformers, name, None) for name in config.architectures or []]
-    if any(classes):
-        return any(cls is not None and cls.can_generate() for cls in classes)
-    mapping = transformers.AutoModelForCausalLM._model_mapping
-    return bool(as_tuple(mapping.get(type(config), ()))) or bool(getattr(config, "auto_map", None))
 
 
 def as_word(name: str) -> str:

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 
 from ..adapt.report import adapter_table, trainable_parameters
@@ -135,14 +136,13 @@ def _to_fake(model: nn.Module) -> None:
     """Replace the tensors of a model on meta by those of a CPU that hold nothing, so that its kernels are chosen."""
     made: dict[int, Any] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) not in made:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    whole = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-                    made[id(tensor)] = whole
-                if tensor is not None:
-                    held[name] = made[id(tensor)]
+        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in held:
+            if id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[id(tensor)])
 
 
 class _Live(TorchDispatchMode):
@@ -156,9 +156,9 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = {id(s) for s in map(_storage, torch.utils._pytree.tree_leaves((args, kwargs))) if s is not None}
+        given = {id(s) for s in map(_storage, tree_leaves((args, kwargs))) if s is not None}
         result = func(*args, **(kwargs or {}))
-        for storage in map(_storage, torch.utils._pytree.tree_leaves(result)):
+        for storage in map(_storage, tree_leaves(result)):
             if storage is None or id(storage) in given or storage in self._known:
                 continue
             self._known.add(storage)

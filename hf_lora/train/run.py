@@ -15,6 +15,7 @@ from transformers.utils import logging
 from ..adapt.heads import find_heads, outside_backbone
 from ..adapt.match import holder
 from ..adapt.report import adapter_table
+from ..adapt.state import set_trained_format
 from ..compat import held_load_report
 from ..data.chat import show_batch
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION
@@ -116,7 +117,10 @@ def first_batch(parsed: Parsed) -> str:
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    return (_classifier if data.task == CLASSIFICATION else _language_model)(parsed, data)
+    trainer = (_classifier if data.task == CLASSIFICATION else _language_model)(parsed, data)
+    if data.trained is not None:
+        set_trained_format(trainer._bare_model, data.trained)
+    return trainer
 
 
 def _classifier(parsed: Parsed, data: Data) -> Any:

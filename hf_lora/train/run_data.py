@@ -13,6 +13,7 @@ from ..data.chat import chat_rows, is_templated
 from ..data.formats import describe, recognize_format
 from ..data.tables import Table, read_table
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION, REGRESSION
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError
 from .base_model import read_base
 from .check import check_run, check_task
@@ -35,6 +36,7 @@ class Data:
         lines: what the user reads about them.
         labels: the classes; None for a language model, and for numbers.
         length: tokens per row of a language model.
+        trained: what the adapter records about its rows.
     """
 
     task: str
@@ -44,6 +46,7 @@ class Data:
     lines: list[str] = field(default_factory=list)
     labels: list[str] | None = None
     length: int = 0
+    trained: TrainedFormat | None = None
 
 
 def read_data(parsed: Parsed, writes: bool = True) -> Data:
@@ -92,6 +95,10 @@ def _read_classes(parsed: Parsed, tables: dict[str, Table], data: Data) -> None:
         split: tasks.classification_rows(table, columns, data.labels, tokenizer, run.max_length, window)
         for split, table in tables.items()
     }
+    data.trained = TrainedFormat(
+        "classes", columns.text, pair_column=columns.pair, label_column=columns.label,
+        max_length=tasks.length_limit(tokenizer, run.max_length, window),
+    )  # fmt: skip
     used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
     counts = ", ".join(f"{len(r):,} {split}" for split, r in data.rows.items())
     kind = "one number each" if data.labels is None else f"{len(data.labels)} labels"
@@ -108,12 +115,17 @@ def _read_answers(parsed: Parsed, tables: dict[str, Table], data: Data) -> None:
             f"Training a causal language model requires TRL, which could not be imported ({error}). Run: pip install "
             '"hf_lora[chat]"'
         ) from error
+    from .rows import format_of_table
+
     run, training, tokenizer, cut = parsed.run, parsed.training, data.tokenizer, 0
     window = getattr(data.config.get_text_config(), "max_position_embeddings", None)
     data.length = run.max_length or min(WINDOW, window or WINDOW)
     for split, table in tables.items():
         form = recognize_format(table, run.text_column, run.completion_column)
-        data.lines.append(f"{split}: {describe(form, is_templated(form, tokenizer, run.use_chat_template))}")
+        templated = is_templated(form, tokenizer, run.use_chat_template)
+        data.lines.append(f"{split}: {describe(form, templated)}")
+        if split == "train":
+            data.trained = format_of_table(table, form, templated, data.length, run.last_turn_only)
         labelled, long = chat_rows(
             table, form, tokenizer, data.length,
             use_chat_template=run.use_chat_template, last_turn_only=run.last_turn_only,

@@ -27,7 +27,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..adapt.state import require_state, state_of
+from ..adapt.state import require_state, set_trained_format, state_of
 from ..compat import name_or_path
 from ..data.chat import chat_rows
 from ..data.formats import recognize_format
@@ -40,6 +40,7 @@ from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import accepts_former_names
+from .rows import format_of_dataset, format_of_table
 from .start import only_config
 from .trainer import LoraTrainerMixin
 
@@ -118,6 +119,8 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             )
         self._label_tokenizer, self._label_config = tokenizer, config
         self._labels_chats = config.assistant_only_loss and given.get("formatting_func") is None
+        data = given.get("train_dataset") if given.get("formatting_func") is None else None
+        self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
         for name in ("train_dataset", "eval_dataset"):
             given[name] = self._labeled(given.get(name), name)
         # TRL would require marks in the template, and messages in data that are already labeled.
@@ -125,6 +128,8 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         with _keep_dtypes(given.get("model")):
             super().__init__(**{**given, "args": config}, lora_config=lora_config)
         config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
+        if self._trained is not None:
+            set_trained_format(self._bare_model, self._trained)
         self._replace_fused_forward()
 
     def _adapt(self, model: nn.Module) -> None:
@@ -154,7 +159,10 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         if not any(_is_chat(values[0]) for values in first.values()):
             return data
         table, limit = table_of(data, name), self._label_config.max_length or sys.maxsize
-        rows, cut = chat_rows(table, recognize_format(table), self._label_tokenizer, limit)
+        data_format = recognize_format(table)
+        rows, cut = chat_rows(table, data_format, self._label_tokenizer, limit)
+        if name == "train_dataset":
+            self._trained = format_of_table(table, data_format, True, self._label_config.max_length)
         if cut:
             logger.warning(
                 f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and are truncated."

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..adapt.report import trainable_line
 from ..adapt.state import LoraState, require_state, state_of
-from ..adapt.unsaved import why_unsaved
+from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
@@ -148,7 +148,7 @@ def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
     faults = Faults(call)
     for name in state.activity.active:
         record = state.adapters[name]
-        unsaved = why_unsaved(model, record.heads) if record.trainable else None
+        unsaved = why_unsaved(model, record.heads, trained_rows(model, name)) if record.trainable else None
         if unsaved is not None:
             faults.add(f"{name!r}: {unsaved}")
     faults.check(

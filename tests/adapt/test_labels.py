@@ -16,9 +16,10 @@ from helpers import batch_for, randomize, tiny_bert
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from hf_lora import LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora import ConfigError, LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import eject, inject
-from hf_lora.adapt.state import Task, require_state, set_active, task_of
+from hf_lora.adapt.state import Task, require_state, task_of
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 from hf_lora.layers.copies import Replacement
@@ -214,6 +215,30 @@ def test_pipelines_name_the_outputs_of_the_head_that_runs() -> None:
         assert {each["label"] for each in classify(["a b"])[0]} == set(HEADS[running_head(model)].names)
         with model.disable_adapter():
             assert {each["label"] for each in classify(["a b"])[0]} == set(BASE.names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"num_labels": -1}, "an integer >= 1"),
+        ({"num_labels": 0}, "an integer >= 1"),
+        ({"num_labels": True}, "an integer >= 1"),
+        ({"num_labels": 2.5}, "an integer >= 1"),
+        ({"num_labels": 2, "id2label": {0: "a", 1: "b", 2: "c"}}, "id2label has 3 names"),
+        ({"id2label": {}}, "without gaps"),
+        ({"id2label": {1: "a", 2: "b"}}, "without gaps"),
+        ({"id2label": {"0": "a", "1": "b"}}, "must be the integers"),
+    ],
+)
+def test_labels_that_cannot_be_are_refused(labels: dict[str, Any], said: str) -> None:
+    model = apply_lora(tiny_bert(), LoraConfig(r=2))
+    before = dict(model.named_parameters())
+    with pytest.raises(ConfigError, match=said):
+        apply_lora(tiny_bert(), LoraConfig(r=2), **labels)
+    with pytest.raises(ConfigError, match=said):
+        model.add_adapter("other", LoraConfig(r=2), **labels)
+    assert dict(model.named_parameters()).keys() == before.keys()
+    assert list(model.lora_configs) == ["default"]
 
 
 def test_labels_need_a_head_among_the_modules_that_are_trained() -> None:

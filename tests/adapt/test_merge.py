@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_lora import LoraConfig, MergeError, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.dequantize import BLOCK_ELEMENTS
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_tensors
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter

@@ -12,9 +12,10 @@ from helpers import assert_near, assert_same_tensors, batch_for, randomize, snap
 from torch import Tensor, nn
 
 from hf_lora import LoraConfig, LoraModel, StateError, apply_lora, share_inputs
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import merge, merge_for_good, set_enabled, unload, unmerge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import parts
 from hf_lora.files.save import save_adapter
 

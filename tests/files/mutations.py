@@ -148,7 +148,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "bias": ["some", 3, None, ["none"]],
     "modules_to_save": [3, [3], "x", {"x": 1}],
     "layers_to_transform": ["1", [1.5], 10**400, {}, [None], [999_999]],
-    "init_lora_weights": ["pissa", {}, 3, "os.system"],
+    "init_lora_weights": ["pissa_niter_4", "pissa_fast", {}, 3, "os.system"],
     "task_type": [3, "NOPE", ["CAUSAL_LM"], {}],
     "base_model_name_or_path": [5, [], "a\0b", "https://example.org/x", "\\\\host\\share", "//host/share",
                                 "x" * 10_000],
@@ -156,12 +156,13 @@ BAD_VALUES: dict[str, list[Any]] = {
     "peft_type": ["IA3", 5, ["LORA"], None],
     "use_rslora": ["yes", 1, []],
     "fan_in_fan_out": ["yes", 3],
-    "use_dora": [True, "yes"],
+    "use_dora": ["yes", 1],
+    "use_qalora": [True],
     "trust_remote_code": [True],
     "layer_replication": [[[0, 1]]],
     "megatron_config": [{"import": MARK}],
     "custom_module": [MARK],
-    "trainable_token_indices": [[1, 2]],
+    "trainable_token_indices": [[1, 2], [-1], [10**400], "x", {"x": 3}],
 }  # fmt: skip
 GOOD_VALUES: dict[str, list[Any]] = {
     "auto_mapping": [{"base_model_class": "system", "parent_library": "os"}, 5, [MARK],
@@ -188,6 +189,12 @@ BAD_EXTRAS: dict[str, list[Any]] = {
                  {str(i): "a" for i in range(120_000)}],
     "problem_type": [5, "os.system", []],
     "vocabulary": [-1, "x", 10**30, True, []],
+    "training_format": [5, [], "pair", {"kind": "os.system"}, {"kind": []}, {"text_column": "a"},
+                        *({"kind": "pair", name: value} for name, value in (
+                            ("text_column", 5), ("completion_column", "a\nb"), ("pair_column", ""),
+                            ("label_column", "x" * 5000), ("use_chat_template", "yes"), ("last_turn_only", 1),
+                            ("separator", "\x1b[2J"), ("separator", 3), ("system", "x" * 20_000), ("system", []),
+                            ("max_length", 0), ("max_length", -1), ("max_length", True), ("max_length", "64")))],
 }  # fmt: skip
 BAD_BASES: dict[str, list[Any]] = {
     "weights": [5, [], {"x": "!!"}, {"x": 5}, {"x": "AA=="}, {"x": ""}, {"x": "A" * 100_000}],

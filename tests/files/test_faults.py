@@ -206,9 +206,9 @@ def test_broken_json(folder: Path, name: str) -> None:
 
 
 def test_a_config_with_broken_fields_lists_them(folder: Path) -> None:
-    spoil_json(folder, r="many", lora_dropout=2, bias="some", rank_pattern=[1], use_dora=True)
+    spoil_json(folder, r="many", lora_dropout=2, bias="some", rank_pattern=[1], use_qalora=True)
     message = refused(folder)
-    for fault in ("r='many'", "lora_dropout=2", "bias='some'", "rank_pattern", "use_dora=True"):
+    for fault in ("r='many'", "lora_dropout=2", "bias='some'", "rank_pattern", "use_qalora=True"):
         assert fault in message
     assert CONFIG_NAME in message
 

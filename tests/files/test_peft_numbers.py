@@ -93,6 +93,14 @@ CASES = {
     "vit-biases": Case("vit", dict(bias="all")),
     "resnet": Case("resnet", dict(target_modules=["convolution"], modules_to_save=["classifier"])),
     "resnet-biases": Case("resnet", RESNET_BIASES),
+    "llama-dora": Case("llama", dict(target_modules=["q_proj", "lm_head"], use_dora=True), dict(attention_bias=True)),
+    "llama-dora-rs": Case("llama", dict(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 3}, lora_alpha=5)),
+    "gpt2-dora": Case("gpt2", dict(target_modules=["wte", "c_attn"], use_dora=True)),
+    "resnet-dora": Case("resnet", dict(target_modules=["convolution"], use_dora=True)),
+    "llama-lora-bias": Case(
+        "llama", dict(target_modules=["q_proj", "v_proj"], lora_alpha=3, lora_bias=True), dict(attention_bias=True)
+    ),
+    "vit-lora-bias": Case("vit", dict(target_modules=r".*\.(q_proj|query|projection)", lora_bias=True)),
 }
 
 
@@ -182,7 +190,8 @@ def check_gradients(pair: SimpleNamespace) -> None:
 
 def peft_key(name: str) -> str:
     """The key in a file of a parameter's name in PEFT's memory."""
-    return name.replace(".modules_to_save.default.", ".").replace(".default", "")
+    name = name.replace(".modules_to_save.default.", ".").replace(".default", "")
+    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def own_keys(folder: Path) -> set[str]:
@@ -424,13 +433,20 @@ def test_what_peft_converted_from_an_initialization_that_changes_the_base(
             if "lora_" in name:
                 parameter *= 1.2
     theirs.save_pretrained(tmp_path / "unconverted")
-    with pytest.raises(AdapterFileError, match=r"save_pretrained\(folder, path_initial_model_for_weight_conversion="):
-        LoraModel.from_pretrained(tmp_path / "unconverted", base_model=copy.deepcopy(base))
     theirs.save_pretrained(tmp_path / "last", path_initial_model_for_weight_conversion=str(tmp_path / "first"))
-    model = LoraModel.from_pretrained(tmp_path / "last", base_model=copy.deepcopy(base))
     batch = batch_of(base)
-    with torch.no_grad():
-        assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 8 * OUTPUT_ROUNDINGS)
+    for folder in ("unconverted", "last"):
+        model = LoraModel.from_pretrained(tmp_path / folder, base_model=copy.deepcopy(base))
+        with torch.no_grad():
+            assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 8 * OUTPUT_ROUNDINGS)
+
+
+def test_what_a_random_decomposition_subtracted_is_in_no_file_of_peft(tmp_path: Path) -> None:
+    base = FAMILIES["llama"]()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa_niter_2")
+    peft.get_peft_model(copy.deepcopy(base), settings).save_pretrained(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"save_pretrained\(folder, path_initial_model_for_weight_conversion="):
+        LoraModel.from_pretrained(tmp_path, base_model=copy.deepcopy(base))
 
 
 @pytest.mark.parametrize("tied", [False, True])

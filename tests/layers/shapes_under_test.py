@@ -13,8 +13,9 @@ from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 from hf_lora import METHODS, LoraConfig, register
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.layers.contract import FactorSpec, Method, Shape
 
 
@@ -119,7 +120,8 @@ class Toy(Method):
 
 
 TOY = register(METHODS, "toy", Toy())
-ADDITIVE = METHODS["lora"]
+ADDITIVE, DORA, LORA_BIAS, LORA_FA = (METHODS[name] for name in ("lora", "dora", "lora_bias", "lora_fa"))
+BIASED = [case for case in CASES if case.kind != "embedding" and getattr(case.make(), "bias", None) is not None]
 
 
 class Holder(nn.Module):
@@ -155,7 +157,7 @@ def exact_weight(case: Case, model: Any) -> Tensor:
     for name in layer._lora.names:
         a, b = layer.lora_A[name].weight.detach().double(), layer.lora_B[name].weight.detach().double()
         weight = weight + 6 / a.shape[0] * case.delta(a, b)
-        if layer._lora.adapters[name].method.kind == "toy":
+        if layer._lora.adapters[name].method.kind in ("toy", "dora"):
             magnitude = layer.lora_magnitude_vector[name].weight.detach().double()
             norm = case.norm(weight)
             weight = weight * magnitude.view_as(norm) / norm
@@ -163,9 +165,12 @@ def exact_weight(case: Case, model: Any) -> Tensor:
 
 
 def plain_layer(case: Case, layer: Any, weight: Tensor) -> nn.Module:
-    """A layer of the plain class in float64 with `weight`, and the bias of `layer`."""
+    """A layer of the plain class in float64 with `weight`, and the bias of `layer` with those of its adapters."""
     plain = case.layer().double()
     plain.weight.copy_(weight)
     if getattr(plain, "bias", None) is not None:
         plain.bias.copy_(layer.bias.double())
+        for name, adapter in layer._lora.adapters.items():
+            if adapter.method.kind == "lora_bias":
+                plain.bias += 6 / adapter.r * layer.lora_B_bias[name].weight.detach().double()
     return plain

@@ -11,9 +11,10 @@ from helpers import tiny_llama
 from torch import nn
 
 from hf_lora import LoraConfig, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import delete, eject, inject
 from hf_lora.adapt.merge import disabled
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import save_adapter
 

@@ -9,8 +9,12 @@ import torch
 from helpers import assert_near, assert_same_tensors, folded, randomize, snapshot
 from shapes_under_test import (
     ADDITIVE,
+    BIASED,
     BY_NAME,
     CASES,
+    DORA,
+    LORA_BIAS,
+    LORA_FA,
     TOY,
     TOY_CASES,
     Case,
@@ -22,13 +26,15 @@ from shapes_under_test import (
 from torch import nn
 
 from hf_lora import LoraConfig, MergeError, StateError
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import eject, inject
 from hf_lora.adapt.merge import disabled, merge, unmerge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.layers.contract import Method
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 GRID = [(c, ADDITIVE, n) for c in CASES for n in (1, 2)] + [(c, TOY, 1) for c in TOY_CASES]
+GRID += [(c, DORA, 1) for c in CASES] + [(c, LORA_BIAS, 2) for c in BIASED] + [(BY_NAME["linear"], LORA_FA, 2)]
 IDS = [f"{c.name}-{m.kind}-{n}" for c, m, n in GRID]
 
 
@@ -69,6 +75,8 @@ def test_output_is_that_of_the_folded_weight(case: Case, method: Method, adapter
 def plain_with(case: Case, layer: Any) -> nn.Module:
     plain = case.layer(layer.weight.dtype)
     plain.weight.copy_(layer.weight)
+    if getattr(layer, "bias", None) is not None:
+        plain.bias.copy_(layer.bias)
     return plain
 
 
@@ -81,7 +89,7 @@ def test_a_fresh_adapter_changes_no_bit(
     case: Case, method: Method, adapters: int, dtype: torch.dtype, autocast: torch.dtype | None
 ) -> None:
     x = case.input(dtype)
-    model = adapted(case, method, dtype, adapters, fresh=True, lora_dropout=0.5 if method is ADDITIVE else 0.0).train()
+    model = adapted(case, method, dtype, adapters, fresh=True, lora_dropout=0.0 if method is TOY else 0.5).train()
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         base = case.layer(dtype)(x)
         y = model(x)

@@ -280,7 +280,8 @@ def test_members_that_differ() -> None:
     for model in models:  # another adapter, on two of them, beside the first or alone
         inject(model, LoraConfig(r=3, target_modules=["q", "v"]), "second")
         randomize(model, 3)
-    from hf_lora.adapt.state import require_state, set_active
+    from hf_lora.adapt.activation import set_active
+    from hf_lora.adapt.state import require_state
 
     for names in (("second",), ("default", "second"), ("default",)):
         for model in models:

@@ -38,8 +38,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"))
 
 
-def adapted(base: Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    return randomize(apply_lora(load(base, kind, dtype), LoraConfig(r=4)), scale=0.1)
+def adapted(base: Path, kind: str, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    return randomize(apply_lora(load(base, kind, dtype), LoraConfig(r=4, **config)), scale=0.1)
 
 
 def folded_weight(layer: Any, names: tuple[str, ...] = ("default",)) -> Tensor:
@@ -52,10 +52,12 @@ def read_whole(layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_output_is_that_of_a_plain_layer_with_the_folded_weight(base: Path, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("kind", "method"), [*((kind, "lora") for kind in KINDS), ("nf4", "dora"), ("int8", "dora")])
+def test_the_output_is_that_of_a_plain_layer_with_the_folded_weight(
+    base: Path, kind: str, method: str, dtype: torch.dtype
+) -> None:
     """LLM.int8 multiplies by the dequantized weight in training; outside it rounds the activations too."""
-    model = adapted(base, kind, dtype).train()
+    model = adapted(base, kind, dtype, method=method).train()
     layers = adapter_layers(model)
     assert len(layers) == 14
     assert all(layer._lora.storage.quantized == (kind != "dense") for layer in layers.values())

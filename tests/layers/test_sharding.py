@@ -34,12 +34,13 @@ def shard(model: Any, mesh: Any) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def make() -> Any:
-    return randomize(apply_lora(tiny_llama(), LoraConfig(r=4)))
+def make(**config: Any) -> Any:
+    return randomize(apply_lora(tiny_llama(), LoraConfig(r=4, **config)))
 
 
-def test_gradients_reach_the_real_parameters_and_the_adapter_acts(mesh: Any) -> None:
-    reference, model = make(), shard(make(), mesh)
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_gradients_reach_the_real_parameters_and_the_adapter_acts(mesh: Any, method: str) -> None:
+    reference, model = make(method=method), shard(make(method=method), mesh)
     batch = batch_for(model)
     assert isinstance(model, FSDPModule)
     assert isinstance(model, LoraModel)

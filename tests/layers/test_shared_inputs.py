@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_lora import LoraConfig, share_inputs
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge, set_enabled, unmerge
 from hf_lora.adapt.mixing import scale_adapter
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 
 LAYERS = ("q", "k", "v")
 

@@ -27,9 +27,10 @@ from helpers import (
 from torch import nn
 
 from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, apply_lora
+from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import disabled, merge
-from hf_lora.adapt.state import require_state, set_active
+from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers
 
 MODELS: dict[str, Callable[..., Any]] = {"bert": tiny_bert, "llama": tiny_llama, "gpt2": tiny_gpt2, "t5": tiny_t5}
@@ -97,10 +98,13 @@ def test_a_merged_model_can_be_copied(how: str) -> None:
     assert_same_tensors(snapshot(twin), before)
 
 
-@pytest.mark.parametrize(("name", "backend"), [("bert", "eager"), ("llama", "aot_eager")])
-def test_it_compiles_as_one_graph(name: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend", "method"),
+    [("bert", "eager", "lora"), ("llama", "aot_eager", "lora"), ("llama", "eager", "dora")],
+)
+def test_it_compiles_as_one_graph(name: str, backend: str, method: str) -> None:
     torch._dynamo.reset()
-    model = randomize(apply_lora(MODELS[name](num_hidden_layers=1), LoraConfig(r=4)))
+    model = randomize(apply_lora(MODELS[name](num_hidden_layers=1), LoraConfig(r=4, method=method)))
     batch = batch_for(model)
     expected, logits = backward(model, batch), model(**batch).logits
     compiled = torch.compile(model, fullgraph=True, backend=backend)

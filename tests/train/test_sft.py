@@ -14,7 +14,9 @@ from test_chat import PLAIN, byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_lora import LoraConfig, LoraModel, apply_lora, build_compute_metrics
+from hf_lora.adapt.state import trained_format
 from hf_lora.data.chat import chat_rows
+from hf_lora.data.encode import as_in_training, encode_prompts
 from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import table_of
 from hf_lora.errors import ConfigError, DataError, TargetError
@@ -289,3 +291,32 @@ def test_masters_stay_float32_over_a_4_bit_base(tokenizer: Any, chats: Any, tmp_
     norms = {n: p.dtype for n, p in plain.named_parameters() if p.dim() == 1}
     after = {n: p.dtype for n, p in sft(plain, tokenizer, chats, tmp_path).model.named_parameters()}
     assert norms == {n: after[n] for n in norms}
+
+
+# The record of the format --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["chats", "pairs", "texts", "function"])
+def test_prompts_have_the_tokens_of_training(kind: str, tokenizer: Any, chats: Any, tmp_path: Path) -> None:
+    from hf_lora import LoraSFTConfig, LoraSFTTrainer
+
+    texts = ["Hello, world.", "why?"]
+    data = {
+        "chats": chats.select(range(2)),
+        "pairs": datasets.Dataset.from_dict({"prompt": texts, "completion": [" a", " no"]}),
+        "texts": datasets.Dataset.from_dict({"text": texts}),
+        "function": datasets.Dataset.from_dict({"text": texts}),
+    }[kind]
+    values = {**QUIET, "packing": False, "assistant_only_loss": kind == "chats"}
+    arguments = LoraSFTConfig(str(tmp_path / "run"), **values)
+    function = {"formatting_func": lambda row: f"# {row['text']}"} if kind == "function" else {}
+    trainer = LoraSFTTrainer(llama(), arguments, train_dataset=data, processing_class=tokenizer, **function)
+    trainer.save_model(str(tmp_path / "adapter"))
+    trained = trained_format(LoraModel.from_pretrained(tmp_path / "adapter", base_model=llama()))
+    if kind == "function":
+        assert trained is None
+        return
+    prompts = [texts[0] if kind != "chats" else chats[0]["messages"][0]["content"]]
+    ids = encode_prompts(tokenizer, *as_in_training(trained, prompts))[0]
+    assert trainer.train_dataset[0]["input_ids"][: len(ids)] == ids
+    assert trained.max_length == 96

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 from ..registry import Registry
 from .base import Collector, Init, InitCall, Unset, taken
+from .decompositions import Olora, Pissa
 from .gaussian import Gaussian
 from .kaiming import Kaiming
+from .orthogonal import Orthogonal
 from .random import Random
 
-INITS: Registry[Init] = Registry("initialization", {"kaiming": Kaiming(), "gaussian": Gaussian(), "random": Random()})
+INITS: Registry[Init] = Registry(
+    "initialization",
+    {
+        "kaiming": Kaiming(),
+        "gaussian": Gaussian(),
+        "random": Random(),
+        "orthogonal": Orthogonal(),
+        "pissa": Pissa(),
+        "olora": Olora(),
+    },
+)
 
 __all__ = ["INITS", "Collector", "Init", "InitCall", "Unset", "find_init", "init_name", "taken"]
 
@@ -26,7 +38,10 @@ def find_init(init: bool | str) -> tuple[Init, str] | None:
     """The initialization that a value of `init_lora_weights` names, and its options; None if it is not registered."""
     name = init_name(init)
     if name in INITS:
-        return INITS[name], ""
+        return INITS[name].with_options(""), ""
     stems = [stem for stem, entry in INITS.items() if entry.takes_options and name.startswith(f"{stem}_")]
     stem = max(stems, key=len, default=None)
-    return None if stem is None else (INITS[stem], name[len(stem) + 1 :])
+    if stem is None:
+        return None
+    options = name[len(stem) + 1 :]
+    return INITS[stem].with_options(options), options

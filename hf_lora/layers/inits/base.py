@@ -90,6 +90,25 @@ class Init(ABC):
             return f"this weight is not a module, so its {self.needs} cannot be collected with hooks"
         return None
 
+    def refuse_rank(self, layer: Any, shape: Shape, r: int) -> str | None:
+        """Why factors of rank `r` cannot be initialized this way; None if they can."""
+        return None
+
+    def refuse_options(self, options: str) -> str | None:
+        """What to write instead of these options; None if they are known."""
+        return None
+
+    def with_options(self, options: str) -> Init:
+        """The initialization with these options; itself, unless its attributes depend on them."""
+        return self
+
+    def of_file(self) -> Init | None:
+        """The initialization of an adapter whose file names it, and so lacks the product that it `takes_out`.
+
+        None if that product cannot be computed again.
+        """
+        return self if self.repeatable or not self.takes_out else None
+
     def declare(self, shape: Shape, specs: dict[str, FactorSpec]) -> dict[str, FactorSpec]:
         """The declaration of the factors, including the frozen ones if it `takes_out` a product."""
         if not self.takes_out:

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import AdaptedLayer, Method, Update
+from ..inits import taken
 from ..ops import Operand, can_use_functions, lora_products, to_compute_dtype, to_float64
 from ..sharing import pop_output, store_outputs
 
 
 class Additive(Method):
     kind = "lora"
-    additive = True
+    additive = of_product = True
 
     def forward(self, layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
         state = layer._lora
@@ -71,6 +72,10 @@ def _for_training(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Ten
     inner = to_compute_dtype(x)
     first, *others = names
     operand = _operand(layer, first, inner)
+    if operand is None and not others and layer.whole() is not layer:
+        reduced = _without_subtracted(layer, first, inner)
+        if reduced is not None:
+            return reduced
     if operand is None:
         y, others = layer.product(x if layer._lora.storage.quantized else inner), list(names)
     else:
@@ -108,6 +113,23 @@ def _together(
     y = outputs.pop(id(layer))
     store_outputs(layer, x, names, p, members, outputs)
     return y
+
+
+def _without_subtracted(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor | None:
+    """The output of an adapter whose initialization subtracted a product, as a part of the low-rank product.
+
+    None if the base's own forward must run.
+    """
+    operand = _operand(layer.whole(), name, x)
+    if operand is None:
+        return None
+    a, b = (layer.whole().factor(taken(kind), name) for kind in ("lora_A", "lora_B"))
+    p = _dropout(layer, name)
+    if not p:
+        stacked = operand._replace(a=torch.cat([operand.a, a]), b=torch.cat([operand.b, -b], 1))
+        return lora_products(x, [stacked], weights=True)[0]
+    (y,) = lora_products(x, [operand._replace(a=a, b=b, scaling=-operand.scaling)], weights=True)
+    return lora_products(x, [operand._replace(base=y, bias=None)], p, weights=False)[0]
 
 
 def _operand(layer: AdaptedLayer, name: str, x: Tensor) -> Operand | None:

@@ -12,8 +12,11 @@ from .base import Fold, Part, Planned
 from .bias import Bias, bias_key
 from .copies import Copy
 from .factors import Factors
+from .token_rows import TokenRows, rows_by_path
 
-__all__ = ["PARTS", "Bias", "Copy", "Factors", "Fold", "Part", "Planned", "bias_key"]
+__all__ = ["PARTS", "Bias", "Copy", "Factors", "Fold", "Part", "Planned", "TokenRows", "bias_key", "rows_by_path"]
 
-PARTS: Registry[type[Part]] = Registry("kind of part", {"factors": Factors, "bias": Bias, "copy": Copy})
+PARTS: Registry[type[Part]] = Registry(
+    "kind of part", {"factors": Factors, "bias": Bias, "copy": Copy, "token_rows": TokenRows}
+)
 """Kind -> class, in the order in which they are attached and folded; kinds of other packages come last."""

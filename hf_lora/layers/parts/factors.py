@@ -71,7 +71,7 @@ class Factors(Part):
         if method.folding_bias(self.site, names) is not None:
             bias = View(self.module, getattr(self.site, "bias_name", "bias"))
             started: Any = partial(method.folding_bias, self.site, names)
-            yield self._fold(bias, "bias", DenseStorage(), started, refused)
+            yield self._fold(bias, "bias", DenseStorage(), started, None)
 
     def _fold(self, site: Any, name: str, storage: Storage, start: Callable[[], Update], refused: str | None) -> Fold:
         path = f"{self.path}.{site.name if isinstance(site, View) else name}"

@@ -54,6 +54,8 @@ class Matrix(Shape):
 class MatrixByInput(Matrix):
     """Base of shapes whose weight has one row per input: (I, O)."""
 
+    by_input = True
+
     def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
         return layer.factor("lora_A", name).t(), layer.factor("lora_B", name).t()
 

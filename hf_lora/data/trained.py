@@ -1,0 +1,72 @@
+"""How training made tokens from its rows: a record kept with the adapter, which evaluation and generation follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+KINDS = ("chat", "pair", "raw", "text", "classes")
+"""Those of `Format`, and `classes` for a text classification."""
+
+MAX_PROSE = 2**14
+"""Maximum characters of a system message that is kept."""
+
+
+@dataclass(frozen=True)
+class TrainedFormat:
+    """The format of the rows that an adapter was trained on, by the names of the options of `hf-lora train`.
+
+    Args:
+        kind: one of `KINDS`.
+        text_column, completion_column: the columns of prompts or texts, and of answers.
+        pair_column, label_column: columns of a classification.
+        use_chat_template: whether texts were turns of a chat.
+        separator: the text between a prompt without a chat template and its answer.
+        last_turn_only: whether only the last assistant turn of a chat was trained.
+        system: the system message of all chats, if they had the same.
+        max_length: longer rows were truncated to this many tokens.
+    """
+
+    kind: str = ""
+    text_column: str | None = None
+    completion_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    use_chat_template: bool | None = None
+    separator: str | None = None
+    last_turn_only: bool | None = None
+    system: str | None = None
+    max_length: int | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any] | None) -> TrainedFormat | None:
+        """From values that were checked; fields that this version does not know are ignored."""
+        known = {f.name for f in fields(cls)}
+        return cls(**{name: value for name, value in values.items() if name in known}) if values else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        columns = (self.text_column, self.pair_column, self.completion_column, self.label_column)
+        parts = [f"{self.kind} from {', '.join(repr(c) for c in columns if c)}"]
+        if self.kind != "classes":
+            parts.append("with the chat template" if self.use_chat_template else "without a chat template")
+        if self.separator:
+            parts.append(f"separator {self.separator!r}")
+        if self.system is not None:
+            parts.append(f"system message {self.system[:60]!r}{' …' if len(self.system) > 60 else ''}")
+        if self.last_turn_only:
+            parts.append("last turn only")
+        if self.max_length is not None:
+            parts.append(f"at most {self.max_length:,} tokens")
+        return "; ".join(parts)
+
+
+def is_prose(value: object) -> bool:
+    """Whether a value is a text of printable lines, and not too long for a record."""
+    return isinstance(value, str) and len(value) <= MAX_PROSE and value.translate(_WHITE).isprintable()
+
+
+_WHITE = str.maketrans("\n\r\t", "   ")

@@ -1,0 +1,80 @@
+"""The size of the vocabulary in an adapter's file and in its base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
+from ..adapt.walk import original_modules
+from ..errors import BaseMismatchError, Faults
+from ..layers.parts import rows_by_path
+from .format import AdapterFile, key_of
+
+
+def fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
+    """Resize the base's vocabulary to its size in training, if the adapter contains the rows that the base lacks."""
+    now = vocabulary_of(model)
+    if now is None or not isinstance(model, PreTrainedModel):
+        return
+    saved, whole = vocabulary_in(model, file)
+    if saved is None or saved == now:
+        return
+    embedding: Any = model.get_input_embeddings()
+    if whole is not None and whole.shape[1:] != embedding.weight.shape[1:]:
+        return  # it does not fit, which is reported with all other faults
+    if holds_new_rows(model, file) or (whole is not None and (saved < now or allow_other_base)):
+        model.resize_token_embeddings(saved, mean_resizing=False)
+        fill_new_rows(model, file, now)
+    elif saved > now and not allow_other_base:
+        raise BaseMismatchError(
+            f"LoraModel.from_pretrained({str(file.path)!r}): the adapter was trained with {saved} rows of the token "
+            f"embedding, but the base has {now}, and no file contains the new rows. Resize the base as the training "
+            "script did and pass it as base_model=, or pass allow_other_base=True to load without them."
+        )
+
+
+def whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
+    """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
+    if file.extras:
+        return {}
+    ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
+    named = [path for path, m in original_modules(model) if id(m) in ends]
+    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
+
+
+def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
+    """(rows of the token embedding in training, or None if unknown, the whole embedding if the file holds it)."""
+    embedding = input_embedding(model)
+    path = next((path for path, module in original_modules(model) if module is embedding), "")
+    whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
+    rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
+    return (rows if isinstance(rows, int) else None), whole
+
+
+def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
+    """Whether the file has the rows of the token embeddings that the base lacks: in whole embeddings, or alone."""
+    ends = (input_embedding(model), output_embedding(model))
+    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
+    named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
+    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
+    rows, _ = vocabulary_in(model, file)
+    new, wanted = range(vocabulary_of(model) or 0, rows or 0), file.config.trainable_token_indices
+    if new and wanted:
+        modules = dict(original_modules(model))
+        trained = ((path, ids) for path, ids in rows_by_path(wanted, modules, Faults("")) if set(ids).issuperset(new))
+        held |= {id(modules[path]._parameters.get("weight")) for path, _ in trained}
+    return weights <= held
+
+
+@torch.no_grad()
+def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
+    """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
+    for path, module in original_modules(model):
+        copied = file.base_copies.get(path)
+        weight = module._parameters.get("weight")
+        if copied is not None and weight is not None and weight.shape == copied.shape:
+            weight[first:] = copied[first:].to(weight)

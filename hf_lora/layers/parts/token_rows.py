@@ -1,0 +1,208 @@
+"""Rows of an embedding that an adapter trains, one for each chosen token, and no others.
+
+Every module that shares the embedding's weight, such as a tied output layer, uses the same rows. In a file they are
+under the name of the embedding, as in PEFT. The rest of the embedding is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...errors import Faults, StateError, nearest
+from ..base import LoraLayer
+from ..contract import FactorSpec
+from ..hosts import Activity, Held, Host, add_factor, at_hand
+from ..ops import to_compute_dtype, to_float64
+from ..storages import DenseStorage
+from .base import Fold, Part, Planned
+
+ROWS = "lora_token_rows"
+
+
+class RowsState(Held):
+    """The plain data of a `RowsHost`."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__(activity)
+        self.ids: dict[str, list[int]] = {}
+        """Adapter -> the tokens that its rows belong to."""
+        self.owns: set[str] = set()
+        """The adapters whose rows are saved under this module; other modules share its weight."""
+        self._tensors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self.ids.pop(name, None)
+        self.owns.discard(name)
+        self._tensors.clear()
+
+    def sorted_ids(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(the sorted ids, the index of the row of each)."""
+        found = self._tensors.get((name, device))
+        if found is None:
+            ids, order = torch.tensor(self.ids[name], device=device).sort()
+            found = self._tensors[name, device] = ids, order
+        return found
+
+
+class RowsHost(Host):
+    """An embedding, or a linear layer, some of whose rows are those of the active adapters."""
+
+    attribute = "_lora_rows"
+    data_class = RowsState
+    order = 20  # outside factors and biases: the rows replace what these compute
+    _lora_rows: RowsState
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = cast(Tensor, super().forward(*args, **kwargs))
+        (x,) = (*args, *kwargs.values())
+        for name in self._lora_rows.acting:
+            held: Any = self._modules[ROWS]
+            rows = at_hand(held._modules[name])
+            ids, order = self._lora_rows.sorted_ids(name, x.device)
+            y = (
+                self._looked_up(x, y, rows, ids, order)
+                if isinstance(self, nn.Embedding)
+                else self._multiplied(x, y, rows[order], ids)
+            )
+        return y
+
+    def _looked_up(self, x: Tensor, y: Tensor, rows: Tensor, ids: Tensor, order: Tensor) -> Tensor:
+        places = torch.searchsorted(ids, x).clamp_max(len(ids) - 1)
+        chosen, scale = F.embedding(order[places], rows), getattr(self, "embed_scale", None)
+        if scale is not None:
+            chosen = chosen * scale
+        return torch.where((ids[places] == x)[..., None], chosen.to(y.dtype), y)
+
+    def _multiplied(self, x: Tensor, y: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
+        weight, bias, x = cast(Tensor, self.weight), cast("Tensor | None", self.bias), to_compute_dtype(x)
+        if isinstance(self, LoraLayer):  # its factors change y, but not these rows
+            z = F.linear(x, rows.to(x.dtype), None if bias is None else bias[ids].to(x.dtype))
+            return y.index_copy(-1, ids, z.to(y.dtype))
+        # Rows that are not trained yet add zero.
+        return y.index_add(-1, ids, F.linear(x, (rows - weight[ids].to(rows.dtype)).to(x.dtype)).to(y.dtype))
+
+
+class TokenRows(Part):
+    """The rows of chosen tokens: `trainable_token_indices`."""
+
+    keys = ("token_adapter.trainable_tokens_delta",)  # PEFT's name; it holds the rows, not their change
+
+    @classmethod
+    def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterator[Planned]:
+        seen: dict[int, str] = {}
+        for path, ids in rows_by_path(wanted, modules, faults):
+            module: Any = modules[path]
+            weight = module._parameters.get("weight")
+            if not isinstance(module, (nn.Embedding, nn.Linear)) or not DenseStorage().owns(module):
+                faults.add(f"trainable_token_indices: {path} is not an embedding or linear layer with a dense weight")
+            elif id(weight) in seen:
+                faults.add(f"trainable_token_indices: {path} has the weight of {seen[id(weight)]}, which names it too")
+            elif (wrong := [i for i in ids if not 0 <= i < len(weight)]) or len(set(ids)) < len(ids) or not ids:
+                what = f"tokens {wrong[:5]}" if wrong else "each token once, and at least one"
+                faults.add(f"trainable_token_indices: {path} has {len(weight)} rows; it must have {what}")
+            else:
+                seen[id(weight)] = path
+                yield Planned(path, module, {"rows": _spec(module, ids)}, (ids, module))
+                for name, other in modules.items():
+                    if other is module or other._parameters.get("weight") is not weight:
+                        continue
+                    if isinstance(other, (nn.Embedding, nn.Linear)):
+                        yield Planned(name, other, {}, (ids, module))
+                    else:
+                        faults.add(f"trainable_token_indices: {name} uses the weight of {path} in an unknown way")
+
+    @classmethod
+    def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
+        if isinstance(module, RowsHost):
+            for name in module._lora_rows.names:
+                yield cls(path, module, name)
+
+    def attach(self, activity: Activity, planned: Any) -> None:
+        ids, owner = planned.options
+        held: Any = RowsHost.hold(self.module, activity)
+        if owner is self.module:
+            held.owns.add(self.adapter)
+            values = at_hand(owner).detach()[ids].to(torch.float32)
+            add_factor(self.module, ROWS, self.adapter, values)
+        else:  # the same child, so that moving, sharding and training change both
+            self.module._modules[ROWS] = owner._modules[ROWS]
+        held.ids[self.adapter] = ids
+        held.add(self.adapter)
+
+    def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
+        if self._owns:
+            yield _spec(self.module, self.ids), self._rows
+
+    def remove(self, keep: bool = False) -> None:
+        held: Any = self.module._modules[ROWS]
+        held._modules.pop(self.adapter, None)
+        if not held._modules:
+            del self.module._modules[ROWS]
+        RowsHost.let_go(self.module, self.adapter)
+
+    def conflict(self, others: Sequence[Part]) -> str | None:
+        ids = [i for part in (self, *others) for i in cast(TokenRows, part).ids]
+        if len(set(ids)) == len(ids):
+            return None
+        return f"{self.path}: {' and '.join(repr(p.adapter) for p in (self, *others))} have rows of the same tokens"
+
+    def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
+        if not self._owns:
+            return
+        everyone = [cast(TokenRows, part) for part in (self, *others)]
+
+        def put(block: Tensor, rows: slice) -> Tensor:
+            for part in everyone:
+                for i, row in zip(part.ids, part._rows.detach(), strict=True):
+                    if rows.start <= i < rows.stop:
+                        block[i - rows.start] = to_float64(row)
+            return block
+
+        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, None)
+
+    def fit(self) -> None:
+        if max(self.ids) >= len(self.module.weight):
+            raise StateError(f"{self.path}: the adapter {self.adapter!r} trains rows that the vocabulary would lose.")
+
+    @property
+    def ids(self) -> list[int]:
+        held: RowsState = self.module._lora_rows
+        return held.ids[self.adapter]
+
+    @property
+    def _owns(self) -> bool:
+        return self.adapter in self.module._lora_rows.owns
+
+    @property
+    def _rows(self) -> nn.Parameter:
+        found: nn.Parameter = self.module._modules[ROWS]._modules[self.adapter].weight
+        return found
+
+
+def _spec(module: Any, ids: Sequence[int]) -> FactorSpec:
+    size = module.embedding_dim if isinstance(module, nn.Embedding) else module.in_features
+    return FactorSpec((len(ids), size), TokenRows.keys[0])
+
+
+def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[tuple[str, list[int]]]:
+    """(name of a module, tokens) of what a configuration asks for: a list is of the input embedding."""
+    if not isinstance(wanted, Mapping):
+        get: Any = getattr(modules.get(""), "get_input_embeddings", None)
+        embedding = None if get is None else getattr(get(), "base_layer", get())
+        paths = [name for name, module in modules.items() if module is embedding]
+        if not paths:
+            faults.add("trainable_token_indices: the model has no input embedding; name a module: {name: [...]}")
+        return [(path, list(wanted)) for path in paths[:1]]
+    found = []
+    for name, ids in wanted.items():
+        hits = [path for path in modules if path == name or path.endswith(f".{name}")]
+        if not hits:
+            faults.add(f"trainable_token_indices: {name!r} matches no module{nearest(name, modules)}")
+        found += [(path, list(ids)) for path in hits[:1]]
+    return found
