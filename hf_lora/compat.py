@@ -50,6 +50,10 @@ CALLED: dict[str, tuple[str, ...]] = {
 }
 """Private methods of `transformers.Trainer` that are called or checked -> their parameters after self."""
 
+OF_TRL: dict[str, tuple[str, ...]] = {
+    "_prepare_dataset": ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
+}
+"""Private methods of TRL's `SFTTrainer` that `LoraSFTTrainer` overrides -> their parameters after self."""
 
 LOADING: dict[str, tuple[str, ...]] = {
     "conversion_mapping.get_model_conversion_mapping": ("model",),

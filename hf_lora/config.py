@@ -244,8 +244,9 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
-        if not self.parts:
-            del values["parts"]
+        for name in ("parts", "trainable_token_indices", "use_dora", "lora_bias"):
+            if not values[name]:  # files without them are as they were before these existed
+                del values[name]
         return {
             "peft_type": _peft_type(self.method, self.parts),
             "inference_mode": True,

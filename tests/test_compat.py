@@ -99,6 +99,15 @@ def test_what_the_mixin_overrides_and_calls_is_listed() -> None:
     assert all(callable(getattr(Trainer, name)) for name in public)
 
 
+@pytest.mark.parametrize("name", compat.OF_TRL)
+def test_private_methods_of_trl_have_the_parameters_they_had(name: str) -> None:
+    trainer = pytest.importorskip("trl").SFTTrainer
+    assert tuple(inspect.signature(getattr(trainer, name)).parameters)[1:] == compat.OF_TRL[name]
+    from hf_lora import LoraSFTTrainer
+
+    assert {n for n in vars(LoraSFTTrainer) if n[0] == "_" and n[1] != "_" and hasattr(trainer, n)} == {*compat.OF_TRL}
+
+
 def test_attributes_of_trainer_that_are_looked_for_are_set() -> None:
     assert "_loss_shifts_labels" in inspect.getsource(Trainer.__init__)
     assert "_train_batch_size" in inspect.getsource(Trainer)

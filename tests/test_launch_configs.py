@@ -1,8 +1,10 @@
-"""The launch configurations in examples/accelerate are read by Accelerate's own loader, and documented."""
+"""Every launch configuration and every launch line of the documentation and the examples, run with two processes."""
 
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +38,21 @@ def test_accelerate_reads_it(file: Path) -> None:
         assert int(args.zero_stage) == 3
 
 
-def test_each_is_documented() -> None:
+LAUNCHED = re.compile(r"\b(?:accelerate launch|torchrun) [^`\n]*\.py\b[^`\n]*")
+TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.[py][ya]*")]
+LINES = sorted({line.strip() for text in TEXTS for line in LAUNCHED.findall(text.read_text(encoding="utf-8"))})
+LOOP = "examples/accelerate_loop.py"
+
+
+def test_each_is_documented_and_each_line_is_run() -> None:
+    """Those of `train.py` by one test for each, those of the loop by a test of them all."""
     assert {f.stem for f in FILES} == KINDS.keys()
-    page = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
-    assert all(f"accelerate launch --config_file examples/accelerate/{f.name} " in page for f in FILES)
+    assert {line for line in LINES if line.endswith(" train.py")} == {
+        "torchrun --nproc_per_node 4 train.py",
+        *(f"accelerate launch --config_file examples/accelerate/{f.name} train.py" for f in FILES),
+    }
+    assert len(LINES) == len(FILES) + 3
+    assert [LOOP in line for line in LINES].count(True) == 2
 
 
 SCRIPT = """
@@ -55,40 +68,69 @@ Path(sys.argv[1], f"{trainer.args.process_index} of {trainer.accelerator.num_pro
 """
 
 
-def launched(tmp_path: Path, *words: str, script_words: tuple[str, ...] = ()) -> tuple[int, list[str], str]:
-    """(exit status, the processes that trained, standard error) of `accelerate launch`."""
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
+MODULES = {"accelerate launch": "accelerate.commands.launch", "torchrun": "torch.distributed.run"}
+
+
+def run_line(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a launch line with this interpreter; files are those of this project, and the script writes to a folder."""
+    command, module = next((name, module) for name, module in MODULES.items() if line.startswith(name))
+    words = [str(ROOT / w) if w.startswith("examples/") else w for w in shlex.split(line.removeprefix(command))]
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "accelerate.commands.launch", *words, str(script), str(tmp_path / "out")]
-    done = subprocess.run(
-        [*command, *script_words], capture_output=True, text=True, timeout=300, check=False,
+    return subprocess.run(
+        [sys.executable, "-m", module, *words], capture_output=True, text=True, timeout=300, check=False, cwd=folder,
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+def launched(tmp_path: Path, line: str) -> tuple[int, list[str], str]:
+    """(exit status, the processes that trained, standard error) of a line that launches `train.py`."""
+    (tmp_path / "train.py").write_text(SCRIPT)
+    done = run_line(line.replace(" train.py", " train.py out"), tmp_path)
     return done.returncode, sorted(path.name for path in (tmp_path / "out").glob("* of *")), done.stderr
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "file", [pytest.param(f, id=f.stem, marks=() if f.stem == "cpu" else pytest.mark.slow) for f in FILES]
+    "line",
+    [
+        pytest.param(line, id=line.removesuffix(" train.py"), marks=() if "cpu.yaml" in line else pytest.mark.slow)
+        for line in LINES
+        if line.endswith(" train.py")
+    ],
 )
-def test_each_starts_its_processes(file: Path, tmp_path: Path) -> None:
+def test_each_line_starts_its_processes(line: str, tmp_path: Path) -> None:
     """Here with two processes on CPUs, where Accelerate has no FSDP: that is refused."""
-    count = 1 if file.stem == "one_gpu" else 2
-    words = ["--config_file", str(file), "--num_processes", str(count), "--mixed_precision", "no"]
-    words += ["--main_process_port", "0"] if count > 1 else []
-    code, trained, errors = launched(tmp_path, *words)
-    if KINDS[file.stem] == "FSDP":
+    count = 1 if "one_gpu" in line else 2
+    if line.startswith("torchrun"):
+        line = line.replace("--nproc_per_node 4", "--standalone --nproc_per_node 2")
+    else:
+        words = f"--num_processes {count} --mixed_precision no" + (" --main_process_port 0" if count > 1 else "")
+        line = line.replace(" train.py", f" {words} train.py")
+    code, trained, errors = launched(tmp_path, line)
+    if "fsdp2" in line:
         assert code != 0
         assert "FSDP was requested by the launch configuration" in errors
-        code, trained, errors = launched(tmp_path, *words, script_words=("--ddp",))
+        code, trained, errors = launched(tmp_path, f"{line} --ddp")
     assert code == 0, errors[-3000:]
     assert trained == [f"{i} of {count}" for i in range(count)]
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_lines_of_the_loop_save_and_resume(tmp_path: Path) -> None:
+    first, resumed = sorted((line for line in LINES if LOOP in line), key=len)
+    ends = []
+    for line in (first, resumed):
+        done = run_line(line.replace(f" {LOOP}", f" --main_process_port 0 {LOOP}"), tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ends.append(done.stdout.splitlines()[-1])
+    assert ends[0].startswith("loss after 40 steps")
+    assert ends[0] == ends[1]
+
+
 @pytest.mark.distributed
 def test_a_launch_that_starts_fewer_processes_is_reported(tmp_path: Path) -> None:
-    code, trained, errors = launched(tmp_path, "--cpu", "--num_processes", "2")
+    code, trained, errors = launched(tmp_path, "accelerate launch --cpu --num_processes 2 train.py")
     assert code == 0, errors[-3000:]
     assert trained == ["0 of 1"]  # Accelerate's choice, without MPI
     assert "torchrun --nproc_per_node" in errors

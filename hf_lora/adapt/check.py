@@ -84,7 +84,7 @@ def check_adapter(model: nn.Module, batch: Mapping[str, object]) -> AdapterCheck
     modules = {}
     for first, *others in acting_together(model, state.activity.active):
         found = list(first.folds(others))
-        if found:
+        if found and not any(fold.refused for fold in found):  # what cannot be merged acts unmerged in both
             folds.setdefault(first.path, []).extend(found)
             modules[first.path] = first.module
     layers = {path: _Adapted(modules[path], list(by_tensor(found).values())) for path, found in folds.items()}

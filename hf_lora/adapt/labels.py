@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from ..config import LoraConfig, as_tuple
 from ..errors import StateError, TargetError
@@ -19,6 +21,8 @@ from .inject import inject
 from .match import matcher
 from .state import Task, base_task, state_of
 from .walk import module_at, original_modules
+
+logger = logging.get_logger(__name__)
 
 
 def model_on_meta(model: Any, num_labels: int | None, cls: type | None = None) -> PreTrainedModel:
@@ -78,15 +82,33 @@ CLASSIFICATION = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 def task_type_of(model: nn.Module) -> str | None:
     """PEFT's task type for a transformers class, according to the auto classes of transformers."""
+    return next(_task_types(model), None)
+
+
+def _task_types(model: nn.Module) -> Iterator[str]:
     import transformers
 
-    cls = unwrap_class(type(model))
+    cls, config = unwrap_class(type(model)), type(getattr(model, "config", None))
     for task, auto in AUTO_CLASSES.items():
         mapping = getattr(transformers, auto)._model_mapping
-        config = type(getattr(model, "config", None))
         if config in mapping and cls in as_tuple(mapping[config]):
-            return task
-    return None
+            yield task
+
+
+def with_task_of_class(model: nn.Module, config: LoraConfig, call: str) -> LoraConfig:
+    """The configuration, with the task type of the model's class if its own is that of another class.
+
+    PEFT chooses the class and the heads of an adapter by it: with CAUSAL_LM, the head of a reward model is not saved.
+    A backbone may get any head, so any task type fits it.
+    """
+    fitting = list(_task_types(model)) if config.task_type is not None else []
+    if not fitting or fitting[0] == "FEATURE_EXTRACTION" or config.task_type in fitting:
+        return config
+    logger.warning(
+        f"{call}: task_type={config.task_type!r} does not fit a {type(model).__name__}, so the adapter has "
+        f"task_type={fitting[0]!r}."
+    )
+    return dataclasses.replace(config, task_type=fitting[0])
 
 
 def generates(config: Any) -> bool:
@@ -147,6 +169,7 @@ def add_with_labels(
 ) -> None:
     """Add adapter `name`, with its own heads if labels are given. `kwargs` go to `inject`."""
     task, heads = None, None
+    config = with_task_of_class(model, config, call)
     if num_labels is not None or id2label is not None:
         task = Task.from_labels(num_labels, id2label)
         heads, config = heads_for_task(model, config, task, call)

@@ -44,11 +44,9 @@ def unsaved(model: nn.Module, whole: Iterable[str], rows: Rows) -> dict[str, str
 
     Nothing is known of a model that was created from a config, or that was copied.
     """
-    state = state_of(model)
     found = dict.fromkeys(modules_in_no_checkpoint(model), "not in the base checkpoint")
-    before = checkpoint_vocabulary(model) if state is None else state.vocabulary
+    before, now = _sizes(model)
     if before is not None:
-        now = vocabulary_of(model) or 0
         added = [
             name for name in new_rows(model, before) if not set(rows.get(name, ())).issuperset(range(before, now))
         ]
@@ -65,8 +63,27 @@ def why_unsaved(model: nn.Module, whole: Iterable[str], rows: Rows) -> str | Non
         return None
     listed = ", ".join(f"{name} ({why})" for name, why in found.items())
     wanted = f"modules_to_save={[*whole, *found]!r}"
-    instead = ", or add no tokens: many tokenizers have unused ones" if " rows, " in listed else ""
+    instead = ""
+    if all(" rows, " in why for why in found.values()):
+        first = {id(_weight(model, name)): name for name in reversed(found)}.values()
+        before, now = _sizes(model)
+        tokens = ", ".join(f"{name!r}: [*range({before}, {now})]" for name in reversed(first))
+        instead = (
+            f"; or only their new rows: trainable_token_indices={{{tokens}}}; or add no tokens: many tokenizers have "
+            "unused ones"
+        )
     return f"random, and would be in no file: {listed}. Train them whole: {wanted}{instead}"
+
+
+def _sizes(model: nn.Module) -> tuple[int | None, int]:
+    """The rows of the vocabulary in the base checkpoint, None if unknown, and in memory."""
+    state = state_of(model)
+    return checkpoint_vocabulary(model) if state is None else state.vocabulary, vocabulary_of(model) or 0
+
+
+def _weight(model: nn.Module, name: str) -> Any:
+    module: Any = module_at(model, name)
+    return module.weight
 
 
 def new_rows(model: nn.Module, before: int) -> list[str]:

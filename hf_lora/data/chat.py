@@ -6,18 +6,24 @@ A row is `{"input_ids", "labels"}`, two lists of equal length; a label is its to
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError, DataError, Faults
+from .columns import VARIABLES
 from .encode import with_system
 from .formats import PAIR, RAW, TEXT, Example, Format, Message, read_examples
-from .spans import IGNORED, Labeled, LabelError, Template, label_spans, special_ids
+from .spans import IGNORED, Labeled, LabelError, Template, Variables, label_spans, special_ids
 from .tables import Table
 
 TRAINED_MARKS = ("⟦", "⟧")
 """Put around trained text by `show_batch`."""
+
+OF_THE_CALL = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents", "kwargs"}
+"""Names that are not variables of a template, but arguments of the call that renders it."""
 
 
 def label_chat(
@@ -27,6 +33,7 @@ def label_chat(
     *,
     last_turn_only: bool = False,
     train_from: int = 0,
+    variables: Mapping[str, Any] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Tokens and labels of a chat; labels are -100 outside the assistant's turns.
 
@@ -38,6 +45,7 @@ def label_chat(
         last_turn_only: train on the assistant's last turn only, and cut the chat after it. Use it for templates that
             rewrite earlier turns, for example to remove their reasoning.
         train_from: messages before this index are never trained.
+        variables: further variables of the template, such as `{"enable_thinking": False}`.
 
     Returns:
         Two lists of equal length.
@@ -45,12 +53,22 @@ def label_chat(
     Raises:
         LabelError: a DataError; the template rejects the chat, or a turn could not be located in it.
     """
-    row = _label_chat(Template(tokenizer), messages, tools, last_turn_only, train_from)
+    given = {"tools": tools, **_checked(variables or {})}
+    row = _label_chat(Template(tokenizer), messages, given, last_turn_only, train_from)
     return row.input_ids, row.labels
 
 
+def _checked(variables: Variables) -> Variables:
+    wrong = sorted(OF_THE_CALL & variables.keys())
+    if wrong:
+        raise LabelError(
+            f"{VARIABLES} may not set {', '.join(wrong)}", "Tools are a column of their own; leave all others out."
+        )
+    return variables
+
+
 def _label_chat(
-    template: Template, messages: list[Message], tools: list[Any] | None, last_turn_only: bool, train_from: int
+    template: Template, messages: list[Message], variables: Variables, last_turn_only: bool, train_from: int
 ) -> Labeled:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= train_from]
     if not turns:
@@ -58,7 +76,7 @@ def _label_chat(
     if last_turn_only:
         turns = turns[-1:]
         messages = messages[: turns[0] + 1]
-    text, spans = template.spans(messages, tools, turns)
+    text, spans = template.spans(messages, variables, turns)
     return label_spans(template.tokenizer, text, spans)
 
 
@@ -144,15 +162,19 @@ def chat_rows(
     *,
     use_chat_template: bool | None = None,
     last_turn_only: bool | None = None,
+    completion_only: bool = True,
+    keep_end: bool = False,
 ) -> tuple[list[dict[str, list[int]]], int]:
     """Tokenize and label the rows of a table.
 
     Args:
         data_format: see `recognize_format`.
-        max_length: longer rows are truncated at their end to this many tokens.
+        max_length: longer rows are truncated to this many tokens.
         use_chat_template: see `is_templated`.
         last_turn_only: train on the last assistant turn of each chat only. Default: as in the training of an adapter
             that is evaluated, else False.
+        completion_only: do not train on assistant turns in the column of prompts, if that holds lists of messages.
+        keep_end: of longer rows, keep the last tokens instead of the first.
 
     Returns:
         (one row of `input_ids` and `labels` for each row of the table, the number of truncated rows).
@@ -160,7 +182,7 @@ def chat_rows(
     Raises:
         ConfigError: see `is_templated`.
         DataError: there are no rows; lists every row that does not fit the format, whose turns could not be located,
-            or without a trained token among the first `max_length`.
+            or without a trained token among those that are kept.
     """
     if not len(table):
         raise DataError(f"{table.source} has no rows to train on.")
@@ -171,19 +193,20 @@ def chat_rows(
     template = Template(tokenizer) if templated else None
     faults, hints = Faults(f"labeling {table.source}"), dict[str, None]()
     rows: list[dict[str, list[int]]] = []
+    kept, part = (slice(-max_length, None), "last") if keep_end else (slice(max_length), "first")
     cut = split = 0
     for i, example in enumerate(examples):
         try:
-            row = _label(tokenizer, template, data_format, example, last_turn_only)
+            row = _label(tokenizer, template, data_format, example, last_turn_only, completion_only)
         except LabelError as error:
             faults.add(f"{table.at(i)}: {error.fault}")
             hints[error.hint] = None
             continue
         count = len(row.input_ids)
-        ids, labels = row.input_ids[:max_length], row.labels[:max_length]
+        ids, labels = row.input_ids[kept], row.labels[kept]
         if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
             if count > max_length:
-                faults.add(f"{table.at(i)}: none of the first {max_length:,} of its {count:,} tokens is trained")
+                faults.add(f"{table.at(i)}: none of the {part} {max_length:,} of its {count:,} tokens is trained")
                 hints["Raise max_length, or shorten or remove these rows."] = None
             else:
                 faults.add(f"{table.at(i)}: none of its tokens is trained (all labels are ignored)")
@@ -203,6 +226,7 @@ def _label(
     data_format: Format,
     example: Example,
     last_turn_only: bool,
+    completion_only: bool,
 ) -> Labeled:
     if example.text is not None:
         return Labeled(*label_text(tokenizer, example.text))
@@ -212,8 +236,9 @@ def _label(
     if messages is None:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
     whole = with_system(messages, data_format.trained.system if data_format.trained is not None else None)
-    first = example.train_from + len(whole) - len(messages)
-    return _label_chat(template, whole, example.tools, last_turn_only, first)
+    first = example.train_from + len(whole) - len(messages) if completion_only else 0
+    variables = {"tools": example.tools, **_checked(example.variables)}
+    return _label_chat(template, whole, variables, last_turn_only, first)
 
 
 def _warn(table: Table, template: Template, rows: list[dict[str, list[int]]], split: int) -> None:

@@ -38,6 +38,8 @@ TO_ANSWER = (*CHATS, *PROMPTS[:-1], *TEXTS, PROMPTS[-1])
 """The columns of prompts in a file without answers."""
 TOOLS = "tools"
 """The tools of a chat, which are passed to its template."""
+VARIABLES = "chat_template_kwargs"
+"""Further variables of a chat's template, such as {"enable_thinking": false}."""
 GENERATED = "generated"
 """The column that a model's answers are written to."""
 

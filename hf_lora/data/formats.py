@@ -9,14 +9,15 @@
   first and a line break.
 - `text` or `content`: every token is trained.
 
-A list of messages may also be JSON text, as in CSV. A column `tools` is passed to the chat template.
+A list of messages may also be JSON text, as in CSV. The columns `tools` and `chat_template_kwargs` (further variables)
+are passed to the chat template.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import DataError, Faults, nearest
@@ -40,6 +41,7 @@ class Format:
             tokenizer has a chat template; "raw" for a prompt and a completion without template; "text".
         columns: one column; or prompt, completion and, if there is one, the input of an instruction.
         tools: the column of the tools of a chat.
+        variables: the column of further variables of its template.
         rows: the number of rows of the table.
         turns: mean number of messages of a chat.
         unused: the table's other columns.
@@ -50,6 +52,7 @@ class Format:
     kind: str
     columns: tuple[str, ...]
     tools: str | None = None
+    variables: str | None = None
     rows: int = 0
     turns: float = 0.0
     unused: tuple[str, ...] = ()
@@ -69,7 +72,7 @@ class Format:
 
 @dataclass
 class Example:
-    """One row: `messages` (with `tools`, if any), or `prompt` and `completion`, or `text`.
+    """One row: `messages` (with `tools` and `variables`, if any), or `prompt` and `completion`, or `text`.
 
     Args:
         train_from: assistant messages before this index are not trained; they are the prompt of a pair of lists.
@@ -80,6 +83,7 @@ class Example:
     completion: str | None = None
     text: str | None = None
     tools: list[Any] | None = None
+    variables: dict[str, Any] = field(default_factory=dict)
     train_from: int = 0
 
 
@@ -135,6 +139,7 @@ def describe(data_format: Format, templated: bool = False) -> str:
     rest = f"; not used: {', '.join(map(repr, data_format.unused))}" if data_format.unused else ""
     if data_format.chat:
         tools = f" with the tools in {data_format.tools!r}" if data_format.tools else ""
+        tools += f" with {data_format.variables!r}" if data_format.variables else ""
         trained = f"the assistant's tokens in {names[1]}" if len(names) > 1 else "the assistant's tokens"
         where = " and ".join(names)
         chats = f"{data_format.rows:,} chats from {where}, {data_format.turns:.1f} turns each{tools}"
@@ -240,13 +245,15 @@ def _pair(table: Table, prompt: str, completion: str) -> Format:
 
 def _complete(table: Table, data_format: Format) -> Format:
     """The format with the fields that are only printed."""
-    tools = columns.TOOLS if data_format.chat and columns.TOOLS in table.columns else None
+    tools, variables = (
+        name if data_format.chat and name in table.columns else None for name in (columns.TOOLS, columns.VARIABLES)
+    )
     lists = (
         [_parsed(value) for name in data_format.columns for value in table.column(name)] if data_format.chat else []
     )
     turns = sum(len(value) for value in lists if isinstance(value, list)) / max(len(table), 1)
-    unused = tuple(name for name in table.columns if name not in {*data_format.columns, tools})
-    return replace(data_format, tools=tools, rows=len(table), turns=turns, unused=unused)
+    unused = tuple(name for name in table.columns if name not in {*data_format.columns, tools, variables})
+    return replace(data_format, tools=tools, variables=variables, rows=len(table), turns=turns, unused=unused)
 
 
 def _filled(table: Table, data_format: Format, row: int) -> bool:
@@ -297,17 +304,35 @@ def _read_chat(table: Table, data_format: Format, row: int, faults: Faults) -> E
     tools = table.columns[data_format.tools][row] if data_format.tools is not None else None
     if tools not in (None, "", []):
         tools = read_list(tools, f"{table.at(row)}, column {data_format.tools!r}", faults)
-    return Example(messages=messages, tools=tools or None, train_from=train_from)
+    variables = {} if data_format.variables is None else _read_variables(table, data_format.variables, row, faults)
+    return Example(messages=messages, tools=tools or None, variables=variables, train_from=train_from)
+
+
+def _read_variables(table: Table, column: str, row: int, faults: Faults) -> dict[str, Any]:
+    """The variables of a row without those that are null, with which parquet fills the rows that do not have them."""
+    where = f"{table.at(row)}, column {column!r}"
+    cell = _from_json(table.columns[column][row], where, faults)
+    if isinstance(cell, dict):
+        return {name: value for name, value in cell.items() if value is not None}
+    if cell not in (None, "", [], ...):
+        faults.add(f"{where}: a {type(cell).__name__} instead of an object")
+    return {}
+
+
+def _from_json(cell: object, where: str, faults: Faults) -> Any:
+    """A cell, which may be JSON text; `...` after adding a fault."""
+    try:
+        return json.loads(cell) if isinstance(cell, str) and cell.strip() else cell
+    except json.JSONDecodeError as error:
+        faults.add(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1})")
+        return ...
 
 
 def read_list(cell: object, where: str, faults: Faults) -> list[Any]:
     """The list in a cell, which may be JSON text; an empty list after adding a fault."""
-    if isinstance(cell, str) and cell.strip():
-        try:
-            cell = json.loads(cell)
-        except json.JSONDecodeError as error:
-            faults.add(f"{where}: not valid JSON ({error.msg} at character {error.pos + 1})")
-            return []
+    cell = _from_json(cell, where, faults)
+    if cell is ...:
+        return []
     if cell is None or cell in ("", []):
         faults.add(f"{where}: the cell is empty")
     elif not isinstance(cell, list):

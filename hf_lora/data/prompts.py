@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..errors import ConfigError, DataError, Faults
 from ..safe_io.atomic import replace_together
 from .chat import is_templated
-from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, pair_of, with_more
+from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
 from .formats import TEXT, Format, read_examples, read_list, read_messages
 from .tables import Table
@@ -46,14 +46,15 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
     faults = Faults(f"reading {table.source}")
     added = pair_of(column, answers).more
     more = table.columns.get(added if added and added != answers else "", [None] * len(table))
-    tools = table.columns.get(TOOLS, [None] * len(table))
+    others = [(name, table.columns[name]) for name in (TOOLS, VARIABLES) if name in table.columns]
     prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
         where = f"{table.at(row)}, column {column!r}"
         if isinstance(value, list) or column in CHATS:
             prompts.append(_question(value, where, faults))
-            if tools[row]:
-                faults.add(f"{table.at(row)}, column {TOOLS!r}: tools are not supported here")
+            for name, values in others:
+                if values[row]:
+                    faults.add(f"{table.at(row)}, column {name!r}: {name} are not supported here")
             continue
         if not isinstance(value, str) or not value.strip():
             faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not text'}")
@@ -98,8 +99,9 @@ def read_answered(
         last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         if last == 0:
             faults.add(f"{table.at(row)}: the assistant message is the first, so there is nothing to answer")
-        if example.tools:
-            faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+        for name, given in ((TOOLS, example.tools), (VARIABLES, example.variables)):
+            if given:
+                faults.add(f"{table.at(row)}: it has {name}, which are not supported here")
         prompts.append(example.messages[:last])
         answers.append(example.messages[last]["content"])
     faults.check(DataError, "Correct or remove these rows.")

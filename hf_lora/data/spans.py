@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os.path
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ IGNORED = -100
 MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 PROBE = "CONTENT0OF0THE0TURN"
 """Replaces the content of a turn, to find what the template puts after it."""
+
+Variables = Mapping[str, Any]
+"""What a chat template gets besides the messages: `tools`, and others by their names."""
 
 
 class LabelError(DataError):
@@ -82,44 +86,43 @@ class Template:
         self.tokens = re.compile("|".join(map(re.escape, tokens)) or r"(?!)")
         self.closing: str | None = None
 
-    def marked(self, tools: list[Any] | None) -> bool:
+    def marked(self, variables: Variables) -> bool:
         """Whether the template marks what the assistant generates."""
-        return MARKS.search(self.tokenizer.get_chat_template(tools=tools)) is not None
+        return MARKS.search(self.tokenizer.get_chat_template(tools=variables.get("tools"))) is not None
 
-    def render(self, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> str:
+    def render(self, messages: list[Message], variables: Variables, prompt: bool = False) -> str:
         """The chat as text; with `prompt`, it ends with the generation prompt."""
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt=prompt, tokenize=False)
+                self.tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False, **variables)
             )
         except Exception as error:  # a template is a program and may raise any exception
             raise _refused(error) from error
 
-    def spans(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> tuple[str, list[Span]]:
+    def spans(self, messages: list[Message], variables: Variables, turns: list[int]) -> tuple[str, list[Span]]:
         """The text of a chat and the spans of the assistant's `turns` (indices of messages).
 
         Raises:
             LabelError: the template rejects the chat, marks nothing in a turn, or rewrites earlier turns.
         """
-        if self.marked(tools):
-            return self._by_marks(messages, tools, turns)
-        text = self.render(messages, tools)
-        return text, [self._by_prefix(messages, tools, turn, text) for turn in turns]
+        if self.marked(variables):
+            return self._by_marks(messages, variables, turns)
+        text = self.render(messages, variables)
+        return text, [self._by_prefix(messages, variables, turn, text) for turn in turns]
 
-    def _by_marks(self, messages: list[Message], tools: list[Any] | None, turns: list[int]) -> tuple[str, list[Span]]:
+    def _by_marks(self, messages: list[Message], variables: Variables, turns: list[int]) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         # Not apply_chat_template(return_assistant_tokens_mask=True): if the last marked character belongs to no token
         # (white space that the tokenizer drops), it marks everything after it.
         rendered: Any  # annotated as str by transformers
-        variables: dict[str, Any] = dict(self.tokenizer.special_tokens_map)
+        given: dict[str, Any] = {**self.tokenizer.special_tokens_map, **variables}
         try:
             rendered = render_jinja_template(
                 conversations=[[{k: v for k, v in m.items() if v is not None} for m in messages]],
-                tools=tools,
-                chat_template=self.tokenizer.get_chat_template(tools=tools),
+                chat_template=self.tokenizer.get_chat_template(tools=variables.get("tools")),
                 return_assistant_tokens_mask=True,
-                **variables,
+                **given,
             )
         except Exception as error:
             raise _refused(error) from error
@@ -129,7 +132,7 @@ class Template:
             at = dict(zip(assistants, marks, strict=True))
             by_turn = {turn: [at[turn]] for turn in turns}
         else:
-            begins = [self._begin(messages[:turn], tools, text, turn == assistants[0]) for turn in turns]
+            begins = [self._begin(messages[:turn], variables, text, turn == assistants[0]) for turn in turns]
             ends = [*begins[1:], len(text)]
             by_turn = {
                 turn: [(a, b) for a, b in marks if begin <= a < end]
@@ -146,10 +149,10 @@ class Template:
             spans += found
         return text, spans
 
-    def _begin(self, before: list[Message], tools: list[Any] | None, text: str, is_first: bool) -> int:
+    def _begin(self, before: list[Message], variables: Variables, text: str, is_first: bool) -> int:
         """Where the messages before an assistant turn end; a template may append text to the end of a chat."""
         try:
-            return len(os.path.commonprefix([self.render(before, tools), text])) if before else 0  # noqa: RUF071
+            return len(os.path.commonprefix([self.render(before, variables), text])) if before else 0  # noqa: RUF071
         except LabelError as error:  # for example a template that requires a user message
             if is_first:
                 return 0
@@ -159,23 +162,22 @@ class Template:
                 "In the template, put one pair of {% generation %} and {% endgeneration %} around each turn.",
             ) from error
 
-    def _by_prefix(self, messages: list[Message], tools: list[Any] | None, turn: int, text: str) -> Span:
+    def _by_prefix(self, messages: list[Message], variables: Variables, turn: int, text: str) -> Span:
         at = f"message {turn + 1}"
         if turn == 0:
             raise LabelError(
                 f"{at}: the assistant message is the first, so there is no prompt",
                 "Begin these chats with a user or system message.",
             )
-        head = self.render(messages[:turn], tools, prompt=True)
-        whole = text if turn + 1 == len(messages) else self.render(messages[: turn + 1], tools)
+        head = self.render(messages[:turn], variables, prompt=True)
+        whole = text if turn + 1 == len(messages) else self.render(messages[: turn + 1], variables)
         if not whole.startswith(head):
             raise LabelError(
                 f"{at}: the template does not begin the turn with its generation prompt ({head[-30:]!r})",
                 "Use a template with {% generation %} marks.",
             )
-        ends = [
-            end for end in self._ends(messages[: turn + 1], tools, whole, len(head)) if text.startswith(whole[:end])
-        ]
+        ends = self._ends(messages[: turn + 1], variables, whole, len(head))
+        ends = [end for end in ends if text.startswith(whole[:end])]
         if not ends:
             raise LabelError(
                 f"{at}: the template rewrites earlier turns, so the turn differs from what the model generated",
@@ -184,7 +186,7 @@ class Template:
             )
         return Span(turn, len(head), max(ends))
 
-    def _ends(self, messages: list[Message], tools: list[Any] | None, whole: str, begin: int) -> list[int]:
+    def _ends(self, messages: list[Message], variables: Variables, whole: str, begin: int) -> list[int]:
         """Possible ends of the last message: after each of the adjacent tokens that close it.
 
         Some templates close a turn with two tokens; others append one more at the end of the chat.
@@ -193,7 +195,7 @@ class Template:
             return [token.end() for token in self.tokens.finditer(whole, begin)][-1:] or [len(whole.rstrip())]
         closing = self.closing
         if closing is None or not whole.endswith(closing):
-            probed = self.render([*messages[:-1], {**messages[-1], "content": PROBE}], tools)
+            probed = self.render([*messages[:-1], {**messages[-1], "content": PROBE}], variables)
             _, found, closing = probed.rpartition(PROBE)
             if not found or not whole.endswith(closing):
                 return [len(whole.rstrip())]

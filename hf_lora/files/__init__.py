@@ -6,6 +6,7 @@ In: a model with adapters, or a folder. Out: a folder, or an adapter in the mode
 - `save`, `load`: everything is checked before anything is changed.
 - `model_class`: the class of transformers that a file is for.
 - `vocabulary`: its size in training, and in the base.
+- `initializations`: what the initialization that a file names means for reading it.
 - `names`, `renamed`: which modules the names in a file mean to PEFT, and names of an older transformers.
 - `validate`: what the JSON of an adapter may say.
 - `identity`, `commit`: which base model an adapter belongs to.

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
 from ..adapt.inject import inject
-from ..adapt.labels import model_on_meta, new_head
+from ..adapt.labels import model_on_meta, new_head, with_task_of_class
 from ..adapt.match import ancestors, holder
 from ..adapt.state import LoraState, Task, base_task, require_state, state_of
 from ..adapt.targets import Explanation, resolve, scalings
@@ -112,8 +112,9 @@ def load_adapter(
             for path in lending:
                 join_embeddings(model, path)
 
+    config = with_task_of_class(model, file.config, call)
     inject(
-        model, file.config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
+        model, config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
         call=call,
     )  # fmt: skip
     if not file.extras:

@@ -8,11 +8,12 @@ fields have types that it can parse (`list[str]`, a `re:` prefix, JSON text), an
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from transformers import Seq2SeqTrainingArguments, TrainingArguments
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.targets import check_names
@@ -20,6 +21,7 @@ from ..config import PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
 from .former_names import accepts_former_names
+from .shared_flags import leave_out_shared_flags
 
 logger = logging.get_logger(__name__)
 REGEX = "re:"
@@ -42,11 +44,15 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
 class LoraArguments:
     """Only the LoRA fields, for a script that parses them along with its own dataclasses.
 
-    `LoraTrainingArguments` has the same fields and Trainer's.
+    `LoraTrainingArguments` has the same fields and Trainer's. Under a parser of several classes, a flag that another
+    class defines too is that class's, as with TRL's `ModelConfig`.
 
     Raises:
         ConfigError: lists every field that cannot be parsed or has an invalid value.
     """
+
+    parsed_elsewhere: ClassVar[tuple[str, ...]] = ()
+    """The fields whose flags another class of the parser defines."""
 
     lora_r: int = flag(8, "Rank of every adapted layer.")
     lora_alpha: float | None = flag(None, "The update is scaled by alpha / r. Default: 2 r.")
@@ -122,6 +128,13 @@ class LoraArguments:
         "What to do if a loss or gradient is not finite, before the optimizer step. stop: an error with the step and "
         "the tensors. skip: skip the step and count it.",
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        leave_out_shared_flags(HfArgumentParser, LoraArguments)
+        trl: Any = sys.modules.get("trl")
+        if trl is not None:  # its parser is another class
+            leave_out_shared_flags(trl.TrlParser, LoraArguments)
 
     def __post_init__(self) -> None:
         self.lora_init = str(self.lora_init).lower()  # YAML reads true as a bool

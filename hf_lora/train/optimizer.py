@@ -60,6 +60,19 @@ def check_optimizer(optimizer: Any, model: nn.Module, args: TrainingArguments, h
         )
 
 
+def refuse_projections(args: TrainingArguments, trainer: str) -> None:
+    """Refuse optimizers that project the gradients of chosen linear layers (GaLore, APOLLO).
+
+    These layers are frozen here, and the gradients of the factors, which are trained, have a low rank already.
+    """
+    if args.optim_target_modules is not None:
+        raise ConfigError(
+            f"{trainer}(…): optim_target_modules={args.optim_target_modules!r} chooses linear layers whose gradients "
+            "GaLore or APOLLO projects, but adapted layers are frozen and only their factors, of low rank, are "
+            "trained. Omit it, and choose another optim, such as adamw_torch."
+        )
+
+
 def _missing(optimizer: Optimizer, model: nn.Module) -> list[str]:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]

@@ -68,16 +68,7 @@ def finetune(
     parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
     data = read_data(parsed)
     trainer, training = build_trainer(parsed, data), parsed.training
-    steps = steps_of(trainer)
-    set_warmup(trainer.args, steps, parsed.given)
-    for watch in (LossRise(), Slowdown()):
-        trainer.add_callback(watch)
-    if trainer.is_world_process_zero():
-        lines = start_lines(trainer.model, trainer.accelerator, training.optim) if report is not None else []
-        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
-        lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
-        lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
-        (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
+    _begin(parsed, data, trainer, report)
     resume = checkpoint_of(parsed)
     if parsed.run.overwrite and not resume and trainer.is_world_process_zero():
         remove_checkpoints(str(training.output_dir))
@@ -90,7 +81,6 @@ def finetune(
         for split in ("eval", "test")
         if split in data.rows
     }
-    trainer.save_model()
     if parsed.run.overwrite and trainer.is_world_process_zero():
         remove_results(str(training.output_dir))
     trainer.save_state()
@@ -99,10 +89,29 @@ def finetune(
         metrics |= values
         if trainer.is_world_process_zero():
             trainer.save_metrics(split, values)
-    trainer.create_model_card(**_data_of_card(parsed.run, list(found)))
+    card = _data_of_card(parsed.run, list(found))
+    if training.push_to_hub:  # saves, and writes the card, before it pushes
+        trainer.push_to_hub(**card)
+    else:
+        trainer.save_model()
+        trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
+
+
+def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], object] | None) -> None:
+    """Set the warm-up, add the watches, and report what the run trains."""
+    steps = steps_of(trainer)
+    set_warmup(trainer.args, steps, parsed.given)
+    for watch in (LossRise(), Slowdown()):
+        trainer.add_callback(watch)
+    if trainer.is_world_process_zero():
+        lines = start_lines(trainer.model, trainer.accelerator, parsed.training.optim) if report is not None else []
+        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
+        lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+        lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
+        (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
 
 
 def first_batch(parsed: Parsed) -> str:

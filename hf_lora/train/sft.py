@@ -1,7 +1,7 @@
 """`LoraSFTTrainer`: TRL's SFTTrainer for LoRA adapters.
 
 Packing, its collator, truncation and the training loop are TRL's. Added here: the assistant's tokens are found for any
-chat template (`data.chat`), packed documents have separate attention (`loss.packed_attention`), and without a Triton
+chat template (`chats`), packed documents have separate attention (`loss.packed_attention`), and without a Triton
 device the loss is `loss.frozen_head`'s: TRL's kernel multiplies every position by the head, trained or not.
 """
 
@@ -11,16 +11,22 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
 from transformers.utils import logging
 from transformers.utils.import_utils import is_triton_available
 from trl.trainer.sft_config import SFTConfig
@@ -29,19 +35,17 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapt.state import require_state, set_trained_format, state_of
 from ..compat import name_or_path
-from ..data.chat import chat_rows
-from ..data.formats import recognize_format
-from ..data.tables import table_of
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError, Faults, TargetError
 from ..files.format import CONFIG_NAME
 from ..layers.base import LoraLayer
 from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .rows import format_of_dataset, format_of_table
-from .start import only_config
+from .rows import format_of_dataset
+from .start import only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -87,10 +91,10 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
 class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     """A drop-in replacement for `trl.SFTTrainer` that trains a LoRA adapter.
 
-    Takes SFTTrainer's arguments, in their order, and `lora_config` by keyword (see `LoraTrainerMixin`); `peft_config`
-    is accepted in its place. `model` may also be the folder of an adapter, whose training then continues. Datasets of
+    Takes SFTTrainer's arguments, in their order, and those of `LoraTrainerMixin` by keyword; `peft_config` is accepted
+    in place of `lora_config`. `model` may also be the folder of an adapter, whose training then continues. Datasets of
     chats (`messages`, `conversations`, or lists of messages as `prompt` and `completion`) are labeled here, unless
-    `assistant_only_loss` is off; TRL prepares all others.
+    `assistant_only_loss` is off or the model also reads images; TRL prepares all others.
 
     Raises:
         ConfigError: an argument cannot be used, or the tokenizer has no end token.
@@ -98,36 +102,26 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         TargetError: the output head is adapted, which the loss over it would leave untrained.
     """
 
-    def __init__(self, *args: Any, lora_config: Any = None, **kwargs: Any) -> None:
-        given = inspect.signature(SFTTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+    def __init__(self, *args: Any, lora_config: Any = None, accept_ddp_fallback: bool = False, **kwargs: Any) -> None:
+        kwargs = trainer_arguments(type(self), kwargs)
+        given = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         given.pop("self")
         lora_config = only_config(lora_config, given.pop("peft_config", None), type(self).__name__)
-        model, config = given.get("model"), _config_of(given.get("args"), given.get("model"))
-        if isinstance(model, str) and Path(model, CONFIG_NAME).is_file():
-            options: Any = config.model_init_kwargs or {}
-            given["model"] = LoraModel.from_pretrained(model, is_trainable=True, **options)
-            given.setdefault("processing_class", _tokenizer(model, given["model"]))
-            config.model_init_kwargs = None
-        tokenizer = given.get("processing_class")
-        if tokenizer is None:
-            name = model if isinstance(model, str) else name_or_path(model)
-            tokenizer = given["processing_class"] = AutoTokenizer.from_pretrained(name)
-        if isinstance(tokenizer, PreTrainedTokenizerBase) and tokenizer.eos_token is None:
-            raise ConfigError(
-                f"{type(self).__name__}(…): the tokenizer has no end token, so the model would not learn to stop. Set "
-                "tokenizer.eos_token to the token that ends a text or a turn."
-            )
-        self._label_tokenizer, self._label_config = tokenizer, config
-        self._labels_chats = config.assistant_only_loss and given.get("formatting_func") is None
-        data = given.get("train_dataset") if given.get("formatting_func") is None else None
-        self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
-        for name in ("train_dataset", "eval_dataset"):
-            given[name] = self._labeled(given.get(name), name)
-        # TRL would require marks in the template, and messages in data that are already labeled.
-        config.assistant_only_loss = config.assistant_only_loss and not self._labels_chats
-        with _keep_dtypes(given.get("model")):
-            super().__init__(**{**given, "args": config}, lora_config=lora_config)
-        config.assistant_only_loss = config.assistant_only_loss or self._labels_chats
+        config = given["args"] = _config_of(given.get("args"), given.get("model"))
+        before = {name: getattr(config, name) for name in ("assistant_only_loss", "model_init_kwargs")}
+        try:
+            first = first_row(given.get("train_dataset"))
+            _load(given, config, AutoProcessor if IMAGES & first.keys() else AutoTokenizer)
+            _check(given, config, type(self).__name__)
+            self._assistant_only = config.assistant_only_loss
+            data = given.get("train_dataset") if given.get("formatting_func") is None else None
+            self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
+            # TRL requires marks in the template, and chats in all data.
+            config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
+            with _keep_dtypes(given["model"]):
+                super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
+        finally:
+            vars(config).update(before)
         if self._trained is not None:
             set_trained_format(self._bare_model, self._trained)
         self._replace_fused_forward()
@@ -147,27 +141,23 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
 
     # The data --------------------------------------------------------------------------------------------------------
 
-    def _labeled(self, data: Any, name: str) -> Any:
-        """A dataset of chats as tokens and labels; any other unchanged."""
-        if isinstance(data, dict):
-            return {key: self._labeled(part, f"{name}[{key!r}]") for key, part in data.items()}
-        if not self._labels_chats or not isinstance(data, Dataset) or not len(data):
-            return data
-        if {"input_ids", "image", "images"} & set(data.column_names):
-            return data
-        first = {key: data[:1][key] for key in data.column_names}
-        if not any(_is_chat(values[0]) for values in first.values()):
-            return data
-        table, limit = table_of(data, name), self._label_config.max_length or sys.maxsize
-        data_format = recognize_format(table)
-        rows, cut = chat_rows(table, data_format, self._label_tokenizer, limit)
-        if name == "train_dataset":
-            self._trained = format_of_table(table, data_format, True, self._label_config.max_length)
-        if cut:
-            logger.warning(
-                f"{name}: {cut:,} of {len(rows):,} chats are longer than {limit:,} tokens and are truncated."
-            )
-        return Dataset.from_dict({key: [row[key] for row in rows] for key in ("input_ids", "labels")})
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        # TRL calls this for each dataset, after it sets the end token and the template.
+        prepare = super()._prepare_dataset
+        first = {} if _is_transformed(dataset) else first_row(dataset)  # TRL refuses one with a transform
+        if formatting_func is not None and first and "input_ids" not in first:
+            dataset, formatting_func = formatted(dataset, formatting_func, args), None
+        elif self._assistant_only and is_chat(first) and not isinstance(processing_class, ProcessorMixin):
+            only = args.completion_only_loss is not False
+            dataset, trained = labeled(dataset, dataset_name, processing_class, args, only, packing)
+            if dataset_name == "train":
+                self._trained = self._trained or trained
+        if packing and (args.truncation_mode, args.packing_strategy) == ("keep_end", "bfd"):
+            # Packing keeps the first tokens.
+            dataset = prepare(dataset, processing_class, args, False, formatting_func, dataset_name)
+        return prepare(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     # Training and evaluation -----------------------------------------------------------------------------------------
 
@@ -182,10 +172,10 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
         with self._by_document():
             return super().train(*args, **kwargs)
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Like `SFTTrainer.evaluate`; datasets of chats are labeled as for training."""
         with self._by_document():
-            return super().evaluate(self._labeled(eval_dataset, "eval_dataset"), *args, **kwargs)
+            return super().evaluate(*args, **kwargs)
 
     # The loss --------------------------------------------------------------------------------------------------------
 
@@ -256,11 +246,48 @@ def _config_of(arguments: TrainingArguments | None, model: Any) -> SFTConfig:
     return arguments if isinstance(arguments, SFTConfig) else LoraSFTConfig.of(arguments)
 
 
-def _tokenizer(folder: str, model: Any) -> Any:
-    has_own = Path(folder, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(folder if has_own else name_or_path(model))
+def _load(given: dict[str, Any], config: SFTConfig, processing: Any) -> None:
+    """Load the model if it is the folder of an adapter, and the tokenizer or processor (a class) if none is given."""
+    model: Any = given["model"]
+    options: Any = config.model_init_kwargs or {}
+    options = {"trust_remote_code": config.trust_remote_code, **options}
+    revision = options.pop("revision", None) if isinstance(model, str) else None
+    where = {"trust_remote_code": config.trust_remote_code, "revision": revision}
+    folder: Any = None
+    if isinstance(model, str) and Path(model, CONFIG_NAME).is_file():
+        folder, quantization = model, given.pop("quantization_config", None)
+        options |= {} if quantization is None else {"quantization_config": quantization}
+        model = LoraModel.from_pretrained(folder, is_trainable=True, base_revision=revision, **options)
+        given["model"], config.model_init_kwargs = model, None
+    if given.get("processing_class") is None:
+        if folder is not None and Path(folder, "tokenizer_config.json").is_file():
+            given["processing_class"] = AutoTokenizer.from_pretrained(folder)
+        else:
+            name = model if isinstance(model, str) else name_or_path(model)  # of an adapter: its base
+            given["processing_class"] = processing.from_pretrained(name, **where)
 
 
-def _is_chat(cell: object) -> bool:
-    first = cell[0] if isinstance(cell, list) and cell else None
-    return isinstance(first, dict) and bool({"role", "from"} & set(first))
+def _check(given: Mapping[str, Any], config: SFTConfig, trainer: str) -> None:
+    faults = Faults(f"{trainer}(…)")
+    processing = given["processing_class"]
+    tokenizer = getattr(processing, "tokenizer", processing)
+    if isinstance(tokenizer, PreTrainedTokenizerBase) and (tokenizer.eos_token or config.eos_token) is None:
+        faults.add(
+            "the tokenizer has no end token, so the model would not learn to stop. Set tokenizer.eos_token, or "
+            "eos_token in the arguments, to the token that ends a text or a turn"
+        )
+    if given.get("data_collator") is not None and config.packing and config.packing_strategy != "wrapped":
+        faults.add("a data_collator is for rows that are not packed. Pass packing=False in the arguments")
+    if config.activation_offloading and not torch.accelerator.is_available():
+        faults.add("activation_offloading moves activations from an accelerator, and there is none. Leave it out")
+    faults.check(ConfigError, "Nothing was changed.")
+
+
+def _is_for_trl(row: Mapping[str, Any], processing_class: Any) -> bool:
+    """Whether TRL finds the assistant's tokens: where a processor renders the chat, with images or without."""
+    texts = {name: cell for name, cell in row.items() if name not in IMAGES}
+    return isinstance(processing_class, ProcessorMixin) and is_chat(texts)
+
+
+def _is_transformed(data: Any) -> bool:
+    return isinstance(data, Dataset) and data.format["type"] == "custom"

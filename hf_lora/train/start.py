@@ -26,6 +26,7 @@ from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import current_names
 from .labels import check_labels
+from .optimizer import refuse_projections
 from .precision import precision_line
 
 logger = logging.get_logger(__name__)
@@ -80,6 +81,7 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     Args:
         trainer: name of the class, for messages.
     """
+    refuse_projections(args, trainer)
     flags = args if isinstance(args, LoraArguments) else None
     call = f"{trainer}(…, lora_config=…)"
     state = state_of(model)
@@ -96,6 +98,12 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
             )
         state = require_state(model, call)
         reason = "lora_config is given" if given is not None else None
+        if given is None and flags is not None and flags.parsed_elsewhere:
+            logger.warning(
+                f"The flags {', '.join(flags.parsed_elsewhere)} are those of another class of the parser, so the "
+                f"adapter has the defaults of {type(flags).__name__}. To use them, pass {trainer} a lora_config or "
+                "peft_config with their values (in TRL's scripts: --use_peft)."
+            )
     else:
         reason = f"the model already has the adapters {_listed(state.adapters)}"
         if given is not None:

@@ -234,8 +234,8 @@ class LoraTrainerMixin(_Trainer):
     ) -> tuple[Any, Any, Any]:
         """Like `Trainer.prediction_step`; over the frozen head if the metrics are from `build_compute_metrics`."""
         own, found = super().prediction_step, None
-        if self._leaves_logits_out():
-            inputs = self._prepare_inputs(inputs)
+        if self._leaves_logits_out() and _is_trainers(self._prepare_inputs, Trainer._prepare_inputs):
+            inputs = self._prepare_inputs(inputs)  # a subclass's may generate, and must be called only once
             # The count of labels is Trainer's, so that the loss equals the one that Trainer reports.
             count = functools.partial(self._get_num_items_in_batch, [inputs], self.args.device)
             found = predict_over_head(

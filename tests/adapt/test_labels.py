@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -248,3 +249,73 @@ def test_labels_need_a_head_among_the_modules_that_are_trained() -> None:
             apply_lora(model, LoraConfig(r=2, modules_to_save=["pooler"]), **labels)
     assert not isinstance(model, LoraModel)
     assert_labels(model, BASE)
+
+
+# The task type -------------------------------------------------------------------------------------------------------
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+MADE: dict[str, Callable[[], Any]] = {
+    "SEQ_CLS": base,
+    "TOKEN_CLS": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**SMALL, vocab_size=64)),
+    "QUESTION_ANS": lambda: transformers.BertForQuestionAnswering(transformers.BertConfig(**SMALL, vocab_size=64)),
+    "CAUSAL_LM": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, vocab_size=64)),
+    "SEQ_2_SEQ_LM": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, vocab_size=64)
+    ),
+}
+"""Task type -> a model of a class for it."""
+
+
+AUTO_PEFT = {
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+}
+HEADS_OF = {"SEQ_CLS": ["classifier"], "TOKEN_CLS": ["classifier"], "QUESTION_ANS": ["qa_outputs"]}
+
+
+@pytest.mark.parametrize("right", MADE)
+def test_the_task_type_is_that_of_the_class(right: str, tmp_path: Path, messages: list[str]) -> None:
+    """PEFT's auto class for the task type in the file is then one that loads the adapter."""
+    peft = pytest.importorskip("peft")
+    model = MADE[right]()
+    model.save_pretrained(tmp_path / "base")
+    for given in (*MADE, "FEATURE_EXTRACTION", None):
+        messages.clear()
+        adapted = randomize(
+            apply_lora(
+                type(model).from_pretrained(tmp_path / "base"),
+                LoraConfig(r=2, task_type=given, modules_to_save=HEADS_OF.get(right)),
+            )
+        )
+        said = [m for m in messages if "task_type" in m]
+        assert len(said) == (given not in (right, None)), said
+        assert adapted.lora_configs["default"].task_type == (right if given is not None else None)
+        adapted.save_pretrained(tmp_path / "adapter")
+        assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == right
+    ids = {"input_ids": torch.arange(3, 11)[None]} | (
+        {"decoder_input_ids": torch.arange(3, 7)[None]} if right == "SEQ_2_SEQ_LM" else {}
+    )
+    theirs = getattr(peft, AUTO_PEFT[right]).from_pretrained(str(tmp_path / "adapter"))
+    found, expected = theirs.eval()(**ids)[0], adapted.eval()(**ids)[0]
+    assert (found - expected).norm() <= 64 * torch.finfo(torch.float32).eps * expected.norm()
+
+
+def test_a_file_with_the_task_type_of_another_class_is_corrected(tmp_path: Path, messages: list[str]) -> None:
+    model = randomize(apply_lora(base(), LoraConfig(r=2)))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": "CAUSAL_LM"}))
+    loaded = LoraModel.from_pretrained(tmp_path, base_model=base(), allow_other_base=True)
+    assert [m for m in messages if "task_type='CAUSAL_LM' does not fit" in m]
+    loaded.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+
+
+@pytest.mark.parametrize("given", ["CAUSAL_LM", "FEATURE_EXTRACTION"])
+def test_a_backbone_keeps_its_task_type(given: str, messages: list[str]) -> None:
+    model = apply_lora(transformers.LlamaModel(transformers.LlamaConfig(**SMALL, vocab_size=64)), {"task_type": given})
+    assert model.lora_configs["default"].task_type == given
+    assert not [m for m in messages if "task_type" in m]

@@ -472,8 +472,8 @@ def test_an_adapter_that_does_not_fit(tmp_path: Path) -> None:
         assert part in said
     save_file(whole, weights)
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    assert "dora" in refused(AdapterFileError, base, adapter, tmp_path / "out").lower()
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"use_qalora": True}))
+    assert "qa-lora" in refused(AdapterFileError, base, adapter, tmp_path / "out").lower()
 
 
 def test_another_base_is_refused_by_its_values(tmp_path: Path) -> None:

@@ -322,6 +322,37 @@ def test_pushes_bring_the_card_and_the_picture(tmp_path: Path) -> None:
     assert files["training_loss.png"].startswith(b"\x89PNG")
 
 
+def test_the_command_pushes_the_card_that_it_writes(bert_base: Path, tmp_path: Path) -> None:
+    """With the results, and in the same commit as the adapter."""
+    from hf_lora.testing import LocalHub
+    from hf_lora.train.run import finetune
+
+    lines = [f"{'open' if i % 2 else 'close'} the door,{'yes' if i % 2 else 'no'}" for i in range(8)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    given = {
+        "model": str(bert_base),
+        "train_file": str(tmp_path / "rows.csv"),
+        "test_file": str(tmp_path / "rows.csv"),
+    }
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        result = finetune(
+            given | {
+                "output_dir": str(tmp_path / "run"), "max_steps": 1, "use_cpu": True, "disable_tqdm": True,
+                "push_to_hub": True, "hub_model_id": "user/doors", "hub_token": hub.token,
+            }
+        )  # fmt: skip
+        files = hub.files("user/doors")
+        assert "End of training" in [commit.title for commit in hub.commits("user/doors")]
+    local = {name: (tmp_path / "run" / name).read_bytes() for name in ("README.md", "adapter_model.safetensors")}
+    for name in local:
+        found, expected = (data.partition(b"<!-- hf_lora:end")[0] for data in (files[name], local[name]))
+        assert found == expected, name
+    (score, *_) = ModelCard(files["README.md"].decode()).data.eval_results
+    assert score.dataset_name == "rows.csv"
+    assert any(score.metric_value == pytest.approx(value, abs=1e-3) for value in result.metrics.values())
+    assert 'LoraModel.from_pretrained("user/doors"' in files["README.md"].decode()
+
+
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     trainer.is_world_process_zero = lambda: False

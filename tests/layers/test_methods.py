@@ -10,12 +10,13 @@ import peft
 import pytest
 import torch
 from helpers import assert_near, backward, batch_for, randomize, relative_error, snapshot, tiny_gpt2, tiny_llama
+from quantized_bases import load, save_base
 from shapes_under_test import BY_NAME, DORA, Holder, adapted, exact_weight, plain_layer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora
+from hf_lora import ConfigError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, check_adapter
 from hf_lora.adapt.activation import set_active
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge
@@ -176,6 +177,18 @@ def test_grouped_convolutions_and_embeddings_are_refused_by_name() -> None:
         assert type(model.layer) is type(layer)
 
 
+def test_a_check_leaves_out_what_cannot_be_merged() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(4, 3, bias=False))
+    inject(model, LoraConfig(r=2, target_modules=["0"]), "grouped")
+    x = {"input": torch.randn(2, 4, 3, 3)}
+    randomize(model)
+    assert check_adapter(model, x).ok
+    inject(model, LoraConfig(r=2, target_modules=["2"], lora_bias=True), "biased")
+    randomize(model)
+    assert check_adapter(model, x).ok
+
+
 def test_a_bias_of_the_base_is_trained_under_dora_too() -> None:
     torch.manual_seed(0)
     base = nn.Linear(6, 4)
@@ -256,6 +269,38 @@ def test_layers_computed_together_give_the_same(method: str) -> None:
     found = backward(model, batch)
     assert found.keys() == expected.keys()
     assert all(relative_error(found[n], g) < 64 * EPS for n, g in expected.items())
+
+
+@pytest.mark.parametrize("field", ["use_dora", "use_rslora", "lora_bias"])
+def test_merging_with_weight_one_changes_nothing(field: str, tmp_path: Path) -> None:
+    base = tiny_llama(attention_bias=True)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj"], **{field: True})  # type: ignore[arg-type]
+    model = randomize(apply_lora(copy.deepcopy(base), config)).eval()
+    model.save_pretrained(tmp_path)
+    batch = batch_for(model)
+
+    def merged(weight: float) -> Any:
+        return LoraModel.from_pretrained([tmp_path], base_model=copy.deepcopy(base), merge=True, weights=[weight])
+
+    with torch.no_grad():
+        assert_near(merged(1.0)(**batch).logits, model(**batch).logits, torch.float32, 16)
+    if field == "use_dora":
+        with pytest.raises(ConfigError, match=r"norms \(.*q_proj.*\), so its weight must be 1"):
+            merged(0.5)
+
+
+def test_the_bias_of_a_factor_is_merged_with_its_scaling_into_a_quantized_base(tmp_path: Path) -> None:
+    folder = save_base(tmp_path, attention_bias=True)
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], lora_bias=True)
+    model = randomize(apply_lora(load(folder, "nf4", torch.float32), config)).eval()
+    batch = batch_for(model)
+    with torch.no_grad():
+        expected = model(**batch).logits
+        biases = [layer.bias.clone() for layer in (model.model.layers[0].self_attn.q_proj,)]
+        added = 3 * model.model.layers[0].self_attn.q_proj.lora_B_bias["default"].weight
+        merged = model.merge_and_unload()
+        assert_near(merged(**batch).logits, expected, torch.float32, 32)
+        assert_near(merged.model.layers[0].self_attn.q_proj.bias, biases[0] + added, torch.float32, 1)
 
 
 def test_dora_of_a_transposed_layer_is_merged_by_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
-from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora
+from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
 from hf_lora.adapt.inject import inject
 from hf_lora.files.format import WEIGHTS_NAME
 
 TOKENS = [9, 3, 60]
+ENDS = ("model.embed_tokens", "lm_head")
 KEY = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 BATCH = {
     "input_ids": torch.tensor([[1, 3, 5, 60, 9], [7, 9, 9, 2, 3]]),
@@ -187,15 +189,19 @@ def test_two_adapters_have_rows_of_their_own() -> None:
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
-def test_new_tokens_are_all_that_a_file_needs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_are_all_that_a_file_needs(tied: bool, tmp_path: Path) -> None:
     """Tokens are added for training; a loader has the base without them."""
-    tiny_llama(tied=True).save_pretrained(tmp_path / "base")
+    tiny_llama(tied=tied).save_pretrained(tmp_path / "base")
     base: Any = type(tiny_llama())
     model = base.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(67)
-    with pytest.raises(TargetError, match="67 rows, 64 in the base checkpoint"):
+    with pytest.raises(TargetError, match="67 rows, 64 in the base checkpoint") as refused:
         apply_lora(model, config(trainable_token_indices=[64, 66]))
-    model = train(apply_lora(model, config(trainable_token_indices=[64, 65, 66]))).eval()
+    (advised,) = re.findall(r"trainable_token_indices=(\{.*?\})", str(refused.value))
+    tokens = eval(advised)
+    assert tokens == ({"model.embed_tokens": [64, 65, 66]} if tied else {end: [64, 65, 66] for end in ENDS})
+    model = train(apply_lora(model, config(trainable_token_indices=tokens))).eval()
     batch = {"input_ids": torch.tensor([[1, 64, 5, 66, 65]])}
     model.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
     assert (tmp_path / "adapter" / WEIGHTS_NAME).stat().st_size < 8000
@@ -234,6 +240,18 @@ def test_what_has_no_such_rows_is_refused(tokens: Any, match: str) -> None:
     with pytest.raises(TargetError, match=match):
         apply_lora(model, config(trainable_token_indices=tokens))
     assert_same_tensors(snapshot(model), before)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merging_by_files(tied: bool, tmp_path: Path) -> None:
+    base: Any = tiny_llama(tied=tied)
+    base.save_pretrained(tmp_path / "base")
+    model = train(apply_lora(type(base).from_pretrained(tmp_path / "base"), config())).eval()
+    model.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    with torch.no_grad():
+        expected = model(**BATCH).logits
+        assert_near(type(base).from_pretrained(tmp_path / "merged")(**BATCH).logits, expected, torch.float32, 16)
 
 
 def test_rows_of_a_head_alone(tmp_path: Path) -> None:

@@ -1,0 +1,171 @@
+"""TRL's other trainers with the mixin, against the same trainer over PEFT's model: losses, evaluation, resuming."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_chat import PLAIN, byte_tokenizer
+from test_sft import llama
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
+
+from hf_lora import LoraModel, LoraTrainerMixin
+
+trl = pytest.importorskip("trl", reason="the extra chat is not installed")
+peft = pytest.importorskip("peft")
+datasets = pytest.importorskip("datasets")
+
+WORDS = ["Hello, world.", "a", "the user said hello", "so it goes on and on", "why?", "no", "left", "x y z"]
+
+
+def turn(text: str, role: str = "assistant") -> list[dict[str, str]]:
+    return [{"role": role, "content": text}]
+
+
+ASKED = [turn(word, "user") for word in WORDS]
+GOOD, BAD = ([turn(word[::-1] + end) for word in WORDS] for end in ("", "!"))
+DATA: dict[str, dict[str, Any]] = {
+    "SFT": {"messages": [asked + good for asked, good in zip(ASKED, GOOD, strict=True)]},
+    "DPO": {"prompt": ASKED, "chosen": GOOD, "rejected": BAD},
+    "KTO": {"prompt": ASKED, "completion": GOOD, "label": [True, False] * 4},
+    "Reward": {
+        "chosen": [asked + good for asked, good in zip(ASKED, GOOD, strict=True)],
+        "rejected": [asked + bad for asked, bad in zip(ASKED, BAD, strict=True)],
+    },
+    "GRPO": {"prompt": ASKED},
+}
+OF_GRPO = {"num_generations": 2, "max_completion_length": 6, "per_device_eval_batch_size": 4}
+
+
+class SameStart(TrainerCallback):
+    """Gives A the same values in both libraries, and the run the same random numbers."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step:
+            return
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name and parameter.requires_grad:
+                key = name.removeprefix("base_model.model.").replace(".default", "")
+                generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        torch.manual_seed(0)
+
+
+def length_of(completions: list[Any], **kwargs: Any) -> list[float]:
+    return [float(len(completion[0]["content"]) % 7) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("trl") / "base")
+    model = llama()
+    model.config.pad_token_id = 0
+    model.save_pretrained(folder)
+    byte_tokenizer(PLAIN["chatml"]).save_pretrained(folder)
+    return folder
+
+
+def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> Any:
+    """A trainer of TRL, or the mixin over it."""
+    config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
+    if ours:
+        trainer = type("OurTrainer", (LoraTrainerMixin, trainer), {})
+    args = config(
+        str(folder), num_train_epochs=1, per_device_train_batch_size=2, logging_steps=1, save_strategy="steps",
+        save_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        **(OF_GRPO if name == "GRPO" else {}), **settings,
+    )  # fmt: skip
+    whole = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if name == "Reward" else {"task_type": "CAUSAL_LM"}
+    adapter = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **whole)
+    data = datasets.Dataset.from_dict(DATA[name])
+    return trainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=[SameStart()],
+        **({} if isinstance(model, LoraModel) else {"peft_config": adapter}),
+        **({"reward_funcs": length_of} if name == "GRPO" else {}),
+    )  # fmt: skip
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_the_losses_are_pefts_and_a_run_goes_on(name: str, base: str, tmp_path: Path) -> None:
+    runs = [made(name, ours, base, tmp_path / str(ours)) for ours in (True, False)]
+    for run in runs:
+        set_seed(0)  # the order of the rows
+        run.train()
+        run.evaluate()
+    found, expected = (torch.tensor(losses(run)) for run in runs)
+    assert len(found) == (9 if name == "GRPO" else 5)
+    assert torch.allclose(found, expected, rtol=2e-5, atol=1e-6), (found, expected)
+
+    runs[0].save_model()
+    resumed = made(name, True, base, tmp_path / "resumed")
+    set_seed(0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-2"))
+    resumed.save_model()
+    last, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("True", "resumed"))
+    assert last.keys() == again.keys()
+    assert all(torch.equal(again[key], tensor) for key, tensor in last.items())
+
+    given: dict[str, Any] = {} if name in ("DPO", "KTO") else {"model": LoraModel.from_pretrained(tmp_path / "True")}
+    if given and name != "GRPO":  # the reference of the others would be an adapter's
+        evaluated = made(name, True, given["model"], tmp_path / "evaluated")
+        assert evaluated.evaluate()["eval_loss"] == pytest.approx(float(found[-1]), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_reward_model_with_the_task_type_of_trls_flags_keeps_its_head(base: str, tmp_path: Path) -> None:
+    """`ModelConfig` has CAUSAL_LM by default, with which PEFT does not save the head."""
+    run = made(
+        "Reward", True, AutoModelForSequenceClassification.from_pretrained(base, num_labels=1), tmp_path / "run"
+    )
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    again = type(run)(
+        model=model, args=run.args, train_dataset=datasets.Dataset.from_dict(DATA["Reward"]), peft_config=adapter,
+        processing_class=run.processing_class,
+    )  # fmt: skip
+    again.train()
+    again.save_model(str(tmp_path / "adapter"))
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    ids = torch.arange(3, 11)[None]
+    fresh = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    fresh.score.weight.data.zero_()
+    theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
+    assert torch.allclose(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+class Prepares(Trainer):
+    """Makes the inputs of the model itself, as trainers that generate completions do; not twice."""
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        assert "start" in inputs, "prepared already"
+        ids = inputs["start"][:, None] + torch.arange(6)
+        return super()._prepare_inputs({"input_ids": ids, "labels": ids})
+
+
+class LoraPrepares(LoraTrainerMixin, Prepares):
+    pass
+
+
+@pytest.mark.parametrize("only_the_loss", [True, False])
+def test_inputs_are_prepared_once(only_the_loss: bool, base: str, arguments: Any) -> None:
+    from hf_lora import build_compute_metrics
+
+    rows = [{"start": torch.tensor(i + 5), "labels": torch.tensor(i)} for i in range(4)]
+    args = arguments(max_steps=2, remove_unused_columns=False, per_device_train_batch_size=2)
+    metrics = None if only_the_loss else build_compute_metrics(["accuracy"])
+    model = AutoModelForCausalLM.from_pretrained(base)
+    expected = Prepares(model, args, eval_dataset=rows).evaluate()["eval_loss"]
+    run = LoraPrepares(model, args, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+    assert run.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-6)
+    run.train()
+    assert run.state.global_step == 2
