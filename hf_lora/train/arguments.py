@@ -256,8 +256,8 @@ def _table(faults: Faults, name: str, value: Mapping[str, Any] | str | None) -> 
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            faults.add(f"{name}={value!r} is not JSON ({error})")
+        except (ValueError, RecursionError) as error:
+            faults.add(f"{name}={value!r:.200} is not JSON ({error})")
             return {}
     if value is not None and not isinstance(value, Mapping):
         faults.add(f"{name}={value!r} must map names to numbers")
