@@ -163,7 +163,7 @@ class LoraTrainerMixin(_Trainer):
     def _begin(self) -> None:
         """The checks and log messages of every run of `train` before its first step."""
         model, call = self._adapted_model, f"{type(self).__name__}.train"
-        start.check_start(model, call)
+        start.check_start(self, model, call)
         check_same_adapters(model, call)
         if isinstance(self.optimizer, Optimizer):  # that of optimizers=; in a second run it is wrapped
             adopt_optimizer(self.optimizer, model)

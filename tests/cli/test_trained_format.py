@@ -29,7 +29,8 @@ from hf_lora.data.tables import read_table
 from hf_lora.evaluation import run as evaluation
 from hf_lora.generate import texts
 from hf_lora.train.parsing import parse_arguments
-from hf_lora.train.run import prepare
+from hf_lora.train.run import build_trainer
+from hf_lora.train.run_data import read_data
 
 SYSTEM = {"role": "system", "content": "please red"}
 QUESTIONS, ANSWERS = ["open the door", "close it now", "turn the light on"], ["now", "please the window", "off"]
@@ -89,13 +90,20 @@ def bases(chat_adapter: str, llama_folder: str, tmp_path_factory: pytest.TempPat
 
 def trained(base: str, rows: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     """The rows of a training whose adapter is saved to a folder."""
-    ready = prepare(
-        parse_arguments(
-            [], {"model": base, "train_file": str(rows), "output_dir": str(out), "use_cpu": True, **options}
-        )
+    parsed = parse_arguments(
+        [],
+        {
+            "model": base,
+            "train_file": str(rows),
+            "output_dir": str(out),
+            "overwrite": True,
+            "use_cpu": True,
+            **options,
+        },
     )
-    ready.trainer.save_model()
-    return [dict(row) for row in ready.rows["train"]]
+    data = read_data(parsed)
+    build_trainer(parsed, data).save_model()
+    return [dict(row) for row in data.rows["train"]]
 
 
 @dataclass
@@ -231,6 +239,15 @@ def test_the_system_message_of_all_chats_is_that_of_a_conversation(bases: dict[s
     for rows in (mixed, secret):
         trained(bases["chat"], write_lines(tmp_path / "rows.jsonl", rows), adapter)
         assert "system" not in inspect_adapter(adapter).extras["training_format"]
+
+
+def test_a_conversation_with_an_adapter_trained_without_the_template_warns(
+    bases: dict[str, str], tmp_path: Path, messages: list[str]
+) -> None:
+    file, adapter = write_lines(tmp_path / "rows.jsonl", pairs("prompt", "completion")), tmp_path / "adapter"
+    trained(bases["chat"], file, adapter)
+    Conversation(*load_for_generation(adapter))
+    assert any("trained without the chat template (raw from 'prompt', 'completion'" in text for text in messages)
 
 
 def test_a_classification_of_pairs(bert_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
