@@ -60,7 +60,21 @@ _WHERE = {
     "HubError": "errors",
     "DataError": "errors",
     "TrainingError": "errors",
+    "VersionError": "errors",
 }
+_LIGHT = ("config", "errors")
+"""Modules that need no other library."""
+_IN_PEFT = {
+    "TaskType": 'the name as a text: LoraConfig(task_type="SEQ_CLS")',
+    "PeftConfig": "LoraConfig",
+    "PeftModel": "LoraModel",
+    "prepare_model_for_kbit_training": "apply_lora alone, which does what a quantized base needs",
+    "inject_adapter_in_model": "apply_lora",
+    "get_peft_model_state_dict": "model.get_adapter_state_dict()",
+    "set_peft_model_state_dict": "model.load_state_dict(values)",
+    "get_peft_config": "LoraConfig.from_any(…)",
+}
+"""Name in PEFT -> what takes its place here."""
 
 __all__ = [
     "INITS",
@@ -88,6 +102,7 @@ __all__ = [
     "StateError",
     "TargetError",
     "TrainingError",
+    "VersionError",
     "__version__",
     "apply_lora",
     "build_compute_metrics",
@@ -131,6 +146,7 @@ if TYPE_CHECKING:
         StateError,
         TargetError,
         TrainingError,
+        VersionError,
     )
     from .evaluation.metrics import build_compute_metrics
     from .evaluation.run import evaluate
@@ -160,10 +176,23 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        if instead := _instead_of(name):  # `from hf_lora import …` replaces the text of an AttributeError
+            raise ImportError(f"hf_lora has no {name}, which is PEFT's. Use {instead}.", name=__name__)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if _WHERE[name] not in _LIGHT:
+        from .versions import check_versions
+
+        check_versions()
     value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
     globals()[name] = value
     return value
+
+
+def _instead_of(name: str) -> str | None:
+    """What takes the place of a name in PEFT."""
+    if name.startswith("AutoPeftModel"):
+        return 'LoraModel.from_pretrained("adapter"), which also loads the base'
+    return _IN_PEFT.get("PeftModel" if name.startswith("PeftModelFor") else name)
 
 
 def __dir__() -> list[str]:

@@ -94,6 +94,8 @@ ATTRIBUTES: dict[str, str] = {
     "_unsafe_view": "torch.ops.aten",
     "_version": "torch.Tensor",
     "_pytree": "torch.utils",
+    "_python_dispatch": "torch.utils",
+    "_subclasses": "torch",
     "_commit_hash": "transformers.configuration_utils",
     "_name_or_path": "transformers.configuration_utils",
     "_gradient_checkpointing_func": "transformers.modeling_layers",

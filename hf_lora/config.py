@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError, Faults, nearest
 
@@ -58,8 +59,35 @@ _DESCRIPTIVE = frozenset({
     "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config",
 })  # fmt: skip
+_OTHER_NAMES = {
+    "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "targets": "target_modules", "init_weights": "init_lora_weights",
+}  # fmt: skip
+"""Names that other libraries and papers use -> the field."""
+Class = TypeVar("Class", bound=type)
 
 
+def _accepts_fields_of_peft(cls: Class) -> Class:
+    """Decorator of `LoraConfig`: its constructor accepts PEFT's other fields where they do nothing.
+
+    Any other unknown argument is a ConfigError with the name or the reason.
+    """
+    original: Callable[..., None] = cls.__init__  # type: ignore[misc]
+    own = {f.name for f in dataclasses.fields(cls)}
+
+    @functools.wraps(original)
+    def init(self: object, *args: Any, **given: Any) -> None:
+        faults = Faults("LoraConfig(…)")
+        for name in [name for name in given if name not in own]:
+            _check_foreign(name, given.pop(name), own, faults)
+        faults.check(ConfigError, "Correct these arguments; the docstring of LoraConfig describes its fields.")
+        original(self, *args, **given)
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
+@_accepts_fields_of_peft
 @dataclass
 class LoraConfig:
     """How LoRA is applied to a model (Hu et al. 2021, arXiv:2106.09685: W' = W + scaling · B A).
@@ -240,11 +268,8 @@ class LoraConfig:
         if kind not in ("LORA", _peft_type(values.get("method"), values.get("parts") or ())):
             faults.add(f"peft_type={kind!r}: {_OTHER_TYPES.get(kind, 'only LORA adapters are supported')}")
         for name, value in values.items():
-            if name in own or name == "peft_type" or name in _DESCRIPTIVE or _is_inert(name, value):
-                continue
-            why = f": {_OF_OTHERS[name]}" if name in _OF_OTHERS else ""
-            near = nearest(name, own) if not why and len(faults.found) < faults.LISTED else ""
-            faults.add(f"{name}={value!r:.200} is not supported{why or near}")
+            if name not in own and name != "peft_type":
+                _check_foreign(name, value, own, faults)
         taken = {name: value for name, value in values.items() if name in own}
         if taken.get("target_modules", ...) is None:
             faults.add("target_modules=None: the adapter's layers must be named")
@@ -307,6 +332,19 @@ def _is_number(value: object) -> bool:
 
 def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _check_foreign(name: str, value: object, own: Iterable[str], faults: Faults) -> None:
+    """Add a fault for a field of another library, unless it does nothing."""
+    if name in _DESCRIPTIVE or _is_inert(name, value):
+        return
+    if name in _OF_OTHERS:
+        hint = f": {_OF_OTHERS[name]}"
+    elif name in _OTHER_NAMES:
+        hint = f" (here it is called {_OTHER_NAMES[name]!r})"
+    else:
+        hint = nearest(name, own) if len(faults.found) < faults.LISTED else ""
+    faults.add(f"{name}={value!r:.200} is not supported{hint}")
 
 
 def _is_inert(name: str, value: object) -> bool:

@@ -8,6 +8,7 @@ LoraError
 ├── AdapterFileError   a file is broken, or its tensors do not fit the model
 │   ├── BaseMismatchError   the adapter was trained on another base model
 │   └── HubError            a repository on the Hub cannot be reached, read or written
+├── VersionError       another library is missing, too old or too new
 ├── DataError          a file of training data is missing, broken, or does not fit the task
 └── TrainingError      training would have no effect, or failed
 """
@@ -56,6 +57,10 @@ class BaseMismatchError(AdapterFileError):
 
 class HubError(AdapterFileError):
     """A repository on the Hub cannot be reached, read or written."""
+
+
+class VersionError(LoraError, ImportError):
+    """Another library that is needed is missing, too old or too new."""
 
 
 class DataError(LoraError, ValueError):

@@ -13,7 +13,8 @@ import peft
 import pytest
 from helpers import tiny_llama
 
-from hf_lora import AdapterFileError, ConfigError, LoraConfig, apply_lora, inspect_adapter
+from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, apply_lora, inspect_adapter
+from hf_lora.config import _DESCRIPTIVE
 from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(
@@ -277,3 +278,43 @@ def test_no_next_step_advises_to_remove_what_changes_the_result() -> None:
     with pytest.raises(ConfigError, match="do not remove it") as raised:
         LoraConfig.from_dict({"target_modules": ["q_proj"], "use_qalora": True})
     assert "use_qalora=True is not supported" in str(raised.value)
+
+
+OWN = {f.name for f in dataclasses.fields(LoraConfig)}
+
+
+@pytest.mark.parametrize("name", sorted(f.name for f in dataclasses.fields(peft.LoraConfig)))
+def test_every_argument_of_pefts_constructor_is_one_here(name: str) -> None:
+    """At PEFT's default it changes nothing; another value of a field that is not here is a ConfigError."""
+    default = getattr(peft.LoraConfig(), name)
+    given = {name: default} if name not in ("target_modules", "peft_type") else {}
+    assert LoraConfig(**given) == LoraConfig(**{k: v for k, v in given.items() if k in OWN})
+    if name in _DESCRIPTIVE:
+        assert LoraConfig(**{name: "another"}) == LoraConfig()
+    elif name not in (*OWN, "peft_type"):
+        with pytest.raises(ConfigError, match=f"{name}='another' is not supported"):
+            LoraConfig(**{name: "another"})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 8}, "rank=8 is not supported (here it is called 'r')"),
+        ({"alpha": 8}, "here it is called 'lora_alpha'"),
+        ({"target_module": ["a"]}, "did you mean 'target_modules'"),
+    ],
+)
+def test_other_names_say_the_right_one(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**given, r=0) if "rank" not in given else LoraConfig(**given)
+    assert message in str(caught.value)
+    assert LoraConfig(inference_mode=False, peft_version="0.19") == LoraConfig()
+
+
+def test_pefts_order_of_arguments_loads_too(tmp_path: Path) -> None:
+    model = apply_lora(tiny_llama(), LoraConfig(r=2))
+    model.save_pretrained(tmp_path)
+    base = tiny_llama()
+    loaded = LoraModel.from_pretrained(base, tmp_path)
+    assert loaded is base
+    assert loaded.lora_configs["default"].r == 2

@@ -111,6 +111,17 @@ def with_task_of_class(model: nn.Module, config: LoraConfig, call: str) -> LoraC
     return dataclasses.replace(config, task_type=fitting[0])
 
 
+def generates(config: Any) -> bool:
+    """Whether the checkpoint of a transformers config is a language model."""
+    import transformers
+
+    classes = [getattr(transformers, name, None) for name in config.architectures or []]
+    if any(classes):
+        return any(cls is not None and cls.can_generate() for cls in classes)
+    mapping: Any = transformers.AutoModelForCausalLM
+    return type(config) in mapping._model_mapping or bool(getattr(config, "auto_map", None))
+
+
 def is_backbone(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or state_of(model) is not None:
         return False

@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, cast
 
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
@@ -28,6 +29,8 @@ from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
 from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
+
+logger = logging.get_logger(__name__)
 
 NEXT_STEP = "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted."
 
@@ -174,13 +177,37 @@ def resolve(
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
             planned.kind = PARTS[kind]
+            if (why := selection.why_bypassed(planned.path)) is not None:
+                faults.add(f"{planned.path}: {why}")
         plan.others += found
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)
     faults.check(TargetError, NEXT_STEP)
     plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
+    excess = None if from_file else _excess(plan.layers)
+    if excess is not None:
+        plan.notes.append(excess)
+    if excess is not None and not explain:
+        logger.warning(f"{call}: {excess}.")
     return plan
+
+
+def _excess(targets: list[Target]) -> str | None:
+    """A note about ranks above the highest that the update of a layer can have."""
+    limits = {
+        t.name: min(prod(spec.shape) // t.r for spec in t.specs.values() if "R" in spec.axes)
+        for t in targets
+        if any("R" in spec.axes for spec in t.specs.values())
+    }
+    wide = [t for t in targets if t.r > limits.get(t.name, t.r)]
+    if not wide:
+        return None
+    first, more = wide[0], f" and {len(wide) - 1} more layers" if len(wide) > 1 else ""
+    return (
+        f"r={first.r} is above the highest rank that an update of {first.name}{more} can have ({limits[first.name]}, "
+        "the smaller of its numbers of inputs and outputs): a lower r does the same with fewer parameters"
+    )
 
 
 def requested_parts(config: LoraConfig) -> dict[str, Any]:

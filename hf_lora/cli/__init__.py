@@ -4,9 +4,11 @@ In: arguments and YAML files. Out: printed text and an exit code. Each command i
 
 - `main`: the command itself; a new one is a file with `register(app)` and a line here.
 - `train`, `eval`: training and evaluation on files.
+- `init`, `targets`, `env`: a file of options, what would be adapted, and on what machine.
 - `generate`: `chat` and `generate`.
 - `files`: `merge`, `convert` and `inspect`.
 - `hub`: `push` and `pull`.
+- `words`: messages of the library in the words of a command.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import typer
@@ -9,19 +12,59 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import LoraError
+from ..versions import check_versions
+from . import env, files, generate, hub, init, targets, train
 from . import eval as eval_command
-from . import files, generate, hub, train
+from .words import as_command
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as in a shell."""
 
 
 class _Commands(TyperGroup):
-    """Prints a LoraError without a traceback; other exceptions keep theirs."""
+    """Prints an error in a few lines; a traceback only with `--debug`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            check_versions()
             return super().invoke(ctx)
-        except LoraError as error:
-            typer.echo(f"Error: {error}", err=True)
-            raise typer.Exit(2) from error
+        except KeyboardInterrupt as end:
+            typer.echo("Interrupted.", err=True)
+            raise typer.Exit(INTERRUPTED) from end
+        except Exception as error:
+            if ctx.params.get("debug") or _is_of_typer(error):
+                raise
+            command = f"hf-lora {ctx.invoked_subcommand}"
+            typer.echo(f"Error: {self._message(ctx, error, command)}", err=True)
+            raise typer.Exit(2 if isinstance(error, LoraError) else 1) from error
+
+    def _message(self, ctx: Any, error: Exception, command: str) -> str:
+        if isinstance(error, LoraError):
+            return as_command(str(error), command, self._options(ctx))
+        text = (str(error).strip().splitlines() or [""])[0]
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return f"{command}: memory is exhausted ({text}). Smaller batches or shorter rows need less."
+        what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        if isinstance(error, OSError):
+            return f"{command}: {text or what}"
+        return (
+            f"{command} failed unexpectedly ({what}). `hf-lora --debug {ctx.invoked_subcommand} …` shows where; "
+            "please report it with the output of `hf-lora env`."
+        )
+
+    def _options(self, ctx: Any) -> Iterator[str]:
+        """The names of the options of the command that ran."""
+        command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
+        yield from (parameter.name for parameter in getattr(command, "params", ()))
+        parsing = sys.modules.get("hf_lora.train.parsing")  # the other options of `train`, if they were read
+        if parsing is not None and ctx.invoked_subcommand == "train":
+            yield from parsing.known_arguments()
+
+
+def _is_of_typer(error: Exception) -> bool:
+    """Whether Typer reports an exception itself: a wrong option, the end of a command, a closed pipe."""
+    is_pipe = isinstance(error, OSError) and error.errno == errno.EPIPE
+    return is_pipe or isinstance(error, typer.Abort) or hasattr(error, "exit_code")
 
 
 app = typer.Typer(
@@ -38,6 +81,9 @@ generate.register(app)
 eval_command.register(app)
 files.register(app)
 hub.register(app)
+targets.register(app)
+env.register(app)
+init.register(app)
 
 
 def _print_version(requested: bool) -> None:
@@ -51,6 +97,7 @@ def _options(
     version: bool = typer.Option(
         False, "--version", help="Print the version.", callback=_print_version, is_eager=True
     ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error: hf-lora --debug COMMAND …"),
 ) -> None:
     pass
 

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+from .threads import threads_for_free_cores
+
+if TYPE_CHECKING:
+    from ..train.parsing import Parsed
+    from ..train.run import RunResult
 
 EPILOG = """\
 Every field of LoraTrainingArguments, and so of transformers' TrainingArguments, is an option as well:
@@ -14,6 +23,10 @@ overrides it.
 
 Example: hf-lora train --model MODEL --train-file train.csv --test-file test.csv --lora-r 16 --output-dir my-adapter
 """
+
+
+_OF_THE_COMMAND = ("config", "show_batch", "dry_run", "print_config", "all_options")
+"""Options of the command itself, which are not arguments of a run."""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,9 +57,20 @@ def train(
     label_column: str | None = typer.Option(None, help="Column of labels; default: found by name."),
     completion_column: str | None = typer.Option(None, help="Column of answers, which are trained (causal-lm)."),
     max_length: int | None = typer.Option(None, help="Maximum tokens per text and packed row; default: 512 or 1024."),
+    problem_type: str | None = typer.Option(
+        None, help="regression if the labels are numbers; single_label_classification if any label is a class."
+    ),
     output_dir: str | None = typer.Option(None, help="Folder for the adapter; default: hf_lora_run."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace the adapter of an earlier run in that folder."),
+    verbose: bool = typer.Option(False, "--verbose", help="Also list every adapted layer before training."),
     show_batch: bool = typer.Option(
         False, "--show-batch", help="Show the trained tokens of the first batch and exit."
+    ),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Show what would be trained, and a forecast of memory and disk, and exit."
+    ),
+    print_config: bool = typer.Option(
+        False, "--print-config", help="Print the options as YAML, for --config, and exit."
     ),
     all_options: bool = typer.Option(False, "--all-options", help="List every option and exit."),
 ) -> None:
@@ -55,28 +79,62 @@ def train(
     The task is text classification or causal language modeling on chats, prompt-answer pairs or plain texts. The
     adapter and the tokenizer are saved.
     """
-    from ..train.parsing import argument_parser, parse_arguments
-    from ..train.run import finetune, first_batch
+    with threads_for_free_cores():
+        from ..train.parsing import argument_parser, parse_arguments
+        from ..train.run import first_batch
+        from ..train.template import as_yaml
 
     if all_options:
         typer.echo(argument_parser().format_help())
         raise typer.Exit
-    own = {
-        "model": model, "task": task, "train_file": train_file, "eval_file": eval_file, "test_file": test_file,
-        "dataset": dataset, "train_split": train_split, "eval_split": eval_split, "test_split": test_split,
-        "text_column": text_column, "label_column": label_column, "completion_column": completion_column,
-        "max_length": max_length, "output_dir": output_dir,
-    }  # fmt: skip
-    declared = [f"--{name}={value}" for name, value in own.items() if value is not None]
+    own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
+    declared = [f"--{name}={value}" for name, value in own.items() if value is not None and value is not False]
     parsed = parse_arguments([*declared, *ctx.args], config)
+    if print_config:
+        typer.echo(as_yaml(parsed), nl=False)
+        raise typer.Exit
+    if dry_run:
+        from ..train.forecast import forecast
+
+        typer.echo(str(forecast(parsed)))
+        raise typer.Exit
     if show_batch:
         typer.echo(first_batch(parsed))
         raise typer.Exit
-    result = finetune(parsed, report=typer.echo)
+    typer.echo(_summary(_run(parsed)))
+
+
+def _run(parsed: Parsed) -> RunResult:
+    from ..train.checkpoint.manifest import checkpoints, why_incomplete
+    from ..train.run import finetune
+
+    try:
+        return finetune(parsed, report=typer.echo)
+    except KeyboardInterrupt as end:
+        folder = str(parsed.training.output_dir)
+        saved = next((path for path in checkpoints(folder) if not why_incomplete(path)), None)
+        if saved is None:
+            text = "Interrupted before the first checkpoint: nothing was saved. --save-steps sets how often one is."
+        else:
+            text = f"Interrupted. {saved} is saved. Continue with:\n{_continued(sys.argv)}"
+        typer.echo(text, err=True)
+        raise typer.Exit(130) from end
+
+
+def _continued(argv: list[str]) -> str:
+    """The command line of this process, changed to resume."""
+    words = [word for word in argv[1:] if word != "--overwrite"]
+    resumes = any(word.replace("_", "-").startswith("--resume-from-checkpoint") for word in words)
+    return shlex.join(["hf-lora", *words, *([] if resumes else ["--resume-from-checkpoint", "True"])])
+
+
+def _summary(result: RunResult) -> str:
     lines = [result.loss] if result.loss else []
     for name, value in result.metrics.items():
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
             lines.append(f"{name}: {value:,.4g}")
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
+    use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
+    lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
     lines.append(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
-    typer.echo("\n".join(lines))
+    return "\n".join(lines)

@@ -116,7 +116,8 @@ def recognize_format(
     if not found:
         raise DataError(
             f"{table.source}: its columns {', '.join(map(repr, table.columns))} match no known format. The formats "
-            f"are: {_known_formats()}. Rename the columns, or name them with text_column and completion_column."
+            f"are: {_known_formats()}. Rename the columns, or name them with text_column and completion_column; for a "
+            "classification, with text_column and label_column."
         )
     _check_one_form(table, found)
     pairs = [data_format for data_format in found if data_format.kind in (PAIR, RAW)]

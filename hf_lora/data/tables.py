@@ -113,6 +113,7 @@ def _read_csv(path: Path) -> Table:
     rows: list[tuple[int, list[str]]] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     start = 1
+    limit = csv.field_size_limit(max(len(text), 1))  # Python's own is 131,072 characters
     try:
         for row in reader:
             if row:
@@ -120,6 +121,8 @@ def _read_csv(path: Path) -> Table:
             start = reader.line_num + 1
     except csv.Error as error:
         faults.add(f"line {start}: {error}")
+    finally:
+        csv.field_size_limit(limit)
     header = [name.strip() for name in rows.pop(0)[1]] if rows else []
     doubled = sorted({name for name in header if header.count(name) > 1})
     if doubled:
@@ -141,6 +144,8 @@ def _read_jsonl(path: Path) -> Table:
                 records.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             faults.add(f"line {number}, column {error.colno}: {error.msg}")
+        except (ValueError, RecursionError) as error:
+            faults.add(f"line {number}: {_why_not_read(error)}")
     faults.check(DataError, "Nothing was read. Each line must be one JSON object.")
     return _from_records(path, records, "line")
 
@@ -155,6 +160,8 @@ def _read_json(path: Path) -> Table:
         if error.msg == "Extra data" and error.lineno > 1:  # several documents: JSONL with the suffix .json
             return _read_jsonl(path)
         raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: {_why_not_read(error)}.") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
         lists = [value for value in content.values() if isinstance(value, list)]
         content = lists[0] if len(lists) == 1 else [content]
@@ -167,13 +174,29 @@ def _from_records(path: Path, records: list[tuple[int, Any]], unit: str) -> Tabl
     faults = Faults(f"reading {path}")
     names: dict[str, None] = {}
     for position, record in records:
-        if isinstance(record, dict):
-            names |= dict.fromkeys(record)
-        else:
+        if not isinstance(record, dict):
             faults.add(f"{unit} {position}: {_short(record)} is not a JSON object")
+        elif not _is_unicode(record):
+            faults.add(f"{unit} {position}: it holds half of a character (a lone surrogate, such as \\ud83d)")
+        else:
+            names |= dict.fromkeys(record)
     faults.check(DataError, 'Nothing was read. Each row must be an object, such as {"text": "...", "label": "..."}.')
     columns = {name: [record.get(name) for _, record in records] for name in names}
     return Table(str(path), columns, [position for position, _ in records], unit)
+
+
+def _is_unicode(value: object) -> bool:
+    """Whether all texts in a JSON value are Unicode: escapes in JSON can also be halves of characters."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _why_not_read(error: Exception) -> str:
+    """What is wrong with JSON that is valid, but exceeds a limit of the parser."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _read_parquet(path: Path) -> Table:
@@ -220,7 +243,10 @@ def table_of(data: Any, source: str) -> Table:
 
 def _text(path: Path) -> str:
     """The file as text, with or without a byte order mark; the error for invalid UTF-8 names the line."""
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,11 @@ logger = logging.get_logger(__name__)
 CLASSIFICATION = "text-classification"
 CAUSAL_LM = "causal-lm"
 TASKS = (CLASSIFICATION, CAUSAL_LM)
+REGRESSION = "regression"
+PROBLEM_TYPES = ("single_label_classification", REGRESSION)
+"""What the labels of a classification file are: classes, or numbers."""
+FEW_CLASSES = 10
+"""So many labels are classes, however few rows there are."""
 MOST_TOKENS = 512
 """Default length limit in tokens for classification; the tokenizer's limit may be lower."""
 
@@ -100,12 +106,26 @@ def _find(table: Table, usual: Iterable[str], option: str, what: str, skip: Iter
     return found
 
 
-def find_labels(table: Table, column: str) -> list[str]:
+def suggest_columns(table: Table) -> tuple[str, str]:
+    """The columns that may hold the texts (the longest) and the classes (the fewest values), for a message."""
+    sizes = {name: sum(len(str(value)) for value in values) for name, values in table.columns.items()}
+    text = max(sizes, key=lambda name: sizes[name])
+    counts = {name: len(set(map(str, values))) for name, values in table.columns.items() if name != text}
+    several = {name: count for name, count in counts.items() if count > 1} or counts
+    return text, min(several, key=lambda name: several[name], default="LABELS")
+
+
+def find_labels(table: Table, column: str, problem_type: str | None = None) -> list[str]:
     """The classes of a training table in order: as declared, numeric, or alphabetical.
 
+    Args:
+        problem_type: single_label_classification accepts any values; by default they must look like classes.
+
     Raises:
-        DataError: a label is missing or fractional, or there are fewer than two classes.
+        DataError: a label is missing, there are fewer than two classes, or the values are rather numbers or texts.
     """
+    if problem_type is None and column not in table.names:
+        _refuse_fractions(table, column)
     faults = Faults(f"the labels in column {column!r} of {table.source}")
     for row, value in enumerate(table.column(column)):
         if value is None or value == "":
@@ -115,14 +135,45 @@ def find_labels(table: Table, column: str) -> list[str]:
     faults.check(DataError, "Every row needs one label: a string or an integer.")
     if column in table.names:
         return table.names[column]
-    _warn_of_variants(table, column)
     found = {str(value) for value in table.column(column)}
+    if problem_type is None and len(found) > FEW_CLASSES and 2 * len(found) > len(table):
+        raise DataError(
+            f"{table.source}: column {column!r} holds {len(found)} different labels in {len(table)} rows, so few "
+            "texts would show each class. Name the right column with label_column, or pass problem_type="
+            f"{PROBLEM_TYPES[0]!r} if each is a class."
+        )
+    _warn_of_variants(table, column)
     if len(found) < 2:
         raise DataError(
             f"{table.source}: column {column!r} holds only one label ({next(iter(found))!r}) in all {len(table)} "
             "rows, and classification needs two or more. Name the right column with label_column."
         )
     return sorted(found, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name))
+
+
+def _refuse_fractions(table: Table, column: str) -> None:
+    """Refuse labels that are numbers, some with a fraction.
+
+    Raises:
+        DataError: names an example, and what to do.
+    """
+    numbers = [as_number(value) for value in table.column(column) if value not in (None, "")]
+    fractions = [number for number in numbers if number is not None and not number.is_integer()]
+    if fractions and None not in numbers:
+        raise DataError(
+            f"{table.source}: column {column!r} holds numbers such as {fractions[0]:g}, and classes are names or "
+            f"integers. To predict numbers, pass problem_type={REGRESSION!r}. Otherwise name the right column with "
+            "label_column."
+        )
+
+
+def as_number(value: object) -> float | None:
+    """A finite number that a cell holds, also as text; else None."""
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _warn_of_variants(table: Table, column: str) -> None:
@@ -157,7 +208,7 @@ class TokenRows(list[dict[str, Any]]):
 def classification_rows(
     table: Table,
     columns: Columns,
-    labels: list[str],
+    labels: list[str] | None,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     window: int | None = None,
@@ -165,16 +216,30 @@ def classification_rows(
     """Tokenize texts and add their class indices.
 
     Args:
-        labels: the classes in order, see `find_labels`.
+        labels: the classes in order, see `find_labels`; None: the labels are numbers.
         max_length: limit in tokens; default: the tokenizer's, at most `MOST_TOKENS`.
         window: number of positions of the model, which no row exceeds.
 
     Raises:
-        DataError: lists every value that is empty or not text, and every label that is not in `labels`.
+        DataError: lists every value that is empty or not text, and every label that is not one of `labels`.
     """
     faults = Faults(f"reading {table.source}")
     texts = table.texts(columns.text, faults)
     pairs = table.texts(columns.pair, faults) if columns.pair else None
+    targets: Sequence[float]
+    targets = _numbers(table, columns.label, faults) if labels is None else _classes(table, columns, labels, faults)
+    faults.check(DataError, "Correct or remove these rows.")
+    limit = length_limit(tokenizer, max_length, window)
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
+    rows = TokenRows(
+        {**{name: values[row] for name, values in encoded.items()}, "labels": target}
+        for row, target in enumerate(targets)
+    )
+    rows.cut = sum(len(row["input_ids"]) == limit for row in rows)
+    return rows
+
+
+def _classes(table: Table, columns: Columns, labels: list[str], faults: Faults) -> list[int]:
     declared = columns.label in table.names
     index = {name: i for i, name in enumerate(labels)}
     targets: list[int] = []
@@ -188,12 +253,12 @@ def classification_rows(
                 f"{table.at(row)}, column {columns.label!r}: {value!r} is not a label of the training data{known}"
             )
         targets.append(index.get(name, 0))
-    faults.check(DataError, "Correct or remove these rows.")
-    limit = length_limit(tokenizer, max_length, window)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
-    rows = TokenRows(
-        {**{name: values[row] for name, values in encoded.items()}, "labels": target}
-        for row, target in enumerate(targets)
-    )
-    rows.cut = sum(len(row["input_ids"]) == limit for row in rows)
-    return rows
+    return targets
+
+
+def _numbers(table: Table, column: str, faults: Faults) -> list[float]:
+    numbers = [as_number(value) for value in table.column(column)]
+    for row, number in enumerate(numbers):
+        if number is None:
+            faults.add(f"{table.at(row)}, column {column!r}: {table.column(column)[row]!r} is not a finite number")
+    return [number or 0.0 for number in numbers]

@@ -1,4 +1,4 @@
-"""Accuracy, F1 and perplexity from arrays, with the keys, arguments and results of `evaluate`'s metrics."""
+"""Metrics of classes and numbers, and perplexity, with the keys, arguments and results of `evaluate`'s metrics."""
 
 from __future__ import annotations
 
@@ -70,6 +70,19 @@ def perplexity(predictions: Any) -> dict[str, float]:
         return {"perplexity": float(whole), "mean_perplexity": float(np.exp(rows[:, 0] / rows[:, 1]).mean())}
 
 
+def mse(predictions: Any, references: Any, squared: bool = True) -> dict[str, float]:
+    """The mean squared error, or its root."""
+    found, true = _same_length(predictions, references)
+    value = float(np.mean((found.astype(np.float64) - true) ** 2))
+    return {"mse": value if squared else value**0.5}
+
+
+def mae(predictions: Any, references: Any) -> dict[str, float]:
+    """The mean absolute error."""
+    found, true = _same_length(predictions, references)
+    return {"mae": float(np.mean(np.abs(found.astype(np.float64) - true)))}
+
+
 def _same_length(predictions: Any, references: Any) -> tuple[Any, Any]:
     found, true = np.asarray(predictions), np.asarray(references)
     if found.shape != true.shape:
@@ -87,3 +100,5 @@ def _ratio(part: Any, whole: Any) -> Any:
 
 CLASS_METRICS: dict[str, Callable[..., dict[str, Any]]] = {"accuracy": accuracy, "f1": f1}
 """Name -> a function of the class indices `predictions` and `references`."""
+NUMBER_METRICS: dict[str, Callable[..., dict[str, Any]]] = {"mse": mse, "mae": mae}
+"""Name -> a function of the numbers `predictions` and `references`."""

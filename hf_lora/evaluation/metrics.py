@@ -21,10 +21,12 @@ from ..data.spans import IGNORED
 from ..errors import ConfigError
 from ..loss.frozen_head import Scores
 from .answers import ANSWER_METRICS
-from .classes import CLASS_METRICS, perplexity
+from .classes import CLASS_METRICS, NUMBER_METRICS, perplexity
 
 PERPLEXITY = "perplexity"
-METRICS: dict[str, Callable[..., dict[str, Any]]] = CLASS_METRICS | {PERPLEXITY: perplexity} | ANSWER_METRICS
+METRICS: dict[str, Callable[..., dict[str, Any]]] = {
+    **CLASS_METRICS, PERPLEXITY: perplexity, **NUMBER_METRICS, **ANSWER_METRICS,
+}  # fmt: skip
 """Name -> a function of `predictions` and `references`; for perplexity, `predictions` are the losses of the rows."""
 
 

@@ -21,14 +21,14 @@ from ..data.formats import Format, recognize_format
 from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
 from ..data.tables import Table, read_table
-from ..data.tasks import Columns, choose_columns, classification_rows
+from ..data.tasks import REGRESSION, Columns, choose_columns, classification_rows
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, StateError
 from ..generate.loading import Loading, loaded, recorded_format
 from ..generate.texts import answering, collect_answers, evaluating, iterate_texts, window_of
 from ..loss.frozen_head import find_frozen_head, shifted
 from .answers import ANSWER_METRICS, field_table
-from .classes import CLASS_METRICS
+from .classes import CLASS_METRICS, NUMBER_METRICS
 from .metrics import build_compute_metrics
 
 
@@ -277,7 +277,7 @@ def score_classes(
     batch_size: int = 8,
     max_length: int | None = None,
 ) -> dict[str, float]:
-    """The `CLASS_METRICS` of a text classifier on a table of texts with labels.
+    """The `CLASS_METRICS` of a text classifier, or `NUMBER_METRICS` of a regression, on a table of texts with labels.
 
     Raises:
         StateError: the model is not a text classifier.
@@ -291,12 +291,13 @@ def score_classes(
             "Use LoraTrainer.evaluate."
         )
     config: Any = model.config
-    labels = [str(config.id2label[i]) for i in range(config.num_labels)]
+    number = config.problem_type == REGRESSION
+    labels = None if number else [str(config.id2label[i]) for i in range(config.num_labels)]
     rows = classification_rows(table, columns, labels, tokenizer, max_length, window_of(model))
     if tokenizer.pad_token is None:
         batch_size = 1
     collate = DataCollatorWithPadding(tokenizer, padding=batch_size > 1)
-    compute_metrics = build_compute_metrics(list(CLASS_METRICS))
+    compute_metrics = build_compute_metrics(list(NUMBER_METRICS if number else CLASS_METRICS))
     scores: dict[str, float] = {}
     with evaluating(model):
         for start in range(0, len(rows), batch_size):

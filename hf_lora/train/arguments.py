@@ -89,7 +89,7 @@ class LoraArguments:
     lora_init: str = flag(
         "true",
         "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "
-        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora.",
+        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora, loftq.",
     )
     lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
     lora_adapter: str | None = flag(
@@ -256,8 +256,8 @@ def _table(faults: Faults, name: str, value: Mapping[str, Any] | str | None) -> 
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
-            faults.add(f"{name}={value!r} is not JSON ({error})")
+        except (ValueError, RecursionError) as error:
+            faults.add(f"{name}={value!r:.200} is not JSON ({error})")
             return {}
     if value is not None and not isinstance(value, Mapping):
         faults.add(f"{name}={value!r} must map names to numbers")

@@ -64,6 +64,17 @@ class RunArguments:
         "for columns named prompt and completion, which are concatenated.",
     )
     last_turn_only: bool = flag(False, "Train only on the assistant's last turn of each chat (causal-lm).")
+    problem_type: str | None = flag(
+        None,
+        "single_label_classification or regression (the labels are numbers). Default: classification, if the labels "
+        "look like classes.",
+    )
+    verbose: bool = flag(False, "Also list every adapted layer before training.")
+    overwrite: bool = flag(
+        False,
+        "Replace the adapter and the checkpoints of an earlier run in output_dir. The adapter stays until the new one "
+        "is complete. No effect with resume_from_checkpoint.",
+    )
 
 
 @dataclass
@@ -74,6 +85,12 @@ class Parsed:
     training: LoraTrainingArguments
     given: frozenset[str]
     """Names of the arguments that were set explicitly."""
+
+
+def known_arguments() -> frozenset[str]:
+    """The names of all arguments of `hf-lora train`."""
+    classes = (RunArguments, LoraTrainingArguments)
+    return frozenset(f.name for cls in classes for f in dataclasses.fields(cls) if f.init)
 
 
 class _Parser(HfArgumentParser):
@@ -101,7 +118,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         ConfigError: a name is unknown (the message suggests a similar one), or a value is invalid.
     """
     parser = argument_parser()
-    known = {f.name for cls in parser.dataclass_types for f in dataclasses.fields(cls) if f.init}
+    known = known_arguments()
     values = config if isinstance(config, Mapping) else _read_yaml(config) if config is not None else {}
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     faults = Faults("finetune(…)" if isinstance(config, Mapping) else f"hf-lora train --config {config}")
@@ -111,12 +128,12 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
     empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
-    lines = [word for name, value in values.items() for word in _as_flag(name, value)]
+    lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
         raise
-    except ValueError as error:  # TrainingArguments found a conflict or an unknown value
+    except Exception as error:  # TrainingArguments found a conflict, an unknown value or a missing package
         raise ConfigError(f"hf-lora train: {error}") from error
     run, training, rest = parsed[0], parsed[1], parsed[-1]
     faults = Faults("hf-lora train")
@@ -145,7 +162,7 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     return values
 
 
-def _as_flag(name: str, value: object) -> list[str]:
+def _flag_with(name: str, value: object) -> list[str]:
     """A YAML value as command-line arguments, so that one parser checks both."""
     if value is None or value == []:
         return []
@@ -154,6 +171,11 @@ def _as_flag(name: str, value: object) -> list[str]:
     if isinstance(value, list | tuple):
         return [f"--{name}", *map(str, value)]
     return [f"--{name}={value}"]
+
+
+def as_flag(name: str) -> str:
+    """The flag of an argument."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _as_flags(hint: str) -> str:

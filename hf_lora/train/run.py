@@ -9,28 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.match import holder
+from ..adapt.report import adapter_table
 from ..adapt.state import set_trained_format
-from ..data import tasks
-from ..data.chat import chat_rows, is_templated, show_batch
-from ..data.formats import describe, recognize_format
-from ..data.tables import Table, read_table
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
-from ..data.trained import TrainedFormat
-from ..errors import ConfigError, Faults, nearest
+from ..compat import held_load_report
+from ..data.chat import show_batch
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION
+from ..errors import ConfigError
+from .base_model import load_base
+from .check import METRICS, checkpoint_of
+from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
+from .run_data import Data, head_settings, read_data
+from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
+from .watch.rise import LossRise
+from .watch.slowdown import Slowdown
 
 logger = logging.get_logger(__name__)
-LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
-"""Defaults; classifiers are usually small models, which need a higher rate."""
-
-WINDOW = 1024
-"""Default tokens per row of a causal language model, if its context is not shorter."""
 
 
 @dataclass
@@ -47,15 +47,6 @@ class RunResult:
     seconds: float
     adapter_bytes: int
     loss: str = ""
-
-
-@dataclass
-class Prepared:
-    """A Trainer ready to train, the rows of each split, and lines that describe the data."""
-
-    trainer: Any
-    rows: dict[str, Any]
-    lines: list[str]
 
 
 def finetune(
@@ -75,20 +66,23 @@ def finetune(
         TargetError, TrainingError: see `LoraTrainer`.
     """
     parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
-    ready = prepare(parsed)
-    trainer, training = ready.trainer, parsed.training
-    if trainer.is_world_process_zero():
-        lines = start_lines(trainer.model, trainer.accelerator, training.optim) if report is not None else []
-        (report or logger.info)("\n".join([*ready.lines, *lines]))  # the trainer logs the other lines
+    data = read_data(parsed)
+    trainer, training = build_trainer(parsed, data), parsed.training
+    _begin(parsed, data, trainer, report)
+    resume = checkpoint_of(parsed)
+    if parsed.run.overwrite and not resume and trainer.is_world_process_zero():
+        remove_checkpoints(str(training.output_dir))
+    trainer.accelerator.wait_for_everyone()
     start = time.perf_counter()
-    resume = training.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - start
     found = {
-        split: trainer.evaluate(ready.rows[split], metric_key_prefix=split)
+        split: trainer.evaluate(data.rows[split], metric_key_prefix=split)
         for split in ("eval", "test")
-        if split in ready.rows
+        if split in data.rows
     }
+    if parsed.run.overwrite and trainer.is_world_process_zero():
+        remove_results(str(training.output_dir))
     trainer.save_state()
     metrics: dict[str, float] = {}
     for split, values in found.items():
@@ -106,158 +100,83 @@ def finetune(
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
 
 
+def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], object] | None) -> None:
+    """Set the warm-up, add the watches, and report what the run trains."""
+    steps = steps_of(trainer)
+    set_warmup(trainer.args, steps, parsed.given)
+    for watch in (LossRise(), Slowdown()):
+        trainer.add_callback(watch)
+    if trainer.is_world_process_zero():
+        lines = start_lines(trainer.model, trainer.accelerator, parsed.training.optim) if report is not None else []
+        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
+        lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+        lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
+        (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
+
+
 def first_batch(parsed: Parsed) -> str:
     """The first training batch of a causal language model as text that shows which tokens are trained."""
-    ready = prepare(parsed)
-    batch = next(iter(ready.trainer.get_train_dataloader()))
-    if batch["labels"].dim() != 2:
+    data = read_data(parsed, writes=False)
+    if data.task != CAUSAL_LM:
         raise ConfigError("--show-batch is for language models; a classifier is trained on each row's label.")
-    return "\n".join([*ready.lines, show_batch(ready.trainer.processing_class, batch)])
+    trainer = build_trainer(parsed, data)
+    batch = next(iter(trainer.get_train_dataloader()))
+    return "\n".join([*data.lines, show_batch(trainer.processing_class, batch)])
 
 
-def prepare(parsed: Parsed) -> Prepared:
-    """Everything before the first step of training."""
-    from transformers import AutoTokenizer
-
-    run, training = parsed.run, parsed.training
-    _check(parsed)
-    tables = _read_tables(run)
-    task = run.task or tasks.choose_task(tables["train"], label=run.label_column, completion=run.completion_column)
-    if "learning_rate" not in parsed.given:
-        training.learning_rate = LEARNING_RATES[task]
-    if "dataloader_pin_memory" not in parsed.given:
-        training.dataloader_pin_memory = torch.accelerator.is_available()  # avoids torch's warning on a CPU
-    if not {"eval", "test"} & set(tables):
-        training.eval_strategy = "no"
-    tokenizer = AutoTokenizer.from_pretrained(run.model, revision=run.model_revision)
-    return (_classifier if task == CLASSIFICATION else _language_model)(parsed, tables, tokenizer)
+def build_trainer(parsed: Parsed, data: Data) -> Any:
+    """The Trainer of a run, with the model and its adapter."""
+    trainer = (_classifier if data.task == CLASSIFICATION else _language_model)(parsed, data)
+    if data.trained is not None:
+        set_trained_format(trainer._bare_model, data.trained)
+    return trainer
 
 
-def _classifier(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+def _classifier(parsed: Parsed, data: Data) -> Any:
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from .trainer import LoraTrainer
 
     run, training = parsed.run, parsed.training
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    columns = tasks.choose_columns(tables["train"], text=run.text_column, pair=run.pair_column, label=run.label_column)
-    labels = tasks.find_labels(tables["train"], columns.label)
-    settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
-    window = getattr(settings, "max_position_embeddings", None)
-    rows = {
-        split: tasks.classification_rows(table, columns, labels, tokenizer, run.max_length, window)
-        for split, table in tables.items()
-    }
-    used = ", ".join(repr(c) for c in (columns.text, columns.pair, columns.label) if c)
-    counts = ", ".join(f"{len(r):,} {split}" for split, r in rows.items())
-    lines = [f"{CLASSIFICATION} from the columns {used}: {counts}, {len(labels)} labels"]
-    lines += _truncation(sum(r.cut for r in rows.values()), "texts")
-
     set_seed(training.seed)  # for the random weights of a new head
-    names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    model = AutoModelForSequenceClassification.from_pretrained(
-        str(run.model), num_labels=len(labels), **names, ignore_mismatched_sizes=True, **_loading(run)
-    )  # a head for another task is replaced
+    # A head for another task is replaced.
+    options = {**head_settings(data), **_loading(run), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    load = AutoModelForSequenceClassification.from_pretrained
+    with held_load_report() as release:
+        model, found = load_base(load, str(run.model), str(run.model), **options)
+        heads = find_heads(model)
+        if any(holder(key, heads) is None for key in found["missing_keys"]):
+            release()  # a new head is not missing; the adapter's line names it
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    if training.lora_modules_to_save is None and not find_heads(model):
+        model.config.pad_token_id = data.tokenizer.pad_token_id
+    if training.lora_modules_to_save is None and not heads:
         # The checkpoint has a head with this number of labels. They may be other labels, so it is trained too.
         training.lora_modules_to_save = outside_backbone(model)
-    trainer = LoraTrainer(
-        model, training, DataCollatorWithPadding(tokenizer), **_common(rows, tokenizer, ["accuracy", "f1"])
-    )
-    limit = tasks.length_limit(tokenizer, run.max_length, window)
-    trained = TrainedFormat(
-        "classes", columns.text, pair_column=columns.pair, label_column=columns.label, max_length=limit
-    )
-    set_trained_format(trainer._bare_model, trained)
-    return Prepared(trainer, rows, lines)
+    task = run.problem_type if run.problem_type in METRICS else CLASSIFICATION
+    return LoraTrainer(model, training, DataCollatorWithPadding(data.tokenizer), **_common(data, str(task)))
 
 
-def _language_model(parsed: Parsed, tables: dict[str, Table], tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    try:
-        from .sft import LoraSFTConfig, LoraSFTTrainer
-    except ImportError as error:
-        raise ConfigError(
-            f"Training a causal language model requires TRL, which could not be imported ({error}). Run: pip install "
-            '"hf_lora[chat]"'
-        ) from error
-    from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM
+def _language_model(parsed: Parsed, data: Data) -> Any:
+    from transformers import AutoModelForCausalLM
 
-    from .rows import format_of_table
+    from .sft import LoraSFTConfig, LoraSFTTrainer
 
     run, training = parsed.run, parsed.training
-    settings = AutoConfig.from_pretrained(str(run.model), revision=run.model_revision).get_text_config()
-    length = run.max_length or min(WINDOW, getattr(settings, "max_position_embeddings", None) or WINDOW)
-    rows, lines, cut = {}, [], 0
-    for split, table in tables.items():
-        form = recognize_format(table, run.text_column, run.completion_column)
-        templated = is_templated(form, tokenizer, run.use_chat_template)
-        lines.append(f"{split}: {describe(form, templated)}")
-        if split == "train":
-            trained = format_of_table(table, form, templated, length, run.last_turn_only)
-        labelled, long = chat_rows(
-            table, form, tokenizer, length,
-            use_chat_template=run.use_chat_template, last_turn_only=run.last_turn_only,
-        )  # fmt: skip
-        rows[split] = Dataset.from_dict({key: [row[key] for row in labelled] for key in ("input_ids", "labels")})
-        cut += long
-    lines += _truncation(cut, "rows")
-
-    # A packed row holds many texts, so one row per device is a sufficient batch.
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if name not in parsed.given:
-            setattr(training, name, 1 if run.packing else 8)
     set_seed(training.seed)
-    trainer = LoraSFTTrainer(
-        AutoModelForCausalLM.from_pretrained(str(run.model), **_loading(run)),
-        LoraSFTConfig.of(training, packing=run.packing, max_length=length),
-        **_common(rows, tokenizer, ["accuracy", "perplexity"]),
+    return LoraSFTTrainer(
+        load_base(AutoModelForCausalLM.from_pretrained, str(run.model), str(run.model), **_loading(run)),
+        LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
+        **_common(data, CAUSAL_LM),
     )
-    set_trained_format(trainer._bare_model, trained)
-    return Prepared(trainer, rows, lines)
 
 
-def _common(rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, metrics: list[str]) -> dict[str, Any]:
+def _common(data: Data, task: str) -> dict[str, Any]:
     """Arguments that both Trainers take."""
     from ..evaluation.metrics import build_compute_metrics
 
-    evaluated = rows.get("eval", rows.get("test"))
-    return {"train_dataset": rows["train"], "eval_dataset": evaluated, "processing_class": tokenizer,
-            "compute_metrics": build_compute_metrics(metrics)}  # fmt: skip
-
-
-def _check(parsed: Parsed) -> None:
-    run, training = parsed.run, parsed.training
-    faults = Faults("hf-lora train")
-    if not run.model:
-        faults.add("no model: pass --model with a folder or a name on the Hub")
-    if bool(run.train_file) == bool(run.dataset):
-        faults.add("pass either --train-file or --dataset")
-    if run.task is not None and run.task not in TASKS:
-        faults.add(f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is {' or '.join(TASKS)}")
-    for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
-        if file and split:
-            faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
-    if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
-        faults.add("load_best_model_at_end needs separate evaluation data: pass --eval-file (not the test data)")
-    faults.check(ConfigError, "`hf-lora train --help` shows an example.")
-
-
-def _read_tables(run: RunArguments) -> dict[str, Table]:
-    tables = {}
-    for split, file, part in (
-        ("train", run.train_file, run.train_split),
-        ("eval", run.eval_file, run.eval_split),
-        ("test", run.test_file, run.test_split),
-    ):
-        if file:
-            tables[split] = read_table(file)
-        elif run.dataset and part:
-            tables[split] = read_table(run.dataset, config=run.dataset_config, split=part)
-    return tables
+    evaluated = data.rows.get("eval", data.rows.get("test"))
+    return {"train_dataset": data.rows["train"], "eval_dataset": evaluated, "processing_class": data.tokenizer,
+            "compute_metrics": build_compute_metrics(list(METRICS[task]))}  # fmt: skip
 
 
 def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | None]:
@@ -273,8 +192,3 @@ def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | No
 
 def _loading(run: RunArguments) -> dict[str, Any]:
     return {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
-
-
-def _truncation(cut: int, what: str) -> list[str]:
-    text = f"{cut:,} {what} reach the token limit and may be truncated; --max-length raises the limit."
-    return [text] if cut else []

@@ -25,6 +25,7 @@ from ..errors import ConfigError, Faults, StateError, TrainingError
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .former_names import current_names
+from .labels import check_labels
 from .optimizer import refuse_projections
 from .precision import precision_line
 
@@ -140,8 +141,8 @@ def adopt_metrics(trainer: Trainer) -> None:
         trainer.preprocess_logits_for_metrics = metrics.preprocess_logits_for_metrics
 
 
-def check_start(model: nn.Module, call: str) -> None:
-    """Refuse to train without trainable parameters, or if random frozen rows would not be saved."""
+def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
+    """Refuse to train without trainable parameters, with labels that the head lacks, or what no file would hold."""
     state = require_state(model, call)
     state.refuse_merged(call)
     if not state.activity.enabled:
@@ -162,6 +163,7 @@ def check_start(model: nn.Module, call: str) -> None:
         TrainingError,
         "Load the base again, and apply LoRA so.",
     )
+    check_labels(trainer, model, call)
 
 
 def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:

@@ -236,11 +236,9 @@ def test_a_model_in_memory_is_evaluated_as_its_folder_is(
 
 def test_words_that_do_not_go_together(tmp_path: Path) -> None:
     file = write_lines(tmp_path / "rows.jsonl", [chat("a", "b")])
-    assert (
-        "need generate=True (--generate)" in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
-    )
-    assert "limit=0" in run("nowhere", "--file", file, "--limit", 0, code=2).stderr
-    assert "batch_size=0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
+    assert "need --generate. Add it" in run("nowhere", "--file", file, "--predictions", "x.jsonl", code=2).stderr
+    assert "--limit 0" in run("nowhere", "--file", file, "--limit", 0, code=2).stderr
+    assert "--batch-size 0" in run("nowhere", "--file", file, "--batch-size", 0, code=2).stderr
     assert "this is the input itself" in run(
         "nowhere", "--file", file, "--generate", "--predictions", file, code=2
     ).stderr  # fmt: skip

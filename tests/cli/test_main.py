@@ -47,12 +47,3 @@ def test_our_errors_are_one_message_and_exit_code_2(tmp_path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith(f"Error: {tmp_path} is not an adapter's folder")
     assert "Traceback" not in result.output
-
-
-def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr("hf_lora.export.inspect_adapter", broken)
-    result = CliRunner().invoke(app, ["inspect", "."])
-    assert isinstance(result.exception, RuntimeError)

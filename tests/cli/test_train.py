@@ -25,11 +25,14 @@ def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path:
     rows = texts_folder / "rows.csv"
     result = run(
         "--model", bert_folder, "--train-file", rows, "--test_file", rows, "--output-dir", tmp_path / "out",
-        "--eval-file", rows, "--lora-r", 4, "--lora_target_modules", "query", "value", *FAST,
+        "--eval-file", rows, "--lora-r", 4, "--lora_target_modules", "query", "value", "--verbose", *FAST,
     )  # fmt: skip
     assert (
         "text-classification from the columns 'text', 'label': 24 train, 24 eval, 24 test, 2 labels" in result.output
     )
+    assert re.search(r"query +32 -> 32 +4 +8 +256\n", result.output)
+    assert f"Use it with: hf-lora eval {tmp_path / 'out'} --file FILE\n" in result.output
+    assert "MISSING" not in result.output
     assert re.search(r"eval_accuracy: (\S+)\n(.*\n)*test_accuracy: \1\n", result.output)
     assert (tmp_path / "out" / "eval_results.json").is_file()
     model = LoraModel.from_pretrained(tmp_path / "out")

@@ -29,7 +29,8 @@ from hf_lora.data.tables import read_table
 from hf_lora.evaluation import run as evaluation
 from hf_lora.generate import texts
 from hf_lora.train.parsing import parse_arguments
-from hf_lora.train.run import prepare
+from hf_lora.train.run import build_trainer
+from hf_lora.train.run_data import read_data
 
 SYSTEM = {"role": "system", "content": "please red"}
 QUESTIONS, ANSWERS = ["open the door", "close it now", "turn the light on"], ["now", "please the window", "off"]
@@ -89,13 +90,20 @@ def bases(chat_adapter: str, llama_folder: str, tmp_path_factory: pytest.TempPat
 
 def trained(base: str, rows: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
     """The rows of a training whose adapter is saved to a folder."""
-    ready = prepare(
-        parse_arguments(
-            [], {"model": base, "train_file": str(rows), "output_dir": str(out), "use_cpu": True, **options}
-        )
+    parsed = parse_arguments(
+        [],
+        {
+            "model": base,
+            "train_file": str(rows),
+            "output_dir": str(out),
+            "overwrite": True,
+            "use_cpu": True,
+            **options,
+        },
     )
-    ready.trainer.save_model()
-    return [dict(row) for row in ready.rows["train"]]
+    data = read_data(parsed)
+    build_trainer(parsed, data).save_model()
+    return [dict(row) for row in data.rows["train"]]
 
 
 @dataclass

@@ -176,7 +176,7 @@ def test_output_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_
 
 @pytest.mark.parametrize("words", [[], ["--prompt", "a", "--file", "f.txt"], ["--prompt", "a", "--out", "o.jsonl"]])
 def test_words_that_do_not_go_together(words: list[str]) -> None:
-    assert "generate_answers: " in run("generate", "nowhere", *words, code=2).stderr
+    assert "Error: hf-lora generate: " in run("generate", "nowhere", *words, code=2).stderr
 
 
 USER, ASSISTANT = {"role": "user", "content": "door"}, {"role": "assistant", "content": "now"}

@@ -178,3 +178,16 @@ def test_batches_that_trainer_does_not_concatenate(names: list[str], arguments: 
         found = trainer.evaluate()
         results.append({name: found[f"eval_{name}"] for name in names})
     assert results[1] == pytest.approx(results[0])
+
+
+def test_errors_of_numbers_are_those_of_scikit_learn() -> None:
+    from sklearn.metrics import mean_absolute_error, mean_squared_error, root_mean_squared_error
+
+    found, true = np.random.default_rng(0).normal(size=(2, 37))
+    compute = build_compute_metrics(["mse", "mae"])
+    logits, labels = torch.tensor(found).unsqueeze(-1), torch.tensor(true)
+    kept = compute.preprocess_logits_for_metrics(logits, labels)
+    expected = {"mse": mean_squared_error(true, found), "mae": mean_absolute_error(true, found)}
+    assert compute(EvalPrediction(kept.numpy(), true)) == pytest.approx(expected, rel=1e-12)
+    root = build_compute_metrics("mse", squared=False)(EvalPrediction(found, true))
+    assert root["mse"] == pytest.approx(root_mean_squared_error(true, found), rel=1e-12)

@@ -1,0 +1,132 @@
+"""What a run checks before it reads the data and loads the model: names, values, and the output folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+from ..adapt.labels import generates
+from ..data.columns import ANSWERS, CHATS
+from ..data.tables import READERS, Table
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION, PROBLEM_TYPES, REGRESSION, TASKS, suggest_columns
+from ..errors import ConfigError, DataError, Faults, nearest
+from .base_model import check_name
+from .output import check_output
+from .parsing import Parsed, as_flag
+
+METRICS = {CLASSIFICATION: ("accuracy", "f1"), REGRESSION: ("mse", "mae"), CAUSAL_LM: ("accuracy", "perplexity")}
+"""What is computed at evaluations, beside the loss."""
+_AT_LEAST: dict[str, float] = {
+    "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+    "max_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
+}  # fmt: skip
+"""Option -> its smallest value."""
+_POSITIVE = ("learning_rate", "num_train_epochs")
+
+
+def check_run(parsed: Parsed, writes: bool = True) -> None:
+    """Check the arguments of a run and, if it `writes`, its output folder.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    run, training = parsed.run, parsed.training
+    faults = Faults("hf-lora train")
+    if run.model is None:
+        faults.add("no model: pass --model with a folder or a name on the Hub")
+    elif reason := check_name(run.model):
+        faults.add(reason)
+    if bool(run.train_file) == bool(run.dataset):
+        faults.add("pass either --train-file or --dataset")
+    for option, file in (("train", run.train_file), ("eval", run.eval_file), ("test", run.test_file)):
+        if file and Path(file).suffix.lower() in READERS and not Path(file).is_file():
+            faults.add(f"--{option}-file {file} does not exist")
+    for name, value, known in (("task", run.task, TASKS), ("problem-type", run.problem_type, PROBLEM_TYPES)):
+        if value is not None and value not in known:
+            faults.add(f"--{name} {value} is unknown{nearest(value, known)}; it is {' or '.join(known)}")
+    for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
+        if file and split:
+            faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
+    if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
+        faults.add("--load-best-model-at-end needs separate evaluation data: pass --eval-file (not the test data)")
+    _check_values(parsed, faults)
+    if writes:
+        check_output(str(training.output_dir), checkpoint_of(parsed), run.overwrite, faults)
+    faults.check(ConfigError, "`hf-lora train --help` shows an example.")
+
+
+def checkpoint_of(parsed: Parsed) -> str | bool | None:
+    """The checkpoint to resume from: a folder, True for the newest, or None."""
+    given = parsed.training.resume_from_checkpoint
+    word = str(given).strip().lower()
+    return {"none": None, "false": None, "": None, "true": True}.get(word, given)
+
+
+def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table) -> None:
+    """Check what depends on the task: whether the model has it, and the name of the metric that is best.
+
+    Raises:
+        DataError: the columns are those of a language model, and the model is not one.
+        ConfigError: the metric is not one that is computed.
+    """
+    run, training = parsed.run, parsed.training
+    if task == CAUSAL_LM and run.task is None and not generates(config):
+        answers = {*CHATS, *ANSWERS} & set(table.columns)
+        what = "chats or prompts with answers" if answers else "no column of labels"
+        text, label = (as_word(name) for name in suggest_columns(table))
+        columns = f"columns: {', '.join(map(repr, table.columns))}"
+        classes = "" if answers else f"To train a classifier, name them: --text-column {text} --label-column {label}. "
+        raise DataError(
+            f"{table.source} has {what} ({columns}), and --model {run.model} is a {config.model_type} that does not "
+            f"generate text. {classes}For a language model, pass another --model; --task {CAUSAL_LM} trains this one "
+            "as it is."
+        )
+    wanted = training.metric_for_best_model
+    known = ("loss", *METRICS[run.problem_type if run.problem_type in METRICS else task])
+    if wanted is not None and wanted.removeprefix("eval_") not in known:
+        raise ConfigError(
+            f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
+            f"{', '.join(known)}."
+        )
+
+
+def as_word(name: str) -> str:
+    """A column's name as one word of a command line."""
+    return name if name.replace("_", "").replace("-", "").isalnum() else f"'{name}'"
+
+
+def _check_values(parsed: Parsed, faults: Faults) -> None:
+    run, training = parsed.run, parsed.training
+    values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)} | {"max_length": run.max_length}
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            continue
+        if not math.isfinite(value):
+            faults.add(f"{as_flag(name)} {value} is not a finite number")
+        elif name in _POSITIVE and value <= 0:
+            faults.add(f"{as_flag(name)} {value:g} must be greater than 0")
+        elif value < _AT_LEAST.get(name, value):
+            faults.add(f"{as_flag(name)} {value:g} must be at least {_AT_LEAST[name]:g}")
+    if training.max_steps == 0 or training.max_steps < -1:
+        faults.add(f"--max-steps {training.max_steps} must be at least 1 (-1: as many as the epochs take)")
+    if run.dtype is not None and not _is_dtype(run.dtype):
+        known = ("float32", "bfloat16", "float16")
+        faults.add(f"--dtype {run.dtype} is unknown{nearest(run.dtype, known)}; it is {', '.join(known)} or auto")
+    known_loggers = get_available_reporting_integrations()
+    for name in training.report_to or ():
+        if name not in known_loggers:
+            installed = ", ".join(known_loggers) or "none is installed"
+            faults.add(
+                f"--report-to {name} is not available: install its package (pip install {name}), or choose one that "
+                f"is ({installed}), or none"
+            )
+
+
+def _is_dtype(name: str) -> bool:
+    found = getattr(torch, name.removeprefix("torch."), None)
+    return name == "auto" or (isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1)

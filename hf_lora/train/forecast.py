@@ -1,0 +1,254 @@
+"""What a run would train and need, without weights: the model is built on PyTorch's meta device, which holds none."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+
+from ..adapt.report import adapter_table, trainable_parameters
+from ..adapt.targets import Explanation, explain_targets
+from ..apply import apply_lora
+from ..compat import is_own_model
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
+from ..errors import ConfigError, nearest
+from ..loss.frozen_head import CHUNK_ELEMENTS
+from .base_model import check_name, load_base, read_config
+from .parsing import Parsed
+from .run_data import Data, head_settings, read_data
+from .schedule import steps_of_rows
+
+AUTO: dict[str, Any] = {CLASSIFICATION: AutoModelForSequenceClassification, CAUSAL_LM: AutoModelForCausalLM}
+"""Task -> the auto class of its model."""
+ALLOCATOR = 1.4
+"""Memory of a CPU per byte of activations: the C library keeps freed blocks (measured 1.3 to 1.5 with glibc)."""
+_ADAM = 2
+"""Moments that the optimizer keeps of each trained parameter, in float32."""
+
+
+@dataclass
+class Forecast:
+    """What a run would train and need; `str()` is a text for the user.
+
+    Args:
+        lines: the description of the data.
+        targets: the table of adapted layers.
+        trained, total: numbers of parameters.
+        steps: number of optimizer steps.
+        weights, gradients, optimizer, activations: bytes of memory at the peak of a step; the activations are those of
+            the longest batch, with what a backward pass needs for a moment and what the allocator keeps.
+        libraries: bytes of memory of Python and its libraries, if they share it with the tensors.
+        adapter, checkpoint: bytes on disk.
+    """
+
+    lines: list[str]
+    targets: str
+    trained: int
+    total: int
+    steps: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    libraries: int
+    adapter: int
+    checkpoint: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.libraries
+
+    def __str__(self) -> str:
+        names = ("weights", "gradients", "optimizer", "activations", "libraries")
+        parts = {name: getattr(self, name) for name in names}
+        memory = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+        share = 100 * self.trained / max(self.total, 1)
+        return "\n".join([
+            *self.lines,
+            self.targets,
+            f"{self.trained:,} of {self.total:,} parameters would be trained ({share:.2g}%), in {self.steps:,} steps",
+            f"memory: {_size(self.memory)} ({memory})",
+            f"disk: {_size(self.adapter)} for the adapter, {_size(self.checkpoint)} for each checkpoint",
+        ])  # fmt: skip
+
+
+def forecast(parsed: Parsed) -> Forecast:
+    """What a run would train and need. The data are read, and of the model only its config.
+
+    Raises:
+        ConfigError, DataError, TargetError: what `finetune` would raise before it loads the model.
+    """
+    data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
+    for name, value in (head_settings(data) if data.task == CLASSIFICATION else {}).items():
+        setattr(data.config, name, value)
+    model = empty_model(data.config, str(run.model), data.task).to(_dtype(run.dtype, data.config))
+    # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
+    apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
+    if training.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    lengths = _batch_lengths(parsed, data)
+    trained, total = trainable_parameters(model)
+    sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
+    learned = sum(size for p, size in sizes.items() if p.requires_grad)
+    on_cpu = training.device.type == "cpu"
+    libraries = _resident() if on_cpu else 0
+    activations = max(peak_of_step(model.train(), lengths, data.task) - learned, 0)
+    activations = int(activations * (ALLOCATOR if on_cpu else 1))
+    state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
+    return Forecast(
+        data.lines, adapter_table(model), trained, total,
+        steps_of_rows(training, _packed(parsed, data), training.train_batch_size * training.world_size),
+        sum(sizes.values()), learned, state, activations, libraries, learned, learned + state,
+    )  # fmt: skip
+
+
+def peak_of_step(model: nn.Module, shape: tuple[int, int], task: str) -> int:
+    """Bytes of all tensors but the parameters, at the peak of a forward and a backward pass.
+
+    Args:
+        shape: (B, T) of the batch.
+    """
+    own: Any = model
+    options, head = dict[str, Any](), 0
+    if task == CAUSAL_LM:  # the loss over the frozen head: a chunk of logits at a time, and a gradient
+        options["logits_to_keep"] = 1
+        head = 3 * 4 * min(CHUNK_ELEMENTS, shape[0] * shape[1] * own.config.get_text_config().vocab_size)
+    with FakeTensorMode():
+        _to_fake(model)
+        ids = torch.ones(shape, dtype=torch.long)
+        with _Live() as live:
+            model(input_ids=ids, **options).logits.float().sum().backward()
+    return live.peak + head
+
+
+def _to_fake(model: nn.Module) -> None:
+    """Replace the tensors of a model on meta by those of a CPU that hold nothing, so that its kernels are chosen."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in held:
+            if id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                is_parameter = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+            setattr(module, name, made[id(tensor)])
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all storages that operations within it create, while they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet[Any]()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = {id(s) for s in map(_storage, tree_leaves((args, kwargs))) if s is not None}
+        result = func(*args, **(kwargs or {}))
+        for storage in map(_storage, tree_leaves(result)):
+            if storage is None or id(storage) in given or storage in self._known:
+                continue
+            self._known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+def _storage(value: object) -> Any:
+    return value.untyped_storage() if isinstance(value, Tensor) else None
+
+
+def targets_of(parsed: Parsed) -> Explanation:
+    """The layers of a base model that the arguments of a run would adapt. Only its config is read.
+
+    Raises:
+        ConfigError: the model could not be read, or an argument is wrong.
+        TargetError: see `explain_targets`.
+    """
+    run = parsed.run
+    reason = check_name(str(run.model))
+    if reason is None and run.task is not None and run.task not in TASKS:
+        reason = f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is {' or '.join(TASKS)}"
+    if reason is not None:
+        raise ConfigError(f"hf-lora targets: {reason}.")
+    config = read_config(str(run.model), run.model_revision)
+    return explain_targets(empty_model(config, str(run.model), run.task), parsed.training.lora_config())
+
+
+def empty_model(config: PretrainedConfig, name: str, task: str | None = None) -> Any:
+    """The model of a config on the meta device.
+
+    Args:
+        name: the base model, for messages.
+        task: of `TASKS`. Default: the class that the config names.
+    """
+    named = next(iter(config.architectures or []), "")
+    own = getattr(transformers, named) if task is None and is_own_model(named) else None
+    with torch.device("meta"):
+        if own is not None:
+            return own(config)
+        return load_base((AUTO[task] if task is not None else AutoModel).from_config, name, config)
+
+
+def _dtype(wanted: str | None, config: PretrainedConfig) -> torch.dtype:
+    """The dtype that the weights would be loaded in."""
+    if wanted not in (None, "auto"):
+        return getattr(torch, str(wanted).removeprefix("torch."))
+    return getattr(config, "dtype", None) or torch.float32
+
+
+def _packed(parsed: Parsed, data: Data) -> int:
+    """The number of rows that are trained on, after packing."""
+    rows = data.rows["train"]
+    if data.task != CAUSAL_LM or not parsed.run.packing:
+        return len(rows)
+    from trl.data_utils import pack_dataset
+
+    return len(pack_dataset(rows, data.length, strategy="bfd"))
+
+
+def _batch_lengths(parsed: Parsed, data: Data) -> tuple[int, int]:
+    """(B, T) of the largest batch."""
+    rows = parsed.training.per_device_train_batch_size
+    longest = (
+        max(len(ids) for ids in data.rows["train"]["input_ids"])
+        if data.task == CAUSAL_LM
+        else max(len(row["input_ids"]) for row in data.rows["train"])
+    )
+    packs = data.task == CAUSAL_LM and parsed.run.packing
+    return min(rows, len(data.rows["train"])), data.length if packs else longest
+
+
+def _resident() -> int:
+    """Bytes of memory of this process; 0 where the system does not tell."""
+    try:
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+    except (ImportError, OSError):
+        return 0
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:,.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -1,0 +1,91 @@
+"""The arguments of a run as YAML: a commented file to begin with, and those of a parsed command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from enum import Enum
+from typing import Any
+
+import yaml
+
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
+from ..errors import ConfigError, nearest
+from .arguments import LoraTrainingArguments
+from .parsing import DEFAULTS, Parsed, RunArguments
+
+WIDTH = 100
+_DATA = {
+    CLASSIFICATION: {"train_file": "train.csv", "test_file": "test.csv"},
+    CAUSAL_LM: {"train_file": "train.jsonl", "test_file": "test.jsonl"},
+}
+_OPTIONS = {
+    CLASSIFICATION: {"text_column": "text", "label_column": "label", "problem_type": "regression", "max_length": 512},
+    CAUSAL_LM: {"completion_column": "answer", "packing": True, "last_turn_only": False, "max_length": 1024},
+}
+_RATES = {CLASSIFICATION: (1e-3, 16), CAUSAL_LM: (2e-4, 1)}
+_COMMON = {
+    "eval_file": "eval.csv", "dtype": "bfloat16", "lora_alpha": 16, "lora_dropout": 0.05,
+    "lora_target_modules": ["all-linear"], "head_learning_rate": 1e-3, "loraplus_lr_ratio": 4,
+    "save_strategy": "epoch", "overwrite": True, "seed": 42,
+}  # fmt: skip
+"""Options that are written as comments."""
+
+
+def template(task: str, model: str | None = None) -> str:
+    """A YAML file for `hf-lora train --config`, with every line explained.
+
+    Raises:
+        ConfigError: the task is unknown.
+    """
+    if task not in TASKS:
+        raise ConfigError(
+            f"hf-lora init: the task {task!r} is unknown{nearest(task, TASKS)}. It is {' or '.join(TASKS)}."
+        )
+    rate, batch = _RATES[task]
+    active: dict[str, Any] = {"model": model or "MODEL", "task": task, **_DATA[task]}
+    active |= {"output_dir": "my-adapter", "lora_r": 8, "num_train_epochs": 3, "learning_rate": rate}
+    active |= {"per_device_train_batch_size": batch}
+    lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
+    for name, value in active.items():
+        lines += [*_explained(name), _line(name, value), ""]
+    lines += ["# Remove the # before a name to set it.", ""]
+    for name, value in (_OPTIONS[task] | _COMMON).items():
+        lines += [*_explained(name), f"#{_line(name, value)}", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def as_yaml(parsed: Parsed) -> str:
+    """The arguments that a command line and its file set, and this command's own defaults, for `--config`."""
+    values: dict[str, Any] = {}
+    for part in (parsed.run, parsed.training):
+        for field in dataclasses.fields(part):
+            if field.name in parsed.given or field.name in DEFAULTS:
+                values[field.name] = _plain(getattr(part, field.name))
+    if values.get("report_to") == []:
+        values["report_to"] = "none"
+    return yaml.safe_dump(
+        {name: v for name, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True
+    )
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
+
+
+def _line(name: str, value: object) -> str:
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+    return f"{name}: {value if plain else json.dumps(value)}"
+
+
+def _explained(name: str) -> list[str]:
+    fields = {f.name: f for cls in (RunArguments, LoraTrainingArguments) for f in dataclasses.fields(cls)}
+    text = " ".join(str(fields[name].metadata.get("help", "")).split())
+    sentence = re.split(r"\.\s+(?=[A-Z])", text)[0].rstrip(".") + "."
+    words, lines = sentence.split(), ["#"]
+    for word in words:
+        if len(lines[-1]) + len(word) >= WIDTH:
+            lines.append("#")
+        lines[-1] += f" {word}"
+    return lines
