@@ -85,6 +85,13 @@ def test_the_model_is_that_with_these_rows(tied: bool, dtype: torch.dtype) -> No
     assert_same_tensors(snapshot(model.unload()), before)
 
 
+def test_what_inference_cached_serves_training() -> None:
+    model = apply_lora(tiny_llama(tied=True), config())
+    with torch.inference_mode():
+        model(**BATCH)
+    assert any("token_rows" in name for name in backward(model, BATCH))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_are_those_of_the_rows(tied: bool) -> None:
     model = apply_lora(tiny_llama(tied=tied), config())
