@@ -129,9 +129,8 @@ def _times_weight(layer: AdaptedLayer, right: Tensor, dtype: torch.dtype) -> Ten
 
 def _base_squares(layer: AdaptedLayer, device: torch.device) -> Tensor:
     """‖W‖² of each output (O,) in float64. W is frozen: it is read once, and again after it was changed or moved."""
-    derived, version = layer._lora.derived, None
-    if can_use_functions():
-        version = _identity(layer.weight)
+    derived = layer._lora.derived
+    version = None if torch.compiler.is_compiling() else _identity(layer.weight)
     kept = derived.get("squares")
     if kept is None or (version is not None and kept[0] != version):
         kept = version, _join(layer, (_squares(layer, block) for _, block in _blocks(layer)))
