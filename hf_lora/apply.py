@@ -14,6 +14,7 @@ from .adapt.labels import CLASSIFICATION, add_with_labels, is_backbone, with_tas
 from .adapt.state import LoraState, Task, state_of
 from .adapt.undo import all_or_nothing
 from .config import LoraConfig
+from .file_merge.original import weights_of_checkpoint
 from .files.base_config import base_settings
 from .files.identity import identify
 from .model import LoraModel
@@ -48,7 +49,8 @@ def apply_lora(
         id2label: names of the labels.
         allow_bypassed: adapt a named layer even if its parent multiplies by its weight directly.
         batches: batches for an initialization that uses inputs or gradients: mappings of arguments of the forward.
-        original: name of a layer -> its weight in the checkpoint, for an initialization that needs it.
+        original: name of a layer -> its weight in the checkpoint, for an initialization that needs it; default: read
+            from the safetensors files that the model was loaded from.
 
     Returns:
         `model`, or the model of the task around it.
@@ -62,7 +64,7 @@ def apply_lora(
     call = "apply_lora(model, config)"
     add: Any = partial(
         add_with_labels, config=config, name=adapter_name, allow_bypassed=allow_bypassed, batches=batches,
-        original=original, call=call,
+        original=original or weights_of_checkpoint(model, call), call=call,
     )  # fmt: skip
     if config.task_type in CLASSIFICATION and is_backbone(model):
         with all_or_nothing(model):

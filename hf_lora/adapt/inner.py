@@ -51,6 +51,21 @@ def outermost_models(model: nn.Module) -> Iterator[PreTrainedModel]:
             stack.extend(module.children())
 
 
+def adapted_part(model: nn.Module) -> nn.Module:
+    """The module that has, or is to get, the adapters: the model, or a transformers model that is all of it.
+
+    Wrappers that save their parts themselves, as those of sentence-transformers do, then write and load the adapter as
+    a part. They may have no parameters of their own, which no file of an adapter would hold.
+    """
+    if isinstance(model, PreTrainedModel) or state_of(model) is not None:
+        return model
+    inner = next(outermost_models(model), None)
+    if inner is None or not (hasattr(model, "save_pretrained") or state_of(inner) is not None):
+        return model
+    inside = {id(p) for p in inner.parameters()}
+    return inner if all(id(p) in inside for p in model.parameters()) else model
+
+
 def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> None:
     """Refuse arguments of PEFT's forward that most models would accept and ignore.
 

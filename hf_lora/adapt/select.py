@@ -105,10 +105,7 @@ class Selection:
             self._elsewhere = dict.fromkeys(patterns, ONLY_CONTAINERS) | self._elsewhere
             return
         self._hit.update(patterns)
-        if reason is None and name in self._bypassed and (self._preset or not self._allow_bypassed):
-            reason = self._bypassed[name]
-            if not self._preset:
-                reason += " (pass allow_bypassed=True to adapt it anyway)"
+        reason = reason or self.why_bypassed(name, self._preset)
         reason = reason or self._uncalled.get(name)
         if reason is None and shape is not None:
             self.chosen[name] = shape, sites
@@ -116,6 +113,12 @@ class Selection:
             self.skipped[name] = reason or "has no weight itself"
         else:
             self._faults.add(f"{name}: {reason}")
+
+    def why_bypassed(self, name: str, preset: bool = False) -> str | None:
+        """Why what an adapter changes at a module might never act; None if it does, or if that is allowed."""
+        if name not in self._bypassed or (self._allow_bypassed and not preset):
+            return None
+        return self._bypassed[name] + ("" if preset else " (pass allow_bypassed=True to adapt it anyway)")
 
     def _is_excluded(self, name: str) -> bool:
         hit = self._excludes(name)

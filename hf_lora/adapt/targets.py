@@ -177,6 +177,8 @@ def resolve(
         found = list(PARTS[kind].plan(wanted, modules, faults))
         for planned in found:
             planned.kind = PARTS[kind]
+            if (why := selection.why_bypassed(planned.path)) is not None:
+                faults.add(f"{planned.path}: {why}")
         plan.others += found
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:

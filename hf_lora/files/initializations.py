@@ -29,7 +29,7 @@ def read_init(config: LoraConfig, faults: Faults) -> str | None:
     if not name.startswith(CHANGE_THE_BASE):
         return None
     if found is not None:
-        faults.add(f"init_lora_weights={name!r} draws random numbers, so what it subtracted from the base is lost")
+        faults.add(f"init_lora_weights={name!r}: what it subtracted from the base is in no file")
     return (
         f"init_lora_weights={config.init_lora_weights!r} subtracts the first update from the base. Convert the "
         "adapter to plain LoRA with PEFT: peft_model.save_pretrained(folder, "

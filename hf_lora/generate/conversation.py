@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers.utils import logging
 
 from ..adapt.state import trained_format
 from ..data.encode import as_in_training, encode_prompts
 from ..errors import ConfigError, DataError, Faults, StateError
 from ..model import LoraModel
 from .texts import answering, check_sampling, new_tokens, room_for, sampling, window_of
+
+logger = logging.get_logger(__name__)
 
 
 class Conversation:
@@ -59,7 +62,13 @@ class Conversation:
             raise StateError(f"Conversation: {type(model).__name__} does not generate text. Pass a language model.")
         self.model = model
         self.tokenizer = tokenizer
-        self.system = as_in_training(trained_format(model), [[]], system)[1]
+        trained = trained_format(model)
+        self.system = as_in_training(trained, [[]], system)[1]
+        if trained is not None and trained.use_chat_template is False:
+            logger.warning(
+                f"The adapter was trained without the chat template ({trained}), which a conversation needs: its "
+                "answers may be worse than those of generate_texts (hf-lora generate)."
+            )
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.top_p = top_p

@@ -89,7 +89,7 @@ class LoraArguments:
     lora_init: str = flag(
         "true",
         "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "
-        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora.",
+        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora, loftq.",
     )
     lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
     lora_adapter: str | None = flag(

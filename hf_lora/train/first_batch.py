@@ -15,6 +15,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..adapt.sharing import share_inputs
+from ..adapt.state import state_of
 from ..layers.distributed import is_dtensor
 from ..layers.ops import evaluation_mode, kept_random_states
 
@@ -47,7 +48,7 @@ class FirstBatch:
             inputs: as passed to `compute_loss`.
             loss: the trainer's loss if the model computes it over its logits, else None.
         """
-        if self._shares:
+        if self._shares and state_of(model) is not None:  # not a wrapper, whose batches are its own
             self._shares = False
             popped = (
                 {"labels"} if trainer.label_smoother is not None or trainer.compute_loss_func is not None else set()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..adapt.gather import gathered_state
+from ..adapt.inner import adapted_part
 from ..compat import add_push, after_state_is_written, loads_to_plain_cpu, push_is_running, rotates_with
 from ..config import LoraConfig
 from ..model import LoraModel
@@ -29,7 +29,7 @@ from .card import CardWriter, card_options
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
 from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
-from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_adapters
+from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_run
 from .engines import broadcast_trainable, check_engine, check_same_adapters
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
@@ -82,7 +82,7 @@ class LoraTrainerMixin(_Trainer):
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
         super().__init__(*args, **kwargs)
-        check_reference(self, self._bare_model, (*args, *kwargs.values()))
+        check_reference(self, self._adapted_model, (*args, *kwargs.values()))
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -96,6 +96,11 @@ class LoraTrainerMixin(_Trainer):
     def _bare_model(self) -> Any:
         """The model without the wrappers of Accelerate and torch.compile."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def _adapted_model(self) -> Any:
+        """The part of the bare model that has the adapters: see `adapted_part`."""
+        return adapted_part(self._bare_model)
 
     @property
     def _is_sharded(self) -> bool:  # engines under which Trainer supports only PEFT models and full models
@@ -126,7 +131,7 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
-        start.adapt(model, self._lora_config, self.args, type(self).__name__)
+        start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
         self._adapted = model
         self._checkpoints.quantization = quantization(model)
 
@@ -152,12 +157,12 @@ class LoraTrainerMixin(_Trainer):
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             self._load_scaler(resume_from_checkpoint)
         if not self.is_deepspeed_enabled:
-            check_optimizer(self.optimizer, self._bare_model, self.args, self._own_optimizer is not None)
+            check_optimizer(self.optimizer, self._adapted_model, self.args, self._own_optimizer is not None)
         return prepared
 
     def _begin(self) -> None:
         """The checks and log messages of every run of `train` before its first step."""
-        model, call = self._bare_model, f"{type(self).__name__}.train"
+        model, call = self._adapted_model, f"{type(self).__name__}.train"
         start.check_start(self, model, call)
         check_same_adapters(model, call)
         if isinstance(self.optimizer, Optimizer):  # that of optimizers=; in a second run it is wrapped
@@ -176,7 +181,7 @@ class LoraTrainerMixin(_Trainer):
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if (present is None or present is not self._own_optimizer) and set_rates(
-            optimizer, self._bare_model, self.args, was_given=present is not None
+            optimizer, self._adapted_model, self.args, was_given=present is not None
         ):
             self._own_optimizer = optimizer
         if self.is_deepspeed_enabled:
@@ -200,7 +205,7 @@ class LoraTrainerMixin(_Trainer):
         if self.accelerator.sync_gradients:
             whole, self._step_loss = self._step_loss, None
             for watch in self._watches():
-                watch.before_step(self._bare_model, self.optimizer, whole, self.state.global_step + 1)
+                watch.before_step(self._adapted_model, self.optimizer, whole, self.state.global_step + 1)
         return loss
 
     def compute_loss(
@@ -225,12 +230,7 @@ class LoraTrainerMixin(_Trainer):
         return result
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: Any = None,
-        **kwargs: Any,
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
         """Like `Trainer.prediction_step`; over the frozen head if the metrics are from `build_compute_metrics`."""
         own, found = super().prediction_step, None
@@ -243,7 +243,7 @@ class LoraTrainerMixin(_Trainer):
                 _is_trainers(own, Trainer.prediction_step),
                 lambda batch: Trainer.compute_loss(self, model, batch, False, count()),
             )  # fmt: skip
-        return own(model, inputs, prediction_loss_only, ignore_keys, **kwargs) if found is None else found
+        return own(model, inputs, prediction_loss_only, *args, **kwargs) if found is None else found
 
     def _leaves_logits_out(self) -> bool:
         """Whether the logits are not needed, so that the loss may be computed over the frozen head."""
@@ -265,29 +265,27 @@ class LoraTrainerMixin(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like `Trainer.save_model`, for the adapter; TrainingError if a trained tensor has NaN or infinite values."""
         folder = str(output_dir or self.args.output_dir)
-        check_finite(self._bare_model, f"save_model({folder!r})")
+        check_finite(self._adapted_model, f"save_model({folder!r})")
         if not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return
         # Trainer would gather the base, or write the shards of this process.
-        state = gathered_state(self._bare_model)
+        state = gathered_state(self._adapted_model)
         if self.args.should_save:  # older transformers let every process write in `_save`
             self._save(folder, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if isinstance(self._bare_model, LoraModel):
-            super()._save(output_dir, state_dict)
+        own, adapted = super()._save, self._adapted_model
+        whole = adapted is self._bare_model or not _is_trainers(own, Trainer._save)
+        if whole and isinstance(adapted, LoraModel):
+            own(output_dir, state_dict)
         elif self.args.should_save:  # a module without save_pretrained, of which Trainer would write all weights
-            folder = str(output_dir or self.args.output_dir)
-            save_adapters(self._bare_model, folder, state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-            torch.save(self.args, Path(folder, TRAINING_ARGS_NAME))
+            save_run(adapted, str(output_dir or self.args.output_dir), state_dict, self.processing_class, self.args)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        step, bare, store = self.state.global_step, self._bare_model, self._checkpoints
+        step, bare, store = self.state.global_step, self._adapted_model, self._checkpoints
         folder = Path(self._get_output_dir(trial), f"checkpoint-{step}")
         with (
             store.writing(folder, bare, self.args.should_save, self.accelerator.wait_for_everyone),
@@ -308,17 +306,17 @@ class LoraTrainerMixin(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
-        self._checkpoints.load_adapters(folder, self._bare_model, lambda: self.optimizer or self.create_optimizer())
+        self._checkpoints.load_adapters(folder, self._adapted_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:
         best = str(self.state.best_model_checkpoint)
         logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
-        self._checkpoints.load_best(best, self._bare_model)
+        self._checkpoints.load_best(best, self._adapted_model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             forget_incomplete_best(self.state, self._get_output_dir(None))
-            found = self._checkpoints.has_optimizer(checkpoint, self._bare_model, self.optimizer)
+            found = self._checkpoints.has_optimizer(checkpoint, self._adapted_model, self.optimizer)
             if self._is_sharded:
                 if found:
                     self._checkpoints.load_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
@@ -337,7 +335,7 @@ class LoraTrainerMixin(_Trainer):
         """
         if self.is_world_process_zero():
             names = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
-            self._card.write(self, self._bare_model, {**dict(zip(names, args, strict=False)), **kwargs})
+            self._card.write(self, self._adapted_model, {**dict(zip(names, args, strict=False)), **kwargs})
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository before training starts, so that a HubError is raised early."""
@@ -371,7 +369,7 @@ class LoraTrainerMixin(_Trainer):
         self.save_model(_internal_call=True)  # on all processes
         if not self.is_world_process_zero():
             return None
-        self.create_model_card(**card_options(self._bare_model, str(self.hub_model_id), kwargs))
+        self.create_model_card(**card_options(self._adapted_model, str(self.hub_model_id), kwargs))
         self._finish_current_push()
         job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
         return job.result() if blocking else log_failure(job)

@@ -241,6 +241,15 @@ def test_the_system_message_of_all_chats_is_that_of_a_conversation(bases: dict[s
         assert "system" not in inspect_adapter(adapter).extras["training_format"]
 
 
+def test_a_conversation_with_an_adapter_trained_without_the_template_warns(
+    bases: dict[str, str], tmp_path: Path, messages: list[str]
+) -> None:
+    file, adapter = write_lines(tmp_path / "rows.jsonl", pairs("prompt", "completion")), tmp_path / "adapter"
+    trained(bases["chat"], file, adapter)
+    Conversation(*load_for_generation(adapter))
+    assert any("trained without the chat template (raw from 'prompt', 'completion'" in text for text in messages)
+
+
 def test_a_classification_of_pairs(bert_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         {"first": q, "second": a, "kind": "ab"[i % 2], "text": "no", "label": 7}

@@ -163,6 +163,47 @@ def test_the_base_keeps_its_codes(kind: str, tmp_path: Path) -> None:
         assert_near(product, top, torch.float32, 64)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loftq_is_the_best_approximation_of_what_was_lost(kind: str, tmp_path: Path) -> None:
+    """Of the given rank (Eckart and Young 1936); the weights come from the checkpoint's files."""
+    folder = save_base(tmp_path / "base")
+    dense, base = load(folder, "dense"), load(folder, kind)
+    config = LoraConfig(r=8, lora_alpha=24, target_modules=["q_proj", "up_proj"], init_lora_weights="loftq")
+    model = apply_lora(load(folder, kind), config).eval()
+    batch = batch_for(model)
+    for path, layer in adapter_layers(model).items():
+        own: Any = layer
+        lost = dense.get_submodule(path).weight.detach().double() - layer.read().double()
+        s = torch.linalg.svdvals(lost)
+        assert own._lora.adapters["default"].scaling == 3
+        left = lost - 3 * (own.lora_B["default"].weight @ own.lora_A["default"].weight).detach().double()
+        assert float(left.norm()) == pytest.approx(float(s[8:].norm()), rel=1e-4)
+    with torch.no_grad():
+        wanted, without = dense(**batch).logits, base.eval()(**batch).logits
+        assert relative_error(model(**batch).logits, wanted) < relative_error(without, wanted)
+        model.save_pretrained(tmp_path / "adapter")
+    again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=load(folder, kind))
+    own, read = (
+        {n: t for n, t in snapshot(each).items() if "lora_" in n} for each in (model, again)
+    )  # what the backends compute in evaluation differs from training
+    assert_same_tensors(read, own)
+
+
+def test_loftq_needs_codes_and_the_weights_before(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="loftq")
+    with pytest.raises(TargetError, match=r"q_proj: LoftQ starts from what a weight lost .* is not quantized"):
+        apply_lora(tiny_llama(), config)
+    folder = save_base(tmp_path / "base")
+    weights = load(folder, "dense").state_dict()
+    model = load(folder, "nf4")
+    model.config._name_or_path = str(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"are not here\. Pass original=…"):
+        apply_lora(model, config)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    apply_lora(model, config, original=lambda name: weights[f"{name}.weight"])
+    assert all(layer.factor("lora_B", "default").norm() > 0 for layer in adapter_layers(model).values())
+
+
 def test_the_orthogonal_values_are_pefts() -> None:
     torch.manual_seed(0)
     theirs: Any = peft.get_peft_model(

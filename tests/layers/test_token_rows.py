@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import cpu_offload
 from helpers import assert_near, assert_same_tensors, backward, relative_error, snapshot, tiny_llama
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -227,7 +229,7 @@ def test_a_vocabulary_grows_beside_trained_rows_and_does_not_lose_them() -> None
 @pytest.mark.parametrize(
     ("tokens", "match"),
     [
-        ([64], r"embed_tokens has 64 rows; it must have tokens \[64\]"),
+        ([64], r"embed_tokens has 64 rows, and so no tokens \[64\]"),
         ([3, 3], "each token once"),
         ({"embed": [3]}, "'embed' matches no module"),
         ({"norm": [3]}, "is not an embedding or linear layer"),
@@ -240,6 +242,40 @@ def test_what_has_no_such_rows_is_refused(tokens: Any, match: str) -> None:
     with pytest.raises(TargetError, match=match):
         apply_lora(model, config(trainable_token_indices=tokens))
     assert_same_tensors(snapshot(model), before)
+
+
+class Reader(nn.Module):
+    """It multiplies by the weight of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.embed(x), self.embed.weight)
+
+
+def test_a_weight_that_its_parent_reads_is_refused() -> None:
+    rows = LoraConfig(r=2, target_modules=["other"], trainable_token_indices={"embed": [3]})
+    with pytest.raises(TargetError, match=r"read\.embed: Reader multiplies by its weight directly"):
+        inject(nn.ModuleDict({"read": Reader(), "other": nn.Linear(8, 8)}), rows)
+    inject(nn.ModuleDict({"read": Reader(), "other": nn.Linear(8, 8)}), rows, allow_bypassed=True)
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_offloaded_base(tied: bool, before: bool, tmp_path: Path) -> None:
+    """Its tied weights are different objects."""
+    model = train(apply_lora(tiny_llama(tied=tied), config())).eval()
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    base = tiny_llama(tied=tied)
+    if before:
+        cpu_offload(base)
+    again = LoraModel.from_pretrained(tmp_path, base_model=base)
+    if not before:
+        cpu_offload(again)
+    with torch.no_grad():
+        assert_near(again(**BATCH).logits, model(**BATCH).logits, torch.float32, 4)
 
 
 @pytest.mark.parametrize("tied", [False, True])

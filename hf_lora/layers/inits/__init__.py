@@ -11,6 +11,7 @@ from .base import Collector, Init, InitCall, Unset, taken
 from .decompositions import Olora, Pissa
 from .gaussian import Gaussian
 from .kaiming import Kaiming
+from .loftq import Loftq
 from .orthogonal import Orthogonal
 from .random import Random
 
@@ -23,6 +24,7 @@ INITS: Registry[Init] = Registry(
         "orthogonal": Orthogonal(),
         "pissa": Pissa(),
         "olora": Olora(),
+        "loftq": Loftq(),
     },
 )
 

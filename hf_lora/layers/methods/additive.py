@@ -123,13 +123,14 @@ def _without_subtracted(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor | N
     operand = _operand(layer.whole(), name, x)
     if operand is None:
         return None
-    a, b = (layer.whole().factor(taken(kind), name) for kind in ("lora_A", "lora_B"))
+    base, bias, a, b, scaling = operand
+    first_a, first_b = (layer.whole().factor(taken(kind), name) for kind in ("lora_A", "lora_B"))
     p = _dropout(layer, name)
     if not p:
-        stacked = operand._replace(a=torch.cat([operand.a, a]), b=torch.cat([operand.b, -b], 1))
+        stacked = Operand(base, bias, torch.cat([a, first_a]), torch.cat([b, -first_b], 1), scaling)
         return lora_products(x, [stacked], weights=True)[0]
-    (y,) = lora_products(x, [operand._replace(a=a, b=b, scaling=-operand.scaling)], weights=True)
-    return lora_products(x, [operand._replace(base=y, bias=None)], p, weights=False)[0]
+    (y,) = lora_products(x, [Operand(base, bias, first_a, first_b, -scaling)], weights=True)
+    return lora_products(x, [Operand(y, None, a, b, scaling)], p, weights=False)[0]
 
 
 def _operand(layer: AdaptedLayer, name: str, x: Tensor) -> Operand | None:

@@ -95,22 +95,25 @@ class TokenRows(Part):
 
     @classmethod
     def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterator[Planned]:
-        seen: dict[int, str] = {}
+        seen: dict[object, str] = {}
         for path, ids in rows_by_path(wanted, modules, faults):
             module: Any = modules[path]
             weight = module._parameters.get("weight")
             if not isinstance(module, (nn.Embedding, nn.Linear)) or not DenseStorage().owns(module):
                 faults.add(f"trainable_token_indices: {path} is not an embedding or linear layer with a dense weight")
-            elif id(weight) in seen:
-                faults.add(f"trainable_token_indices: {path} has the weight of {seen[id(weight)]}, which names it too")
-            elif (wrong := [i for i in ids if not 0 <= i < len(weight)]) or len(set(ids)) < len(ids) or not ids:
-                what = f"tokens {wrong[:5]}" if wrong else "each token once, and at least one"
-                faults.add(f"trainable_token_indices: {path} has {len(weight)} rows; it must have {what}")
+                continue
+            own = _identity(modules, path)
+            if own in seen:
+                faults.add(f"trainable_token_indices: {path} has the weight of {seen[own]}, which names it too")
+            elif wrong := [i for i in ids if not 0 <= i < len(weight)]:
+                faults.add(f"trainable_token_indices: {path} has {len(weight)} rows, and so no tokens {wrong[:5]}")
+            elif len(set(ids)) < len(ids) or not ids:
+                faults.add(f"trainable_token_indices: {path} must have each token once, and at least one")
             else:
-                seen[id(weight)] = path
+                seen[own] = path
                 yield Planned(path, module, {"rows": _spec(module, ids)}, (ids, module))
                 for name, other in modules.items():
-                    if other is module or other._parameters.get("weight") is not weight:
+                    if other is module or _identity(modules, name) != own:
                         continue
                     if isinstance(other, (nn.Embedding, nn.Linear)):
                         yield Planned(name, other, {}, (ids, module))
@@ -183,6 +186,15 @@ class TokenRows(Part):
     def _rows(self) -> nn.Parameter:
         found: nn.Parameter = self.module._modules[ROWS]._modules[self.adapter].weight
         return found
+
+
+def _identity(modules: Mapping[str, nn.Module], path: str) -> object:
+    """Equal for modules with one weight. If it is offloaded, each has another object, and the tie is known by name."""
+    weight = modules[path]._parameters.get("weight")
+    if weight is None or not weight.is_meta:
+        return id(modules[path]) if weight is None else id(weight)
+    ties: Mapping[str, str] = getattr(modules.get(""), "all_tied_weights_keys", None) or {}
+    return ties.get(f"{path}.weight", f"{path}.weight")
 
 
 def _spec(module: Any, ids: Sequence[int]) -> FactorSpec:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.utils import logging
 
 from ...adapt.state import require_state
@@ -151,6 +151,16 @@ def save_adapters(model: nn.Module, folder: str | Path, state_dict: Mapping[str,
     """Write every adapter of a model to the folder that `LoraModel.save_pretrained` uses."""
     for name in require_state(model, "save_pretrained").adapters:
         save_adapter(model, adapter_folder(model, folder, name), name, state_dict)
+
+
+def save_run(
+    model: nn.Module, folder: str, state_dict: Mapping[str, Tensor] | None, processing: Any, args: TrainingArguments
+) -> None:
+    """Write the adapters of a model, and beside them what Trainer writes: the tokenizer and the arguments."""
+    save_adapters(model, folder, state_dict)
+    if processing is not None:
+        processing.save_pretrained(folder)
+    torch.save(args, Path(folder, TRAINING_ARGS_NAME))
 
 
 def forget_incomplete_best(state: TrainerState, output_dir: str) -> None:

@@ -29,6 +29,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
+from ...adapt.inner import adapted_part
 from ...adapt.state import require_state, state_of
 from ...adapt.walk import adapter_layers
 from ...errors import TrainingError
@@ -110,6 +111,7 @@ class LayerGuard(Watch):
         **kwargs: object,
     ) -> None:
         self.finished()
+        model = adapted_part(model) if model is not None else None
         if self.steps < 1 or model is None or state_of(model) is None:
             return
         self._seen = self._idle = 0
@@ -161,7 +163,7 @@ class LayerGuard(Watch):
         self._seen += 1
         waits = any(not w.ran and self._siblings(w) for w in self.watched)
         if self._seen >= (PATIENCE * self.steps if waits else self.steps):
-            self._report(model, optimizer, state.is_world_process_zero)
+            self._report(adapted_part(model), optimizer, state.is_world_process_zero)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
