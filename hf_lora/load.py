@@ -136,7 +136,7 @@ def load_lora(
                 file = with_present_names(model, files.pop(0), call)
                 fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
-                scale_adapter(model, name, weight, call)
+                scale_adapter(model, name, weight, call, file.path)
                 del file
             model.train(is_trainable)
             if merge:
@@ -328,9 +328,12 @@ def check_merge_arguments(
     if weights is not None:
         if not merge:
             faults.add("weights= needs merge=True")
-        if len(weights) != count:
-            faults.add(f"{len(weights)} weights are given for {count} adapters")
-        for weight in weights:
+        given = [weights] if isinstance(weights, (int, float)) else weights
+        if len(given) != count:
+            faults.add(f"{len(given)} weights are given for {count} adapters")
+        if given is not weights:
+            faults.add(f"weights={weights!r} must be a list, with one number for each adapter")
+        for weight in given:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 faults.add(f"{weight!r} is not a finite number, so it cannot be a weight")
     if untie and not merge:

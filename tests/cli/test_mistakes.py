@@ -85,13 +85,15 @@ WRONG: list[tuple[str, str]] = [
     (
         MODEL + TO + "--dtype floaty --per-device-train-batch-size 0 --gradient-accumulation-steps 0 --max-steps 0 "
         "--learning-rate nan --num-train-epochs 0 --max-length 0 --report-to nonsense --problem-type regresion "
-        "--weight-decay=-1 --eval-file {dir}/none.csv --task chat",
+        "--weight-decay=-1 --eval-file {dir}/none.csv --task chat --adam-beta1 1 --lr-scheduler-kwargs x "
+        "--optim-args x --torch-compile-backend inductr",
         "--dtype floaty is unknown (did you mean 'float32'|--per-device-train-batch-size 0 must be at least 1|"
         "--gradient-accumulation-steps 0 must be at least 1|--max-steps 0 must be at least 1|"
         "--learning-rate nan is not a finite number|--num-train-epochs 0 must be greater than 0|"
         "--max-length 0 must be at least 1|--report-to nonsense is not available|"
         "regresion is unknown (did you mean 'regression'?)|--weight-decay -1 must be at least 0|"
-        "--eval-file {dir}/none.csv does not exist|--task chat is unknown",
+        "--eval-file {dir}/none.csv does not exist|--task chat is unknown|--adam-beta1 1 must be less than 1|"
+        "--lr-scheduler-kwargs x is not a JSON object|--optim-args x must have the form|did you mean 'inductor'",
     ),
     (MODEL + TO + "--learning-rate=-1e-3 --dtype int8", "--learning-rate -0.001 must be greater than 0|--dtype int8"),
     (MODEL + TO + "--optim nonsense", "nonsense"),
