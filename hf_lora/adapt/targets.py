@@ -174,12 +174,14 @@ def resolve(
                 faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
     plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
     for kind, wanted in requested_parts(config).items():
-        found = list(PARTS[kind].plan(wanted, modules, faults))
-        for planned in found:
+        for planned in PARTS[kind].plan(wanted, modules, faults):
             planned.kind = PARTS[kind]
             if (why := selection.why_bypassed(planned.path)) is not None:
                 faults.add(f"{planned.path}: {why}")
-        plan.others += found
+            if (whole := holder(planned.path, plan.saved)) is None:
+                plan.others.append(planned)
+            elif planned.specs:  # otherwise it would only follow another module
+                faults.add(f"{planned.path}: {whole} is trained whole, so nothing else of the adapter would act in it")
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)

@@ -94,6 +94,16 @@ def can_use_functions() -> bool:
     )
 
 
+def lasting(tensor: Tensor) -> Tensor | None:
+    """`tensor` for a cache that later calls read, in whatever mode; None for one that exists only while tracing."""
+    if type(tensor) is not Tensor or not can_use_functions():
+        return None
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
+
+
 # The low-rank product ------------------------------------------------------------------------------------------------
 
 

@@ -85,6 +85,13 @@ def test_the_model_is_that_with_these_rows(tied: bool, dtype: torch.dtype) -> No
     assert_same_tensors(snapshot(model.unload()), before)
 
 
+def test_what_inference_cached_serves_training() -> None:
+    model = apply_lora(tiny_llama(tied=True), config())
+    with torch.inference_mode():
+        model(**BATCH)
+    assert any("token_rows" in name for name in backward(model, BATCH))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradients_are_those_of_the_rows(tied: bool) -> None:
     model = apply_lora(tiny_llama(tied=tied), config())
@@ -242,6 +249,17 @@ def test_what_has_no_such_rows_is_refused(tokens: Any, match: str) -> None:
     with pytest.raises(TargetError, match=match):
         apply_lora(model, config(trainable_token_indices=tokens))
     assert_same_tensors(snapshot(model), before)
+
+
+def test_a_module_that_is_trained_whole_has_no_rows_beside() -> None:
+    with pytest.raises(TargetError, match=r"model\.embed_tokens is trained whole, so nothing else"):
+        apply_lora(tiny_llama(), config(modules_to_save=["embed_tokens"]))
+    model = train(apply_lora(tiny_llama(tied=True), config(modules_to_save=["lm_head"])))
+    with torch.no_grad():
+        embedded = model.model.embed_tokens(torch.tensor(TOKENS))
+        assert torch.equal(embedded, rows(model))
+        hidden = model.model(BATCH["input_ids"]).last_hidden_state
+        assert_near(model(**BATCH).logits, hidden @ model.lm_head.copies["default"].weight.t(), torch.float32, 4)
 
 
 class Reader(nn.Module):

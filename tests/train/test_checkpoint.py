@@ -61,8 +61,8 @@ def test_resuming_changes_no_bit(arguments: Make, settings: dict[str, Any]) -> N
     assert any(not torch.equal(v, adapter_values(whole.model)[n]) for n, v in adapter_values(moved.model).items())
 
 
-@pytest.mark.parametrize(("init", "method"), [("top", "gain"), ("once", "lora"), ("pissa_niter_2", "dora")])
-def test_resuming_with_entries_from_outside_changes_no_bit(arguments: Make, init: str, method: str) -> None:
+@pytest.mark.parametrize(("init", "method"), [("top", "gain"), ("pissa_niter_2", "dora")])
+def test_resuming_with_subtracted_products_changes_no_bit(arguments: Make, init: str, method: str) -> None:
     rows = {"rows": {"bert.embeddings.word_embeddings": [3, 4, 5]}}
     config = LoraConfig(r=4, lora_dropout=0.3, init_lora_weights=init, method=method, parts=rows)
     common = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "loraplus_lr_ratio": 4.0}

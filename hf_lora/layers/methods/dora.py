@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...errors import StateError
 from ..contract import AdaptedLayer, FactorSpec, Shape, Update
-from ..ops import can_use_functions, scale_outputs, to_float64, version_of
+from ..ops import can_use_functions, lasting, scale_outputs, to_float64, version_of
 from ..storages import quantization_of, why_unreadable
 from .additive import Additive
 
@@ -104,8 +104,8 @@ def _norms(layer: AdaptedLayer, name: str, dtype: torch.dtype) -> Tensor:
         crossed = _times_weight(layer.whole(), right, dtype).to(left.dtype).mul(left).sum(1)
         squared = (left @ (right @ right.t())).mul(left).sum(1)
     norms = (base + 2 * scaling * crossed + scaling**2 * squared).clamp_min(0).sqrt().to(torch.float32)
-    if cached:
-        state.evaluated[name] = key, norms
+    if cached and (kept_norms := lasting(norms)) is not None:
+        state.evaluated[name] = key, kept_norms
     return norms
 
 
@@ -129,16 +129,15 @@ def _times_weight(layer: AdaptedLayer, right: Tensor, dtype: torch.dtype) -> Ten
 
 def _base_squares(layer: AdaptedLayer, device: torch.device) -> Tensor:
     """‖W‖² of each output (O,) in float64. W is frozen: it is read once, and again after it was changed or moved."""
-    derived, version = layer._lora.derived, None
-    if can_use_functions():
-        version = _identity(layer.weight)
+    derived = layer._lora.derived
+    version = None if torch.compiler.is_compiling() else _identity(layer.weight)
     kept = derived.get("squares")
     if kept is None or (version is not None and kept[0] != version):
         kept = version, _join(layer, (_squares(layer, block) for _, block in _blocks(layer)))
-        if version is not None:
-            derived["squares"] = kept
-    squares: Tensor = kept[1]
-    return squares.to(device)
+        if (squares := lasting(kept[1])) is not None:
+            derived["squares"] = version, squares
+    found: Tensor = kept[1]
+    return found.to(device)
 
 
 def _blocks(layer: AdaptedLayer, dtype: torch.dtype | None = None) -> Iterator[tuple[slice, Tensor]]:

@@ -17,7 +17,7 @@ from ...errors import Faults, StateError, nearest
 from ..base import LoraLayer
 from ..contract import FactorSpec
 from ..hosts import Activity, Held, Host, add_factor, at_hand
-from ..ops import to_compute_dtype, to_float64
+from ..ops import lasting, to_compute_dtype, to_float64
 from ..storages import DenseStorage
 from .base import Fold, Part, Planned
 
@@ -45,9 +45,11 @@ class RowsState(Held):
         """(the sorted ids, the index of the row of each)."""
         found = self._tensors.get((name, device))
         if found is None:
-            ids, order = torch.tensor(self.ids[name], device=device).sort()
-            found = self._tensors[name, device] = ids, order
-        return found
+            ids, order = found = torch.tensor(self.ids[name], device=device).sort()
+            kept = lasting(ids), lasting(order)
+            if kept[0] is not None and kept[1] is not None:
+                self._tensors[name, device] = kept[0], kept[1]
+        return found[0], found[1]
 
 
 class RowsHost(Host):
