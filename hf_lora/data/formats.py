@@ -23,7 +23,7 @@ from typing import Any
 from ..errors import DataError, Faults, nearest
 from . import columns
 from .columns import pair_of, with_more
-from .tables import Table
+from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat, is_prose, is_variables
 
 CHAT, PAIR, RAW, TEXT = "chat", "pair", "raw", "text"
@@ -379,4 +379,6 @@ def _fault_of(role: str | None, content: Any, calls: bool) -> str | None:
         return f"the content is a {type(content).__name__}, not text"
     if not content.strip() and role not in columns.MAY_BE_EMPTY and not calls:
         return "the content is empty"
+    if not is_unicode(content):
+        return f"the content holds {HALF}"
     return None

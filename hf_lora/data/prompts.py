@@ -17,7 +17,7 @@ from .chat import is_templated
 from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
 from .formats import TEXT, Format, read_examples, read_list, read_messages
-from .tables import Table
+from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
@@ -58,6 +58,8 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
             continue
         if not isinstance(value, str) or not value.strip():
             faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not text'}")
+        elif not is_unicode(value):
+            faults.add(f"{where}: the text holds {HALF}")
         prompts.append(with_more(value, more[row]))
     faults.check(DataError, "Correct or remove these rows.")
     return prompts

@@ -51,7 +51,7 @@ class Conversation:
         seed: int | None = None,
     ) -> None:
         faults = Faults("Conversation(model, tokenizer)")
-        check_sampling(faults, max_new_tokens, temperature, top_p)
+        check_sampling(faults, max_new_tokens, temperature, top_p, seed)
         if tokenizer.chat_template is None:
             faults.add(
                 "the tokenizer has no chat template, which turns need; to continue plain texts use generate_texts "

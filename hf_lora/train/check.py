@@ -28,7 +28,7 @@ _AT_LEAST: dict[str, float] = {
     "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
-_BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1}
+_BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 _POSITIVE = ("learning_rate", "num_train_epochs")
 
 
