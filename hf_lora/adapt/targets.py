@@ -178,10 +178,10 @@ def resolve(
             planned.kind = PARTS[kind]
             if (why := selection.why_bypassed(planned.path)) is not None:
                 faults.add(f"{planned.path}: {why}")
-            if (whole := holder(planned.path, plan.saved)) is None:
+            if (outer := holder(planned.path, plan.saved)) is None:
                 plan.others.append(planned)
             elif planned.specs:  # otherwise it would only follow another module
-                faults.add(f"{planned.path}: {whole} is trained whole, so nothing else of the adapter would act in it")
+                faults.add(f"{planned.path}: {outer} is trained whole, so nothing else of the adapter would act in it")
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)
