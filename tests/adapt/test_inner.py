@@ -188,7 +188,7 @@ def test_no_argument_of_pefts_methods_is_ignored(llama: Any, method: str, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_pefts_way_to_call_from_pretrained_is_an_error(llama: Any, tmp_path: Path) -> None:
+def test_pefts_way_to_call_from_pretrained_and_its_arguments(llama: Any, tmp_path: Path) -> None:
     llama.save_pretrained(tmp_path)
     base = tiny_llama()
     with pytest.raises(LoraError) as error:
@@ -197,10 +197,8 @@ def test_pefts_way_to_call_from_pretrained_is_an_error(llama: Any, tmp_path: Pat
         )
     for name in ("autocast_adapter_dtype=False", "ephemeral_gpu_offload=True", "dtype='bfloat16'"):
         assert f"{name} is for loading the base, but base_model is a model in memory" in str(error.value)
-    with pytest.raises(TypeError):
-        LoraModel.from_pretrained(base, tmp_path)
     assert not isinstance(base, LoraModel)
-    loaded = LoraModel.from_pretrained(tmp_path, base_model=base)
+    loaded = LoraModel.from_pretrained(base, tmp_path)
     batch = batch_for(loaded)
     assert torch.equal(loaded(**batch).logits, llama.eval()(**batch).logits)
     gathered = {name: tensor + 1 for name, tensor in llama.state_dict().items()}
