@@ -21,10 +21,14 @@ from hf_lora import LoraModel, build_compute_metrics
 from hf_lora import LoraTrainer as Trainer
 from hf_lora import LoraTrainingArguments as TrainingArguments
 from hf_lora.adapt.report import trainable_parameters
+from hf_lora.cli.threads import threads_for_free_cores
 
 DATA = Path(__file__).parent / "data" / "household"
 OUT = Path("out/demo")
 MESSAGES = ["wake me at quarter to six, will you", "is it going to bucket down on saturday?", "send Priya 20 quid"]
+
+with threads_for_free_cores():  # where other programs use the cores, fewer threads are faster
+    time.sleep(1)
 
 
 def read(name: str) -> tuple[list[str], list[str]]:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -26,7 +27,7 @@ from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report
-from .errors import AdapterFileError, ConfigError, Faults, HubError
+from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
 from .files.load import load_adapter
@@ -136,7 +137,7 @@ def load_lora(
                 file = with_present_names(model, files.pop(0), call)
                 fit_vocabulary(model, file, allow_other_base)
                 _put(model_class, model, file, name, is_trainable, allow_other_base)
-                scale_adapter(model, name, weight, call)
+                scale_adapter(model, name, weight, call, file.path)
                 del file
             model.train(is_trainable)
             if merge:
@@ -156,8 +157,10 @@ def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None)
         try:
             # The adapter's folder is untrusted: code in it is never run.
             return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
-        except (OSError, ValueError, KeyError, ImportError):
-            continue
+        except Exception as error:  # the files' parsers and missing packages raise any exception
+            if auto == "AutoTokenizer" and source and Path(source).is_dir():
+                text = (str(error).splitlines() or [""])[0]
+                logger.warning(f"{source}: {auto} could not read its files ({type(error).__name__}: {text}).")
     return None
 
 
@@ -189,25 +192,30 @@ def _load_base(
     if revision is not None or trained_on is not None:
         kwargs["revision"] = revision or trained_on
     kwargs.setdefault("trust_remote_code", False)  # only the caller may allow it; transformers would prompt
-    kwargs, own_size = _with_settings(name, file, kwargs)
     with held_load_report() as release:
         try:
+            kwargs, own_size = _with_settings(name, file, kwargs)
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
-        except OSError as error:
-            if not is_unanswered(error) and (folder := _on_hub(name, kwargs)) is not None:
+        except LoraError:
+            raise
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            is_file = isinstance(error, OSError)
+            if is_file and not is_unanswered(error) and (folder := _on_hub(name, kwargs)) is not None:
                 return _load_chain(model_class, file, folder, kwargs)
-            if base is None and trained_on is None:
-                raise AdapterFileError(
-                    f"LoraModel.from_pretrained({str(file.path)!r}): the adapter names the base {name!r}, which could "
-                    f"not be loaded ({scrub(str(error).strip().splitlines()[0])}). Pass base_model=: a model, its "
-                    "folder or its repository."
+            call, why = (
+                f"LoraModel.from_pretrained({str(file.path)!r})",
+                scrub(f"{error}\n".strip().partition("\n")[0]),
+            )
+            if trained_on is not None and is_file:
+                raise HubError(
+                    f"{call}: the base {name} at commit {trained_on}, on which the adapter was trained, could not be "
+                    f"loaded ({why}). Check network and access, or pass base_revision='main' to use the current base, "
+                    "whose weights are compared."
                 ) from error
-            if trained_on is None:
-                raise
-            raise HubError(
-                f"LoraModel.from_pretrained({str(file.path)!r}): the base {name} at commit {trained_on}, on which the "
-                f"adapter was trained, could not be loaded ({scrub(str(error).strip().splitlines()[0])}). Check "
-                "network and access, or pass base_revision='main' to use the current base, whose weights are compared."
+            which = f"the adapter names the base {name!r}, which" if base is None else f"the base {str(name)!r}"
+            raise AdapterFileError(
+                f"{call}: {which} could not be loaded ({why}). Pass base_model=: a model, its folder or its "
+                "repository."
             ) from error
         if getattr(model, "_hf_peft_config_loaded", False):  # PEFT is installed, and loaded it with its base
             return _load_chain(model_class, file, str(local_adapter(name)), kwargs)
@@ -328,9 +336,12 @@ def check_merge_arguments(
     if weights is not None:
         if not merge:
             faults.add("weights= needs merge=True")
-        if len(weights) != count:
-            faults.add(f"{len(weights)} weights are given for {count} adapters")
-        for weight in weights:
+        given = [weights] if isinstance(weights, (int, float)) else weights
+        if len(given) != count:
+            faults.add(f"{len(given)} weights are given for {count} adapters")
+        if given is not weights:
+            faults.add(f"weights={weights!r} must be a list, with one number for each adapter")
+        for weight in given:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 faults.add(f"{weight!r} is not a finite number, so it cannot be a weight")
     if untie and not merge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -169,6 +170,10 @@ def test_heads_are_replaced_and_take_no_weight(tmp_path: Path) -> None:
     folders = save(tiny_bert(), tmp_path, (1, 2), modules_to_save=["classifier"])
     with pytest.raises(ConfigError, match=r"(?s)classifier.*its weight must be 1"):
         LoraModel.from_pretrained(folders[:1], base_model=tmp_path / "base", merge=True, weights=[0.5])
+    with pytest.raises(ConfigError, match=re.escape(f"the adapter {str(folders[0])!r} replaces tensors")):
+        LoraModel.from_pretrained(folders[0], base_model=tmp_path / "base", merge=True, weights=[0.5])
+    with pytest.raises(ConfigError, match=r"weights=0.5 must be a list"):
+        LoraModel.from_pretrained(folders[0], base_model=tmp_path / "base", merge=True, weights=0.5)
 
 
 @pytest.mark.slow

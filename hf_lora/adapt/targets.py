@@ -152,36 +152,9 @@ def resolve(
     _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
-    ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
-    tables = (ranks, config.r), (alphas, config.alpha)
-    for path, (shape, sites) in chosen.items():
-        dropout = 0.0 if shape.looks_up else config.lora_dropout
-        for site, storage in sites:
-            name = f"{path}.{site.name}" if isinstance(site, View) else path
-            r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
-            scaling = config.scaling(r, alpha)
-            refused = shape.refuse_rank(site, r) or method.refuse(site, shape)
-            refused = refused or init.refuse(site, shape) or init.refuse_rank(site, shape, r)
-            if refused is not None:
-                faults.add(f"{name}: {refused}")
-                continue
-            specs = init.declare(shape, method.declare(site, shape, r))
-            adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, init)
-            plan.layers.append(Target(name, path, site, shape, storage, adapter, options, from_file=from_file))
-    if not from_file:
-        for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            for key in table.unused():
-                faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
+    plan.layers = list(_layers(chosen, config, method, init, options, from_file, faults))
     plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
-    for kind, wanted in requested_parts(config).items():
-        for planned in PARTS[kind].plan(wanted, modules, faults):
-            planned.kind = PARTS[kind]
-            if (why := selection.why_bypassed(planned.path)) is not None:
-                faults.add(f"{planned.path}: {why}")
-            if (outer := holder(planned.path, plan.saved)) is None:
-                plan.others.append(planned)
-            elif planned.specs:  # otherwise it would only follow another module
-                faults.add(f"{planned.path}: {outer} is trained whole, so nothing else of the adapter would act in it")
+    plan.others = list(_other_parts(config, modules, plan.saved, selection, faults))
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)
@@ -193,6 +166,51 @@ def resolve(
     if excess is not None and not explain:
         logger.warning(f"{call}: {excess}.")
     return plan
+
+
+def _layers(
+    chosen: Mapping[str, tuple[Shape, list[tuple[Any, Storage]]]],
+    config: LoraConfig,
+    method: Method,
+    init: Init,
+    options: str,
+    from_file: bool,
+    faults: Faults,
+) -> Iterator[Target]:
+    """The sites of the chosen modules, with the rank and alpha of each."""
+    ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
+    tables = (ranks, config.r), (alphas, config.alpha)
+    for path, (shape, sites) in chosen.items():
+        dropout = 0.0 if shape.looks_up else config.lora_dropout
+        for site, storage in sites:
+            name = f"{path}.{site.name}" if isinstance(site, View) else path
+            r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
+            refused = shape.refuse_rank(site, r) or method.refuse(site, shape)
+            refused = refused or init.refuse(site, shape) or init.refuse_rank(site, shape, r)
+            if refused is not None:
+                faults.add(f"{name}: {refused}")
+                continue
+            specs = init.declare(shape, method.declare(site, shape, r))
+            adapter = LayerAdapter(method, specs, r, alpha, config.scaling(r, alpha), dropout, init)
+            yield Target(name, path, site, shape, storage, adapter, options, from_file=from_file)
+    for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if not from_file else ():
+        for key in table.unused():
+            faults.add(f"{field_name}[{key!r}] matches no adapted layer{nearest(key, last_names(chosen))}")
+
+
+def _other_parts(
+    config: LoraConfig, modules: dict[str, nn.Module], saved: Mapping[str, str], selection: Selection, faults: Faults
+) -> Iterator[Planned]:
+    """The parts of other kinds that the configuration asks for."""
+    for kind, wanted in requested_parts(config).items():
+        for planned in PARTS[kind].plan(wanted, modules, faults):
+            planned.kind = PARTS[kind]
+            if (why := selection.why_bypassed(planned.path)) is not None:
+                faults.add(f"{planned.path}: {why}")
+            if (above := holder(planned.path, saved)) is None:
+                yield planned
+            elif planned.specs:  # otherwise it would only follow another module
+                faults.add(f"{planned.path}: {above} is trained whole, so nothing else of the adapter would act in it")
 
 
 def _excess(targets: list[Target]) -> str | None:

@@ -20,6 +20,7 @@ from .generate import (
     SYSTEM,
     progress_line,
 )
+from .threads import threads_for_free_cores
 
 
 def register(app: typer.Typer) -> None:
@@ -66,7 +67,8 @@ def eval_(
 
     Rows become tokens as in training, which is recorded with the adapter. Options override that.
     """
-    from ..evaluation.run import evaluate
+    with threads_for_free_cores():
+        from ..evaluation.run import evaluate
 
     found = evaluate(
         source, file, generate=generate, predictions=predictions, limit=limit, text_column=text_column,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .threads import threads_for_free_cores
+
 SUBFOLDER = typer.Option(None, help="Folder within ADAPTER that holds the adapter.")
 ADAPTER = typer.Argument(..., help="The adapter's folder or its name on the Hub.", show_default=False)
 
@@ -54,7 +56,8 @@ def merge(
         adapter, target = what[0], out
     else:
         raise typer.BadParameter("use hf-lora merge ADAPTER --out OUT [--base BASE] or hf-lora merge BASE ADAPTER OUT")
-    from ..export import merge_to_folder
+    with threads_for_free_cores():
+        from ..export import merge_to_folder
 
     folder = merge_to_folder(
         adapter, target, base_model=base, in_memory=len(what) == 1, dtype=dtype, untie=untie, overwrite=overwrite,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import LoraError, nearest
+from .threads import threads_for_free_cores
 
 if TYPE_CHECKING:
     from ..generate.conversation import Conversation
@@ -61,8 +62,9 @@ def chat(
 
     Answers are streamed, and the conversation is kept. /base and /adapter turn the adapter off and on.
     """
-    from ..generate.conversation import Conversation
-    from ..generate.loading import load_for_generation, recorded_format
+    with threads_for_free_cores():
+        from ..generate.conversation import Conversation
+        from ..generate.loading import load_for_generation, recorded_format
 
     model, tokenizer = load_for_generation(
         source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
@@ -170,7 +172,8 @@ def generate(
 
     Prompts come from the command line or a file. Answers are printed, or written with the file's columns as JSONL.
     """
-    from ..generate.texts import generate_answers
+    with threads_for_free_cores():
+        from ..generate.texts import generate_answers
 
     answers = generate_answers(
         source, prompt or None, file=file, out=out, column=column, max_new_tokens=max_new_tokens,

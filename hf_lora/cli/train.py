@@ -80,12 +80,12 @@ def train(
     adapter and the tokenizer are saved.
     """
     with threads_for_free_cores():
-        from ..train.parsing import argument_parser, parse_arguments
+        from ..train.parsing import describe_arguments, parse_arguments
         from ..train.run import first_batch
         from ..train.template import as_yaml
 
     if all_options:
-        typer.echo(argument_parser().format_help())
+        typer.echo(describe_arguments())
         raise typer.Exit
     own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
     declared = [f"--{name}={value}" for name, value in own.items() if value is not None and value is not False]

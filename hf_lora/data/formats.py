@@ -23,8 +23,8 @@ from typing import Any
 from ..errors import DataError, Faults, nearest
 from . import columns
 from .columns import pair_of, with_more
-from .tables import Table
-from .trained import TrainedFormat, is_prose
+from .tables import HALF, Table, is_unicode
+from .trained import TrainedFormat, is_prose, is_variables
 
 CHAT, PAIR, RAW, TEXT = "chat", "pair", "raw", "text"
 
@@ -204,6 +204,14 @@ def common_system(table: Table, data_format: Format) -> str | None:
     return system if is_prose(system) else None
 
 
+def common_variables(table: Table, data_format: Format) -> dict[str, Any] | None:
+    """The template's variables of all chats of a table, if they are the same and can be kept with an adapter."""
+    if data_format.variables is None:
+        return None
+    first, *others = (example.variables for example in read_examples(table, data_format))
+    return first if is_variables(first) and all(each == first for each in others) else None
+
+
 def _known_formats() -> str:
     pairs = [f"{p.prompt!r}{f' (with {p.more!r})' if p.more else ''} and {p.answer!r}" for p in columns.PAIRS]
     return "; ".join([*map(repr, columns.CHATS), *pairs, *map(repr, columns.TEXTS)])
@@ -371,4 +379,6 @@ def _fault_of(role: str | None, content: Any, calls: bool) -> str | None:
         return f"the content is a {type(content).__name__}, not text"
     if not content.strip() and role not in columns.MAY_BE_EMPTY and not calls:
         return "the content is empty"
+    if not is_unicode(content):
+        return f"the content holds {HALF}"
     return None

@@ -17,7 +17,7 @@ from .chat import is_templated
 from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
 from .formats import TEXT, Format, read_examples, read_list, read_messages
-from .tables import Table
+from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
@@ -58,6 +58,8 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
             continue
         if not isinstance(value, str) or not value.strip():
             faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not text'}")
+        elif not is_unicode(value):
+            faults.add(f"{where}: the text holds {HALF}")
         prompts.append(with_more(value, more[row]))
     faults.check(DataError, "Correct or remove these rows.")
     return prompts
@@ -89,6 +91,7 @@ def read_answered(
         )
     templated = is_templated(data_format, tokenizer, use_chat_template)
     faults = Faults(f"reading {table.source}")
+    known = data_format.trained.variables if data_format.trained is not None else None
     prompts: list[Prompt] = []
     answers: list[str] = []
     for row, example in enumerate(read_examples(table, data_format)):
@@ -99,9 +102,10 @@ def read_answered(
         last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         if last == 0:
             faults.add(f"{table.at(row)}: the assistant message is the first, so there is nothing to answer")
-        for name, given in ((TOOLS, example.tools), (VARIABLES, example.variables)):
-            if given:
-                faults.add(f"{table.at(row)}: it has {name}, which are not supported here")
+        if example.tools:
+            faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+        if example.variables and example.variables != known:
+            faults.add(f"{table.at(row)}: {VARIABLES} other than those of the training are not supported here")
         prompts.append(example.messages[:last])
         answers.append(example.messages[last]["content"])
     faults.check(DataError, "Correct or remove these rows.")

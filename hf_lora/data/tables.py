@@ -17,6 +17,17 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Faults, nearest
 
+HALF = "half of a character (a lone surrogate, such as \\ud83d), of which no tokens can be made"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is Unicode: escapes in JSON can also be halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
 
 @dataclass
 class Table:
@@ -64,6 +75,8 @@ class Table:
                 faults.add(f"{self.at(row)}, column {name!r}: {_short(value)} is not text")
             elif not empty and not value.strip():
                 faults.add(f"{self.at(row)}, column {name!r}: the text is empty")
+            elif not is_unicode(value):
+                faults.add(f"{self.at(row)}, column {name!r}: the text holds {HALF}")
         return values
 
     def first(self, limit: int | None) -> Table:
@@ -174,24 +187,13 @@ def _from_records(path: Path, records: list[tuple[int, Any]], unit: str) -> Tabl
     faults = Faults(f"reading {path}")
     names: dict[str, None] = {}
     for position, record in records:
-        if not isinstance(record, dict):
-            faults.add(f"{unit} {position}: {_short(record)} is not a JSON object")
-        elif not _is_unicode(record):
-            faults.add(f"{unit} {position}: it holds half of a character (a lone surrogate, such as \\ud83d)")
-        else:
+        if isinstance(record, dict):
             names |= dict.fromkeys(record)
+        else:
+            faults.add(f"{unit} {position}: {_short(record)} is not a JSON object")
     faults.check(DataError, 'Nothing was read. Each row must be an object, such as {"text": "...", "label": "..."}.')
     columns = {name: [record.get(name) for _, record in records] for name in names}
     return Table(str(path), columns, [position for position, _ in records], unit)
-
-
-def _is_unicode(value: object) -> bool:
-    """Whether all texts in a JSON value are Unicode: escapes in JSON can also be halves of characters."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _why_not_read(error: Exception) -> str:

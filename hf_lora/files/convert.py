@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from ..safe_io.atomic import why_not_writable
 from ..safe_io.reading import own_file, read_json
 from .format import (
     CONFIG_NAME,
@@ -62,7 +63,8 @@ def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) ->
     """Check that a folder can be written without mixing files.
 
     Raises:
-        AdapterFileError: it is a file, it is not empty (unless `overwrite`), or it holds an adapter.
+        AdapterFileError: it is a file, it is not empty (unless `overwrite`), it holds an adapter, or nothing can be
+            written there.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -71,3 +73,6 @@ def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) ->
         raise AdapterFileError(f"{path} holds an adapter ({CONFIG_NAME}). Name another folder.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise AdapterFileError(f"{path} is not empty. Name a new folder, or pass --overwrite (overwrite=True).")
+    reason = why_not_writable(path)
+    if reason is not None:
+        raise AdapterFileError(f"{path}: {reason}. Name another folder.")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..adapt.labels import task_type_of
 from ..adapt.state import trained_format
 from ..data.trained import TrainedFormat
-from ..errors import AdapterFileError, ConfigError, Faults, StateError, nearest
+from ..errors import AdapterFileError, ConfigError, Faults, LoraError, StateError, nearest
 from ..export import DTYPES
 from ..files.format import CONFIG_NAME, read_config, read_extras
 from ..hub.download import FullModelError, local_adapter
@@ -144,10 +144,12 @@ def _load_whole(
             transformers, "AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"
         )
         return auto.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError) as error:
+    except (LoraError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the Hub, the files' parsers and missing packages raise any exception
         raise AdapterFileError(
             f"{call}: it has no adapter, and no language model could be loaded from it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name."
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}). Check the name."
         ) from error
 
 

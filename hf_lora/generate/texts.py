@@ -91,13 +91,13 @@ def iterate_texts(
     if not model.can_generate():
         raise StateError(f"generate_texts: {type(model).__name__} does not generate text. Pass a language model.")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
-    _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops)
-    prompts, system, use_chat_template = as_in_training(
-        trained or trained_format(model), prompts, system, use_chat_template
-    )
+    _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops, seed)
+    trained = trained or trained_format(model)
+    prompts, system, use_chat_template = as_in_training(trained, prompts, system, use_chat_template)
     encoded = encode_prompts(
-        tokenizer, prompts, system, use_chat_template, window_of(model), continued=not model.config.is_encoder_decoder
-    )
+        tokenizer, prompts, system, use_chat_template, window_of(model),
+        continued=not model.config.is_encoder_decoder, variables=trained.variables if trained is not None else None,
+    )  # fmt: skip
     options = sampling(model, tokenizer, temperature, top_p, stops)
     done = 0
     with answering(model, seed):
@@ -179,12 +179,13 @@ def collect_answers(each: Iterator[tuple[int, str]], count: int, file: AnswerFil
 
 
 def _check_settings(
-    prompts: Any, max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stops: list[str]
-) -> None:
+    prompts: Any, max_new_tokens: int, batch_size: int, temperature: float, top_p: float, stops: list[str],
+    seed: int | None,
+) -> None:  # fmt: skip
     faults = Faults("generate_texts")
     if isinstance(prompts, str):
         faults.add("prompts is a string; it must be a list")
-    check_sampling(faults, max_new_tokens, temperature, top_p)
+    check_sampling(faults, max_new_tokens, temperature, top_p, seed)
     if batch_size < 1:
         faults.add(f"batch_size={batch_size} must be at least 1")
     if not all(stops):
@@ -192,7 +193,9 @@ def _check_settings(
     faults.check(ConfigError, "Correct these values.")
 
 
-def check_sampling(faults: Faults, max_new_tokens: int, temperature: float, top_p: float) -> None:
+def check_sampling(
+    faults: Faults, max_new_tokens: int, temperature: float, top_p: float, seed: int | None = None
+) -> None:
     """Add a fault for each invalid value."""
     if max_new_tokens < 1:
         faults.add(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -200,6 +203,8 @@ def check_sampling(faults: Faults, max_new_tokens: int, temperature: float, top_
         faults.add(f"temperature={temperature} must not be negative; 0 is greedy decoding")
     if not 0 < top_p <= 1:
         faults.add(f"top_p={top_p} must be above 0 and at most 1")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        faults.add(f"seed={seed} must fit into 64 bits")
 
 
 def window_of(model: Any) -> int | None:

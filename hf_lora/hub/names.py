@@ -24,8 +24,9 @@ PROCESSING = (
     "vocab.txt", "merges.txt", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "spiece.model",
     "sentencepiece.*", "source.spm", "target.spm", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
+    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
 )  # fmt: skip
-"""Files of tokenizers and processors."""
+"""Files of tokenizers and processors, and of what sentence-transformers has around a model, such as `1_Pooling`."""
 
 
 def is_folder(name: str) -> bool:

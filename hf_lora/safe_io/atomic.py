@@ -25,6 +25,8 @@ from .reading import is_name, read_json
 JOURNAL_NAME = ".hf_lora_moves.json"
 _STALE = 3600.0
 """Seconds after which a temporary file is assumed to be left by a killed process."""
+_PROBE = 2**20
+"""Number of bytes that a folder must take to count as writable."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_TEXTS = (
     *(os.strerror(code).lower() for code in _FULL),
@@ -140,6 +142,28 @@ def no_space(folder: str | os.PathLike[str]) -> str:
     except OSError:
         return "no space is left"
     return f"no space is left ({usage.free / 2**20:.1f} of {usage.total / 2**20:.1f} MiB are free)"
+
+
+def why_not_writable(folder: Path) -> str | None:
+    """Why no file can be written below a folder, which need not exist; None if one can. Nothing is left there."""
+    place = folder
+    try:
+        while not os.path.lexists(place) and place != place.parent:
+            place = place.parent
+        if not place.is_dir():
+            return f"{place} is a file" if place.exists() else f"{place} is a link to nothing"
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(_PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+        longest = max(folder.absolute().parts, key=lambda part: len(os.fsencode(part)))
+        if hasattr(os, "pathconf") and len(os.fsencode(longest)) > os.pathconf(place, "PC_NAME_MAX"):
+            return "the name is too long"
+    except ValueError:
+        return "the name holds a null character"
+    except OSError as error:
+        return no_space(place) if is_full(error) else f"it cannot be written ({error.strerror or error})"
+    return None
 
 
 def temporary_name(name: str, middle: str) -> str:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import PretrainedConfig
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -23,9 +24,11 @@ METRICS = {CLASSIFICATION: ("accuracy", "f1"), REGRESSION: ("mse", "mae"), CAUSA
 """What is computed at evaluations, beside the loss."""
 _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "max_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
+    "max_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0, "adam_beta1": 0,
+    "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
+_BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 _POSITIVE = ("learning_rate", "num_train_epochs")
 
 
@@ -110,6 +113,8 @@ def _check_values(parsed: Parsed, faults: Faults) -> None:
             faults.add(f"{as_flag(name)} {value} is not a finite number")
         elif name in _POSITIVE and value <= 0:
             faults.add(f"{as_flag(name)} {value:g} must be greater than 0")
+        elif value >= _BELOW.get(name, math.inf):
+            faults.add(f"{as_flag(name)} {value:g} must be less than {_BELOW[name]:g}")
         elif value < _AT_LEAST.get(name, value):
             faults.add(f"{as_flag(name)} {value:g} must be at least {_AT_LEAST[name]:g}")
     if training.max_steps == 0 or training.max_steps < -1:
@@ -117,6 +122,13 @@ def _check_values(parsed: Parsed, faults: Faults) -> None:
     if run.dtype is not None and not _is_dtype(run.dtype):
         known = ("float32", "bfloat16", "float16")
         faults.add(f"--dtype {run.dtype} is unknown{nearest(run.dtype, known)}; it is {', '.join(known)} or auto")
+    if isinstance(training.lr_scheduler_kwargs, str):
+        faults.add(f"--lr-scheduler-kwargs {training.lr_scheduler_kwargs} is not a JSON object")
+    if training.optim_args and not all("=" in part for part in str(training.optim_args).split(",")):
+        faults.add(f"--optim-args {training.optim_args} must have the form name=value,name=value")
+    backends, backend = [entry.value.lower() for entry in DynamoBackend], training.torch_compile_backend
+    if backend is not None and backend.lower() not in backends:
+        faults.add(f"--torch-compile-backend {backend} is unknown{nearest(backend, backends)}")
     known_loggers = get_available_reporting_integrations()
     for name in training.report_to or ():
         if name not in known_loggers:

@@ -5,11 +5,12 @@ Each is translated with one warning, so that a script that changes one import al
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transformers.utils import logging
 
@@ -49,6 +50,16 @@ REMOVED = {
     "include_tokens_per_second": "use include_num_input_tokens_seen",
 }
 """Former name -> why it is not needed."""
+TYPES: dict[str, type] = {
+    **dict.fromkeys([*RENAMED.keys() - {"tokenizer"}, *REMOVED, "logging_dir"], str),
+    **dict.fromkeys(["per_gpu_train_batch_size", "per_gpu_eval_batch_size", "max_seq_length"], int),
+    **dict.fromkeys(
+        [*FLAGS, "no_cuda", "use_liger", "use_mps_device", "overwrite_output_dir", "save_safetensors"], bool
+    ),
+    **dict.fromkeys(["use_ipex", "jit_mode_eval", "include_tokens_per_second"], bool),
+    "warmup_ratio": float,
+}
+"""Former name of a training argument -> its type on a command line."""
 
 
 def current_names(given: Mapping[str, Any], known: Callable[[str], bool], call: str) -> dict[str, Any]:
@@ -86,13 +97,31 @@ def current_names(given: Mapping[str, Any], known: Callable[[str], bool], call: 
 
 
 def accepts_former_names(cls: Class) -> Class:
-    """Decorator of a dataclass of training arguments: its constructor accepts their former names."""
+    """Decorator of a dataclass of training arguments: its constructor and its command line accept their former names.
+
+    `HfArgumentParser` makes a flag of each field, so the former names are hidden fields that are always None.
+    """
     original: Callable[..., None] = cls.__init__  # type: ignore[misc]
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name: _default(field) for field in dataclasses.fields(cls)}
+    former = {name: kind for name, kind in TYPES.items() if name not in known and RENAMED.get(name, "seed") in known}
+    hidden = [(name, kind, dataclasses.field(default=None, metadata=_HIDDEN)) for name, kind in former.items()]
+    made = dataclasses.make_dataclass(cls.__name__, hidden, bases=(cls,), repr=False)
 
     @functools.wraps(original)
     def init(self: object, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **current_names(kwargs, known.__contains__, f"{cls.__name__}(…)"))
+        given = {name: value for name, value in kwargs.items() if value is not None or name not in former}
+        for new in {FLAGS.get(name, (RENAMED.get(name), None))[0] for name in given.keys() & former}:
+            if new in given and given[new] == known[new]:  # the parser passes all defaults
+                del given[new]
+        original(self, *args, **current_names(given, known.__contains__, f"{cls.__name__}(…)"))
 
-    cls.__init__ = init  # type: ignore[misc]
-    return cls
+    made.__init__ = init  # type: ignore[misc]
+    made.__module__, made.__qualname__, made.__doc__ = cls.__module__, cls.__qualname__, cls.__doc__
+    return cast(Class, made)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+_HIDDEN = {"help": argparse.SUPPRESS}

@@ -5,20 +5,16 @@ The adapter of the earlier run stays until the new one is complete: files are sa
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from ..errors import Faults
 from ..files.format import CONFIG_NAME
-from ..safe_io.atomic import is_full, no_space
+from ..safe_io.atomic import why_not_writable
 from .checkpoint.manifest import checkpoints
 
 RESULTS = ("eval_results.json", "test_results.json", "train_results.json", "all_results.json", "trainer_state.json")
 """What a run writes at its end, beside the adapter."""
-_PROBE = 2**20
-"""Number of bytes that the folder must take before a run starts."""
 
 
 def check_output(folder: str, resume: str | bool | None, overwrite: bool, faults: Faults) -> None:
@@ -32,7 +28,7 @@ def check_output(folder: str, resume: str | bool | None, overwrite: bool, faults
         faults.add("--output-dir is empty: name a folder for the adapter")
         return
     path = Path(folder)
-    reason = _why_not_writable(path)
+    reason = why_not_writable(path)
     if reason is not None:
         faults.add(f"--output-dir {folder}: {reason}. Name another folder")
         return
@@ -63,25 +59,3 @@ def remove_results(folder: str) -> None:
     """Remove the results of an earlier run, once its adapter is replaced."""
     for name in RESULTS:
         Path(folder, name).unlink(missing_ok=True)
-
-
-def _why_not_writable(folder: Path) -> str | None:
-    """Why no file can be written below a folder, which need not exist; None if one can. Nothing is left there."""
-    place = folder
-    try:
-        while not os.path.lexists(place) and place != place.parent:
-            place = place.parent
-        if not place.is_dir():
-            return f"{place} is a file" if place.exists() else f"{place} is a link to nothing"
-        with tempfile.TemporaryFile(dir=place) as file:
-            file.write(bytes(_PROBE))
-            file.flush()
-            os.fsync(file.fileno())
-        longest = max(folder.absolute().parts, key=lambda part: len(os.fsencode(part)))
-        if len(os.fsencode(longest)) > os.pathconf(place, "PC_NAME_MAX"):
-            return "the name is too long"
-    except ValueError:
-        return "the name holds a null character"
-    except OSError as error:
-        return no_space(place) if is_full(error) else f"it cannot be written ({error.strerror or error})"
-    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +17,12 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.tasks import CAUSAL_LM, CLASSIFICATION
 from ..errors import ConfigError, Faults, LoraError, nearest
 from .arguments import LoraTrainingArguments, flag
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "hf_lora_run",
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 64,
     "warmup_steps": 0.06,  # a fraction of all steps
     "logging_strategy": "epoch",
     "save_strategy": "epoch",
@@ -30,6 +30,19 @@ DEFAULTS: dict[str, Any] = {
     "report_to": ["none"],
 }
 """Defaults that differ from Trainer's, which are meant for long runs of large models."""
+PACKED = "causal-lm, packed"
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    CLASSIFICATION: {
+        "learning_rate": 1e-3, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64, "max_length": 512,
+    },
+    CAUSAL_LM: {
+        "learning_rate": 2e-4, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "max_length": 1024,
+    },
+    PACKED: {
+        "learning_rate": 2e-4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 1024,
+    },
+}  # fmt: skip
+"""Defaults by task. Classifiers are usually small models, which need a higher rate; a packed row holds many texts."""
 
 
 @dataclass
@@ -105,6 +118,17 @@ def argument_parser() -> HfArgumentParser:
     parser = _Parser(classes, prog="hf-lora train", usage=usage, allow_abbrev=False, add_help=False)
     parser.set_defaults(**DEFAULTS)
     return parser
+
+
+def describe_arguments() -> str:
+    """Every argument with its default, which may depend on the task."""
+    text = argument_parser().format_help()
+    for name in TASK_DEFAULTS[CLASSIFICATION]:
+        found = "; ".join(f"{values[name]:g} for {task}" for task, values in TASK_DEFAULTS.items())
+        listed = re.search(rf"--{name} .*?\(default:\s+([^)]*)\)", text, re.DOTALL)
+        if listed is not None:
+            text = text[: listed.start(1)] + found + text[listed.end(1) :]
+    return text
 
 
 def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Parsed:

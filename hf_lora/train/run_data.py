@@ -17,13 +17,7 @@ from ..data.trained import TrainedFormat
 from ..errors import ConfigError
 from .base_model import read_base
 from .check import check_run, check_task
-from .parsing import Parsed, RunArguments
-
-LEARNING_RATES = {CLASSIFICATION: 1e-3, CAUSAL_LM: 2e-4}
-"""Defaults; classifiers are usually small models, which need a higher rate."""
-
-WINDOW = 1024
-"""Default tokens per row of a causal language model, if its context is not shorter."""
+from .parsing import PACKED, TASK_DEFAULTS, Parsed, RunArguments
 
 
 @dataclass
@@ -63,8 +57,10 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     config, tokenizer = read_base(str(run.model), run.model_revision)
     tables = _read_tables(run)
     task = run.task or tasks.choose_task(tables["train"], label=run.label_column, completion=run.completion_column)
-    if "learning_rate" not in parsed.given:
-        training.learning_rate = LEARNING_RATES[task]
+    defaults = TASK_DEFAULTS[PACKED if task == CAUSAL_LM and run.packing else task]
+    for name in ("learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        if name not in parsed.given:
+            setattr(training, name, defaults[name])
     if "dataloader_pin_memory" not in parsed.given:
         training.dataloader_pin_memory = torch.accelerator.is_available()  # avoids torch's warning on a CPU
     if not {"eval", "test"} & set(tables):
@@ -117,9 +113,10 @@ def _read_answers(parsed: Parsed, tables: dict[str, Table], data: Data) -> None:
         ) from error
     from .rows import format_of_table
 
-    run, training, tokenizer, cut = parsed.run, parsed.training, data.tokenizer, 0
+    run, tokenizer, cut = parsed.run, data.tokenizer, 0
     window = getattr(data.config.get_text_config(), "max_position_embeddings", None)
-    data.length = run.max_length or min(WINDOW, window or WINDOW)
+    limit = TASK_DEFAULTS[CAUSAL_LM]["max_length"]
+    data.length = run.max_length or min(limit, window or limit)
     for split, table in tables.items():
         form = recognize_format(table, run.text_column, run.completion_column)
         templated = is_templated(form, tokenizer, run.use_chat_template)
@@ -133,10 +130,6 @@ def _read_answers(parsed: Parsed, tables: dict[str, Table], data: Data) -> None:
         data.rows[split] = Dataset.from_dict({key: [row[key] for row in labelled] for key in ("input_ids", "labels")})
         cut += long
     data.lines += _truncation(cut, "rows")
-    # A packed row holds many texts, so one row per device is a sufficient batch.
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size"):
-        if name not in parsed.given:
-            setattr(training, name, 1 if run.packing else 8)
 
 
 def _read_tables(run: RunArguments) -> dict[str, Table]:

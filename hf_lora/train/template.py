@@ -13,7 +13,7 @@ import yaml
 from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
 from ..errors import ConfigError, nearest
 from .arguments import LoraTrainingArguments
-from .parsing import DEFAULTS, Parsed, RunArguments
+from .parsing import DEFAULTS, PACKED, TASK_DEFAULTS, Parsed, RunArguments
 
 WIDTH = 100
 _DATA = {
@@ -24,7 +24,6 @@ _OPTIONS = {
     CLASSIFICATION: {"text_column": "text", "label_column": "label", "problem_type": "regression", "max_length": 512},
     CAUSAL_LM: {"completion_column": "answer", "packing": True, "last_turn_only": False, "max_length": 1024},
 }
-_RATES = {CLASSIFICATION: (1e-3, 16), CAUSAL_LM: (2e-4, 1)}
 _COMMON = {
     "eval_file": "eval.csv", "dtype": "bfloat16", "lora_alpha": 16, "lora_dropout": 0.05,
     "lora_target_modules": ["all-linear"], "head_learning_rate": 1e-3, "loraplus_lr_ratio": 4,
@@ -43,10 +42,10 @@ def template(task: str, model: str | None = None) -> str:
         raise ConfigError(
             f"hf-lora init: the task {task!r} is unknown{nearest(task, TASKS)}. It is {' or '.join(TASKS)}."
         )
-    rate, batch = _RATES[task]
+    defaults = TASK_DEFAULTS[PACKED if task == CAUSAL_LM else task]
     active: dict[str, Any] = {"model": model or "MODEL", "task": task, **_DATA[task]}
-    active |= {"output_dir": "my-adapter", "lora_r": 8, "num_train_epochs": 3, "learning_rate": rate}
-    active |= {"per_device_train_batch_size": batch}
+    active |= {"output_dir": "my-adapter", "lora_r": 8, "num_train_epochs": 3}
+    active |= {name: defaults[name] for name in ("learning_rate", "per_device_train_batch_size")}
     lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
     for name, value in active.items():
         lines += [*_explained(name), _line(name, value), ""]

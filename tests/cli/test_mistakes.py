@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from hf_lora import ConfigError, LoraModel, TrainingError, finetune
 from hf_lora.cli import train as train_command
 from hf_lora.cli.main import app
 from hf_lora.cli.words import as_command
-from hf_lora.train import base_model, output
+from hf_lora.safe_io import atomic
+from hf_lora.train import base_model
 
 run = functools.partial(run_command, "train")
 FAST = ("--per-device-train-batch-size", "12", "--use_cpu", "--disable-tqdm", "true", "--logging-strategy", "no")
@@ -35,6 +37,8 @@ def places(
     """What the words of the table stand for."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "empty").mkdir()
+    shutil.copytree(llama_folder, folder / "broken")
+    (folder / "broken" / "model.safetensors").write_bytes(b"xx")
     (folder / "file").write_text("x")
     texts = [f"open the door {i}" for i in range(40)]
     for name, labels in {
@@ -46,6 +50,7 @@ def places(
         write_lines(folder / f"{name}.jsonl", [{"text": t, "label": v} for t, v in zip(texts, labels, strict=True)])
     half = (folder / "half.jsonl").read_text().replace("open", "open \\ud83d", 1)
     (folder / "half.jsonl").write_text(half)
+    (folder / "half-chat.jsonl").write_text('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n')
     (folder / "deep.json").write_text("[" * 5000 + "]" * 5000)
     (folder / "deep.jsonl").write_text('{"text": ' + "[" * 5000 + "]" * 5000 + "}\n")
     (folder / "digits.jsonl").write_text('{"text": "a", "label": ' + "1" * 5000 + "}\n")
@@ -85,13 +90,15 @@ WRONG: list[tuple[str, str]] = [
     (
         MODEL + TO + "--dtype floaty --per-device-train-batch-size 0 --gradient-accumulation-steps 0 --max-steps 0 "
         "--learning-rate nan --num-train-epochs 0 --max-length 0 --report-to nonsense --problem-type regresion "
-        "--weight-decay=-1 --eval-file {dir}/none.csv --task chat",
+        "--weight-decay=-1 --eval-file {dir}/none.csv --task chat --adam-beta1 1 --lr-scheduler-kwargs x "
+        "--optim-args x --torch-compile-backend inductr",
         "--dtype floaty is unknown (did you mean 'float32'|--per-device-train-batch-size 0 must be at least 1|"
         "--gradient-accumulation-steps 0 must be at least 1|--max-steps 0 must be at least 1|"
         "--learning-rate nan is not a finite number|--num-train-epochs 0 must be greater than 0|"
         "--max-length 0 must be at least 1|--report-to nonsense is not available|"
         "regresion is unknown (did you mean 'regression'?)|--weight-decay -1 must be at least 0|"
-        "--eval-file {dir}/none.csv does not exist|--task chat is unknown",
+        "--eval-file {dir}/none.csv does not exist|--task chat is unknown|--adam-beta1 1 must be less than 1|"
+        "--lr-scheduler-kwargs x is not a JSON object|--optim-args x must have the form|did you mean 'inductor'",
     ),
     (MODEL + TO + "--learning-rate=-1e-3 --dtype int8", "--learning-rate -0.001 must be greater than 0|--dtype int8"),
     (MODEL + TO + "--optim nonsense", "nonsense"),
@@ -105,7 +112,7 @@ WRONG: list[tuple[str, str]] = [
     (f"--model {{bert}} --train-file {{dir}}/deep.json --output-dir {OUT}", "deep.json: it is nested too deeply"),
     (f"--model {{bert}} --train-file {{dir}}/deep.jsonl --output-dir {OUT}", "line 1: it is nested too deeply"),
     (f"--model {{bert}} --train-file {{dir}}/digits.jsonl --output-dir {OUT}", "line 1: Exceeds the limit"),
-    (f"--model {{bert}} --train-file {{dir}}/half.jsonl --output-dir {OUT}", "line 1: it holds half of a character"),
+    (f"--model {{bert}} --train-file {{dir}}/half.jsonl --output-dir {OUT}", "the text holds half of a"),
     (
         f"--model {{bert}} --train-file {{dir}}/odd.jsonl --output-dir {OUT}",
         "--text-column 'review body' --label-column stars",
@@ -142,6 +149,36 @@ def test_a_wrong_run_is_one_message_before_the_model_is_loaded(
     assert before == {path: path.read_bytes() for path in Path(places["adapter"]).iterdir()}
 
 
+OTHERS = [
+    ("generate {chat} --prompt a --base-model no-such", "the base 'no-such' could not be loaded"),
+    ("generate {chat} --prompt a --base-model {dir}/broken", "the base '{dir}/broken' could not be loaded"),
+    ("generate {chat} --prompt a --seed 99999999999999999999 --batch-size 0", "--seed 99999999999999999999 must fit"),
+    ("generate {dir}/broken --prompt a", "no language model could be loaded from it"),
+    ("eval {chat} --file {dir}/deep.jsonl", "line 1: it is nested too deeply"),
+    ("generate {chat} --file {dir}/half.jsonl --out {dir}/o.jsonl", "line 1, column 'text': the text holds half"),
+    ("eval {chat} --file {dir}/half-chat.jsonl", "message 1: the content holds half of a character"),
+    ("merge {chat} --out /proc/x", "/proc/x: it cannot be written"),
+    ("merge {llama} {chat} /proc/x", "/proc/x"),
+    ("merge {chat} --base no-such --out {dir}/merged", "the base 'no-such' could not be loaded"),
+    ("convert {adapter} --out /proc/x", "/proc/x: it cannot be written"),
+    ("inspect {dir}/empty", "is not an adapter's folder"),
+    ("targets {dir}/empty", "it has no config.json"),
+    ("push {dir}/empty user/x", "empty"),
+    ("pull user/x {dir}/file", "is a file"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), OTHERS, ids=lambda value: value[-30:])
+def test_a_wrong_call_of_another_command_is_one_message(
+    words: str, message: str, places: dict[str, Any], chat_adapter: str
+) -> None:
+    places = places | {"chat": chat_adapter}
+    error = run_command(*shlex.split(words.format(**places)), code=2).stderr
+    assert message.format(**places) in error
+    assert "Traceback" not in error
+    assert not Path(places["dir"], "merged").exists()
+
+
 def test_labels_with_signs_are_classes(places: dict[str, Any]) -> None:
     from hf_lora.data.tables import read_table
     from hf_lora.data.tasks import find_labels
@@ -157,7 +194,7 @@ def test_a_folder_that_cannot_be_written_is_found_by_writing(
     def refuses(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(output.tempfile, "TemporaryFile", refuses)
+    monkeypatch.setattr(atomic.tempfile, "TemporaryFile", refuses)
     text = run("--model", "m", "--train-file", "t.csv", "--output-dir", tmp_path / "a" / "b", code=2).stderr
     assert ("no space is left" if error.errno == 28 else "Permission denied") in text
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,8 @@ from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lora import ConfigError, LoraModel, finetune
-from hf_lora.train.parsing import DEFAULTS, parse_arguments
+from hf_lora.train.parsing import DEFAULTS, TASK_DEFAULTS, parse_arguments
+from hf_lora.train.run_data import read_data
 
 run = functools.partial(run_command, "train")
 
@@ -204,7 +205,7 @@ def test_every_default_is_an_argument_and_is_overridden() -> None:
     parsed = parse_arguments(["--warmup-steps", "3", "--per_device_train_batch_size", "2"])
     assert parsed.training.warmup_steps == 3
     assert parsed.training.per_device_train_batch_size == 2
-    assert parsed.training.per_device_eval_batch_size == DEFAULTS["per_device_eval_batch_size"]
+    assert parsed.training.save_total_limit == DEFAULTS["save_total_limit"]
     assert parsed.given == {"warmup_steps", "per_device_train_batch_size"}
 
 
@@ -228,3 +229,19 @@ def test_no_row_is_longer_than_the_models_positions(bert_folder: str, tmp_path: 
         out = tmp_path / f"out{len(more)}"
         run("--model", bert_folder, "--train-file", file, "--test-file", file, "--output-dir", out, *FAST, *more)
         assert "test_accuracy" in (out / "test_results.json").read_text()
+
+
+@pytest.mark.parametrize("task", list(TASK_DEFAULTS))
+def test_the_listed_defaults_are_those_of_a_run(
+    task: str, bert_folder: str, llama_folder: str, texts_folder: Path, tmp_path: Path
+) -> None:
+    text = re.sub(r"\s+", " ", run("--all-options").stdout)
+    kind = task.partition(",")[0]
+    base, rows = (bert_folder, "rows.csv") if kind == "text-classification" else (llama_folder, "pairs.jsonl")
+    words = ["--model", base, "--train-file", str(texts_folder / rows), "--output-dir", str(tmp_path), "--use-cpu"]
+    parsed = parse_arguments([*words, "--packing", str(task != "causal-lm")])
+    read_data(parsed)
+    for name in ("learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        listed = re.search(rf"--{name} .*?\(default: ([^)]*)\)", text)
+        assert listed is not None
+        assert f"{getattr(parsed.training, name):g} for {task}" in listed[1].split("; ")

@@ -16,6 +16,7 @@ import torch
 
 from hf_lora.data.chat import chat_rows, is_templated, label_chat, label_pair, label_text, show_batch
 from hf_lora.data.formats import recognize_format
+from hf_lora.data.prompts import read_answered, read_prompts
 from hf_lora.data.tables import Table, read_table
 from hf_lora.errors import ConfigError, DataError
 
@@ -473,3 +474,58 @@ def test_a_batch_is_shown_with_what_is_learned(bytes_: Any) -> None:
     }
     documents = [f"row 1, document {n}: {line}\n{text}" for n in (1, 2)]
     assert show_batch(bytes_, packed) == "\n".join(documents)
+
+
+TONES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "[[{{ (tone | default('')) + m['content'] + '<|im_end|>' }}]]{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("text", [True, False])
+def test_variables_of_a_row_reach_its_template(marked: bool, text: bool, bytes_: Any) -> None:
+    """Null is as if the row did not have the variable; the reference is transformers' rendering of each row."""
+    begin, end = ("{% generation %}", "{% endgeneration %}")
+    twin = TONES.replace("[[", begin).replace("]]", end)
+    bytes_.chat_template = twin if marked else TONES.replace("[[", "").replace("]]", "")
+    given: list[Any] = [{"tone": "kindly "}, {"tone": None}, {}, None, {"documents": []}]
+    chats = [chat(CHATS["one"])] * len(given)
+    cells = [json.dumps(cell) if text and cell is not None else cell for cell in given]
+    table = Table("t", {"messages": chats, "chat_template_kwargs": cells}, list(range(1, 6)), "row")
+    data_format = recognize_format(table)
+    assert data_format.variables == "chat_template_kwargs"
+    assert not data_format.unused
+    rows, _ = chat_rows(table, data_format, bytes_, 999)
+    for row, messages, variables in zip(rows, chats, given, strict=True):
+        known = {name: value for name, value in (variables or {}).items() if value is not None}
+        expected = bytes_.apply_chat_template(
+            messages, chat_template=twin, return_assistant_tokens_mask=True, return_dict=True, **known
+        )
+        assert row["input_ids"] == expected["input_ids"]
+        pairs = zip(expected["input_ids"], expected["assistant_masks"], strict=True)
+        # In a marked template the variable is part of the turn; in another one it may be part of any.
+        if marked:
+            assert row["labels"] == [token if mask else -100 for token, mask in pairs]
+        assert bytes_.decode([t for t in row["labels"] if t != -100]).endswith("Hello!<|im_end|>")
+
+
+def test_every_wrong_variable_is_listed(bytes_: Any) -> None:
+    bytes_.chat_template = PLAIN["chatml"]
+    cells = ["{", [1], {"tools": []}, {"add_generation_prompt": True}]
+    rows = {"messages": [chat(CHATS["one"])] * 4, "chat_template_kwargs": cells}
+    for wrong, faults in (
+        (cells[:2], ["not valid JSON", "a list instead of an object"]),
+        (cells[2:], ["tools", "add_gen"]),
+    ):
+        table = Table("t", {**rows, "messages": rows["messages"][:2], "chat_template_kwargs": wrong}, [1, 2], "row")
+        with pytest.raises(DataError) as caught:
+            chat_rows(table, recognize_format(table), bytes_, 999)
+        assert len(caught.value.faults) == 2
+        for fault in faults:
+            assert fault in str(caught.value)
+    table = Table("t", {**rows, "chat_template_kwargs": [{"tone": "a"}] * 4}, [1, 2, 3, 4], "row")
+    for read in (lambda: read_prompts(table), lambda: read_answered(table, recognize_format(table), bytes_)):
+        with pytest.raises(DataError, match=r"row 1.*chat_template_kwargs.*not supported here"):
+            read()

@@ -48,7 +48,7 @@ def test_the_peak_without_weights_is_that_of_a_real_step(make: Callable[[], Any]
     assert peak_of_step(empty, shape, task) - head == pytest.approx(live.peak, rel=0.1 if checkpointing else 0.02)
 
 
-@pytest.mark.parametrize("kind", ["classes", "packed", "rows"])
+@pytest.mark.parametrize("kind", ["classes", "packed", pytest.param("rows", marks=pytest.mark.slow)])
 def test_counts_are_those_of_the_run(
     kind: str, bert_like: str, chat_like: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tiny import sentences, tiny_bert
-from transformers import TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_lora import ConfigError, LoraSeq2SeqTrainingArguments, LoraTrainer, LoraTrainingArguments
 from hf_lora.train.former_names import FLAGS, REMOVED, RENAMED, current_names
@@ -39,6 +40,24 @@ def test_former_names_have_their_present_meaning(cls: Any, messages: list[str]) 
     assert different == []
     for name in former:
         assert sum(f": {name}" in text for text in messages) == 1, name
+
+
+@pytest.mark.parametrize("cls", [LoraTrainingArguments, LoraSeq2SeqTrainingArguments])
+def test_former_flags_have_their_present_meaning_on_a_command_line(cls: Any) -> None:
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    words = ["--output_dir", "out", "--report_to", "none"]
+    for name, value in FORMER.items():
+        if name not in known:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    [found] = HfArgumentParser(cls).parse_args_into_dataclasses(words)
+    expected = cls("out", report_to="none", **PRESENT)
+    different = [f.name for f in dataclasses.fields(cls) if getattr(found, f.name) != getattr(expected, f.name)]
+    assert different == []
+    assert not found.overwrite_output_dir  # scripts read it
+    assert "overwrite_output_dir" not in HfArgumentParser(cls).format_help()
+    again = pickle.loads(pickle.dumps(found))
+    assert type(again) is cls
+    assert again.to_dict() == found.to_dict()
 
 
 def test_a_flag_that_is_off_changes_nothing() -> None:

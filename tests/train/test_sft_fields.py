@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers import assert_same_tensors, snapshot, tiny_llama
 from test_chat import byte_tokenizer
 from test_sft import QUIET, adapted, llama, one_step
@@ -183,9 +184,10 @@ def test_rows_loss_and_gradients_are_trls(
     for ours in (True, False):
         if not ours and name == "bodies":
             data = data.remove_columns("text")
-        trainer = made(ours, model, tokenizer, data, tmp_path, **settings)
+        given = {"eval_dataset": data if "eval_packing" in settings else None}
+        trainer = made(ours, model, tokenizer, data, tmp_path, given, **settings)
         assert trainer.args.assistant_only_loss is {**NOT_PACKED, **settings}["assistant_only_loss"]
-        found.append((rows_of(trainer.train_dataset), rows_of(trainer.eval_dataset), *one_step(trainer)))
+        found.append((rows_of(trainer.train_dataset), rows_of(trainer.eval_dataset or ()), *one_step(trainer)))
         found[-1] += (trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id)
     (train, evaluated, loss, gradients, metrics, *ends), theirs = found[0], found[1]
     assert train == theirs[0]
@@ -221,8 +223,21 @@ def test_streamed_rows_are_those_of_trl_and_of_a_whole_dataset(
     found = [(rows_of(t.train_dataset), rows_of(t.eval_dataset)) for t in (ours, theirs)]
     assert found[0] == found[1]
     assert found[0][0] == rows_of(made(True, model, tokenizer, whole, tmp_path, **given).train_dataset)
-    ours.train()
-    assert ours.state.global_step == 1
+    if settings.get("packing"):
+        ours.train()
+        assert ours.state.global_step == 1
+
+
+def test_datasets_of_a_later_evaluation_are_prepared_as_in_training(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    data = datasets.Dataset.from_dict(VARIABLES)
+    found = []
+    for ours in (True, False):
+        trainer = made(ours, model, tokenizer, data, tmp_path, {"eval_dataset": None})
+        trainer.model.eval()
+        found.append([trainer.evaluate(data)["eval_loss"], trainer.evaluate({"a": data})["eval_a_loss"]])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
 
 
 def test_a_chat_without_an_answer_in_a_stream_names_its_row(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -419,6 +434,51 @@ def test_a_template_from_a_file_or_a_tokenizer(model: Any, tokenizer: Any, tmp_p
         again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=str(tmp_path / "base"))
         ids = {"input_ids": torch.tensor([[3, 40, mine.config.vocab_size - 1]])}
         assert torch.equal(again(**ids).logits, mine.eval()(**ids).logits)
+
+
+SEES = (
+    "{% macro text(m) %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{% endmacro %}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ text(m) + '<|im_end|>' }}{% endgeneration %}{% else %}{{ text(m) + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_a_processor_of_images_renders_the_chats_as_in_trl(images: bool, tmp_path: Path) -> None:
+    pil = pytest.importorskip("PIL.Image")
+    words = byte_tokenizer()
+    words.add_tokens(["<image>"], special_tokens=True)
+    words.image_token = "<image>"
+    size = {"height": 28, "width": 28}
+    pixels = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    processor = transformers.LlavaProcessor(
+        pixels(size={"shortest_edge": 28}, crop_size=size), words, patch_size=14,
+        vision_feature_select_strategy="default", chat_template=SEES, num_additional_image_tokens=1,
+    )  # fmt: skip
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**small, image_size=28, patch_size=14),
+        text_config=transformers.LlamaConfig(**small, vocab_size=448, max_position_embeddings=256),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = adapted(transformers.LlavaForConditionalGeneration(config), target_modules=["gate_proj"])
+    rows: dict[str, list[Any]] = {"messages": [row[:2] for row in DATA["chats"]["messages"]]}
+    if images:
+        rows["images"] = [[pil.new("RGB", (28, 28), (40 * i, 9, 9))] for i in range(len(WORDS))]
+    data = datasets.Dataset.from_dict(rows)
+    found = []
+    for ours in (True, False):
+        trainer = made(ours, model, processor, data, tmp_path, {"eval_dataset": None})
+        assert trainer.args.assistant_only_loss
+        torch.manual_seed(0)
+        batch = next(iter(trainer.get_train_dataloader()))
+        found.append((batch["input_ids"].tolist(), batch["labels"].tolist(), float(one_step(trainer)[0])))
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == pytest.approx(found[1][2], rel=1e-5)
+    learned = [token for token in found[0][1][0] if token != -100]
+    assert 0 < len(learned) < len(found[0][1][0])
 
 
 class Collator:

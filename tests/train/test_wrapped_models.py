@@ -16,6 +16,7 @@ from transformers import BertForSequenceClassification, Trainer
 from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, StateError, apply_lora
 from hf_lora.adapt.state import state_of
 from hf_lora.adapt.walk import adapter_layers
+from hf_lora.testing import LocalHub
 
 ROWS = [{"ids": torch.arange(i, i + 6), "labels": torch.tensor(i % 3)} for i in range(12)]
 
@@ -93,8 +94,8 @@ def test_the_adapter_is_that_of_the_model_inside(
     for saved in (folder, tmp_path / "saved", tmp_path / "own"):
         again = LoraModel.from_pretrained(saved)
         assert torch.equal(again(input_ids=ids).logits, expected), saved
-    again = trainer(Wrapper(loaded(base)), arguments(name="more", lora_adapter=str(folder)), train_dataset=ROWS)
-    assert torch.equal(again.model.eval().inner(input_ids=ids).logits, expected)
+    more = trainer(Wrapper(loaded(base)), arguments(name="more", lora_adapter=str(folder)), train_dataset=ROWS)
+    assert torch.equal(more.model.eval().inner(input_ids=ids).logits, expected)
 
 
 def test_a_wrapper_with_parameters_is_adapted_as_a_whole(base: Path, arguments: Callable[..., Any]) -> None:
@@ -106,6 +107,13 @@ def test_a_wrapper_with_parameters_is_adapted_as_a_whole(base: Path, arguments: 
     inner = apply_lora(loaded(base), LoraConfig(r=4))
     with pytest.raises(StateError, match="inner already has adapters"):
         PlainLoraTrainer(Wrapper(inner, own=True), arguments(), train_dataset=ROWS)
+
+
+def test_wrappers_of_torch_are_refused_as_before(base: Path, arguments: Callable[..., Any]) -> None:
+    for wrap in (torch.compile, nn.DataParallel):
+        for model in (loaded(base), apply_lora(loaded(base), LoraConfig(r=4))):
+            with pytest.raises(StateError, match=r"compiled|data parallelism"):
+                PlainLoraTrainer(wrap(model), arguments(), train_dataset=ROWS)
 
 
 TEXTS = ["a man plays guitar", "the cat sits on mat", "dog runs in park", "sun is hot"] * 2
@@ -178,6 +186,15 @@ def test_a_training_of_sentence_transformers(kind: str, texts_base: str, tmp_pat
     for folder in ("saved", "own", "run/checkpoint-4"):
         found = values(base(str(tmp_path / folder), device="cpu"))
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6), folder
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        run.args.hub_model_id, run.args.hub_token = "user/pushed", hub.token
+        run.push_to_hub()
+        for path, data in hub.files("user/pushed").items():
+            (tmp_path / "pulled" / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "pulled" / path).write_bytes(data)
+    assert (tmp_path / "pulled" / "modules.json").is_file()
+    found = values(base(str(tmp_path / "pulled"), device="cpu"))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
     resumed = made("resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.equal(values(resumed.model), expected)
