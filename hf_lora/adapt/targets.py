@@ -19,7 +19,7 @@ from ..layers.contract import FactorSpec, Method, Shape, Storage
 from ..layers.hosts import is_offloaded
 from ..layers.inits import INITS, Init, find_init, init_name
 from ..layers.methods import METHODS
-from ..layers.parts import PARTS, Planned
+from ..layers.parts import PARTS, Planned, TokenRows
 from ..layers.site import LayerAdapter
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.views import View
@@ -345,7 +345,11 @@ def _notes(modules: dict[str, nn.Module], plan: Explanation) -> list[str]:
         weight = module._parameters.get("weight")
         if weight is not None:
             users.setdefault(id(weight), []).append(name)
-    notes = []
+    notes = [
+        f"{planned.path}: the rows of {len(planned.options[0])} tokens are trained"
+        for planned in plan.others
+        if issubclass(planned.kind, TokenRows)
+    ]
     for target in plan.layers:
         holder = target.name.rpartition(".")[0] if isinstance(target.site, View) else target.name
         shared = [n for n in users.get(id(target.site._parameters.get("weight")), ()) if n != holder]

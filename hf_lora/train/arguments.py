@@ -86,6 +86,9 @@ class LoraArguments:
         "Modules to train whole and save with the adapter; none: no module. Default: a task head that the base "
         "checkpoint did not have.",
     )
+    lora_trainable_token_indices: list[int] | None = flag(
+        None, "Tokens whose rows of the input embedding are trained and saved, such as all added ones."
+    )
     lora_init: str = flag(
         "true",
         "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 
-from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
+from hf_lora import LoraConfig, LoraModel, StateError, TargetError, apply_lora, explain_targets, merge_files
 from hf_lora.adapt.inject import inject
 from hf_lora.files.format import WEIGHTS_NAME
 
@@ -256,6 +256,7 @@ def test_what_has_no_such_rows_is_refused(tokens: Any, match: str) -> None:
 def test_a_module_that_is_trained_whole_has_no_rows_beside() -> None:
     with pytest.raises(TargetError, match=r"model\.embed_tokens is trained whole, so nothing else"):
         apply_lora(tiny_llama(), config(modules_to_save=["embed_tokens"]))
+    assert "note: model.embed_tokens: the rows of 3 tokens are trained" in str(explain_targets(tiny_llama(), config()))
     model = train(apply_lora(tiny_llama(tied=True), config(modules_to_save=["lm_head"])))
     with torch.no_grad():
         embedded = model.model.embed_tokens(torch.tensor(TOKENS))

@@ -21,7 +21,8 @@ FLAGS = [
     "--lora_exclude_modules", "0.query", "--lora_layers_to_transform", "0", "1", "--lora_layers_pattern", "layer",
     "--lora_rank_pattern", '{"value":2}', "--lora_alpha_pattern", '{"value":3.5}', "--lora_use_rslora",
     "--lora_bias", "lora_only", "--lora_modules_to_save", "classifier", "--lora_init", "gaussian",
-    "--lora_task_type", "SEQ_CLS", "--lora_use_dora", "--loraplus_lr_ratio", "8", "--head_learning_rate", "1e-3",
+    "--lora_task_type", "SEQ_CLS", "--lora_use_dora", "--lora_trainable_token_indices", "9", "3",
+    "--loraplus_lr_ratio", "8", "--head_learning_rate", "1e-3",
 ]  # fmt: skip
 VALUES: dict[str, Any] = {
     "lora_r": 4,
@@ -36,6 +37,7 @@ VALUES: dict[str, Any] = {
     "lora_use_rslora": True,
     "lora_bias": "lora_only",
     "lora_use_dora": True,
+    "lora_trainable_token_indices": [9, 3],
     "lora_modules_to_save": ["classifier"],
     "lora_init": "gaussian",
     "lora_task_type": "SEQ_CLS",
@@ -46,7 +48,7 @@ CONFIG = LoraConfig(
     r=4, lora_alpha=6, lora_dropout=0.1, target_modules=["query", "value"], exclude_modules=["0.query"],
     layers_to_transform=[0, 1], layers_pattern=["layer"], rank_pattern={"value": 2}, alpha_pattern={"value": 3.5},
     use_rslora=True, bias="lora_only", modules_to_save=["classifier"], init_lora_weights="gaussian",
-    task_type="SEQ_CLS", use_dora=True,
+    task_type="SEQ_CLS", use_dora=True, trainable_token_indices=[9, 3],
 )  # fmt: skip
 
 
