@@ -213,10 +213,10 @@ def _load_base(
                     "whose weights are compared."
                 ) from error
             which = f"the adapter names the base {name!r}, which" if base is None else f"the base {str(name)!r}"
-            raise AdapterFileError(
-                f"{call}: {which} could not be loaded ({why}). Pass base_model=: a model, its folder or its "
-                "repository."
-            ) from error
+            step = "Pass base_model=: a model, its folder or its repository."
+            if "trust_remote_code" in str(error):
+                step = "If you trust its code, pass trust_remote_code=True."
+            raise AdapterFileError(f"{call}: {which} could not be loaded ({why}). {step}") from error
         if getattr(model, "_hf_peft_config_loaded", False):  # PEFT is installed, and loaded it with its base
             return _load_chain(model_class, file, str(local_adapter(name)), kwargs)
         if own_size:
