@@ -307,6 +307,7 @@ KINDS: list[tuple[Exception, str, int]] = [
     (AssertionError(), "failed unexpectedly (AssertionError)", 1),
     (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'", 1),
     (MemoryError(), "memory is exhausted", 1),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "memory is exhausted (DefaultCPUAllocator", 1),
     (torch.OutOfMemoryError("CUDA out of memory"), "memory is exhausted (CUDA out of memory)", 1),
     (ConfigError("inspect_adapter('here'): wrong. Pass subfolder='x'."), "inspect here: wrong. Pass --subfolder x", 2),
 ]
