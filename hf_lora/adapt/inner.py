@@ -57,13 +57,12 @@ def adapted_part(model: nn.Module) -> nn.Module:
     Wrappers that save their parts themselves, as those of sentence-transformers do, then write and load the adapter as
     a part. They may have no parameters of their own, which no file of an adapter would hold.
     """
-    if isinstance(model, PreTrainedModel) or state_of(model) is not None:
+    saves_itself = hasattr(type(model), "save_pretrained")  # of the class: a compiled model has its model's attributes
+    if not saves_itself or isinstance(model, PreTrainedModel) or state_of(model) is not None:
         return model
     inner = next(outermost_models(model), None)
-    if inner is None or not (hasattr(model, "save_pretrained") or state_of(inner) is not None):
-        return model
-    inside = {id(p) for p in inner.parameters()}
-    return inner if all(id(p) in inside for p in model.parameters()) else model
+    inside = {id(p) for p in inner.parameters()} if inner is not None else set()
+    return inner if inner is not None and all(id(p) in inside for p in model.parameters()) else model
 
 
 def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,12 +17,10 @@ from .encode import with_system
 from .formats import PAIR, RAW, TEXT, Example, Format, Message, read_examples
 from .spans import IGNORED, Labeled, LabelError, Template, Variables, label_spans, special_ids
 from .tables import Table
+from .trained import of_the_call
 
 TRAINED_MARKS = ("⟦", "⟧")
 """Put around trained text by `show_batch`."""
-
-OF_THE_CALL = signature(PreTrainedTokenizerBase.apply_chat_template).parameters.keys() - {"documents", "kwargs"}
-"""Names that are not variables of a template, but arguments of the call that renders it."""
 
 
 def label_chat(
@@ -59,7 +56,7 @@ def label_chat(
 
 
 def _checked(variables: Variables) -> Variables:
-    wrong = sorted(OF_THE_CALL & variables.keys())
+    wrong = sorted(of_the_call() & variables.keys())
     if wrong:
         raise LabelError(
             f"{VARIABLES} may not set {', '.join(wrong)}", "Tools are a column of their own; leave all others out."
@@ -235,9 +232,11 @@ def _label(
         return Labeled(*label_pair(tokenizer, prompt + data_format.between, completion))
     if messages is None:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    whole = with_system(messages, data_format.trained.system if data_format.trained is not None else None)
+    trained = data_format.trained
+    whole = with_system(messages, trained.system if trained is not None else None)
     first = example.train_from + len(whole) - len(messages) if completion_only else 0
-    variables = {"tools": example.tools, **_checked(example.variables)}
+    common = (trained.variables if trained is not None else None) or {}
+    variables = {"tools": example.tools, **common, **_checked(example.variables)}
     return _label_chat(template, whole, variables, last_turn_only, first)
 
 

@@ -21,10 +21,12 @@ def encode_prompts(
     use_chat_template: bool | None = None,
     window: int | None = None,
     continued: bool = True,
+    variables: Mapping[str, Any] | None = None,
 ) -> list[list[int]]:
     """The tokens of each prompt, including the generation prompt of the chat template.
 
     Args:
+        variables: further variables of the chat template.
         continued: the answer continues the prompt, so an EOS that the tokenizer adds to a text is removed. False for
             encoder-decoders.
 
@@ -52,7 +54,7 @@ def encode_prompts(
             if use_chat_template is False or not template:
                 ids = _raw_ids(tokenizer, str(prompt), continued)
             else:
-                ids = _chat_ids(tokenizer, prompt, system)
+                ids = _chat_ids(tokenizer, prompt, system, variables or {})
             if window is not None and len(ids) >= window:
                 raise DataError(
                     f"has {len(ids):,} tokens; the model's context window has {window:,}, including the answer"
@@ -99,7 +101,9 @@ def _raw_ids(tokenizer: PreTrainedTokenizerBase, text: str, continued: bool) -> 
     return ids[:-1] if continued and adds_end else ids
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None) -> list[int]:
+def _chat_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | None, variables: Mapping[str, Any]
+) -> list[int]:
     from jinja2 import TemplateError
 
     messages: list[Any] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -111,7 +115,7 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, system: str | 
         raise DataError("is empty")
     try:
         made: Any = tokenizer.apply_chat_template(
-            with_system(messages, system), add_generation_prompt=True, tokenize=True, return_dict=True
+            with_system(messages, system), add_generation_prompt=True, tokenize=True, return_dict=True, **variables
         )
     except TemplateError as error:
         raise DataError(f"does not fit the tokenizer's chat template: {error}") from error

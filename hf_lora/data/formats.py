@@ -24,7 +24,7 @@ from ..errors import DataError, Faults, nearest
 from . import columns
 from .columns import pair_of, with_more
 from .tables import HALF, Table, is_unicode
-from .trained import TrainedFormat, is_prose
+from .trained import TrainedFormat, is_prose, is_variables
 
 CHAT, PAIR, RAW, TEXT = "chat", "pair", "raw", "text"
 
@@ -202,6 +202,14 @@ def common_system(table: Table, data_format: Format) -> str | None:
     found = {message["content"] if message["role"] == "system" else None for message in first}
     system = found.pop() if len(found) == 1 else None
     return system if is_prose(system) else None
+
+
+def common_variables(table: Table, data_format: Format) -> dict[str, Any] | None:
+    """The template's variables of all chats of a table, if they are the same and can be kept with an adapter."""
+    if data_format.variables is None:
+        return None
+    first, *others = (example.variables for example in read_examples(table, data_format))
+    return first if is_variables(first) and all(each == first for each in others) else None
 
 
 def _known_formats() -> str:

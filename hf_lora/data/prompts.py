@@ -91,6 +91,7 @@ def read_answered(
         )
     templated = is_templated(data_format, tokenizer, use_chat_template)
     faults = Faults(f"reading {table.source}")
+    known = data_format.trained.variables if data_format.trained is not None else None
     prompts: list[Prompt] = []
     answers: list[str] = []
     for row, example in enumerate(read_examples(table, data_format)):
@@ -101,9 +102,10 @@ def read_answered(
         last = max(i for i, message in enumerate(example.messages) if message["role"] == "assistant")
         if last == 0:
             faults.add(f"{table.at(row)}: the assistant message is the first, so there is nothing to answer")
-        for name, given in ((TOOLS, example.tools), (VARIABLES, example.variables)):
-            if given:
-                faults.add(f"{table.at(row)}: it has {name}, which are not supported here")
+        if example.tools:
+            faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+        if example.variables and example.variables != known:
+            faults.add(f"{table.at(row)}: {VARIABLES} other than those of the training are not supported here")
         prompts.append(example.messages[:last])
         answers.append(example.messages[last]["content"])
     faults.check(DataError, "Correct or remove these rows.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from inspect import signature
 from typing import Any
 
 KINDS = ("chat", "pair", "raw", "text", "classes")
@@ -11,6 +13,8 @@ KINDS = ("chat", "pair", "raw", "text", "classes")
 
 MAX_PROSE = 2**14
 """Maximum characters of a system message that is kept."""
+MAX_VARIABLES = 32
+"""Maximum number of template variables that are kept."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class TrainedFormat:
         separator: the text between a prompt without a chat template and its answer.
         last_turn_only: whether only the last assistant turn of a chat was trained.
         system: the system message of all chats, if they had the same.
+        variables: the further variables of the chat template, if all chats had the same.
         max_length: longer rows were truncated to this many tokens.
     """
 
@@ -37,6 +42,7 @@ class TrainedFormat:
     separator: str | None = None
     last_turn_only: bool | None = None
     system: str | None = None
+    variables: dict[str, Any] | None = None
     max_length: int | None = None
 
     @classmethod
@@ -57,6 +63,8 @@ class TrainedFormat:
             parts.append(f"separator {self.separator!r}")
         if self.system is not None:
             parts.append(f"system message {self.system[:60]!r}{' …' if len(self.system) > 60 else ''}")
+        if self.variables:
+            parts.append(f"template variables {self.variables}")
         if self.last_turn_only:
             parts.append("last turn only")
         if self.max_length is not None:
@@ -67,6 +75,24 @@ class TrainedFormat:
 def is_prose(value: object) -> bool:
     """Whether a value is a text of printable lines, and not too long for a record."""
     return isinstance(value, str) and len(value) <= MAX_PROSE and value.translate(_WHITE).isprintable()
+
+
+@functools.cache
+def of_the_call() -> frozenset[str]:
+    """Names that are not variables of a chat template, but arguments of the call that renders it."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset(signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents", "kwargs"}
+
+
+def is_variables(value: object) -> bool:
+    """Whether a value maps names that a chat template may read to numbers, truth values and texts."""
+    return (
+        isinstance(value, Mapping)
+        and 0 < len(value) <= MAX_VARIABLES
+        and all(isinstance(name, str) and name.isidentifier() and name not in of_the_call() for name in value)
+        and all(isinstance(each, bool | int | float) or is_prose(each) for each in value.values())
+    )
 
 
 _WHITE = str.maketrans("\n\r\t", "   ")

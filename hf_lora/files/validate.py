@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from ..adapt.patterns import as_text, table_pattern, why_invalid
 from ..config import IN_PEFT, TASK_TYPES
-from ..data.trained import KINDS, is_prose
+from ..data.trained import KINDS, is_prose, is_variables
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
 from .base_config import check_settings
@@ -183,6 +183,7 @@ _FORMAT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("text_column", "completion_column", "pair_column", "label_column"), is_text),
     **dict.fromkeys(("use_chat_template", "last_turn_only"), lambda value: isinstance(value, bool)),
     **dict.fromkeys(("separator", "system"), is_prose),
+    "variables": is_variables,
     "max_length": _is_length,
 }
 """Field of `TrainedFormat` -> whether a value is valid."""

@@ -64,6 +64,7 @@ class Conversation:
         self.tokenizer = tokenizer
         trained = trained_format(model)
         self.system = as_in_training(trained, [[]], system)[1]
+        self._variables = trained.variables if trained is not None else None
         if trained is not None and trained.use_chat_template is False:
             logger.warning(
                 f"The adapter was trained without the chat template ({trained}), which a conversation needs: its "
@@ -153,7 +154,7 @@ class Conversation:
         """The newest messages that fit, beginning with a user message, and the tokens of the prompt."""
         window = window_of(self.model)
         while True:
-            [ids] = encode_prompts(self.tokenizer, [messages], self.system)
+            [ids] = encode_prompts(self.tokenizer, [messages], self.system, variables=self._variables)
             if window is None or len(ids) + min(self.max_new_tokens, window // 2) <= window:
                 return messages, ids
             if len(messages) == 1:

@@ -92,12 +92,12 @@ def iterate_texts(
         raise StateError(f"generate_texts: {type(model).__name__} does not generate text. Pass a language model.")
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     _check_settings(prompts, max_new_tokens, batch_size, temperature, top_p, stops, seed)
-    prompts, system, use_chat_template = as_in_training(
-        trained or trained_format(model), prompts, system, use_chat_template
-    )
+    trained = trained or trained_format(model)
+    prompts, system, use_chat_template = as_in_training(trained, prompts, system, use_chat_template)
     encoded = encode_prompts(
-        tokenizer, prompts, system, use_chat_template, window_of(model), continued=not model.config.is_encoder_decoder
-    )
+        tokenizer, prompts, system, use_chat_template, window_of(model),
+        continued=not model.config.is_encoder_decoder, variables=trained.variables if trained is not None else None,
+    )  # fmt: skip
     options = sampling(model, tokenizer, temperature, top_p, stops)
     done = 0
     with answering(model, seed):

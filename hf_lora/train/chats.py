@@ -81,7 +81,7 @@ def labeled(
     table = table_with(first_row(data), 0)
     trained = format_of_table(table, recognize_format(table), True, args.max_length)
     found = data.map(label, with_indices=True, remove_columns=list(table.columns))
-    return found, replace(trained, system=None)  # other rows may have another system message
+    return found, replace(trained, system=None, variables=None)  # other rows may have others
 
 
 def formatted(data: Any, function: Callable[[dict[str, Any]], str], args: SFTConfig) -> Any:

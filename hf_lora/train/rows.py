@@ -7,7 +7,7 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from ..data.formats import RAW, TEXT, Format, common_system
+from ..data.formats import RAW, TEXT, Format, common_system, common_variables
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..hub.card.escape import clean
@@ -26,11 +26,15 @@ def format_of_table(
             "pass it to hf-lora chat, generate and eval with --system."
         )
         system = None
+    variables = common_variables(table, data_format)
+    if any(isinstance(value, str) and clean(value) != value.strip() for value in (variables or {}).values()):
+        logger.warning("chat_template_kwargs seem to hold a path or a secret, so they are not kept with the adapter.")
+        variables = None
     text, answer = (*data_format.columns[:2], None)[:2]
     return TrainedFormat(
         data_format.kind, text, answer, use_chat_template=templated,
         separator=data_format.between if answer is not None and not templated else None,
-        last_turn_only=last_turn_only, system=system, max_length=max_length,
+        last_turn_only=last_turn_only, system=system, variables=variables, max_length=max_length,
     )  # fmt: skip
 
 

@@ -194,7 +194,10 @@ BAD_EXTRAS: dict[str, list[Any]] = {
                             ("text_column", 5), ("completion_column", "a\nb"), ("pair_column", ""),
                             ("label_column", "x" * 5000), ("use_chat_template", "yes"), ("last_turn_only", 1),
                             ("separator", "\x1b[2J"), ("separator", 3), ("system", "x" * 20_000), ("system", []),
-                            ("max_length", 0), ("max_length", -1), ("max_length", True), ("max_length", "64")))],
+                            ("max_length", 0), ("max_length", -1), ("max_length", True), ("max_length", "64"),
+                            ("variables", {"tokenize": False}), ("variables", {"chat_template": "x"}),
+                            ("variables", {"a b": 1}), ("variables", {"a": []}), ("variables", ["a"]),
+                            ("variables", {"a": "\x1b[2J"})))],
 }  # fmt: skip
 BAD_BASES: dict[str, list[Any]] = {
     "weights": [5, [], {"x": "!!"}, {"x": 5}, {"x": "AA=="}, {"x": ""}, {"x": "A" * 100_000}],

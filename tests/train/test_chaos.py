@@ -30,7 +30,8 @@ def test_a_killed_run_resumes_from_the_newest_complete_checkpoint(ranks: int, ki
     ]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "ckpt_chaos", *map(str, words)], capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CKPT_CHAOS_CRASH_RANK": str(killed)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "DID NOT CRASH" not in done.stdout
     assert done.stdout.splitlines()[-1] == f"PASS: {points + 1}"  # and the control

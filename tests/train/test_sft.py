@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pickle
 from pathlib import Path
@@ -13,11 +14,12 @@ from helpers import adapter_gradients, assert_same_tensors, randomize, snapshot,
 from test_chat import PLAIN, byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from hf_lora import LoraConfig, LoraModel, apply_lora, build_compute_metrics
+from hf_lora import Conversation, LoraConfig, LoraModel, apply_lora, build_compute_metrics, generate_texts
 from hf_lora.adapt.state import trained_format
 from hf_lora.data.chat import chat_rows
 from hf_lora.data.encode import as_in_training, encode_prompts
 from hf_lora.data.formats import recognize_format
+from hf_lora.data.prompts import read_answered
 from hf_lora.data.tables import table_of
 from hf_lora.errors import ConfigError, DataError, TargetError
 
@@ -320,3 +322,58 @@ def test_prompts_have_the_tokens_of_training(kind: str, tokenizer: Any, chats: A
     ids = encode_prompts(tokenizer, *as_in_training(trained, prompts))[0]
     assert trainer.train_dataset[0]["input_ids"][: len(ids)] == ids
     assert trained.max_length == 96
+
+
+MOODS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + (mood | default('')) + '\n' + m['content'] }}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant' + (mood | default('')) + '\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("moods", [["!", "!"], ["!", "?"], [None, None]])
+def test_prompts_have_the_variables_that_all_chats_had(moods: list[Any], chats: Any, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer(MOODS)
+    variables = [{"mood": mood} for mood in moods]
+    data = chats.select(range(2)).add_column("chat_template_kwargs", variables)
+    trainer = sft(llama(), tokenizer, data, tmp_path, packing=False)
+    trainer.save_model(str(tmp_path / "adapter"))
+    model = LoraModel.from_pretrained(tmp_path / "adapter", base_model=llama())
+    trained = trained_format(model)
+    assert trained is not None
+    assert trained.variables == (variables[0] if moods == ["!", "!"] else None)
+    prompt = chats[0]["messages"][:1]
+    row = trainer.train_dataset[0]["input_ids"]
+    ids = encode_prompts(tokenizer, [prompt], variables=trained.variables)[0]
+    assert (row[: len(ids)] == ids) is (moods != ["!", "?"])
+    with recorded_prompts() as seen:
+        Conversation(model, tokenizer, max_new_tokens=1).say(prompt[0]["content"])
+        generate_texts(model, tokenizer, [prompt], max_new_tokens=1)
+    assert seen == [ids, ids]
+    table = table_of(data, "rows")
+    data_format = recognize_format(table, trained=trained)
+    if moods == ["!", "?"]:
+        with pytest.raises(DataError, match=r"row 1: chat_template_kwargs other than those of the training"):
+            read_answered(table, data_format, tokenizer)
+    else:
+        assert len(read_answered(table, data_format, tokenizer)[0]) == 2
+    table = table_of(chats.select(range(2)), "rows without the column")
+    rows, _ = chat_rows(table, recognize_format(table, trained=trained), tokenizer, 96)
+    assert (rows[0]["input_ids"] == row) is (moods != ["!", "?"])
+
+
+@contextlib.contextmanager
+def recorded_prompts() -> Any:
+    """The tokens of each prompt that a model continues."""
+    from transformers import GenerationMixin
+
+    seen: list[list[int]] = []
+    own = GenerationMixin.generate
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["input_ids"][0].tolist())
+        return own(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", generate)
+        yield seen

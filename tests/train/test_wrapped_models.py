@@ -109,6 +109,13 @@ def test_a_wrapper_with_parameters_is_adapted_as_a_whole(base: Path, arguments: 
         PlainLoraTrainer(Wrapper(inner, own=True), arguments(), train_dataset=ROWS)
 
 
+def test_wrappers_of_torch_are_refused_as_before(base: Path, arguments: Callable[..., Any]) -> None:
+    for wrap in (torch.compile, nn.DataParallel):
+        for model in (loaded(base), apply_lora(loaded(base), LoraConfig(r=4))):
+            with pytest.raises(StateError, match=r"compiled|data parallelism"):
+                PlainLoraTrainer(wrap(model), arguments(), train_dataset=ROWS)
+
+
 TEXTS = ["a man plays guitar", "the cat sits on mat", "dog runs in park", "sun is hot"] * 2
 OTHERS = ["a woman plays guitar", "the dog sits on mat", "cat runs in park", "moon is cold"] * 2
 

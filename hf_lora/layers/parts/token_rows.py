@@ -147,7 +147,7 @@ class TokenRows(Part):
     def remove(self, keep: bool = False) -> None:
         held: Any = self.module._modules[ROWS]
         held._modules.pop(self.adapter, None)
-        if not held._modules:
+        if self.module._lora_rows.names == (self.adapter,):  # other modules may share `held`, and be done with it
             del self.module._modules[ROWS]
         RowsHost.let_go(self.module, self.adapter)
 
