@@ -346,6 +346,8 @@ def test_ctrl_c_in_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
         ("load_for_generation('user/x'): wrong", "hf-lora train user/x: wrong"),
         ("LoraModel.from_pretrained(PosixPath('/a (b)/c')): wrong", "hf-lora train /a (b)/c: wrong"),
         ("plain text (with: colons): kept", "plain text (with: colons): kept"),
+        ("call(" + "'a', (" * 200 + "x", "call(" + "'a', (" * 200 + "x"),
+        ("call(" + "'a', " * 200 + "x", "call(" + "'a', " * 200 + "x"),
     ],
 )
 def test_messages_are_in_the_words_of_the_command(message: str, expected: str) -> None:
