@@ -17,6 +17,8 @@ from . import env, files, generate, hub, init, targets, train
 from . import eval as eval_command
 from .words import as_command
 
+_NO_MEMORY = "can't allocate memory"
+"""In the text of PyTorch's RuntimeError on a CPU."""
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as in a shell."""
 
@@ -42,7 +44,7 @@ class _Commands(TyperGroup):
         if isinstance(error, LoraError):
             return as_command(str(error), command, self._options(ctx))
         text = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in text:
             return f"{command}: memory is exhausted ({text}). Smaller batches or shorter rows need less."
         what = f"{type(error).__name__}: {text}" if text else type(error).__name__
         if isinstance(error, OSError):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 _TEXT = r"'([^'\n]*)'"
 _CALL = re.compile(
-    rf"\A(?:[A-Za-z][\w.]*\((?:{_TEXT}|[^\n()]|\((?:{_TEXT}|[^\n()])*\))*\)|evaluate|[a-z]+(?:_[a-z]+)+):"
+    rf"\A(?:[A-Za-z][\w.]*\((?:{_TEXT}|[^\n()']|\((?:{_TEXT}|[^\n()'])*\))*\)|evaluate|[a-z]+(?:_[a-z]+)+):"
 )
 """A call or the name of a function with which a message begins; a group is an argument that is a text, or its path."""
 _SENTENCES = {

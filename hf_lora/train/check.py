@@ -25,7 +25,7 @@ METRICS = {CLASSIFICATION: ("accuracy", "f1"), REGRESSION: ("mse", "mae"), CAUSA
 _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "max_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0, "adam_beta1": 0,
-    "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0,
+    "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0, "dataloader_num_workers": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
 _BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}

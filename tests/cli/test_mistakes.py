@@ -307,6 +307,7 @@ KINDS: list[tuple[Exception, str, int]] = [
     (AssertionError(), "failed unexpectedly (AssertionError)", 1),
     (PermissionError(13, "Permission denied", "a.txt"), "Permission denied: 'a.txt'", 1),
     (MemoryError(), "memory is exhausted", 1),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9"), "memory is exhausted (DefaultCPUAllocator", 1),
     (torch.OutOfMemoryError("CUDA out of memory"), "memory is exhausted (CUDA out of memory)", 1),
     (ConfigError("inspect_adapter('here'): wrong. Pass subfolder='x'."), "inspect here: wrong. Pass --subfolder x", 2),
 ]
@@ -345,6 +346,8 @@ def test_ctrl_c_in_any_command(monkeypatch: pytest.MonkeyPatch) -> None:
         ("load_for_generation('user/x'): wrong", "hf-lora train user/x: wrong"),
         ("LoraModel.from_pretrained(PosixPath('/a (b)/c')): wrong", "hf-lora train /a (b)/c: wrong"),
         ("plain text (with: colons): kept", "plain text (with: colons): kept"),
+        ("call(" + "'a', (" * 200 + "x", "call(" + "'a', (" * 200 + "x"),
+        ("call(" + "'a', " * 200 + "x", "call(" + "'a', " * 200 + "x"),
     ],
 )
 def test_messages_are_in_the_words_of_the_command(message: str, expected: str) -> None:
