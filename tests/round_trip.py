@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from helpers import relative_error
+from packaging.version import Version
 from peft.utils import transformers_weight_conversion
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter
@@ -26,6 +27,8 @@ ROUNDINGS = 64
 
 COMPONENTS = ("fc", "a_fc", "fc2", "block", "layers", "0", "1", "q", "lora_q", "score", "classifier", "pre_classifier")
 """Names of modules, some of which end with others."""
+if Version(peft.__version__) < Version("0.20"):  # it takes a module called lora_q for one of its own
+    COMPONENTS = tuple(name for name in COMPONENTS if name != "lora_q")
 
 
 class Tree(nn.Module):
