@@ -33,6 +33,9 @@ MESSAGES = {
         "(the dtype of its other weights).",
     ),
     ("adapt/targets.py", "llm_int8_skip_modules or modules_to_not_convert: "),
+    # Packages whose versions are printed.
+    ("cli/env.py", "bitsandbytes"),
+    ("cli/env.py", "torchao"),
 }
 
 
