@@ -196,9 +196,9 @@ def _load_base(
         try:
             kwargs, own_size = _with_settings(name, file, kwargs)
             model, found = _class_of(file, name, kwargs).from_pretrained(name, output_loading_info=True, **kwargs)
-        except LoraError:
+        except (LoraError, torch.OutOfMemoryError):
             raise
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             is_file = isinstance(error, OSError)
             if is_file and not is_unanswered(error) and (folder := _on_hub(name, kwargs)) is not None:
                 return _load_chain(model_class, file, folder, kwargs)

@@ -369,7 +369,8 @@ def _check_weight(fold: Fold, keep: bool, faults: Faults) -> None:
         )
     elif is_partitioned(weight) or not storage.owns(fold.site):
         kind = "partitioned by ZeRO-3" if is_partitioned(weight) else f"a {type(weight).__name__}"
-        faults.add(f"{path}: its weight is now {kind}, which cannot be merged in place")
+        why = "; pickling a quantized weight removes its class: load the base again" if storage.quantized else ""
+        faults.add(f"{path}: its weight is now {kind}, which cannot be merged in place{why}")
     elif weight.dim() == 1 and not all(fits(block, weight.dtype) for _, block in merged_rows(fold)):
         faults.add(f"{path}: a merged value is not finite, or too large for {weight.dtype}")
 
@@ -377,7 +378,7 @@ def _check_weight(fold: Fold, keep: bool, faults: Faults) -> None:
 def _check_ties(model: nn.Module, folds: Sequence[Fold], untie: bool, faults: Faults) -> None:
     """Add a fault for each weight that is shared with modules which its update must not reach."""
     users = tensor_users(model)
-    meant_for_several = {fold.name for fold in folds if fold.holders is None or len(fold.holders) > 1}
+    meant_for_several = {id(f.site.weight) for f in folds if f.holders is None or len(f.holders) > 1}
     for fold in folds:
         if not fold.storage.readable or fold.site.weight is None or fold.holders is None:
             continue
@@ -390,7 +391,7 @@ def _check_ties(model: nn.Module, folds: Sequence[Fold], untie: bool, faults: Fa
                 f"{tied}, which the update must not change. Either keep the adapter unmerged, or pass untie=True to "
                 "give the layer its own weight (the saved model then contains both)"
             )
-        elif fold.name in meant_for_several:
+        elif id(fold.site.weight) in meant_for_several:
             faults.add(f"{tied}, and another update applies to all of them")
         elif forward_reads_tie_flag(model):
             faults.add(

@@ -207,6 +207,11 @@ def _other_parts(
             planned.kind = PARTS[kind]
             if (why := selection.why_bypassed(planned.path)) is not None:
                 faults.add(f"{planned.path}: {why}")
+            if not planned.specs and planned.path in selection.chosen:
+                faults.add(
+                    f"{planned.path}: it shares its weight with a module whose tensors are trained, so it cannot be "
+                    "adapted too; leave it out of target_modules"
+                )
             if (above := holder(planned.path, saved)) is None:
                 yield planned
             elif planned.specs:  # otherwise it would only follow another module

@@ -84,11 +84,16 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             activity.set(enabled=before)
 
 
+def tied_folds(model: nn.Module, folds: Iterable[Fold]) -> list[Fold]:
+    """The folds of tensors that other modules use too, which the update must not reach."""
+    users = tensor_users(model)
+    return [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
+
+
 def untie_adapted(model: nn.Module, folds: Iterable[Fold]) -> Ties:
     """Untie every tensor that will be merged, in memory and in the config. Returns what was tied."""
     ties = Ties()
-    users = tensor_users(model)
-    shared = [f for f in folds if f.holders is not None and len(users[id(f.site.weight)]) > len(f.holders)]
+    shared = tied_folds(model, folds)
     if not shared:
         return ties
     for fold in shared:

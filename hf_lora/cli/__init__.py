@@ -8,6 +8,7 @@ In: arguments and YAML files. Out: printed text and an exit code. Each command i
 - `generate`: `chat` and `generate`.
 - `files`: `merge`, `convert` and `inspect`.
 - `hub`: `push` and `pull`.
+- `quiet`: warnings of imported libraries that are dropped.
 - `words`: messages of the library in the words of a command.
 """
 

@@ -15,6 +15,7 @@ from ..errors import LoraError
 from ..versions import check_versions
 from . import env, files, generate, hub, init, targets, train
 from . import eval as eval_command
+from .quiet import silence_imports
 from .words import as_command
 
 _NO_MEMORY = "can't allocate memory"
@@ -29,6 +30,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             check_versions()
+            if not ctx.params.get("debug"):
+                silence_imports()
             return super().invoke(ctx)
         except KeyboardInterrupt as end:
             typer.echo("Interrupted.", err=True)

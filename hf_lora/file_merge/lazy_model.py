@@ -27,7 +27,7 @@ from ..files.format import AdapterFile
 from ..files.load import load_adapter
 from ..files.model_class import auto_class, class_in_config, class_in_file, class_named_in
 from ..files.renamed import with_present_names
-from ..files.vocabulary import vocabulary_in
+from ..files.vocabulary import holds_new_rows, vocabulary_in
 from .naming import Names, names_on_disk
 from .ranges import Checkpoint
 
@@ -132,6 +132,8 @@ def _fit_vocabulary(model: PreTrainedModel, file: AdapterFile, call: str, allow_
         return False
     if whole is not None:
         text.vocab_size = saved
+    elif saved > now and holds_new_rows(model, file):
+        raise AdapterFileError(f"{call}: rows for new tokens cannot be merged from file to file. {IN_MEMORY}")
     elif saved > now and not allow_other_base:
         raise BaseMismatchError(
             f"{call}: the adapter was trained with {saved} rows of the token embedding, the base's config has {now}, "

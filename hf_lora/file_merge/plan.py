@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapt.folding import merged_rows
 from ..adapt.merge import by_tensor, check_mergeable, folds_of
+from ..adapt.ties import tied_folds
 from ..adapt.walk import parts
 from ..errors import Faults, MergeError
 from ..layers.parts import Fold
@@ -158,7 +159,7 @@ def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, s
     shell = plan.shell
     whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
     tied = {name for pair in shell.ties.items() for name in pair if name in shell.owners}
-    adapted = untie and any(fold.name in tied for fold in folds)
+    adapted = untie and any(fold.name in tied for fold in tied_folds(shell.model, folds))
     parted = any(key.startswith(p) != source.startswith(p) for p in whole for key, source in shell.ties.items())
     plan.untied = adapted or parted
     return [(name, shell.owners[name]) for name in sorted(tied - shell.names.held)] if plan.untied else []
@@ -171,6 +172,8 @@ def _plan_folds(plan: Plan, folds: Sequence[Fold], replaced: Collection[str], fa
         name = fold.name
         if name in replaced:
             faults.add(f"{name}: the adapter both replaces and updates it, which only works in memory. {IN_MEMORY}")
+        if fold.holders is None and plan.untied and name in {each for pair in shell.ties.items() for each in pair}:
+            faults.add(f"{name}: rows of a weight that is untied can only be merged in memory. {IN_MEMORY}")
         if name in shell.misshapen or (name not in shell.owners and name not in shell.names.held):
             continue  # reported separately
         storage = _rows_in_files(plan, name, tuple(fold.site.weight.shape), faults)
@@ -214,7 +217,8 @@ def _rows_in_files(plan: Plan, name: str, shape: tuple[int, ...], faults: Faults
         faults.add(f"{name}: {runs}")
         return None
     dtype = plan.dtype_of(shell.checkpoint.tensors[runs[0].key].dtype)
-    return FileStorage(shape, runs, shell.checkpoint, dtype, name if owner != name else None)
+    renamed = name if owner != name and plan.untied else None
+    return FileStorage(shape, runs, shell.checkpoint, dtype, renamed)
 
 
 def _check_shapes(shell: Shell, replaced: Collection[str], extra: Sequence[tuple[str, str]], faults: Faults) -> None:
@@ -250,9 +254,11 @@ def _lay_out(plan: Plan, extra: Sequence[tuple[str, str]]) -> None:
             if out is None and change.shape is not None:
                 out = outs_by_name[name] = Out(name, change.storage.dtype, change.shape)
                 plan.shards[-1].outs.append(out)
-            if out is not None and change.shape is not None:
+            if out is None:
+                raise MergeError(f"{change.name}: no file of the result would hold {name}. {IN_MEMORY}")
+            if change.shape is not None:
                 out.shape, out.dtype = change.shape, change.storage.dtype
-            if out is not None and rows == (out.shape[0] if out.shape else 1):
+            if rows == (out.shape[0] if out.shape else 1):
                 out.base = None
     for shard, read in zip(plan.shards, shell.checkpoint.shards, strict=True):
         described = [(out.name, out.dtype, out.shape) for out in shard.outs]

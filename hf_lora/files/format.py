@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import logging
 
 from ..adapt.targets import check_names
 from ..config import ALL_LINEAR, LoraConfig
@@ -36,6 +37,8 @@ from ..safe_io.headers import TensorFile, read_header
 from ..safe_io.reading import REPAIR, own_file, read_json
 from .initializations import read_init
 from .validate import check_config, check_extras
+
+logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -174,8 +177,10 @@ def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     copies: dict[str, Tensor] = {}
     suffixes = {suffix for suffix, _ in factor_keys()}
     for key, tensor in tensors.items():
-        path = key.removesuffix(".base_layer.weight")
-        if path != key and any(f"{path}.{suffix}" in tensors for suffix in suffixes):
+        path, rows = key.removesuffix(".base_layer.weight"), key.removesuffix(".token_adapter.base_layer.weight")
+        if rows != key:
+            copies[rows.removeprefix(PREFIX)] = tensor
+        elif path != key and any(f"{path}.{suffix}" in tensors for suffix in suffixes):
             copies[path.removeprefix(PREFIX)] = tensor
         elif not _is_written_twice(key, tensors):
             own[key] = tensor
@@ -299,7 +304,8 @@ def read_config(path: Path) -> LoraConfig:
     )
     extras = read_extras(path)
     config.task_type = config.task_type or extras.get("task_type")
-    config.method = extras.get("method", config.method)
+    if config.method == "lora":
+        config.method = extras.get("method", config.method)
     return config
 
 
@@ -328,6 +334,9 @@ def read_extras(path: Path) -> dict[str, Any]:
     """The hf_lora.json of a folder; empty if another library wrote the adapter."""
     values = read_json(path, EXTRAS_NAME)
     if values is None:
+        return {}
+    if "peft_version" in (read_json(path, CONFIG_NAME) or {}):  # PEFT replaced the adapter, and left this file
+        logger.info(f"{path}: {EXTRAS_NAME} is of an earlier adapter, which PEFT has replaced; it is ignored.")
         return {}
     check_extras(values, str(path / EXTRAS_NAME))
     return values

@@ -25,6 +25,7 @@ from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
+from ..layers.inits import find_init
 from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
@@ -229,8 +230,17 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
         raise AdapterFileError(str(error), error.faults) from error
     plan.saved |= {p: why for p, why in whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
-    plan.saved = {path: why for path, why in plan.saved.items() if path in held}
-    frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items()}
+    # A head that only the task implies may be missing; what the file names must be in it, or it would be random.
+    named = whole_modules(model, replace(file.config, task_type=None), own=bool(file.extras))
+    plan.saved = {
+        path: why
+        for path, why in plan.saved.items()
+        if path in held or (holder(path, named) is not None and original_state(module_at(model, path)))
+    }
+    init = find_init(file.config.init_lora_weights)
+    # In a copy of a layer whose initialization took something out of the base, that is missing.
+    reduced = {target.path for target in plan.layers} if init is not None and init[0].takes_out else set[str]()
+    frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items() if path not in reduced}
     buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
     keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())
     frozen |= {key.removeprefix(PREFIX): file.tensors[key] for key in keys}

@@ -57,17 +57,18 @@ def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tens
 
 def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
     """Whether the file has the rows of the token embeddings that the base lacks: in whole embeddings, or alone."""
-    ends = (input_embedding(model), output_embedding(model))
-    weights = {id(module._parameters.get("weight")) for module in ends if module is not None}
+    ends = [module for module in (input_embedding(model), output_embedding(model)) if module is not None]
     named = [(path, id(module._parameters.get("weight"))) for path, module in original_modules(model)]
-    held = {weight for path, weight in named if path in file.base_copies or key_of(path, "weight") in file.tensors}
+    held = {weight for path, weight in named if path in file.base_copies}
+    # A module that is trained whole holds its own rows, and not those of another one that shares its weight.
+    whole = {id(module) for path, module in original_modules(model) if key_of(path, "weight") in file.tensors}
     rows, _ = vocabulary_in(model, file)
     new, wanted = range(vocabulary_of(model) or 0, rows or 0), file.config.trainable_token_indices
     if new and wanted:
         modules = dict(original_modules(model))
         trained = ((path, ids) for path, ids in rows_by_path(wanted, modules, Faults("")) if set(ids).issuperset(new))
         held |= {id(modules[path]._parameters.get("weight")) for path, _ in trained}
-    return weights <= held
+    return all(id(module._parameters.get("weight")) in held or id(module) in whole for module in ends)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from hf_lora import __version__
 from hf_lora.cli.main import app
+from hf_lora.cli.quiet import LOGGERS
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate")
 
@@ -47,3 +49,16 @@ def test_our_errors_are_one_message_and_exit_code_2(tmp_path) -> None:
     assert result.exit_code == 2
     assert result.stderr.startswith(f"Error: {tmp_path} is not an adapter's folder")
     assert "Traceback" not in result.output
+
+
+def test_warnings_of_imported_libraries_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        CliRunner().invoke(app, ["inspect", "nothing-is-here"])
+    for name in LOGGERS:
+        logger = logging.getLogger(name)
+        assert len(logger.filters) == 1
+        logger.setLevel(logging.DEBUG)  # as the libraries do
+        logger.warning("what nobody can change")
+        logger.error("what matters in %s", name)
+    assert "what nobody can change" not in caplog.text
+    assert [r.name for r in caplog.records if "what matters" in r.getMessage()] in (list(LOGGERS), list(LOGGERS[:3]))

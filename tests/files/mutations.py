@@ -53,7 +53,7 @@ def _head(folder: Path) -> None:
 def _rows(folder: Path) -> None:
     base = tiny_llama(tied=True)
     base.resize_token_embeddings(70, mean_resizing=False)
-    model = apply_lora(base, LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["embed_tokens"]))
+    model = apply_lora(base, LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["embed_tokens", "lm_head"]))
     randomize(model).save_pretrained(folder)
 
 

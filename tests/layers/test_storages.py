@@ -36,6 +36,9 @@ MESSAGES = {
     # Packages whose versions are printed.
     ("cli/env.py", "bitsandbytes"),
     ("cli/env.py", "torchao"),
+    # Loggers that the commands silence.
+    ("cli/quiet.py", "bitsandbytes"),
+    ("cli/quiet.py", "torchao"),
 }
 
 
