@@ -48,7 +48,9 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
     before = state.activity.active
     switched = {n for n in (*before, *names) if (n in before) != (n in names)}
     changed = {n for n in switched if n in state.adapters and state.adapters[n].trainable}
-    tensors: list[tuple[nn.Parameter, bool]] = []  # whose `requires_grad` changes, and to what
+    # Plain lists of tensors: thousands of tuples would start the garbage collection of a large model.
+    begin: list[nn.Parameter] = []
+    end: list[nn.Parameter] = []
     grads: list[tuple[nn.Parameter, Tensor]] = []  # of those that are not trained then
     for name, held in adapter_modules(model, changed) if changed else ():
         leaves, parameters = name in before, held_parameters(held)
@@ -58,19 +60,23 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
         for key, tensor in parameters:
             wanted = not leaves and key not in frozen
             if tensor.requires_grad is not wanted:
-                tensors.append((tensor, wanted))
+                (begin if wanted else end).append(tensor)
             if not wanted and tensor.grad is not None:
                 grads.append((tensor, tensor.grad))
     try:
         switch(model, state, active=names)
-        for tensor, wanted in tensors:
-            tensor.requires_grad = wanted
+        for tensor in begin:
+            tensor.requires_grad = True
+        for tensor in end:
+            tensor.requires_grad = False
         for tensor, _ in grads:
             tensor.grad = None
     except BaseException:
         switch(model, state, active=before)
-        for tensor, wanted in tensors:
-            tensor.requires_grad = not wanted
+        for tensor in begin:
+            tensor.requires_grad = False
+        for tensor in end:
+            tensor.requires_grad = True
         for tensor, grad in grads:
             tensor.grad = grad
         raise
