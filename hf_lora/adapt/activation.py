@@ -65,21 +65,23 @@ def set_active(model: nn.Module, state: LoraState, names: tuple[str, ...]) -> No
                 grads.append((tensor, tensor.grad))
     try:
         switch(model, state, active=names)
-        for tensor in begin:
-            tensor.requires_grad = True
-        for tensor in end:
-            tensor.requires_grad = False
+        _train(begin, end)
         for tensor, _ in grads:
             tensor.grad = None
     except BaseException:
         switch(model, state, active=before)
-        for tensor in begin:
-            tensor.requires_grad = False
-        for tensor in end:
-            tensor.requires_grad = True
+        _train(end, begin)
         for tensor, grad in grads:
             tensor.grad = grad
         raise
+
+
+def _train(tensors: Iterable[nn.Parameter], others: Iterable[nn.Parameter]) -> None:
+    """Let `tensors` require gradients, and `others` not."""
+    for tensor in tensors:
+        tensor.requires_grad = True
+    for tensor in others:
+        tensor.requires_grad = False
 
 
 def acting_together(model: nn.Module, names: tuple[str, ...]) -> list[list[Part]]:
