@@ -40,7 +40,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
         AdapterFileError: lists every such field.
     """
     faults = Faults(place)
-    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "ensure_weight_tying"):
         if not isinstance(values.get(name, False), (bool, type(None))):
             faults.add(f"{name}={values[name]!r} must be true or false")
     _check_rank(faults, "r", values.get("r"))
