@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import assert_near, batch_for, randomize, relative_error, tiny_llama
+from helpers import assert_near, batch_for, randomize, relative_error, tiny_llama, tiny_t5
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -303,3 +303,23 @@ def test_a_product_that_peft_subtracted_from_a_tied_weight(init: str, tmp_path: 
     write(tmp_path, tied(), target_modules=["q_proj", "lm_head"], init_lora_weights=init)
     with pytest.raises(AdapterFileError, match=r"lm_head: its initialization changed model.embed_tokens, which"):
         LoraModel.from_pretrained(tmp_path, base_model=tied())
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_what_an_older_peft_wrote_for_its_name_alone(is_trained: bool, tmp_path: Path) -> None:
+    """With `bias="all"`, versions before 0.20 trained and saved every tensor with "bias" in its name."""
+    write(tmp_path / "theirs", tiny_t5(), target_modules=["q"], bias="all")
+    tensors = load_file(tmp_path / "theirs" / WEIGHTS_NAME)
+    called = {n: p.detach() for n, p in tiny_t5().named_parameters() if "bias" in n}
+    assert called
+    assert not any(name.endswith("bias") for name in called)
+    tensors |= {f"base_model.model.{n}": t * 3 + 1 if is_trained else t.clone() for n, t in called.items()}
+    save_file(tensors, tmp_path / "theirs" / WEIGHTS_NAME, metadata={"format": "pt"})
+    theirs = peft.PeftModel.from_pretrained(tiny_t5(), tmp_path / "theirs").eval()
+    ours = LoraModel.from_pretrained(tmp_path / "theirs", base_model=tiny_t5()).eval()
+    ours.save_pretrained(tmp_path / "ours")
+    again = LoraModel.from_pretrained(tmp_path / "ours", base_model=tiny_t5()).eval()
+    batch = batch_for(ours)
+    with torch.no_grad():
+        for model in (ours, again):
+            assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 64)
