@@ -61,9 +61,10 @@ def edit_config(folder: Path, **values: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-def assert_read_alike(folder: Path, make: Callable[[], Any], again: Path) -> Any:
+def assert_read_alike(folder: Path, make: Callable[[], Any], again: Path, expected: Tensor | None = None) -> Any:
     """We compute what PEFT does from the file, and both do from the one that we write for it."""
-    expected = logits(peft.PeftModel.from_pretrained(make(), folder))
+    if expected is None:
+        expected = logits(peft.PeftModel.from_pretrained(make(), folder))
     assert relative_error(logits(make()), expected) > 0.01
     model = LoraModel.from_pretrained(folder, base_model=make())
     assert_near(logits(model), expected, torch.float32, 64)
@@ -133,9 +134,13 @@ def test_keys_with_the_name_of_an_adapter(case: str, tmp_path: Path) -> None:
     before = load_file(folder / WEIGHTS_NAME)
     own = {k: t for k, t in before.items() if "base_layer" not in k}
     save_file(own, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    expected = logits(peft.PeftModel.from_pretrained(tiny_llama(), folder))
     edit_tensors(folder, edit)
     assert load_file(folder / WEIGHTS_NAME).keys() != own.keys()
-    assert_read_alike(folder, tiny_llama, tmp_path / "ours")
+    model = assert_read_alike(folder, tiny_llama, tmp_path / "ours", expected)
+    theirs = peft.PeftModel.from_pretrained(tiny_llama(), folder)
+    if relative_error(logits(theirs), logits(tiny_llama())) > 0:  # PEFT before 0.20 ignores some of these keys
+        assert_near(logits(model), logits(theirs), torch.float32, 64)
 
 
 def test_keys_with_the_names_of_two_adapters_are_not_taken_for_one(tmp_path: Path) -> None:
