@@ -36,7 +36,7 @@ from .head_loss import HeadLoss, predict_over_head
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
-from .reference import check_reference
+from .reference import keep_reference, one_base
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
 from .watch.finite import FiniteWatch, check_finite, check_loss
@@ -81,8 +81,9 @@ class LoraTrainerMixin(_Trainer):
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        super().__init__(*args, **kwargs)
-        check_reference(self, self._adapted_model, (*args, *kwargs.values()))
+        with one_base(self):
+            super().__init__(*args, **kwargs)
+        keep_reference(self, self._adapted_model, (*args, *kwargs.values()), self._is_sharded)
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -131,8 +132,9 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
-        start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
+        self.adapter_is_new = start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
         self._adapted = model
+        start.disable_dropout(self.args, adapted_part(model))
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
