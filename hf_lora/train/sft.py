@@ -41,10 +41,10 @@ from ..layers.base import LoraLayer
 from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
+from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .rows import format_of_dataset
 from .start import only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
