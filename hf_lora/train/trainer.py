@@ -33,6 +33,7 @@ from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_run
 from .engines import broadcast_trainable, check_engine, check_same_adapters
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
+from .initialize import initialize
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
@@ -148,6 +149,7 @@ class LoraTrainerMixin(_Trainer):
             self._first_batch.finished()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        initialize(self, self._adapted_model, resume_from_checkpoint)
         self._begin()
         # Under these engines Trainer would look for a full model there, and for the engine's files.
         own = None if self._is_sharded else resume_from_checkpoint
@@ -252,8 +254,7 @@ class LoraTrainerMixin(_Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Trainer counts the parameters at every step, which is slow with many tensors.
-        name = getattr(self.model, "main_input_name", "input_ids")
-        own = super().floating_point_ops
+        name, own = getattr(self.model, "main_input_name", "input_ids"), super().floating_point_ops
         if not _is_trainers(own, Trainer.floating_point_ops) or name not in inputs:
             return own(inputs)
         if self._flops_per_token is None:
@@ -306,6 +307,7 @@ class LoraTrainerMixin(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        initialize(self, self._adapted_model, folder)
         self._checkpoints.load_adapters(folder, self._adapted_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:
