@@ -105,9 +105,16 @@ class SyncReference(TrainerCallback):
 
 
 @contextlib.contextmanager
-def one_base(trainer: Any) -> Iterator[None]:
+def one_base(trainer: Any, given: Iterable[object]) -> Iterator[None]:
     """Within, where a trainer of TRL is created: the base that it loads again is a `Reference`, and the folder of an
-    adapter that it loads as the model is opened by `LoraModel`, to be trained."""
+    adapter that it loads as the model is opened by `LoraModel`, to be trained.
+
+    Args:
+        given: the arguments of the trainer: a reference among them is the user's choice.
+
+    Raises:
+        ConfigError: the trainer has another reference, and it differs from the model before training.
+    """
 
     def load(own: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
         model = getattr(trainer, "model", None)
@@ -119,6 +126,7 @@ def one_base(trainer: Any) -> Iterator[None]:
 
     with second_models(type(trainer), load, Reference):
         yield
+    _keep_reference(trainer, given)
 
 
 def _for_adapter(options: dict[str, Any]) -> dict[str, Any]:
@@ -127,13 +135,8 @@ def _for_adapter(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in ("num_labels", "revision")} | base
 
 
-def keep_reference(trainer: Any, model: nn.Module, given: Iterable[object], sharded: bool) -> None:
-    """Complete a trainer whose reference is a `Reference`; refuse another one that differs from the model.
-
-    Args:
-        given: the arguments of the trainer: a reference among them is the user's choice.
-        sharded: whether an engine will shard the model.
-    """
+def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
+    model = adapted_part(_bare(trainer))
     faults = Faults(f"{type(trainer).__name__}(…)")
     reference: Any = getattr(trainer, "ref_model", None)
     wants_sync = getattr(trainer.args, "sync_ref_model", False)
@@ -141,7 +144,7 @@ def keep_reference(trainer: Any, model: nn.Module, given: Iterable[object], shar
         reference = trainer.accelerator.unwrap_model(reference, keep_torch_compile=False)
     if isinstance(reference, Reference):
         trainer.ref_model = reference  # without the wrapper of a compiler
-        if reference.kept is not None and sharded:
+        if reference.kept is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             faults.add("the reference needs the first values of the adapter, which this engine shards")
         elif wants_sync:
             for callback in [c for c in trainer.callback_handler.callbacks if hasattr(c, "sync_target_model")]:

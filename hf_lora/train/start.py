@@ -21,10 +21,13 @@ from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
+from ..config import LoraConfig
 from ..errors import ConfigError, Faults, StateError, TrainingError
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .engines import check_same_adapters
 from .former_names import current_names
+from .initialize import looks_at_batches
 from .labels import check_labels
 from .optimizer import refuse_projections
 from .precision import precision_line
@@ -92,13 +95,16 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
         state = _load_adapter(model, flags.lora_adapter, state, given, trainer)
         reason = f"the adapter {flags.lora_adapter} is loaded"
     elif state is None:
-        config = flags.lora_config() if given is None and flags is not None else given
-        if apply_lora(model, config, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
+        config = LoraConfig.from_any(flags.lora_config() if given is None and flags is not None else given)
+        waits = looks_at_batches(config)
+        first = dataclasses.replace(config, init_lora_weights=True) if waits else config
+        if apply_lora(model, first, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
             raise StateError(
                 f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
                 f"num_labels=…), which adds one, and pass the result to {trainer}."
             )
         state, is_new = require_state(model, call), True
+        state.waiting = config if waits else None
         reason = "lora_config is given" if given is not None else None
         if given is None and flags is not None and flags.parsed_elsewhere:
             logger.warning(
@@ -153,7 +159,8 @@ def adopt_metrics(trainer: Trainer) -> None:
 
 
 def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
-    """Refuse to train without trainable parameters, with labels that the head lacks, or what no file would hold."""
+    """Refuse to train without trainable parameters, with labels that the head lacks, what no file would hold, or other
+    adapters than those of the other processes."""
     state = require_state(model, call)
     state.refuse_merged(call)
     if not state.activity.enabled:
@@ -175,6 +182,7 @@ def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
         "Load the base again, and apply LoRA so.",
     )
     check_labels(trainer, model, call)
+    check_same_adapters(model, call)
 
 
 def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:
