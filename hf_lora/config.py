@@ -52,12 +52,12 @@ IN_PEFT: dict[str, dict[str, bool]] = {
     "lora": {}, "lora_fa": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
 }  # fmt: skip
 """Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
-# Fields that do not affect what a file computes; any value is accepted. The configurations of initializations have no
-# effect without `init_lora_weights`, which is read.
+# Fields that do not affect what a file computes; any value is accepted.
 _DESCRIPTIVE = frozenset({
-    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core", "loftq_config",
 })  # fmt: skip
+OF_INITS = ("eva_config", "corda_config", "lora_ga_config")
+"""Fields with the settings of one initialization, the one that they are named after."""
 _OTHER_NAMES = {
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "init_weights": "init_lora_weights",
@@ -109,6 +109,8 @@ class LoraConfig:
         init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with standard deviation 1/r, B
             zero), `False` (B random too, so that the model changes at once; for tests), or the name of a registered
             initialization. Names are looked up when the configuration is applied.
+        eva_config, corda_config, lora_ga_config: settings of the initialization of that name (docs/methods.md), as a
+            mapping or PEFT's class; None for others.
         fan_in_fan_out: only for the file format; the layer itself shows whether its weight is stored transposed.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: folder or Hub name of the base model.
@@ -142,6 +144,9 @@ class LoraConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -165,6 +170,7 @@ class LoraConfig:
         self.parts = {} if self.parts is None else self.parts
         self.ensure_weight_tying = False if self.ensure_weight_tying is None else self.ensure_weight_tying
         faults = Faults("LoraConfig(…)")
+        self._settle_inits(faults)
         self._resolve_method(faults)
         self._check(faults)
         faults.check(ConfigError, "Correct these fields; the docstring of LoraConfig describes them.")
@@ -177,6 +183,24 @@ class LoraConfig:
     def scaling(self, r: int, alpha: float) -> float:
         """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def init_settings(self, name: str) -> dict[str, Any]:
+        """The settings of the initialization `name`."""
+        return getattr(self, f"{name}_config", None) or {}
+
+    def _settle_inits(self, faults: Faults) -> None:
+        """Make the settings of the initialization a mapping, and remove those of others, which have no effect."""
+        for name in OF_INITS:
+            value = getattr(self, name)
+            if not str(self.init_lora_weights).startswith(name.removesuffix("_config")):
+                value = None
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            elif value is not None:
+                faults.add(f"{name}={value!r:.200} must be a mapping of settings")
+            setattr(self, name, value)
 
     def _resolve_method(self, faults: Faults) -> None:
         """Make `method` and the fields that PEFT has instead agree."""
@@ -250,7 +274,8 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
-        for name in ("parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias"):
+        optional = ("parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias", *OF_INITS)
+        for name in optional:
             if not values[name]:  # files without them are as they were before these existed
                 del values[name]
         return {

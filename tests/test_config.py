@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_llama
 
 from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, apply_lora, inspect_adapter
-from hf_lora.config import _DESCRIPTIVE
+from hf_lora.config import _DESCRIPTIVE, OF_INITS
 from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(
@@ -42,7 +42,7 @@ FULL: dict[str, Any] = dict(
 
 def test_every_field_goes_to_json_and_back() -> None:
     values = FULL | {"method": "other", "parts": {"rows": {"embed": [1]}}}  # ours alone
-    assert set(values) | {"use_dora", "lora_bias"} == {f.name for f in dataclasses.fields(LoraConfig)}
+    assert set(values) | {"use_dora", "lora_bias", *OF_INITS} == {f.name for f in dataclasses.fields(LoraConfig)}
     assert not {"method", "parts"} & LoraConfig(**FULL).to_dict().keys()
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())

@@ -95,6 +95,38 @@ def inject(
     return plan
 
 
+def reinitialize(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    *,
+    batches: Iterable[object] | None = None,
+    original: Callable[[str], Tensor] | None = None,
+    from_file: bool = False,
+    call: str = "reinitialize",
+) -> None:
+    """Replace the factors of adapter `name` by new ones according to `config`. Its other parts stay as they are.
+
+    Args:
+        batches: for initializations that look at some. Without them, the values of the factors follow from a file.
+        from_file: `config` is that of a file, whose tensors decide.
+    """
+    state = require_state(model, call)
+    record = state.adapters[name]
+    with all_or_nothing(model, state.activity.active), gc_paused():
+        for part in [part for part in parts(model, name) if isinstance(part, Factors)]:
+            part.remove()
+        saved = dict(record.heads)
+        plan = resolve(model, config, call, allow_bypassed=True, from_file=from_file, saved=saved)
+        if batches is not None:
+            config = informed(model, plan, config, batches, original, call)
+        for target in plan.layers:
+            Factors(target.path, target.module, name, target.site).attach(state.activity, target)
+        record.config, record.skipped, record.notes = config, plan.skipped, plan.notes
+        if not record.trainable:
+            update_requires_grad(model, state, [name])
+
+
 def delete(model: nn.Module, names: str | Sequence[str]) -> None:
     """Remove adapters. If no other adapter is active then, the last remaining one becomes active.
 

@@ -155,6 +155,7 @@ def resolve(
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    init = init.with_settings(_settings(config, options))
     init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
@@ -270,17 +271,22 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
     elif (instead := found[0].refuse_options(found[1])) is not None:
         faults.add(f"init_lora_weights={name!r}: {instead}")
+    elif (wrong := found[0].refuse_settings(settings := _settings(config, found[1]))) is not None and settings:
+        faults.add(f"{name}_config: {wrong}")
     for kind in config.parts:
         if kind not in PARTS:
             faults.add(f"parts: {PARTS.why_unknown(kind)}")
 
 
+def _settings(config: LoraConfig, options: str) -> dict[str, Any]:
+    """The settings of a configuration's initialization. `options` are the end of its name, after an underscore."""
+    name = init_name(config.init_lora_weights)
+    return config.init_settings(name.removesuffix(f"_{options}") if options else name)
+
+
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
-    if init.takes_out and not init.repeatable and not method.of_product:
-        faults.add(
-            f"init_lora_weights={config.init_lora_weights!r} subtracts a product from the base that a file can hold "
-            f"only if the product of the factors is all that matters, unlike with method={config.method!r}"
-        )
+    if (refused := init.refuse_method(method)) is not None:
+        faults.add(f"init_lora_weights={config.init_lora_weights!r} with method={config.method!r}: {refused}")
 
 
 def _check_alphas(config: LoraConfig, faults: Faults) -> None:

@@ -29,7 +29,7 @@ from ..adapt.walk import (
     original_state,
     parts,
 )
-from ..config import IN_PEFT
+from ..config import IN_PEFT, OF_INITS
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
@@ -147,6 +147,8 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
         values |= _twice_the_ranks(values, config.use_rslora)
     if init.in_files is not None:
         values["init_lora_weights"] = init.in_files
+        for field in OF_INITS:
+            values.pop(field, None)
     if config.lora_bias and isinstance(values["init_lora_weights"], str):  # PEFT refuses other names beside it
         values["init_lora_weights"] = True
     rows = {part.path: part.ids for part in parts(model, name) if isinstance(part, TokenRows) and part.owns}

@@ -196,6 +196,6 @@ _FORMAT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("use_chat_template", "last_turn_only"), lambda value: isinstance(value, bool)),
     **dict.fromkeys(("separator", "system"), is_prose),
     "variables": is_variables,
-    "max_length": _is_length,
+    **dict.fromkeys(("max_length", "max_target_length"), _is_length),
 }
 """Field of `TrainedFormat` -> whether a value is valid."""
