@@ -37,7 +37,6 @@ _OF_OTHERS = {
     "ensure_weight_tying": "layers with a tied weight share their adapter",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
-    "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
     "megatron_config": "the layers are those of Megatron",
     "arrow_config": "a router selects adapters for each token, so there is no adapter to train or to merge (Arrow)",
     "velora_config": "gradients are computed from compressed inputs, so they are not those of the loss (VeLoRA)",
@@ -50,7 +49,7 @@ _OTHER_TYPES = {
     "XLORA": "X-LoRA mixes several adapters by a trained network, for each token. Load these adapters one by one",
 }
 IN_PEFT: dict[str, dict[str, bool]] = {
-    "lora": {}, "lora_fa": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
+    "lora": {}, "lora_fa": {}, "alora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
 }  # fmt: skip
 """Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
 # Fields that do not affect what a file computes; any value is accepted.
@@ -59,6 +58,8 @@ _DESCRIPTIVE = frozenset({
 })  # fmt: skip
 OF_INITS = ("eva_config", "corda_config", "lora_ga_config")
 """Fields with the settings of one initialization, the one that they are named after."""
+_LEFT_OUT = ("parts", "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens", *OF_INITS)
+"""Fields that files lack if they are empty, as before they existed."""
 _OTHER_NAMES = {
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "init_weights": "init_lora_weights",
@@ -121,8 +122,10 @@ class LoraConfig:
         use_dora: the method `"dora"`: the weights of each output are normalized and multiplied by a trained magnitude
             (Liu et al. 2024, arXiv:2402.09353).
         lora_bias: the method `"lora_bias"`: the second factor has a bias.
-        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"` (docs/methods.md), or a method that another package
-            registered (docs/extending.md). Files contain the name only of methods that PEFT does not have.
+        alora_invocation_tokens: the method `"alora"`: in each row, the adapter acts from the last occurrence of these
+            tokens on.
+        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"`, `"alora"` (docs/methods.md), or a method of another
+            package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
 
@@ -153,6 +156,7 @@ class LoraConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    alora_invocation_tokens: list[int] | None = None
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
 
@@ -181,10 +185,6 @@ class LoraConfig:
         """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
-    def init_settings(self, name: str) -> dict[str, Any]:
-        """The settings of the initialization `name`."""
-        return getattr(self, f"{name}_config", None) or {}
-
     def _settle_inits(self, faults: Faults) -> None:
         """Make the settings of the initialization a mapping, and remove those of others, which have no effect."""
         for name in OF_INITS:
@@ -212,9 +212,15 @@ class LoraConfig:
                     faults.add(f"{each}={value!r} must be True or False")
                 elif value:
                     asked.append(name)
+        tokens = self.alora_invocation_tokens = self.alora_invocation_tokens or None
+        if tokens is not None:
+            asked.append("alora")
+        if (tokens is not None or self.method == "alora") and not _is_list_of(tokens, int):
+            faults.add(f"alora_invocation_tokens={tokens!r:.200} must be a list of tokens")
         wanted = [name for name in dict.fromkeys(asked) if name != "lora"]
         if len(wanted) > 1:
-            faults.add(f"use_dora, lora_bias and method ask for {', '.join(wanted)}, but a layer has one method")
+            asking = "use_dora, lora_bias, alora_invocation_tokens and method"
+            faults.add(f"{asking} ask for {', '.join(wanted)}, but a layer has one method")
         elif wanted:
             self.method = wanted[0]
 
@@ -268,8 +274,8 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
-        for name in ("parts", "trainable_token_indices", "use_dora", "lora_bias", *OF_INITS):
-            if not values[name]:  # files without them are as they were before these existed
+        for name in _LEFT_OUT:
+            if not values[name]:
                 del values[name]
         return {
             "peft_type": _peft_type(self.method, self.parts),
