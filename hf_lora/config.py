@@ -34,7 +34,6 @@ _OF_OTHERS = {
     "use_qalora": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
     "qalora_group_size": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
     "use_bdlora": "a factor is block-diagonal, which saves time only if layers are split over devices (BD-LoRA)",
-    "ensure_weight_tying": "layers with a tied weight share their adapter",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
     "megatron_config": "the layers are those of Megatron",
@@ -58,7 +57,10 @@ _DESCRIPTIVE = frozenset({
 })  # fmt: skip
 OF_INITS = ("eva_config", "corda_config", "lora_ga_config")
 """Fields with the settings of one initialization, the one that they are named after."""
-_LEFT_OUT = ("parts", "trainable_token_indices", "use_dora", "lora_bias", "alora_invocation_tokens", *OF_INITS)
+_LEFT_OUT = (
+    "parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias", "alora_invocation_tokens",
+    *OF_INITS,
+)  # fmt: skip
 """Fields that files lack if they are empty, as before they existed."""
 _OTHER_NAMES = {
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
@@ -128,6 +130,8 @@ class LoraConfig:
             package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
+        ensure_weight_tying: refuse what would give modules with one weight different values: factors or whole copies
+            of one of them, and different tokens.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -159,6 +163,7 @@ class LoraConfig:
     alora_invocation_tokens: list[int] | None = None
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
@@ -170,6 +175,7 @@ class LoraConfig:
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.parts = {} if self.parts is None else self.parts
+        self.ensure_weight_tying = False if self.ensure_weight_tying is None else self.ensure_weight_tying
         faults = Faults("LoraConfig(…)")
         self._settle_inits(faults)
         self._resolve_method(faults)
@@ -227,8 +233,8 @@ class LoraConfig:
     def _check(self, faults: Faults) -> None:
         if not _is_int(self.r) or self.r < 1:
             faults.add(f"r={self.r!r} must be an integer >= 1")
-        if self.lora_alpha is not None and (not _is_number(self.lora_alpha) or self.lora_alpha <= 0):
-            faults.add(f"lora_alpha={self.lora_alpha!r} must be a positive number, or None for 2 r")
+        if self.lora_alpha is not None and not _is_number(self.lora_alpha):
+            faults.add(f"lora_alpha={self.lora_alpha!r} must be a number, or None for 2 r")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             faults.add(f"lora_dropout={self.lora_dropout!r} must be >= 0 and < 1")
         for name, optional in (("target_modules", False), ("exclude_modules", True)):
@@ -243,13 +249,16 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 _check_regex(faults, name, key)
-                good = _is_int(value) if name == "rank_pattern" else _is_number(value)
-                if not good or value <= 0:
-                    faults.add(f"{name}[{key!r}]={value!r} must be positive")
+                if name == "rank_pattern" and (not _is_int(value) or value <= 0):
+                    faults.add(f"{name}[{key!r}]={value!r} must be a positive integer")
+                elif not _is_number(value):
+                    faults.add(f"{name}[{key!r}]={value!r} must be a number")
         if self.bias not in ("none", "all", "lora_only"):
             faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
         if not isinstance(self.init_lora_weights, (bool, str)):
             faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
+        if not isinstance(self.ensure_weight_tying, bool):
+            faults.add(f"ensure_weight_tying={self.ensure_weight_tying!r} must be True or False")
         if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
             faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
@@ -304,6 +313,8 @@ class LoraConfig:
         if taken.get("target_modules", ...) is None:
             faults.add("target_modules=None: the adapter's layers must be named")
             del taken["target_modules"]
+        if taken.get("init_lora_weights", ...) is None:
+            taken["init_lora_weights"] = False  # in PEFT, both leave the factors as PyTorch creates them
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(taken.get(name) or {}, Mapping):
                 faults.add(f"{name}={taken.pop(name)!r} must be a mapping from a pattern to a number")

@@ -31,6 +31,7 @@ LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
 
 
+@gc_paused()
 def inject(
     model: nn.Module,
     config: LoraConfig,
@@ -71,7 +72,7 @@ def inject(
         with nullcontext() if batches is None else all_or_nothing(model):
             config = informed(model, plan, config, batches, original, call)
     named_by_user = config.target_modules not in PRESETS and not from_file
-    with all_or_nothing(model, state.activity.active if state is not None else ()), gc_paused():
+    with all_or_nothing(model, state.activity.active if state is not None else ()):
         state = state or _first(model)
         record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)
         if plan.saved or task is not None:
@@ -157,6 +158,7 @@ def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> No
                 state.adapters[name].skipped[part.name] = reason
 
 
+@gc_paused()
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     """Remove every adapter, restore the class of each layer and the original `requires_grad`.
 

@@ -32,6 +32,10 @@ PAIRS = (
 )
 PROMPTS = (*dict.fromkeys(pair.prompt for pair in PAIRS), "input")
 """If a table has no complete row of `PAIRS`, a prompt may pair with the answer of another row."""
+SEQUENCES = (("source", "target"), ("document", "summary"), ("article", "highlights"), ("input", "output"))
+"""For encoder-decoders, beside `PAIRS`."""
+TRANSLATION = "translation"
+"""A text in two languages, such as {"en": "door", "de": "Tür"}."""
 ANSWERS = tuple(dict.fromkeys(pair.answer for pair in PAIRS))
 TEXTS = ("text", "content")
 TO_ANSWER = (*CHATS, *PROMPTS[:-1], *TEXTS, PROMPTS[-1])
@@ -45,6 +49,10 @@ GENERATED = "generated"
 
 # Classification.
 CLASSIFIED = ("text", "sentence", "utterance", "content", "review", "question")
+TOKENS = ("tokens", "words")
+TAGS = ("ner_tags", "tags", "pos_tags", "chunk_tags", "labels")
+QUESTIONS, CONTEXTS, ANSWER_SPANS = ("question",), ("context",), ("answers",)
+IMAGES = ("image", "img", "image_path", "image_file", "file_name")
 LABELS = ("label", "labels", "intent", "category", "class", "sentiment", "topic", "target")
 
 MORE = "\n\n"

@@ -256,9 +256,7 @@ def _complete(table: Table, data_format: Format) -> Format:
     tools, variables = (
         name if data_format.chat and name in table.columns else None for name in (columns.TOOLS, columns.VARIABLES)
     )
-    lists = (
-        [_parsed(value) for name in data_format.columns for value in table.column(name)] if data_format.chat else []
-    )
+    lists = [parsed(value) for name in data_format.columns for value in table.column(name)] if data_format.chat else []
     turns = sum(len(value) for value in lists if isinstance(value, list)) / max(len(table), 1)
     unused = tuple(name for name in table.columns if name not in {*data_format.columns, tools, variables})
     return replace(data_format, tools=tools, variables=variables, rows=len(table), turns=turns, unused=unused)
@@ -286,15 +284,16 @@ def _check_one_form(table: Table, found: list[Format]) -> None:
 def _holds_messages(table: Table, column: str) -> bool:
     """Whether the first non-empty cell of a column holds a list of messages."""
     cell = next((value for value in table.column(column) if value not in (None, "")), None)
-    value = _parsed(cell)
+    value = parsed(cell)
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
-def _parsed(cell: object) -> Any:
+def parsed(cell: object) -> Any:
+    """A cell; the list in it, if it is JSON text of one."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
             return json.loads(cell)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return cell
     return cell
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, Faults, nearest
 
+IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HALF = "half of a character (a lone surrogate, such as \\ud83d), of which no tokens can be made"
 
 
@@ -38,7 +39,7 @@ class Table:
         columns: name -> values, one per row.
         positions: where each row begins: line numbers of a text file, else row numbers; both count from 1.
         unit: what `positions` count: "line", "item" or "row".
-        names: column -> names of its classes, where the source declares integer classes.
+        names: column -> names of its classes, where the source declares integer classes, also in lists.
     """
 
     source: str
@@ -90,10 +91,11 @@ class Table:
 def read_table(
     source: str | os.PathLike[str], *, config: str | None = None, split: str = "train", prompts: bool = False
 ) -> Table:
-    """Read a CSV, TSV, JSON, JSONL or Parquet file, or one split of a dataset that `datasets` loads.
+    """Read a CSV, TSV, JSON, JSONL or Parquet file, a folder of images, or one split of a dataset of `datasets`.
 
     Args:
-        source: a file of one of these types, or a name or folder for `datasets.load_dataset`.
+        source: a file of one of these types; a folder that holds a folder of images for each label; or a name or
+            folder for `datasets.load_dataset`.
         config, split: of the dataset; ignored for a file.
         prompts: also accept a .txt file, in which each line that is not blank is a prompt.
 
@@ -110,7 +112,7 @@ def read_table(
     elif path.is_file():
         raise DataError(f"{path}: unknown file type. The known ones are {', '.join(READERS)}. Rename or convert it.")
     else:
-        table = _read_dataset(str(source), config, split)
+        table = _read_images(path) or _read_dataset(str(source), config, split)
     if not len(table):
         raise DataError(f"{table.source} has no rows.")
     return table
@@ -217,6 +219,13 @@ def _read_lines(path: Path) -> Table:
     return Table(str(path), {"prompt": [line for _, line in kept]}, [number for number, _ in kept], "line")
 
 
+def _read_images(folder: Path) -> Table | None:
+    """The images in the folders of a folder, whose names are the labels; None if there are none."""
+    files = sorted(path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in IMAGE_FILES)
+    columns = {"image": [str(path.absolute()) for path in files], "label": [path.parent.name for path in files]}
+    return Table(str(folder), columns, list(range(1, len(files) + 1)), "image") if files else None
+
+
 def _read_dataset(name: str, config: str | None, split: str) -> Table:
     import datasets
 
@@ -238,7 +247,8 @@ def table_of(data: Any, source: str) -> Table:
     """
     import datasets
 
-    names = {key: list(f.names) for key, f in data.features.items() if isinstance(f, datasets.ClassLabel)}
+    inner = {key: getattr(feature, "feature", feature) for key, feature in data.features.items()}  # that of a list
+    names = {key: list(f.names) for key, f in inner.items() if isinstance(f, datasets.ClassLabel)}
     columns = {key: list(data[key]) for key in data.column_names}
     return Table(source, columns, list(range(1, len(data) + 1)), "row", names)
 

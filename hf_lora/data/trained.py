@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from typing import Any
 
-KINDS = ("chat", "pair", "raw", "text", "classes")
-"""Those of `Format`, and `classes` for a text classification."""
+LANGUAGE = ("chat", "pair", "raw", "text")
+"""The kinds of `Format`, for language models."""
+KINDS = (*LANGUAGE, "classes", "several classes", "tags", "spans", "images", "masked", "source and target")
+"""Also those of the other tasks, see `hf_lora.tasks`."""
 
 MAX_PROSE = 2**14
 """Maximum characters of a system message that is kept."""
@@ -24,13 +26,14 @@ class TrainedFormat:
     Args:
         kind: one of `KINDS`.
         text_column, completion_column: the columns of prompts or texts, and of answers.
-        pair_column, label_column: columns of a classification.
+        pair_column, label_column: columns of a classification, and contexts and answers of questions.
         use_chat_template: whether texts were turns of a chat.
         separator: the text between a prompt without a chat template and its answer.
         last_turn_only: whether only the last assistant turn of a chat was trained.
         system: the system message of all chats, if they had the same.
         variables: the further variables of the chat template, if all chats had the same.
         max_length: longer rows were truncated to this many tokens.
+        max_target_length: the same for the texts that an encoder-decoder learned to write.
     """
 
     kind: str = ""
@@ -44,6 +47,7 @@ class TrainedFormat:
     system: str | None = None
     variables: dict[str, Any] | None = None
     max_length: int | None = None
+    max_target_length: int | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> TrainedFormat | None:
@@ -57,7 +61,7 @@ class TrainedFormat:
     def __str__(self) -> str:
         columns = (self.text_column, self.pair_column, self.completion_column, self.label_column)
         parts = [f"{self.kind} from {', '.join(repr(c) for c in columns if c)}"]
-        if self.kind != "classes":
+        if self.kind in LANGUAGE:
             parts.append("with the chat template" if self.use_chat_template else "without a chat template")
         if self.separator:
             parts.append(f"separator {self.separator!r}")

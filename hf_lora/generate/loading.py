@@ -67,7 +67,7 @@ def load_for_generation(
 
     Returns:
         (model, tokenizer). The model is in eval mode: a `LoraModel`, or a plain one if merged. The tokenizer is the
-        one saved with the adapter, else the base's.
+        one saved with the adapter, else the base's; with `any_task`, of a model for images its image processor.
 
     Raises:
         ConfigError: an argument is invalid.
@@ -95,15 +95,20 @@ def load_for_generation(
         what = f"a {task} model" if task else f"a {type(model).__name__}"
         use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
         raise StateError(f"{call}: this is an adapter of {what}, which does not generate text. Use {use}.")
-    tokenizer = find_processor("AutoTokenizer", folder, base)
+    kind, auto = ("image processor", "AutoImageProcessor") if _reads_images(model) else ("tokenizer", "AutoTokenizer")
+    tokenizer = find_processor(auto, folder, base)
     if tokenizer is None:
         raise AdapterFileError(
-            f"{call}: there is no tokenizer in {folder} or {str(base)!r}. Save the one used in training there: "
-            "tokenizer.save_pretrained(folder)."
+            f"{call}: there is no {kind} in {folder} or {str(base)!r}. Save the one used in training there: "
+            f"{kind.replace(' ', '_')}.save_pretrained(folder)."
         )
     if not getattr(model, "is_quantized", False):  # a quantized one stays on its device
         model.to(place)
     return model.eval(), tokenizer
+
+
+def _reads_images(model: Any) -> bool:
+    return getattr(model, "main_input_name", None) == "pixel_values"
 
 
 def _check_arguments(call: str, dtype: str | None, device: str | None) -> torch.device:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
@@ -245,6 +246,16 @@ class LoraTrainingArguments(LoraArguments, TrainingArguments):
 @dataclass
 class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with the LoRA fields; see `LoraTrainingArguments`."""
+
+
+@dataclass
+class TrlArguments(LoraArguments):
+    """`LoraArguments` for the configs of TRL, in which bfloat16 is on by default; here only with an accelerator."""
+
+    def __post_init__(self) -> None:
+        if vars(self)["bf16"] is None and not torch.accelerator.is_available():  # a field of TRL's class
+            vars(self)["bf16"] = False
+        super().__post_init__()
 
 
 def _as_flag(fault: str) -> str:

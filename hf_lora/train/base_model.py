@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+import transformers
+from transformers import AutoConfig, PretrainedConfig
 
 from ..errors import ConfigError, LoraError, nearest
 from ..files.format import holds_adapter
@@ -39,16 +40,17 @@ def check_name(name: str) -> str | None:
     return None
 
 
-def read_base(name: str, revision: str | None) -> tuple[PretrainedConfig, PreTrainedTokenizerBase]:
-    """The config and the tokenizer of a base model.
+def read_processor(name: str, revision: str | None, auto_class: str) -> Any:
+    """The tokenizer of a base model, or its processor of images.
+
+    Args:
+        auto_class: the class of transformers that loads it.
 
     Raises:
-        ConfigError: one of them could not be read.
+        ConfigError: it could not be read.
     """
-    config = read_config(name, revision)
-    with _one_line(name, "its tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    return config, tokenizer
+    with _one_line(name, "its tokenizer" if auto_class == "AutoTokenizer" else "its image processor"):
+        return getattr(transformers, auto_class).from_pretrained(name, revision=revision)
 
 
 def read_config(name: str, revision: str | None) -> PretrainedConfig:

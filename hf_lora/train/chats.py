@@ -20,7 +20,7 @@ from ..data.formats import recognize_format
 from ..data.tables import Table, table_of
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError
-from .rows import format_of_table
+from ..tasks.record import format_of_table
 
 logger = logging.get_logger(__name__)
 IMAGES = {"image", "images"}

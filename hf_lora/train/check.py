@@ -12,20 +12,21 @@ from transformers import PretrainedConfig
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from ..adapt.labels import generates
+from ..data.classes import PROBLEM_TYPES, suggest_columns
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION, PROBLEM_TYPES, REGRESSION, TASKS, suggest_columns
 from ..errors import ConfigError, DataError, Faults, nearest
+from ..tasks.base import Options, Task
+from ..tasks.masked_lm import MaskedLM
+from ..tasks.registry import CAUSAL_LM, TASKS, why_not
 from .base_model import check_name
 from .output import check_output
 from .parsing import Parsed, as_flag
 
-METRICS = {CLASSIFICATION: ("accuracy", "f1"), REGRESSION: ("mse", "mae"), CAUSAL_LM: ("accuracy", "perplexity")}
-"""What is computed at evaluations, beside the loss."""
 _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-    "max_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0, "adam_beta1": 0,
-    "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0, "dataloader_num_workers": 0,
+    "max_length": 1, "max_target_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
+    "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0, "dataloader_num_workers": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
 _BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
@@ -51,7 +52,7 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
             faults.add(f"--{option}-file {file} does not exist")
     for name, value, known in (("task", run.task, TASKS), ("problem-type", run.problem_type, PROBLEM_TYPES)):
         if value is not None and value not in known:
-            faults.add(f"--{name} {value} is unknown{nearest(value, known)}; it is {' or '.join(known)}")
+            faults.add(f"--{name} {value} is unknown{nearest(value, known)}; it is one of {', '.join(known)}")
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
@@ -70,7 +71,7 @@ def checkpoint_of(parsed: Parsed) -> str | bool | None:
     return {"none": None, "false": None, "": None, "true": True}.get(word, given)
 
 
-def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table) -> None:
+def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Table) -> None:
     """Check what depends on the task: whether the model has it, and the name of the metric that is best.
 
     Raises:
@@ -78,7 +79,7 @@ def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table
         ConfigError: the metric is not one that is computed.
     """
     run, training = parsed.run, parsed.training
-    if task == CAUSAL_LM and run.task is None and not generates(config):
+    if task.name == CAUSAL_LM and run.task is None and not generates(config):
         answers = {*CHATS, *ANSWERS} & set(table.columns)
         what = "chats or prompts with answers" if answers else "no column of labels"
         text, label = (as_word(name) for name in suggest_columns(table))
@@ -87,10 +88,14 @@ def check_task(parsed: Parsed, task: str, config: PretrainedConfig, table: Table
         raise DataError(
             f"{table.source} has {what} ({columns}), and --model {run.model} is a {config.model_type} that does not "
             f"generate text. {classes}For a language model, pass another --model; --task {CAUSAL_LM} trains this one "
-            "as it is."
+            f"as it is, --task {MaskedLM.name} on texts with masked words."
         )
+    reason = why_not(task, config)
+    if reason is not None:
+        other = "" if run.task is not None else ", or another --task"
+        raise ConfigError(f"hf-lora train: --model {run.model} is {reason}. Pass another --model{other}.")
     wanted = training.metric_for_best_model
-    known = ("loss", *METRICS[run.problem_type if run.problem_type in METRICS else task])
+    known = ("loss", *task.metrics_of(Options.of(run)))
     if wanted is not None and wanted.removeprefix("eval_") not in known:
         raise ConfigError(
             f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
@@ -105,7 +110,8 @@ def as_word(name: str) -> str:
 
 def _check_values(parsed: Parsed, faults: Faults) -> None:
     run, training = parsed.run, parsed.training
-    values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)} | {"max_length": run.max_length}
+    values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
+    values |= {"max_length": run.max_length, "max_target_length": run.max_target_length}
     for name, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue

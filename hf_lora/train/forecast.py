@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,22 +14,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig
 
 from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
 from ..compat import is_own_model
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
 from ..errors import ConfigError, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
+from ..tasks.base import Data
+from ..tasks.registry import CAUSAL_LM, TASKS
 from .base_model import check_name, load_base, read_config
 from .parsing import Parsed
-from .run_data import Data, head_settings, read_data
+from .run_data import read_data
 from .schedule import steps_of_rows
 
-AUTO: dict[str, Any] = {CLASSIFICATION: AutoModelForSequenceClassification, CAUSAL_LM: AutoModelForCausalLM}
-"""Task -> the auto class of its model."""
 ALLOCATOR = 1.4
 """Memory of a CPU per byte of activations: the C library keeps freed blocks (measured 1.3 to 1.5 with glibc)."""
 _ADAM = 2
@@ -90,20 +89,19 @@ def forecast(parsed: Parsed) -> Forecast:
         ConfigError, DataError, TargetError: what `finetune` would raise before it loads the model.
     """
     data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
-    for name, value in (head_settings(data) if data.task == CLASSIFICATION else {}).items():
+    for name, value in data.task.settings(data).items():
         setattr(data.config, name, value)
-    model = empty_model(data.config, str(run.model), data.task).to(_dtype(run.dtype, data.config))
+    model = empty_model(data.config, str(run.model), data.task.name).to(_dtype(run.dtype, data.config))
     # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
     apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    lengths = _batch_lengths(parsed, data)
     trained, total = trainable_parameters(model)
     sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
     learned = sum(size for p, size in sizes.items() if p.requires_grad)
     on_cpu = training.device.type == "cpu"
     libraries = _resident() if on_cpu else 0
-    activations = max(peak_of_step(model.train(), lengths, data.task) - learned, 0)
+    activations = max(_peak(model.train(), parsed, data) - learned, 0)
     activations = int(activations * (ALLOCATOR if on_cpu else 1))
     state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
     return Forecast(
@@ -111,6 +109,19 @@ def forecast(parsed: Parsed) -> Forecast:
         steps_of_rows(training, _packed(parsed, data), training.train_batch_size * training.world_size),
         sum(sizes.values()), learned, state, activations, libraries, learned, learned + state,
     )  # fmt: skip
+
+
+def _peak(model: nn.Module, parsed: Parsed, data: Data) -> int:
+    """The bytes of the largest batch, see `peak_of_step`."""
+    rows, size = data.rows["train"], parsed.training.per_device_train_batch_size
+    size = min(size, len(rows))
+    if data.task.name == CAUSAL_LM:
+        length = data.length if parsed.run.packing else max(map(len, rows["input_ids"]))
+        return peak_of_step(model, (size, length), CAUSAL_LM)
+    longest = sorted(rows, key=lambda row: -len(row["input_ids"])) if isinstance(rows, list) else rows  # else images
+    batch = data.task.collator(data)([longest[i] for i in range(size)])
+    wanted = {str(getattr(model, "main_input_name", "input_ids")), *data.task.targets}
+    return _peak_of_call(model, {name: batch[name] for name in wanted if name in batch}, lambda found: found.loss)
 
 
 def peak_of_step(model: nn.Module, shape: tuple[int, int], task: str) -> int:
@@ -124,12 +135,22 @@ def peak_of_step(model: nn.Module, shape: tuple[int, int], task: str) -> int:
     if task == CAUSAL_LM:  # the loss over the frozen head: a chunk of logits at a time, and a gradient
         options["logits_to_keep"] = 1
         head = 3 * 4 * min(CHUNK_ELEMENTS, shape[0] * shape[1] * own.config.get_text_config().vocab_size)
+    ids = torch.ones(shape, dtype=torch.long)
+    return head + _peak_of_call(model, {"input_ids": ids}, lambda found: found.logits.float().sum(), options)
+
+
+def _peak_of_call(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    loss: Callable[[Any], Tensor],
+    options: Mapping[str, Any] | None = None,
+) -> int:
     with FakeTensorMode():
         _to_fake(model)
-        ids = torch.ones(shape, dtype=torch.long)
+        inputs = {name: torch.ones(tensor.shape, dtype=tensor.dtype) for name, tensor in batch.items()}
         with _Live() as live:
-            model(input_ids=ids, **options).logits.float().sum().backward()
-    return live.peak + head
+            loss(model(**inputs, **(options or {}))).backward()
+    return live.peak
 
 
 def _to_fake(model: nn.Module) -> None:
@@ -185,7 +206,7 @@ def targets_of(parsed: Parsed) -> Explanation:
     run = parsed.run
     reason = check_name(str(run.model))
     if reason is None and run.task is not None and run.task not in TASKS:
-        reason = f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is {' or '.join(TASKS)}"
+        reason = f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is one of {', '.join(TASKS)}"
     if reason is not None:
         raise ConfigError(f"hf-lora targets: {reason}.")
     config = read_config(str(run.model), run.model_revision)
@@ -204,7 +225,8 @@ def empty_model(config: PretrainedConfig, name: str, task: str | None = None) ->
     with torch.device("meta"):
         if own is not None:
             return own(config)
-        return load_base((AUTO[task] if task is not None else AutoModel).from_config, name, config)
+        auto: Any = AutoModel if task is None else getattr(transformers, TASKS[task].auto_class)
+        return load_base(auto.from_config, name, config)
 
 
 def _dtype(wanted: str | None, config: PretrainedConfig) -> torch.dtype:
@@ -217,23 +239,11 @@ def _dtype(wanted: str | None, config: PretrainedConfig) -> torch.dtype:
 def _packed(parsed: Parsed, data: Data) -> int:
     """The number of rows that are trained on, after packing."""
     rows = data.rows["train"]
-    if data.task != CAUSAL_LM or not parsed.run.packing:
+    if data.task.name != CAUSAL_LM or not parsed.run.packing:
         return len(rows)
     from trl.data_utils import pack_dataset
 
     return len(pack_dataset(rows, data.length, strategy="bfd"))
-
-
-def _batch_lengths(parsed: Parsed, data: Data) -> tuple[int, int]:
-    """(B, T) of the largest batch."""
-    rows = parsed.training.per_device_train_batch_size
-    longest = (
-        max(len(ids) for ids in data.rows["train"]["input_ids"])
-        if data.task == CAUSAL_LM
-        else max(len(row["input_ids"]) for row in data.rows["train"])
-    )
-    packs = data.task == CAUSAL_LM and parsed.run.packing
-    return min(rows, len(data.rows["train"])), data.length if packs else longest
 
 
 def _resident() -> int:

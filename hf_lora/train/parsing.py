@@ -17,8 +17,10 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION
 from ..errors import ConfigError, Faults, LoraError, nearest
+from ..tasks.base import Defaults, Task
+from ..tasks.causal_lm import CausalLM
+from ..tasks.registry import TASKS
 from .arguments import LoraTrainingArguments, flag
 
 DEFAULTS: dict[str, Any] = {
@@ -30,19 +32,14 @@ DEFAULTS: dict[str, Any] = {
     "report_to": ["none"],
 }
 """Defaults that differ from Trainer's, which are meant for long runs of large models."""
-PACKED = "causal-lm, packed"
-TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    CLASSIFICATION: {
-        "learning_rate": 1e-3, "per_device_train_batch_size": 16, "per_device_eval_batch_size": 64, "max_length": 512,
-    },
-    CAUSAL_LM: {
-        "learning_rate": 2e-4, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "max_length": 1024,
-    },
-    PACKED: {
-        "learning_rate": 2e-4, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 1024,
-    },
-}  # fmt: skip
-"""Defaults by task. Classifiers are usually small models, which need a higher rate; a packed row holds many texts."""
+PACKED = "packed causal-lm"
+TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASKS.items()} | {PACKED: CausalLM.packed}
+"""Defaults by task. Models that are not language models are usually small, and need a higher rate."""
+
+
+def defaults_of(task: Task, packing: bool) -> Defaults:
+    """The defaults of a run."""
+    return TASK_DEFAULTS[PACKED if isinstance(task, CausalLM) and packing else task.name]
 
 
 @dataclass
@@ -52,8 +49,8 @@ class RunArguments:
     model: str | None = flag(None, "Folder or Hub name of the base model.")
     model_revision: str | None = flag(None, "Branch, tag or commit of the base model.")
     dtype: str | None = flag(None, "Dtype of the frozen weights, such as bfloat16. Default: the checkpoint's.")
-    task: str | None = flag(None, "text-classification or causal-lm. Default: inferred from the columns.")
-    train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file.")
+    task: str | None = flag(None, f"One of {', '.join(TASKS)}. Default: inferred from the columns.")
+    train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file, or a folder of images.")
     eval_file: str | None = flag(None, "File for evaluations during training.")
     test_file: str | None = flag(None, "File for the final evaluation.")
     dataset: str | None = flag(None, "Name for datasets.load_dataset, instead of files.")
@@ -61,13 +58,21 @@ class RunArguments:
     train_split: str = flag("train", "Dataset split to train on.")
     eval_split: str | None = flag(None, "Split for evaluations during training.")
     test_split: str | None = flag(None, "Split for the final evaluation.")
-    text_column: str | None = flag(None, "Column of texts or prompts.")
-    pair_column: str | None = flag(None, "Column of the second text of a pair.")
-    label_column: str | None = flag(None, "Column of labels.")
-    completion_column: str | None = flag(None, "Column of answers, trained on after the prompt (causal-lm).")
-    max_length: int | None = flag(
-        None, "Maximum tokens per text and per packed row. Default: at most 512, or 1024 for causal-lm."
+    text_column: str | None = flag(None, "Column of texts, prompts, questions, lists of words, or images.")
+    pair_column: str | None = flag(None, "Column of the second text of a pair, or of the contexts of questions.")
+    label_column: str | None = flag(None, "Column of labels, lists of labels or tags, or answers in a context.")
+    label_columns: list[str] | None = flag(
+        None, "Columns of 0 and 1, one for each class (multi-label-classification)."
     )
+    completion_column: str | None = flag(
+        None, "Column of answers, trained on after the prompt (causal-lm), or of the texts to write (seq2seq-lm)."
+    )
+    max_length: int | None = flag(
+        None,
+        "Maximum tokens per text and per packed row. Default: at most 512, 384 for question-answering, or 1024 "
+        "for causal-lm.",
+    )
+    max_target_length: int | None = flag(None, "Maximum tokens of the texts to write (seq2seq-lm). Default: 128.")
     packing: bool = flag(
         True, "Pack several texts into one row of max_length tokens, without attention between them (causal-lm)."
     )
@@ -79,8 +84,8 @@ class RunArguments:
     last_turn_only: bool = flag(False, "Train only on the assistant's last turn of each chat (causal-lm).")
     problem_type: str | None = flag(
         None,
-        "single_label_classification or regression (the labels are numbers). Default: classification, if the labels "
-        "look like classes.",
+        "single_label_classification, multi_label_classification, or regression (the labels are numbers). Default: "
+        "classification, if the labels look like classes.",
     )
     verbose: bool = flag(False, "Also list every adapted layer before training.")
     overwrite: bool = flag(
@@ -123,8 +128,11 @@ def argument_parser() -> HfArgumentParser:
 def describe_arguments() -> str:
     """Every argument with its default, which may depend on the task."""
     text = argument_parser().format_help()
-    for name in TASK_DEFAULTS[CLASSIFICATION]:
-        found = "; ".join(f"{values[name]:g} for {task}" for task, values in TASK_DEFAULTS.items())
+    for name in Defaults._fields:
+        values: dict[str, list[str]] = {}
+        for task, defaults in TASK_DEFAULTS.items():
+            values.setdefault(f"{getattr(defaults, name):g}", []).append(task)
+        found = "; ".join(f"{value} for {', '.join(tasks)}" for value, tasks in values.items())
         listed = re.search(rf"--{name} .*?\(default:\s+([^)]*)\)", text, re.DOTALL)
         if listed is not None:
             text = text[: listed.start(1)] + found + text[listed.end(1) :]

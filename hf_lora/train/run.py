@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -18,13 +19,14 @@ from ..adapt.report import adapter_table
 from ..adapt.state import set_trained_format
 from ..compat import held_load_report
 from ..data.chat import show_batch
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION
 from ..errors import ConfigError
+from ..tasks.base import Asked, Data
+from ..tasks.registry import CAUSAL_LM
 from .base_model import load_base
-from .check import METRICS, checkpoint_of
+from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
-from .run_data import Data, head_settings, read_data
+from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
 from .watch.rise import LossRise
@@ -76,11 +78,7 @@ def finetune(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     seconds = time.perf_counter() - start
-    found = {
-        split: trainer.evaluate(data.rows[split], metric_key_prefix=split)
-        for split in ("eval", "test")
-        if split in data.rows
-    }
+    found = {split: _evaluate(trainer, data, split) for split in ("eval", "test") if split in data.rows}
     if parsed.run.overwrite and trainer.is_world_process_zero():
         remove_results(str(training.output_dir))
     trainer.save_state()
@@ -100,6 +98,19 @@ def finetune(
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
 
 
+def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
+    """The metrics of the trained model on a split, with those of generated texts if the task has them."""
+    if data.task.metrics_of_rows:
+        trainer.compute_metrics = data.task.compute_metrics(data, split)
+    values: dict[str, float] = trainer.evaluate(data.rows[split], metric_key_prefix=split)
+    if data.task.generates:
+        asked = Asked(trainer.args.per_device_eval_batch_size)
+        scores = data.task.score(trainer._bare_model, data, split, asked).metrics
+        values |= {f"{split}_{name}": value for name, value in scores.items()}
+        trainer.state.log_history[-1].update(values)  # for the card
+    return values
+
+
 def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], object] | None) -> None:
     """Set the warm-up, add the watches, and report what the run trains."""
     steps = steps_of(trainer)
@@ -117,7 +128,7 @@ def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], obj
 def first_batch(parsed: Parsed) -> str:
     """The first training batch of a causal language model as text that shows which tokens are trained."""
     data = read_data(parsed, writes=False)
-    if data.task != CAUSAL_LM:
+    if data.task.name != CAUSAL_LM:
         raise ConfigError("--show-batch is for language models; a classifier is trained on each row's label.")
     trainer = build_trainer(parsed, data)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -126,57 +137,54 @@ def first_batch(parsed: Parsed) -> str:
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    trainer = (_classifier if data.task == CLASSIFICATION else _language_model)(parsed, data)
+    trainer = (_language_model if data.task.name == CAUSAL_LM else _model)(parsed, data)
     if data.trained is not None:
         set_trained_format(trainer._bare_model, data.trained)
     return trainer
 
 
-def _classifier(parsed: Parsed, data: Data) -> Any:
-    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
-
+def _model(parsed: Parsed, data: Data) -> Any:
+    """The Trainer of every task but causal language modeling."""
     from .trainer import LoraTrainer
 
-    run, training = parsed.run, parsed.training
+    run, training, task = parsed.run, parsed.training, data.task
     set_seed(training.seed)  # for the random weights of a new head
     # A head for another task is replaced.
-    options = {**head_settings(data), **_loading(run), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    load = AutoModelForSequenceClassification.from_pretrained
+    options = {**task.settings(data), **_loading(run), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    load = getattr(transformers, task.auto_class).from_pretrained
     with held_load_report() as release:
         model, found = load_base(load, str(run.model), str(run.model), **options)
         heads = find_heads(model)
         if any(holder(key, heads) is None for key in found["missing_keys"]):
             release()  # a new head is not missing; the adapter's line names it
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = data.tokenizer.pad_token_id
-    if training.lora_modules_to_save is None and not heads:
+    if getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
+    if task.has_head and training.lora_modules_to_save is None and not heads:
         # The checkpoint has a head with this number of labels. They may be other labels, so it is trained too.
         training.lora_modules_to_save = outside_backbone(model)
-    task = run.problem_type if run.problem_type in METRICS else CLASSIFICATION
-    return LoraTrainer(model, training, DataCollatorWithPadding(data.tokenizer), **_common(data, str(task)))
+    training.label_names = list(task.targets)
+    return LoraTrainer(model, training, task.collator(data), **_common(data))
 
 
 def _language_model(parsed: Parsed, data: Data) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from .sft import LoraSFTConfig, LoraSFTTrainer
 
     run, training = parsed.run, parsed.training
     set_seed(training.seed)
+    load = getattr(transformers, data.task.auto_class).from_pretrained
     return LoraSFTTrainer(
-        load_base(AutoModelForCausalLM.from_pretrained, str(run.model), str(run.model), **_loading(run)),
+        load_base(load, str(run.model), str(run.model), **_loading(run)),
         LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
-        **_common(data, CAUSAL_LM),
+        **_common(data),
     )
 
 
-def _common(data: Data, task: str) -> dict[str, Any]:
+def _common(data: Data) -> dict[str, Any]:
     """Arguments that both Trainers take."""
-    from ..evaluation.metrics import build_compute_metrics
-
-    evaluated = data.rows.get("eval", data.rows.get("test"))
-    return {"train_dataset": data.rows["train"], "eval_dataset": evaluated, "processing_class": data.tokenizer,
-            "compute_metrics": build_compute_metrics(list(METRICS[task]))}  # fmt: skip
+    split = "eval" if "eval" in data.rows else "test"
+    compute_metrics = data.task.compute_metrics(data, split) if split in data.rows else None
+    return {"train_dataset": data.rows["train"], "eval_dataset": data.rows.get(split),
+            "processing_class": data.processor, "compute_metrics": compute_metrics}  # fmt: skip
 
 
 def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | None]:

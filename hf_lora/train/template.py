@@ -10,20 +10,12 @@ from typing import Any
 
 import yaml
 
-from ..data.tasks import CAUSAL_LM, CLASSIFICATION, TASKS
 from ..errors import ConfigError, nearest
+from ..tasks.registry import TASKS
 from .arguments import LoraTrainingArguments
-from .parsing import DEFAULTS, PACKED, TASK_DEFAULTS, Parsed, RunArguments
+from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of
 
 WIDTH = 100
-_DATA = {
-    CLASSIFICATION: {"train_file": "train.csv", "test_file": "test.csv"},
-    CAUSAL_LM: {"train_file": "train.jsonl", "test_file": "test.jsonl"},
-}
-_OPTIONS = {
-    CLASSIFICATION: {"text_column": "text", "label_column": "label", "problem_type": "regression", "max_length": 512},
-    CAUSAL_LM: {"completion_column": "answer", "packing": True, "last_turn_only": False, "max_length": 1024},
-}
 _COMMON = {
     "eval_file": "eval.csv", "dtype": "bfloat16", "lora_alpha": 16, "lora_dropout": 0.05,
     "lora_target_modules": ["all-linear"], "head_learning_rate": 1e-3, "loraplus_lr_ratio": 4,
@@ -40,17 +32,18 @@ def template(task: str, model: str | None = None) -> str:
     """
     if task not in TASKS:
         raise ConfigError(
-            f"hf-lora init: the task {task!r} is unknown{nearest(task, TASKS)}. It is {' or '.join(TASKS)}."
+            f"hf-lora init: the task {task!r} is unknown{nearest(task, TASKS)}. It is one of {', '.join(TASKS)}."
         )
-    defaults = TASK_DEFAULTS[PACKED if task == CAUSAL_LM else task]
-    active: dict[str, Any] = {"model": model or "MODEL", "task": task, **_DATA[task]}
+    known = TASKS[task]
+    defaults = defaults_of(known, packing=True)
+    active: dict[str, Any] = {"model": model or "MODEL", "task": task, **known.files}
     active |= {"output_dir": "my-adapter", "lora_r": 8, "num_train_epochs": 3}
-    active |= {name: defaults[name] for name in ("learning_rate", "per_device_train_batch_size")}
+    active |= {name: getattr(defaults, name) for name in ("learning_rate", "per_device_train_batch_size")}
     lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
     for name, value in active.items():
         lines += [*_explained(name), _line(name, value), ""]
     lines += ["# Remove the # before a name to set it.", ""]
-    for name, value in (_OPTIONS[task] | _COMMON).items():
+    for name, value in {**known.options, **_COMMON}.items():
         lines += [*_explained(name), f"#{_line(name, value)}", ""]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -30,14 +30,14 @@ from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
 from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
 from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_run
-from .engines import broadcast_trainable, check_engine, check_same_adapters
+from .engines import broadcast_trainable, check_engine
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
 from .initialize import initialize
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
-from .reference import check_reference
+from .reference import one_base
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
 from .watch.finite import FiniteWatch, check_finite, check_loss
@@ -82,8 +82,8 @@ class LoraTrainerMixin(_Trainer):
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        super().__init__(*args, **kwargs)
-        check_reference(self, self._adapted_model, (*args, *kwargs.values()))
+        with one_base(self, (*args, *kwargs.values())):
+            super().__init__(*args, **kwargs)
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -132,8 +132,9 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
-        start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
+        self.adapter_is_new = start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
         self._adapted = model
+        start.disable_dropout(self.args, adapted_part(model))
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
@@ -166,7 +167,6 @@ class LoraTrainerMixin(_Trainer):
         """The checks and log messages of every run of `train` before its first step."""
         model, call = self._adapted_model, f"{type(self).__name__}.train"
         start.check_start(self, model, call)
-        check_same_adapters(model, call)
         if isinstance(self.optimizer, Optimizer):  # that of optimizers=; in a second run it is wrapped
             adopt_optimizer(self.optimizer, model)
         if self.is_fsdp_enabled:

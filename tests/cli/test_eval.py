@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import run_command, tiny_bert, tiny_llama, tiny_t5, write_lines
+from helpers import run_command, tiny_t5, write_lines
 
 from hf_lora import ConfigError, DataError, LoraModel, StateError, evaluate, generate_texts, load_for_generation
 from hf_lora.data.chat import chat_rows
 from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import read_table
-from hf_lora.data.tasks import choose_columns
-from hf_lora.evaluation import run as evaluation
+from hf_lora.evaluation import language as evaluation
 from hf_lora.evaluation.answers import ANSWER_METRICS
-from hf_lora.evaluation.run import score_answers, score_rows
+from hf_lora.evaluation.language import score_answers, score_rows
 
 run = functools.partial(run_command, "eval")
 
@@ -275,11 +274,3 @@ def test_a_classifier_has_accuracy_and_f1(adapter_folder: str, tmp_path: Path) -
     write_lines(file, [row | {"mine": row["mine"] + " on" * 99} for row in other])  # more than the model's positions
     window = evaluate(model, file, tokenizer=tokenizer, **named).metrics
     assert window == evaluate(model, file, tokenizer=tokenizer, max_length=32, **named).metrics
-
-
-def test_adapters_of_other_kinds_are_refused(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "rows.jsonl", [{"text": "a", "label": "x"}])
-    table = read_table(file)
-    with pytest.raises(StateError, match="only language models and text classifiers"):
-        evaluation.score_classes(tiny_bert(cls="BertForTokenClassification"), None, table, choose_columns(table))
-    assert evaluation.task_type_of(tiny_llama()) == "CAUSAL_LM"

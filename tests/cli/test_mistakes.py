@@ -180,8 +180,8 @@ def test_a_wrong_call_of_another_command_is_one_message(
 
 
 def test_labels_with_signs_are_classes(places: dict[str, Any]) -> None:
+    from hf_lora.data.classes import find_labels
     from hf_lora.data.tables import read_table
-    from hf_lora.data.tasks import find_labels
 
     assert find_labels(read_table(places["dir"] / "signs.jsonl"), "label") == ["-3", "--5"]
     assert len(find_labels(read_table(places["dir"] / "ids.jsonl"), "label", "single_label_classification")) == 40

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from hf_lora import ConfigError, LoraConfig, explain_targets
 from hf_lora.cli import threads
 from hf_lora.cli.threads import Times, threads_of
-from hf_lora.data.tasks import TASKS
+from hf_lora.tasks.registry import TASKS
 from hf_lora.train.parsing import parse_arguments
 from hf_lora.train.template import as_yaml, template
 from hf_lora.train.watch import slowdown

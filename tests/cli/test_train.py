@@ -13,7 +13,7 @@ from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lora import ConfigError, LoraModel, finetune
-from hf_lora.train.parsing import DEFAULTS, TASK_DEFAULTS, parse_arguments
+from hf_lora.train.parsing import DEFAULTS, PACKED, TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
 
 run = functools.partial(run_command, "train")
@@ -231,17 +231,23 @@ def test_no_row_is_longer_than_the_models_positions(bert_folder: str, tmp_path: 
         assert "test_accuracy" in (out / "test_results.json").read_text()
 
 
-@pytest.mark.parametrize("task", list(TASK_DEFAULTS))
+@pytest.mark.parametrize("task", ["text-classification", "causal-lm", PACKED])
 def test_the_listed_defaults_are_those_of_a_run(
     task: str, bert_folder: str, llama_folder: str, texts_folder: Path, tmp_path: Path
 ) -> None:
     text = re.sub(r"\s+", " ", run("--all-options").stdout)
-    kind = task.partition(",")[0]
-    base, rows = (bert_folder, "rows.csv") if kind == "text-classification" else (llama_folder, "pairs.jsonl")
+    base, rows = (bert_folder, "rows.csv") if task == "text-classification" else (llama_folder, "pairs.jsonl")
     words = ["--model", base, "--train-file", str(texts_folder / rows), "--output-dir", str(tmp_path), "--use-cpu"]
     parsed = parse_arguments([*words, "--packing", str(task != "causal-lm")])
     read_data(parsed)
     for name in ("learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
         listed = re.search(rf"--{name} .*?\(default: ([^)]*)\)", text)
         assert listed is not None
-        assert f"{getattr(parsed.training, name):g} for {task}" in listed[1].split("; ")
+        values = {t: value for part in listed[1].split("; ") for value, t in _of_tasks(part)}
+        assert values.keys() == TASK_DEFAULTS.keys()
+        assert values[task] == f"{getattr(parsed.training, name):g}"
+
+
+def _of_tasks(part: str) -> list[tuple[str, str]]:
+    value, _, tasks = part.partition(" for ")
+    return [(value, task) for task in tasks.split(", ")]

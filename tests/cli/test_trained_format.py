@@ -23,10 +23,11 @@ from hf_lora import (
     inspect_adapter,
     load_for_generation,
 )
+from hf_lora.data import classes
 from hf_lora.data.chat import chat_rows
 from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import read_table
-from hf_lora.evaluation import run as evaluation
+from hf_lora.evaluation import language as evaluation
 from hf_lora.generate import texts
 from hf_lora.train.parsing import parse_arguments
 from hf_lora.train.run import build_trainer
@@ -259,8 +260,8 @@ def test_a_classification_of_pairs(bert_folder: str, tmp_path: Path, monkeypatch
     columns = {"text_column": "first", "pair_column": "second", "label_column": "kind"}
     expected = trained(bert_folder, file, adapter, max_length=5, **columns)
     found: list[Any] = []
-    own = evaluation.classification_rows
-    monkeypatch.setattr(evaluation, "classification_rows", lambda *a: found.append(own(*a)) or found[-1])
+    own = classes.classification_rows
+    monkeypatch.setattr(classes, "classification_rows", lambda *a: found.append(own(*a)) or found[-1])
     run_command("eval", adapter, "--file", file)
     run_command("eval", adapter, "--file", file, "--max-length", 7, "--pair-column", "text")
     assert found[0] == expected
@@ -268,7 +269,7 @@ def test_a_classification_of_pairs(bert_folder: str, tmp_path: Path, monkeypatch
     single = write_lines(tmp_path / "single.jsonl", [{"text": "a", "label": "a"}])
     with pytest.raises(DataError, match=r"trained on pairs of texts, and there is no column 'second'.*pair_column"):
         evaluate(adapter, single)
-    with pytest.raises(ConfigError, match="use_chat_template=True has no effect on a classifier"):
+    with pytest.raises(ConfigError, match="use_chat_template=True has no effect on text-classification"):
         evaluate(adapter, file, use_chat_template=True)
     assert "training rows: classes from 'first', 'second', 'kind'; at most 5 tokens" in str(inspect_adapter(adapter))
 

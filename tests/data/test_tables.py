@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 
-from hf_lora.data.tables import Table, read_table
-from hf_lora.data.tasks import (
+from hf_lora.data.classes import (
     choose_columns,
-    choose_task,
     classification_rows,
     find_labels,
 )
+from hf_lora.data.tables import Table, read_table
 from hf_lora.errors import DataError
 
 
@@ -108,18 +107,6 @@ def test_columns_are_found_by_their_names() -> None:
     assert (chosen.text, chosen.label) == ("utterance", "intent")
     chosen = choose_columns(table(premise=["a"], hypothesis=["b"], label=[0]), text="premise", pair="hypothesis")
     assert (chosen.text, chosen.pair, chosen.label) == ("premise", "hypothesis", "label")
-
-
-def test_the_task_is_told_by_the_columns() -> None:
-    chat = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]]
-    assert choose_task(table(utterance=["a"], intent=["x"])) == "text-classification"
-    assert choose_task(table(question=["a"], answer=["x"])) == "causal-lm"
-    assert choose_task(table(text=["a"])) == "causal-lm"
-    assert choose_task(table(messages=chat, category=["x"])) == "causal-lm"
-    assert choose_task(table(text=["a"], kind=["x"]), label="kind") == "text-classification"
-    assert choose_task(table(a=["a"], b=["x"]), completion="b") == "causal-lm"
-    with pytest.raises(DataError, match="Choose one with task="):
-        choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from helpers import run_command, tiny_bert, tiny_gpt2, tiny_llama, write_lines
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_lora import LoraConfig, apply_lora, finetune
-from hf_lora.data.tasks import CAUSAL_LM, CLASSIFICATION
+from hf_lora.tasks.registry import CAUSAL_LM
+from hf_lora.tasks.registry import TEXT_CLASSIFICATION as CLASSIFICATION
 from hf_lora.train import forecast as module
 from hf_lora.train.forecast import _Live, empty_model, forecast, peak_of_step
 from hf_lora.train.parsing import parse_arguments

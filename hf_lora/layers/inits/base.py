@@ -98,6 +98,10 @@ class Init(ABC):
         """Why factors of rank `r` cannot be initialized this way; None if they can."""
         return None
 
+    def refuse_scaling(self, scaling: float) -> str | None:
+        """Why factors with this scaling cannot be initialized this way; None if they can."""
+        return None
+
     def refuse_options(self, options: str) -> str | None:
         """What to write instead of these options; None if they are known."""
         return None

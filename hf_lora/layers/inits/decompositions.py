@@ -64,6 +64,9 @@ class Pissa(Decomposition):
         known = not options or (kind == "niter" and count.isdecimal())
         return None if known else "write 'pissa', or 'pissa_niter_4' for 4 iterations of a fast approximation"
 
+    def refuse_scaling(self, scaling: float) -> str | None:
+        return None if scaling > 0 else f"a scaling of {scaling:g} has no square root to divide the factors by"
+
     def with_options(self, options: str) -> Init:
         if not options:
             return self

@@ -1,9 +1,9 @@
-"""Which task the columns of a table are for, and the rows of a text classification."""
+"""The columns and labels of a classification, and the rows of a text classification."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DataError, Faults, nearest
-from .columns import ANSWERS, CHATS, CLASSIFIED, LABELS
+from .columns import CLASSIFIED, LABELS
 from .tables import Table
 from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
 
-CLASSIFICATION = "text-classification"
-CAUSAL_LM = "causal-lm"
-TASKS = (CLASSIFICATION, CAUSAL_LM)
 REGRESSION = "regression"
-PROBLEM_TYPES = ("single_label_classification", REGRESSION)
-"""What the labels of a classification file are: classes, or numbers."""
+MULTI_LABEL = "multi_label_classification"
+PROBLEM_TYPES = ("single_label_classification", REGRESSION, MULTI_LABEL)
+"""What the labels of a classification file are: a class, a number, or several classes for each row."""
 FEW_CLASSES = 10
 """So many labels are classes, however few rows there are."""
 MOST_TOKENS = 512
@@ -36,32 +34,6 @@ class Columns:
     text: str
     label: str
     pair: str | None = None
-
-
-def choose_task(table: Table, *, label: str | None = None, completion: str | None = None) -> str:
-    """The task that a table's columns are for.
-
-    Args:
-        label, completion: columns that the user named, if any.
-
-    Raises:
-        DataError: a named column does not exist, or the columns fit both tasks.
-    """
-    for name in (label, completion):
-        if name is not None:
-            table.column(name)
-    if label is not None or completion is not None:
-        return CLASSIFICATION if completion is None else CAUSAL_LM
-    if any(name in table.columns for name in CHATS):
-        return CAUSAL_LM  # these names are unambiguous, whatever other columns there are
-    has_label = any(c in table.columns for c in LABELS)
-    has_pair = any(c in table.columns for c in ANSWERS)
-    if has_label and has_pair:
-        raise DataError(
-            f"{table.source}: the columns {', '.join(map(repr, table.columns))} fit both classification and a "
-            f"language model. Choose one with task={CLASSIFICATION!r} or task={CAUSAL_LM!r}."
-        )
-    return CLASSIFICATION if has_label else CAUSAL_LM
 
 
 def choose_columns(
@@ -91,12 +63,17 @@ def choose_columns(
     for name in (text, pair, label):
         if name is not None:
             table.column(name)
-    label = label or _find(table, LABELS, "label_column", "the labels")
-    text = text or _find(table, CLASSIFIED, "text_column", "the texts", skip=(label, pair))
+    label = label or find_column(table, LABELS, "label_column", "the labels")
+    text = text or find_column(table, CLASSIFIED, "text_column", "the texts", skip=(label, pair))
     return Columns(text, label, pair)
 
 
-def _find(table: Table, usual: Iterable[str], option: str, what: str, skip: Iterable[str | None] = ()) -> str:
+def find_column(table: Table, usual: Iterable[str], option: str, what: str, skip: Iterable[str | None] = ()) -> str:
+    """The first of the usual names that a table has.
+
+    Raises:
+        DataError: it has none; the message names the `option`.
+    """
     found = next((c for c in usual if c in table.columns and c not in skip), None)
     if found is None:
         raise DataError(
@@ -104,6 +81,26 @@ def _find(table: Table, usual: Iterable[str], option: str, what: str, skip: Iter
             f"{', '.join(map(repr, table.columns))}. Name it with {option}."
         )
     return found
+
+
+def column_of(
+    table: Table,
+    named: str | None,
+    recorded: str | None,
+    usual: Iterable[str],
+    option: str,
+    what: str,
+    skip: Iterable[str | None] = (),
+) -> str:
+    """The column that the user named, else that of the training of an adapter, else the first of the usual names.
+
+    Raises:
+        DataError: there is none; the message names the `option`.
+    """
+    if named is not None:
+        table.column(named)
+        return named
+    return recorded if recorded in table.columns and recorded else find_column(table, usual, option, what, skip)
 
 
 def suggest_columns(table: Table) -> tuple[str, str]:
@@ -148,7 +145,14 @@ def find_labels(table: Table, column: str, problem_type: str | None = None) -> l
             f"{table.source}: column {column!r} holds only one label ({next(iter(found))!r}) in all {len(table)} "
             "rows, and classification needs two or more. Name the right column with label_column."
         )
-    return sorted(found, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name))
+    return in_order(found)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Labels in order: numeric, or alphabetical."""
+    return sorted(
+        labels, key=lambda name: (0, int(name), name) if name.removeprefix("-").isdecimal() else (1, 0, name)
+    )
 
 
 def _refuse_fractions(table: Table, column: str) -> None:
@@ -227,10 +231,18 @@ def classification_rows(
     texts = table.texts(columns.text, faults)
     pairs = table.texts(columns.pair, faults) if columns.pair else None
     targets: Sequence[float]
-    targets = _numbers(table, columns.label, faults) if labels is None else _classes(table, columns, labels, faults)
+    targets = (
+        _numbers(table, columns.label, faults)
+        if labels is None
+        else class_indices(table, columns.label, labels, faults)
+    )
     faults.check(DataError, "Correct or remove these rows.")
     limit = length_limit(tokenizer, max_length, window)
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=limit)
+    return encoded_rows(tokenizer(texts, pairs, truncation=True, max_length=limit), targets, limit)
+
+
+def encoded_rows(encoded: Mapping[str, Any], targets: Sequence[Any], limit: int) -> TokenRows:
+    """Rows of what a tokenizer returned, and their labels."""
     rows = TokenRows(
         {**{name: values[row] for name, values in encoded.items()}, "labels": target}
         for row, target in enumerate(targets)
@@ -239,21 +251,31 @@ def classification_rows(
     return rows
 
 
-def _classes(table: Table, columns: Columns, labels: list[str], faults: Faults) -> list[int]:
-    declared = columns.label in table.names
-    index = {name: i for i, name in enumerate(labels)}
-    targets: list[int] = []
-    for row, value in enumerate(table.column(columns.label)):
+def class_indices(table: Table, column: str, labels: list[str], faults: Faults) -> list[int]:
+    """The index of each row's label; adds a fault for each that is not one of `labels`."""
+    finder = LabelFinder(table, column, labels)
+    return [finder.index(value, row, faults) for row, value in enumerate(table.column(column))]
+
+
+class LabelFinder:
+    """From labels in the cells of a column to their indices."""
+
+    def __init__(self, table: Table, column: str, labels: list[str]) -> None:
+        self._table, self._column, self._labels = table, column, labels
+        self._declared = table.names.get(column)
+        self._indices = {name: i for i, name in enumerate(labels)}
+
+    def index(self, value: object, row: int, faults: Faults) -> int:
+        """The index of a label; 0 after adding a fault."""
         name = str(value)
-        if declared and isinstance(value, int) and 0 <= value < len(table.names[columns.label]):
-            name = table.names[columns.label][value]
-        if name not in index:
-            known = nearest(name, labels) or f"; there are {', '.join(map(repr, labels[:10]))}"
+        if self._declared is not None and isinstance(value, int) and 0 <= value < len(self._declared):
+            name = self._declared[value]
+        if name not in self._indices:
+            known = nearest(name, self._labels) or f"; there are {', '.join(map(repr, self._labels[:10]))}"
             faults.add(
-                f"{table.at(row)}, column {columns.label!r}: {value!r} is not a label of the training data{known}"
+                f"{self._table.at(row)}, column {self._column!r}: {value!r} is not a label of the training data{known}"
             )
-        targets.append(index.get(name, 0))
-    return targets
+        return self._indices.get(name, 0)
 
 
 def _numbers(table: Table, column: str, faults: Faults) -> list[float]:

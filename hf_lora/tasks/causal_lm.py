@@ -1,0 +1,95 @@
+"""Causal language modeling: chats, pairs of prompt and answer, or plain texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from ..data.chat import chat_rows, is_templated
+from ..data.columns import ANSWERS, CHATS
+from ..data.formats import describe, recognize_format
+from ..data.tables import Table
+from ..data.trained import TrainedFormat
+from ..errors import ConfigError
+from ..evaluation import language
+from ..evaluation.metrics import build_compute_metrics
+from ..evaluation.result import Evaluation
+from .base import Asked, Data, Defaults, Given, Options, Task, refuse_options, truncation
+
+
+class CausalLM(Task):
+    name = "causal-lm"
+    kinds = ("chat", "pair", "raw", "text")
+    auto_class = "AutoModelForCausalLM"
+    has_head = False
+    defaults = Defaults(2e-4, 8, 8, 1024)
+    packed = defaults._replace(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    """Where rows are packed: a row then holds many texts."""
+    metrics = ("accuracy", "perplexity")
+    options = {"completion_column": "answer", "packing": True, "last_turn_only": False, "max_length": 1024}
+    more = ("use_chat_template", "last_turn_only", "system")
+
+    def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
+        if config.is_encoder_decoder:
+            return False
+        if options.label_column is not None or options.completion_column is not None:
+            return options.completion_column is not None
+        return any(name in table.columns for name in (*CHATS, *ANSWERS))
+
+    def read(self, tables: Mapping[str, Table], given: Given) -> Data:
+        try:
+            from datasets import Dataset
+            from trl.trainer.sft_trainer import SFTTrainer  # noqa: F401  needed later
+        except ImportError as error:
+            raise ConfigError(
+                f"Training a causal language model requires TRL, which could not be imported ({error}). Run: pip "
+                'install "hf_lora[chat]"'
+            ) from error
+        from .record import format_of_table
+
+        options, tokenizer, cut = given.options, given.processor, 0
+        limit = self.defaults.max_length
+        data = Data(self, given.config, tokenizer, length=options.max_length or min(limit, given.window or limit))
+        last_turn_only = bool(options.last_turn_only)
+        for split, table in tables.items():
+            form = recognize_format(table, options.text_column, options.completion_column)
+            templated = is_templated(form, tokenizer, options.use_chat_template)
+            data.lines.append(f"{split}: {describe(form, templated)}")
+            if split == "train":
+                data.trained = format_of_table(table, form, templated, data.length, last_turn_only)
+            labelled, long = chat_rows(
+                table, form, tokenizer, data.length,
+                use_chat_template=options.use_chat_template, last_turn_only=last_turn_only,
+            )  # fmt: skip
+            columns = {key: [row[key] for row in labelled] for key in ("input_ids", "labels")}
+            data.rows[split] = Dataset.from_dict(columns)
+            cut += long
+        data.lines += truncation(cut, "rows")
+        return data
+
+    def compute_metrics(self, data: Data, split: str) -> Any:
+        return build_compute_metrics(list(self.metrics))
+
+    def evaluate(self, model: Any, table: Table, given: Given, asked: Asked) -> Evaluation:
+        trained, options, tokenizer = given.trained, given.options, given.processor
+        if asked.system is not None:
+            trained = replace(trained or TrainedFormat(), system=asked.system)
+        form = recognize_format(table, options.text_column, options.completion_column, trained)
+        if not is_templated(form, tokenizer, options.use_chat_template):
+            refuse_options(f"{form.name} without a chat template", {"system": asked.system})
+        if asked.generate:
+            return language.score_answers(
+                model, tokenizer, table, form, max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size,
+                use_chat_template=options.use_chat_template, file=asked.file, progress=asked.progress,
+            )  # fmt: skip
+        rows, cut = chat_rows(
+            table, form, tokenizer, options.max_length or given.window or 2**31,
+            use_chat_template=options.use_chat_template, last_turn_only=options.last_turn_only,
+        )  # fmt: skip
+        return Evaluation(language.score_rows(model, rows, asked.batch_size), cut=cut)
+
+    def refuse(self, options: Options, asked: Asked) -> None:
+        refuse_options("a language model", {"pair_column": options.pair_column})

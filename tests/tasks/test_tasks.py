@@ -1,0 +1,502 @@
+"""Each task through the command line: rows as in transformers' example scripts, and the metrics of a merged model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from helpers import run_command, write_lines
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling
+
+from hf_lora import DataError, LoraModel
+from hf_lora.data.tables import Table, read_table
+from hf_lora.evaluation.tags import entities
+from hf_lora.tasks.base import Given, Options
+from hf_lora.tasks.registry import TASKS, choose_task
+from hf_lora.train.parsing import TASK_DEFAULTS, parse_arguments
+from hf_lora.train.run_data import read_data
+
+FAST = ("--use-cpu", "--disable-tqdm", "true", "--save-strategy", "no", "--per-device-train-batch-size", "8",
+        "--learning-rate", "2e-2", "--logging-strategy", "no")  # fmt: skip
+OPTIONS = {
+    "masked-lm": ["--task", "masked-lm"],  # the columns do not say it
+    "seq2seq-lm": ["--max-target-length", "6", "--num-train-epochs", "8"],
+}
+FILES = {
+    "token-classification": ("encoder", "tags.jsonl"), "question-answering": ("encoder", "spans.jsonl"),
+    "seq2seq-lm": ("encoder_decoder", "pairs.jsonl"), "multi-label-classification": ("encoder", "lists.jsonl"),
+    "masked-lm": ("encoder", "texts.jsonl"), "image-classification": ("vision", ""),
+}  # fmt: skip
+
+
+class Run:
+    """One training by `hf-lora train`, and what it needs."""
+
+    def __init__(self, task: str, base: str, file: Path, out: Path) -> None:
+        self.task, self.base, self.file, self.out = task, base, file, out
+        self.words = ["--model", base, "--train-file", str(file), *OPTIONS.get(task, ["--num-train-epochs", "4"])]
+        self.said = run_command("train", *self.words, "--test-file", file, "--output-dir", out, *FAST).stdout
+        results: dict[str, float] = json.loads((out / "test_results.json").read_text())
+        self.trained = {name.removeprefix("test_"): value for name, value in results.items()}
+        self.found = json.loads(run_command("eval", out, "--file", file, "--json").stdout)
+        self.table: Table = read_table(file)
+
+    def check(self, *names: str) -> None:
+        """The evaluation at the end of the training and that of the saved adapter have the same metrics."""
+        assert {n: self.trained[n] for n in names if n != "rows"} == pytest.approx(
+            {n: self.found[n] for n in names if n != "rows"}, rel=1e-5
+        )
+
+    def merged(self) -> Any:
+        """The merged model, as a plain model of transformers."""
+        model = LoraModel.from_pretrained(self.out).merge_and_unload()
+        plain = getattr(transformers, TASKS[self.task].auto_class).from_config(model.config).eval()
+        plain.load_state_dict(model.state_dict())
+        return plain
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.base)
+
+    def encoded(self) -> list[dict[str, Any]]:
+        """The rows of the training."""
+        data = read_data(parse_arguments([*self.words, "--output-dir", str(self.out / "none"), "--use-cpu"]))
+        assert data.task.name == self.task
+        return list(data.rows["train"])
+
+
+@pytest.fixture(scope="module")
+def run_of(
+    request: pytest.FixtureRequest, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Run]:
+    """The run of a task, once for all tests."""
+    runs: dict[str, Run] = {}
+
+    def get(task: str) -> Run:
+        if task not in runs:
+            base, name = FILES[task]
+            file = rows / name if name else request.getfixturevalue("pictures")
+            runs[task] = Run(task, request.getfixturevalue(base), file, tmp_path_factory.mktemp("run") / "out")
+        return runs[task]
+
+    return get
+
+
+# Token classification ------------------------------------------------------------------------------------------------
+
+
+def test_words_get_their_tag_at_their_first_token(run_of: Callable[[str], Run]) -> None:
+    """As `tokenize_and_align_labels` of transformers' example of token classification."""
+    run = run_of("token-classification")
+    names = sorted({tag for tags in run.table.columns["ner_tags"] for tag in tags})
+    found = run.encoded()
+    several = 0
+    for row, words, tags in zip(found, run.table.columns["tokens"], run.table.columns["ner_tags"], strict=True):
+        batch = run.tokenizer()(words, is_split_into_words=True, truncation=True, max_length=32)
+        labels, before = [], None
+        for word in batch.word_ids():
+            labels.append(-100 if word is None or word == before else names.index(tags[word]))
+            several += word is not None and word == before
+            before = word
+        assert row == {**batch, "labels": labels}
+    assert several > 10
+    assert LoraModel.from_pretrained(run.out).config.id2label == dict(enumerate(names))
+
+
+def test_entities_are_scored_as_a_merged_model_predicts_them(run_of: Callable[[str], Run]) -> None:
+    run = run_of("token-classification")
+    model, chosen, wanted = run.merged(), [], []
+    for row in run.encoded():
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            picked = model(ids).logits[0].argmax(-1)
+        kept = [i for i, label in enumerate(row["labels"]) if label != -100]
+        chosen.append([model.config.id2label[int(picked[i])] for i in kept])
+        wanted.append([model.config.id2label[row["labels"][i]] for i in kept])
+    found, true = ({(i, *c) for i, row in enumerate(part) for c in chunks(row)} for part in (chosen, wanted))
+    right = len(found & true)
+    expected = {
+        "rows": 24, "precision": right / len(found), "recall": right / len(true),
+        "f1": 2 * right / (len(found) + len(true)),
+        "accuracy": accuracy_score(np.concatenate(wanted), np.concatenate(chosen)),
+    }  # fmt: skip
+    assert 0 < right < len(true)
+    assert run.found == pytest.approx(expected)
+    run.check(*expected)
+
+
+def chunks(tags: list[str]) -> list[tuple[str, int, int]]:
+    """`get_entities` of seqeval, after CoNLL's script conlleval."""
+    found, before, kind_before, first = [], "O", "", 0
+    for i, tag in enumerate([*tags, "O"]):
+        prefix, kind = tag[0], tag.split("-", 1)[-1]
+        ends = before in "ES" or (before in "BI" and prefix in "BSO")
+        ends = ends or (before not in "O." and kind_before != kind)
+        starts = prefix in "BS" or (before in "ESO" and prefix in "EI")
+        starts = starts or (prefix not in "O." and kind_before != kind)
+        if ends and before != "O":
+            found.append((kind_before, first, i - 1))
+        if starts:
+            first = i
+        before, kind_before = prefix, kind
+    return found
+
+
+def test_entities_are_those_of_conlleval() -> None:
+    generator = np.random.default_rng(0)
+    known = ["O", "B-X", "I-X", "B-Y", "I-Y", "E-X", "S-Y"]
+    for _ in range(300):
+        tags = [known[i] for i in generator.integers(len(known), size=generator.integers(1, 9))]
+        assert entities(tags) == chunks(tags), tags
+
+
+# Extractive question answering ---------------------------------------------------------------------------------------
+
+
+def windows_of(run: Run) -> Any:
+    """The windows of `prepare_train_features` of transformers' example of question answering."""
+    columns = run.table.columns
+    return run.tokenizer()(
+        [q.lstrip() for q in columns["question"]], columns["context"], truncation="only_second", max_length=32,
+        stride=8, return_overflowing_tokens=True, return_offsets_mapping=True,
+    )  # fmt: skip
+
+
+def test_answers_are_found_in_the_windows_of_a_context(run_of: Callable[[str], Run]) -> None:
+    run = run_of("question-answering")
+    batch, found, inside = windows_of(run), run.encoded(), 0
+    assert len(found) == len(batch["input_ids"]) > 24
+    for i, (row, offsets) in enumerate(zip(found, batch["offset_mapping"], strict=True)):
+        answers, ids = run.table.columns["answers"][batch["overflow_to_sample_mapping"][i]], batch["input_ids"][i]
+        first = answers["answer_start"][0]
+        last, parts = first + len(answers["text"][0]), batch.sequence_ids(i)
+        start, end = parts.index(1), len(parts) - 1 - parts[::-1].index(1)
+        expected = (ids.index(2), ids.index(2))
+        if offsets[start][0] <= first and offsets[end][1] >= last:
+            while start < len(offsets) and parts[start] == 1 and offsets[start][0] <= first:
+                start += 1
+            while offsets[end][1] >= last:
+                end -= 1
+            expected = (start - 1, end + 1)
+            inside += 1
+        assert (row["start_positions"], row["end_positions"]) == expected
+        assert row["input_ids"] == ids
+    assert 20 < inside < len(found)
+
+
+def squad(text: str) -> list[str]:
+    import re
+    import string
+
+    text = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def test_answers_are_the_best_spans_of_a_merged_model(run_of: Callable[[str], Run]) -> None:
+    """As `postprocess_qa_predictions` of transformers' examples, and the metric of SQuAD."""
+    run = run_of("question-answering")
+    model, batch = run.merged(), windows_of(run)
+    best: dict[int, list[tuple[float, str]]] = {}
+    for i, offsets in enumerate(batch["offset_mapping"]):
+        example, parts = batch["overflow_to_sample_mapping"][i], batch.sequence_ids(i)
+        with torch.no_grad():
+            out = model(torch.tensor([batch["input_ids"][i]]))
+        starts, ends = out.start_logits[0].numpy(), out.end_logits[0].numpy()
+        for s in np.argsort(starts)[-1:-21:-1]:
+            for e in np.argsort(ends)[-1:-21:-1]:
+                if parts[s] == parts[e] == 1 and s <= e < s + 30:
+                    text = run.table.columns["context"][example][offsets[s][0] : offsets[e][1]]
+                    best.setdefault(example, []).append((float(starts[s] + ends[e]), text))
+    exact, shared = [], []
+    for example in range(24):
+        found = squad(max(best[example], key=lambda pair: pair[0])[1])
+        true = squad(run.table.columns["answers"][example]["text"][0])
+        common = sum(min(found.count(word), true.count(word)) for word in set(found))
+        exact.append(found == true)
+        shared.append(2 * common / (len(found) + len(true)) if found and true else float(found == true))
+    assert run.found == pytest.approx({"rows": 24, "exact_match": np.mean(exact), "f1": np.mean(shared)})
+    assert 0 < run.found["f1"] < 1
+    run.check("exact_match", "f1")
+
+
+# Sequence to sequence ------------------------------------------------------------------------------------------------
+
+
+def test_targets_are_the_labels_and_generated_texts_are_compared(run_of: Callable[[str], Run]) -> None:
+    run = run_of("seq2seq-lm")
+    tokenizer, model, columns = run.tokenizer(), run.merged(), run.table.columns
+    texts = []
+    for row, document, summary in zip(run.encoded(), columns["document"], columns["summary"], strict=True):
+        batch = tokenizer(document, max_length=32, truncation=True)
+        assert row == {**batch, "labels": tokenizer(text_target=summary)["input_ids"][:6]}
+        out = model.generate(torch.tensor([batch["input_ids"]]), max_new_tokens=6, do_sample=False)
+        texts.append(tokenizer.decode(out[0], skip_special_tokens=True).strip())
+    pairs = list(zip(texts, columns["summary"], strict=True))
+    expected = {
+        "rows": 24, "exact_match": np.mean([a == b for a, b in pairs]), "rouge_l": np.mean([rouge(*p) for p in pairs]),
+        "chrf": chrf(pairs),
+    }  # fmt: skip
+    assert run.found == pytest.approx(expected)
+    assert 0 < run.found["rouge_l"] < 1
+    run.check(*expected)
+    assert run.trained["perplexity"] > 1
+
+
+def rouge(found: str, true: str) -> float:
+    """ROUGE-L by trying all subsequences of the shorter text."""
+    from itertools import combinations
+
+    a, b = found.lower().split(), true.lower().split()
+    short, long = sorted((a, b), key=len)
+
+    def is_in(part: tuple[str, ...]) -> bool:
+        rest = iter(long)
+        return all(word in rest for word in part)
+
+    common = max(n for n in range(len(short) + 1) if any(is_in(part) for part in combinations(short, n)))
+    return 2 * common / (len(a) + len(b)) if common else 0.0
+
+
+def chrf(pairs: list[tuple[str, str]]) -> float:
+    scores = []
+    for n in range(1, 7):
+        right = found = true = 0
+        for a, b in ((x.replace(" ", ""), y.replace(" ", "")) for x, y in pairs):
+            first, second = ([t[i : i + n] for i in range(len(t) - n + 1)] for t in (a, b))
+            right += sum(min(first.count(gram), second.count(gram)) for gram in set(first))
+            found, true = found + len(first), true + len(second)
+        scores.append((right / found, right / true))
+    p, r = np.mean(scores, axis=0)
+    return float(5 * p * r / (4 * p + r))
+
+
+# Several labels, masked words, images --------------------------------------------------------------------------------
+
+
+def test_several_labels_for_a_text(run_of: Callable[[str], Run]) -> None:
+    run = run_of("multi-label-classification")
+    model, tokenizer, names = run.merged(), run.tokenizer(), ["clos", "door", "open"]
+    assert list(model.config.id2label.values()) == names
+    assert model.config.problem_type == "multi_label_classification"
+    chosen, wanted = [], []
+    for row, text, labels in zip(run.encoded(), run.table.columns["text"], run.table.columns["labels"], strict=True):
+        wanted.append([float(name in labels) for name in names])
+        assert row == {**tokenizer(text), "labels": wanted[-1]}
+        with torch.no_grad():
+            chosen.append((model(torch.tensor([row["input_ids"]])).logits[0].sigmoid() > 0.5).int().tolist())
+    true, found = np.array(wanted), np.array(chosen)
+    expected = {
+        "rows": 24, "accuracy": accuracy_score(true, found), "f1": f1_score(true, found, average="micro"),
+        "macro_f1": f1_score(true, found, average="macro", zero_division=0),
+    }  # fmt: skip
+    assert run.found == pytest.approx(expected)
+    assert 0 < run.found["f1"] < 1
+
+
+def test_columns_of_zeros_and_ones_are_labels(encoder: str, rows: Path, tmp_path: Path) -> None:
+    names = ["door", "open"]
+    old = read_table(rows / "lists.jsonl").columns
+    wide = [
+        {"text": text, **{name: int(name in labels) for name in names}}
+        for text, labels in zip(old["text"], old["labels"], strict=True)
+    ]
+    file, base = write_lines(tmp_path / "rows.jsonl", wide), ["--model", encoder, "--output-dir", str(tmp_path / "o")]
+    chosen: list[tuple[list[str], list[str]]] = [([], names), (["--label-columns", *names], names)]
+    for more, labels in [*chosen, (["--label-columns", "open"], ["open"])]:
+        data = read_data(parse_arguments([*base, "--train-file", str(file), *more, "--use-cpu"]))
+        assert (data.task.name, data.labels) == ("multi-label-classification", labels)
+    wanted = [[float(row["open"])] for row in wide]
+    assert [row["labels"] for row in data.rows["train"]] == wanted
+    write_lines(file, [{**row, "open": 2} if i == 3 else row for i, row in enumerate(wide)])
+    said = run_command("train", *base, "--train-file", file, "--label-columns", *names, "--use-cpu", code=2).stderr
+    assert "line 4, column 'open': 2 is neither 0 nor 1" in said
+
+
+def test_masked_words(run_of: Callable[[str], Run]) -> None:
+    run = run_of("masked-lm")
+    model, tokenizer, texts = run.merged(), run.tokenizer(), run.table.columns["text"]
+    assert run.encoded() == [dict(tokenizer(text, truncation=True, max_length=32)) for text in texts]
+    mask, total, right, count = DataCollatorForLanguageModeling(tokenizer, seed=42), 0.0, 0, 0
+    for text in texts:
+        batch = mask([dict(tokenizer(text))])
+        kept = batch["labels"][0] != -100
+        with torch.no_grad():
+            logits = model(batch["input_ids"]).logits[0][kept].double()
+        true = batch["labels"][0][kept]
+        total += float(torch.nn.functional.cross_entropy(logits, true, reduction="sum"))
+        right += int((logits.argmax(-1) == true).sum())
+        count += len(true)
+    expected = {"perplexity": math.exp(total / count), "accuracy": right / count}
+    assert {name: run.found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    run.check(*expected)
+
+
+def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
+    from PIL import Image
+
+    run = run_of("image-classification")
+    processor, model = transformers.AutoImageProcessor.from_pretrained(vision), run.merged()
+    names = ["bright", "dark", "red"]
+    paths = sorted(run.file.glob("*/*.png"))
+    chosen, wanted = [], [names.index(path.parent.name) for path in paths]
+    for path, label, row in zip(paths, wanted, run.encoded(), strict=True):
+        pixels = processor(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"]
+        assert (torch.equal(row["pixel_values"], pixels[0]), row["labels"]) == (True, label)
+        with torch.no_grad():
+            chosen.append(int(model(pixels).logits.argmax()))
+    assert list(model.config.id2label.values()) == names
+    expected = {"accuracy": accuracy_score(wanted, chosen), "f1": f1_score(wanted, chosen, average="macro")}
+    assert run.found == pytest.approx({"rows": 18, **expected})
+    run.check(*expected)
+    assert (run.out / "preprocessor_config.json").is_file()
+
+
+# All tasks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> None:
+    run = run_of(task)
+    assert run.said.startswith(f"{task} from the columns ")
+    assert "24 train, 24 test" in run.said or "18 train, 18 test" in run.said
+    names = set(TASKS[task].metrics)
+    assert names <= run.trained.keys()
+    assert (run.out / "README.md").is_file()
+    format_ = json.loads((run.out / "hf_lora.json").read_text())["training_format"]
+    assert format_["kind"] in TASKS[task].kinds
+    assert TASK_DEFAULTS.keys() > TASKS.keys()
+
+
+def table(**columns: list[Any]) -> Table:
+    count = len(next(iter(columns.values())))
+    return Table("rows.csv", columns, list(range(2, count + 2)), "line", {})
+
+
+SPANS = [{"text": ["a"], "answer_start": [0]}]
+TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
+    ({"utterance": ["a"], "intent": ["x"]}, {}, "text-classification"),
+    ({"text": ["a"], "label": ["x"], "id": [0]}, {}, "text-classification"),
+    ({"text": ["a"], "kind": ["x"]}, {"label_column": "kind"}, "text-classification"),
+    ({"text": ["a"], "label": [["x", "y"]]}, {}, "multi-label-classification"),
+    ({"text": ["a"], "label": ['["x"]']}, {}, "multi-label-classification"),
+    ({"text": ["a", "b"], "rude": [0, 1], "late": ["1", "0"]}, {}, "multi-label-classification"),
+    ({"text": ["a"], "kind": ["x"]}, {"problem_type": "multi_label_classification"}, "multi-label-classification"),
+    ({"tokens": [["a"]], "ner_tags": [[0]], "id": ["1"]}, {}, "token-classification"),
+    ({"words": ['["a"]'], "labels": ['["O"]']}, {}, "token-classification"),
+    ({"w": [["a"]], "t": [["O"]]}, {"text_column": "w", "label_column": "t"}, "token-classification"),
+    ({"id": [1], "question": ["a"], "context": ["a"], "answers": SPANS}, {}, "question-answering"),
+    ({"question": ["a"], "context": ["a"], "answers": [json.dumps(SPANS[0])]}, {}, "question-answering"),
+    ({"image": ["a.png"], "label": [1]}, {}, "image-classification"),
+    ({"messages": [[{"role": "user", "content": "a"}]], "category": ["x"]}, {}, "causal-lm"),
+    ({"question": ["a"], "answer": ["x"]}, {}, "causal-lm"),
+    ({"question": ["a"], "answer": ["x"], "context": ["x"]}, {}, "causal-lm"),
+    ({"text": ["a"]}, {}, "causal-lm"),
+    ({"a": ["a"], "b": ["x"]}, {"completion_column": "b"}, "causal-lm"),
+]
+
+
+@pytest.mark.parametrize(("columns", "named", "task"), TOLD)
+def test_the_task_is_told_by_the_columns(columns: dict[str, list[Any]], named: dict[str, Any], task: str) -> None:
+    assert choose_task(table(**columns), Options(**named)).name == task
+
+
+PAIRED: list[tuple[dict[str, list[Any]], dict[str, Any], tuple[str, str]]] = [
+    ({"document": ["a"], "summary": ["b"]}, {}, ("document", "summary")),
+    ({"question": ["a"], "answer": ["b"]}, {}, ("question", "answer")),
+    ({"input": ["a"], "output": ["b"]}, {}, ("input", "output")),
+    ({"id": ["1"], "translation": [{"en": "a", "de": "b"}]}, {}, ("en", "de")),
+    ({"translation": [{"en": "a", "de": "b"}]}, {"text_column": "de", "completion_column": "en"}, ("de", "en")),
+]
+
+
+@pytest.mark.parametrize(("columns", "named", "pair"), PAIRED)
+def test_pairs_are_for_encoder_decoders(
+    columns: dict[str, list[Any]], named: dict[str, Any], pair: tuple[str, str], encoder_decoder: str
+) -> None:
+    config, options = AutoConfig.from_pretrained(encoder_decoder), Options(**named)
+    task = choose_task(table(**columns), options, config)
+    assert task.name == "seq2seq-lm"
+    data = task.read(
+        {"train": table(**columns)}, Given(config, AutoTokenizer.from_pretrained(encoder_decoder), options)
+    )
+    assert data.trained is not None
+    assert (data.trained.text_column, data.trained.completion_column) == pair
+
+
+def test_columns_for_several_tasks_name_them() -> None:
+    with pytest.raises(DataError, match=r"Choose one with task='text-classification' or task='causal-lm'\."):
+        choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
+    "tags": (
+        "encoder",
+        [
+            {"tokens": ["a", "b"], "ner_tags": ["O"]},
+            {"tokens": ["a", 3], "ner_tags": ["O", "B"]},
+            {"tokens": "a", "ner_tags": []},
+        ],
+        ["line 1: 2 words in 'tokens', but 1 tags in 'ner_tags'", "line 2, column 'tokens': 3 is not a word"],
+    ),
+    "one tag": ("encoder", [{"tokens": ["a"], "ner_tags": ["O"]}], ["there is only one tag, 'O'"]),
+    "answers": (
+        "encoder",
+        [
+            {"question": "a", "context": "the door", "answers": {"text": ["door"], "answer_start": [3]}},
+            {"question": "a", "context": "the door", "answers": {"text": ["door"], "answer_start": []}},
+            {"question": "a", "context": "the door", "answers": "door"},
+        ],
+        [
+            "line 1, column 'answers': the context has ' doo' at 3, not 'door'",
+            "1 texts, but 0 values",
+            "line 3, column",
+        ],
+    ),
+    "a long question": (
+        "encoder",
+        [{"question": "door " * 40, "context": "the door", "answers": {"text": ["door"], "answer_start": [4]}}],
+        ["the question has 40 tokens, and at most 20 leave room"],
+    ),
+    "labels": ("encoder", [{"text": "a", "label": ["x"]}, {"text": "b", "label": [0.5]}], ["0.5 is neither a string"]),
+    "no labels": ("encoder", [{"text": "a", "label": []}], ["all lists are empty"]),
+    "images": (
+        "vision",
+        [{"image": "none.png", "label": "x"}, {"image": __file__, "label": "y"}],
+        ["none.png does not exist", "is not an image"],
+    ),
+    "a summary": ("encoder_decoder", [{"document": "door", "summary": ""}], ["column 'summary': the text is empty"]),
+    "one text": ("encoder_decoder", [{"text": "door"}], ["Name them with --text-column and --completion-column."]),
+    "no form": ("encoder", [{"text": "door"}], ["--task masked-lm"]),
+    "another model": (
+        "encoder",
+        [{"a": "x", "b": "y"}],
+        ["is a bert, for which transformers has no AutoModelForSeq2SeqLM"],
+    ),
+    "no mask": (
+        "encoder_decoder",
+        [{"text": "door"}],
+        ["is a t5, for which transformers has no AutoModelForMaskedLM"],
+    ),
+}
+MORE = {"another model": ["--task", "seq2seq-lm"], "no mask": ["--task", "masked-lm"]}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_that_do_not_fit_are_one_message(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    base, lines, parts = WRONG[name]
+    file, out = write_lines(tmp_path / "rows.jsonl", lines), tmp_path / "out"
+    words = ("--model", request.getfixturevalue(base), "--train-file", file, "--output-dir", out, "--use-cpu")
+    error = run_command("train", *words, *MORE.get(name, []), code=2).stderr
+    assert error.startswith("Error: ")
+    for part in parts:
+        assert part in error
+    assert not out.exists()
