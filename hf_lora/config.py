@@ -62,11 +62,10 @@ _LEFT_OUT = (
     *OF_INITS,
 )  # fmt: skip
 """Fields that files lack if they are empty, as before they existed."""
-_OTHER_NAMES = {
+_OTHER_NAMES = {  # of other libraries and papers -> the field
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "init_weights": "init_lora_weights",
 }  # fmt: skip
-"""Names that other libraries and papers use -> the field."""
 Class = TypeVar("Class", bound=type)
 
 
@@ -195,15 +194,12 @@ class LoraConfig:
         """Make the settings of the initialization a mapping, and remove those of others, which have no effect."""
         for name in OF_INITS:
             value = getattr(self, name)
+            value = vars(value) if dataclasses.is_dataclass(value) else value
             if not str(self.init_lora_weights).startswith(name.removesuffix("_config")):
                 value = None
-            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-                value = dataclasses.asdict(value)
-            elif isinstance(value, Mapping):
-                value = dict(value)
-            elif value is not None:
+            elif not isinstance(value, Mapping | None):
                 faults.add(f"{name}={value!r:.200} must be a mapping of settings")
-            setattr(self, name, value)
+            setattr(self, name, dict(value) if isinstance(value, Mapping) else value)
 
     def _resolve_method(self, faults: Faults) -> None:
         """Make `method` and the fields that PEFT has instead agree."""
@@ -225,8 +221,9 @@ class LoraConfig:
             faults.add(f"alora_invocation_tokens={tokens!r:.200} must be a list of tokens")
         wanted = [name for name in dict.fromkeys(asked) if name != "lora"]
         if len(wanted) > 1:
-            asking = "use_dora, lora_bias, alora_invocation_tokens and method"
-            faults.add(f"{asking} ask for {', '.join(wanted)}, but a layer has one method")
+            faults.add(
+                f"use_dora, lora_bias, alora… and method ask for {', '.join(wanted)}, but a layer has one method"
+            )
         elif wanted:
             self.method = wanted[0]
 
