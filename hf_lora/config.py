@@ -48,9 +48,12 @@ _OTHER_TYPES = {
     "XLORA": "X-LoRA mixes several adapters by a trained network, for each token. Load these adapters one by one",
 }
 IN_PEFT: dict[str, dict[str, bool]] = {
-    "lora": {}, "lora_fa": {}, "alora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
+    "lora": {}, "lora_fa": {}, "lora_grouped": {}, "alora": {}, "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
 }  # fmt: skip
 """Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
+PLAIN_IN_FILES = ("lora_fa", "lora_grouped")
+"""Methods that are plain LoRA in PEFT's files; hf_lora.json has their name."""
 # Fields that do not affect what a file computes; any value is accepted.
 _DESCRIPTIVE = frozenset({
     "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core", "loftq_config",
@@ -125,8 +128,8 @@ class LoraConfig:
         lora_bias: the method `"lora_bias"`: the second factor has a bias.
         alora_invocation_tokens: the method `"alora"`: in each row, the adapter acts from the last occurrence of these
             tokens on.
-        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"`, `"alora"` (docs/methods.md), or a method of another
-            package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
+        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"`, `"lora_grouped"`, `"alora"` (docs/methods.md), or one
+            of another package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
         ensure_weight_tying: refuse what would give modules with one weight different values: factors or whole copies
@@ -221,9 +224,7 @@ class LoraConfig:
             faults.add(f"alora_invocation_tokens={tokens!r:.200} must be a list of tokens")
         wanted = [name for name in dict.fromkeys(asked) if name != "lora"]
         if len(wanted) > 1:
-            faults.add(
-                f"use_dora, lora_bias, alora… and method ask for {', '.join(wanted)}, but a layer has one method"
-            )
+            faults.add(f"the fields ask for {', '.join(wanted)}, but a layer has one method")
         elif wanted:
             self.method = wanted[0]
 

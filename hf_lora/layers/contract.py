@@ -136,6 +136,10 @@ class Shape(ABC):
         """Why this layer cannot have factors of rank `r`; None if it can."""
         return None
 
+    def groups(self, layer: nn.Module) -> int:
+        """The number of groups of inputs and outputs; the weight connects only those of one group."""
+        return 1
+
     def refuse_folding(self, layer: nn.Module) -> str | None:
         """Why no update can be folded into this layer's weight, though it works unmerged; None if it can."""
         return None
@@ -248,7 +252,8 @@ class Method(ABC):
 
     def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         """Why an adapter of this method cannot be folded into the layer's weight; None if it can."""
-        return None
+        refused: str | None = layer._lora.shape.refuse_folding(layer)
+        return refused
 
     def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
         """Initial values of factors that are computed from the weight; A and B of the new adapter exist already."""

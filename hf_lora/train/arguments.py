@@ -77,7 +77,9 @@ class LoraArguments:
     lora_use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
     lora_use_dora: bool = flag(False, "DoRA: a trained magnitude for each output; the same as --lora_method dora.")
     lora_method: str = flag(
-        "lora", "How the factors change a layer: lora, dora, lora_bias, lora_fa or alora.", choices=list(METHODS)
+        "lora",
+        "How the factors change a layer: lora, dora, lora_bias, lora_fa, lora_grouped or alora.",
+        choices=list(METHODS),
     )
     lora_alora_invocation_tokens: list[int] | None = flag(
         None, "aLoRA: the adapter acts from the last occurrence of these tokens on; the same as --lora_method alora."

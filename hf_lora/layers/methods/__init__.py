@@ -11,9 +11,18 @@ from .alora import Alora
 from .dora import Dora
 from .lora_bias import LoraBias
 from .lora_fa import LoraFA
+from .lora_grouped import LoraGrouped
 
 METHODS: Registry[Method] = Registry(
-    "method", {"lora": Additive(), "dora": Dora(), "lora_bias": LoraBias(), "lora_fa": LoraFA(), "alora": Alora()}
+    "method",
+    {
+        "lora": Additive(),
+        "dora": Dora(),
+        "lora_bias": LoraBias(),
+        "lora_fa": LoraFA(),
+        "lora_grouped": LoraGrouped(),
+        "alora": Alora(),
+    },
 )
 
 __all__ = ["METHODS", "Additive"]
