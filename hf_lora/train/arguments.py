@@ -95,6 +95,9 @@ class LoraArguments:
     lora_trainable_token_indices: list[int] | None = flag(
         None, "Tokens whose rows of the input embedding are trained and saved, such as all added ones."
     )
+    lora_train_new_tokens: bool = flag(
+        False, "If the tokenizer has tokens that the base lacks: resize the vocabulary, and train and save their rows."
+    )
     lora_init: str = flag(
         "true",
         "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "
@@ -225,7 +228,8 @@ class LoraArguments:
 
 def _config_fields() -> list[str]:
     """The names of the fields that LoraConfig also has."""
-    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps", "lora_init_config", "lora_init_batches")
+    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps", "lora_init_config", "lora_init_batches",
+             "lora_train_new_tokens")  # fmt: skip
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
