@@ -128,7 +128,7 @@ def argument_parser() -> HfArgumentParser:
 def describe_arguments() -> str:
     """Every argument with its default, which may depend on the task."""
     text = argument_parser().format_help()
-    for name in Defaults._fields:
+    for name in (f.name for f in dataclasses.fields(Defaults)):
         values: dict[str, list[str]] = {}
         for task, defaults in TASK_DEFAULTS.items():
             values.setdefault(f"{getattr(defaults, name):g}", []).append(task)
