@@ -5,6 +5,8 @@ FLOOR := .venv-floor/bin
 EXTRAS := test,demo,docs
 # The suite takes nothing from the network; offline, a Hub name fails at once instead of after retries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
+# A process for each core, up to four; each test file runs in one of them.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo demo-classify demo-llm test test-all test-floor lint format docs clean
@@ -48,13 +50,13 @@ format: venv ## rewrite the code as ruff wants it
 	$(BIN)/ruff format .
 
 test: lint ## lint, then the fast tests
-	$(OFFLINE) $(BIN)/python -m pytest -q
+	$(OFFLINE) $(BIN)/python -m pytest -q $(PARALLEL)
 
 test-all: venv ## every test that needs no accelerator
 	$(OFFLINE) $(BIN)/python -m pytest -q -m "not gpu"
 
 test-floor: .venv-floor/.installed ## the fast tests on the oldest supported versions (constraints-floor.txt)
-	$(OFFLINE) $(FLOOR)/python -m pytest -q
+	$(OFFLINE) $(FLOOR)/python -m pytest -q $(PARALLEL)
 
 docs: venv ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -90,7 +90,7 @@ before = scores(untuned, few)
 
 arguments = LoraSFTConfig(
     str(OUT), lora_r=16, lora_alpha=32, learning_rate=1e-3, loraplus_lr_ratio=4, lr_scheduler_type="cosine",
-    warmup_steps=10, num_train_epochs=2, max_length=256, per_device_train_batch_size=1, activation_checkpointing=False,
+    warmup_steps=6, num_train_epochs=1, max_length=256, per_device_train_batch_size=1, activation_checkpointing=False,
     dataloader_pin_memory=torch.accelerator.is_available(), logging_steps=10, save_strategy="no", report_to="none",
     seed=0,
 )  # fmt: skip

@@ -45,6 +45,16 @@ _WHERE = {
     "LoraTrainerMixin": "train.trainer",
     "LoraSFTTrainer": "train.sft",
     "LoraSFTConfig": "train.sft",
+    "LoraDPOConfig": "train.preference",
+    "LoraDPOTrainer": "train.preference",
+    "LoraKTOConfig": "train.preference",
+    "LoraKTOTrainer": "train.preference",
+    "LoraRewardConfig": "train.preference",
+    "LoraRewardTrainer": "train.preference",
+    "LoraGRPOConfig": "train.preference",
+    "LoraGRPOTrainer": "train.preference",
+    "LoraRLOOConfig": "train.preference",
+    "LoraRLOOTrainer": "train.preference",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
     "evaluate": "evaluation.run",
@@ -89,8 +99,18 @@ __all__ = [
     "DataError",
     "HubError",
     "LoraConfig",
+    "LoraDPOConfig",
+    "LoraDPOTrainer",
     "LoraError",
+    "LoraGRPOConfig",
+    "LoraGRPOTrainer",
+    "LoraKTOConfig",
+    "LoraKTOTrainer",
     "LoraModel",
+    "LoraRLOOConfig",
+    "LoraRLOOTrainer",
+    "LoraRewardConfig",
+    "LoraRewardTrainer",
     "LoraSFTConfig",
     "LoraSFTTrainer",
     "LoraSeq2SeqTrainer",
@@ -169,6 +189,18 @@ if TYPE_CHECKING:
     from .pipelines import pipeline
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.preference import (
+        LoraDPOConfig,
+        LoraDPOTrainer,
+        LoraGRPOConfig,
+        LoraGRPOTrainer,
+        LoraKTOConfig,
+        LoraKTOTrainer,
+        LoraRewardConfig,
+        LoraRewardTrainer,
+        LoraRLOOConfig,
+        LoraRLOOTrainer,
+    )
     from .train.run import finetune
     from .train.sft import LoraSFTConfig, LoraSFTTrainer
     from .train.trainer import LoraSeq2SeqTrainer, LoraTrainer, LoraTrainerMixin

@@ -8,11 +8,13 @@ test and not a training run.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import logging
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -283,6 +285,34 @@ def link_states(zero: Any) -> None:
     if link is not None:
         zero._hp_optimizer_states_linked = False
         link()
+
+
+@contextlib.contextmanager
+def second_models(trainer: type, load: Callable[..., Any], kind: type) -> Iterator[None]:
+    """Within, TRL's trainers load models with `load(own, path, …)`, where `own(path, …)` is TRL's function.
+
+    Each module of a trainer imports `create_model_from_path` by name, and `prepare_deepspeed` and `prepare_fsdp`,
+    which here leave a model of class `kind` as it is.
+    """
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def replace(module: Any, name: str, make: Callable[[Any], Any]) -> None:
+        if hasattr(module, name):
+            replaced.append((module, name, getattr(module, name)))
+            setattr(module, name, make(replaced[-1][2]))
+
+    def unless_kind(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda model, *args, **options: model if isinstance(model, kind) else own(model, *args, **options)
+
+    try:
+        for module in {sys.modules[cls.__module__] for cls in trainer.__mro__}:
+            replace(module, "create_model_from_path", lambda own: functools.partial(load, own))
+            for name in ("prepare_deepspeed", "prepare_fsdp"):
+                replace(module, name, unless_kind)
+        yield
+    finally:
+        for module, name, own in replaced:
+            setattr(module, name, own)
 
 
 def name_or_path(model: Any) -> str:

@@ -34,7 +34,6 @@ _OF_OTHERS = {
     "use_qalora": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
     "qalora_group_size": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
     "use_bdlora": "a factor is block-diagonal, which saves time only if layers are split over devices (BD-LoRA)",
-    "ensure_weight_tying": "layers with a tied weight share their adapter",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
     "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
@@ -53,12 +52,12 @@ IN_PEFT: dict[str, dict[str, bool]] = {
     "lora": {}, "lora_fa": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
 }  # fmt: skip
 """Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
-# Fields that do not affect what a file computes; any value is accepted. The configurations of initializations have no
-# effect without `init_lora_weights`, which is read.
+# Fields that do not affect what a file computes; any value is accepted.
 _DESCRIPTIVE = frozenset({
-    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core",
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core", "loftq_config",
 })  # fmt: skip
+OF_INITS = ("eva_config", "corda_config", "lora_ga_config")
+"""Fields with the settings of one initialization, the one that they are named after."""
 _OTHER_NAMES = {
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "init_weights": "init_lora_weights",
@@ -110,6 +109,8 @@ class LoraConfig:
         init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with standard deviation 1/r, B
             zero), `False` (B random too, so that the model changes at once; for tests), or the name of a registered
             initialization. Names are looked up when the configuration is applied.
+        eva_config, corda_config, lora_ga_config: settings of the initialization of that name (docs/methods.md), as a
+            mapping or PEFT's class; None for others.
         fan_in_fan_out: only for the file format; the layer itself shows whether its weight is stored transposed.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: folder or Hub name of the base model.
@@ -123,6 +124,8 @@ class LoraConfig:
             registered (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
+        ensure_weight_tying: refuse what would give modules with one weight different values: factors or whole copies
+            of one of them, and different tokens.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -141,6 +144,9 @@ class LoraConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     init_lora_weights: bool | str = True
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
     fan_in_fan_out: bool = False
     task_type: str | None = None
     base_model_name_or_path: str | None = None
@@ -150,6 +156,7 @@ class LoraConfig:
     lora_bias: bool = False
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
+    ensure_weight_tying: bool = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
@@ -161,7 +168,9 @@ class LoraConfig:
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.parts = {} if self.parts is None else self.parts
+        self.ensure_weight_tying = False if self.ensure_weight_tying is None else self.ensure_weight_tying
         faults = Faults("LoraConfig(…)")
+        self._settle_inits(faults)
         self._resolve_method(faults)
         self._check(faults)
         faults.check(ConfigError, "Correct these fields; the docstring of LoraConfig describes them.")
@@ -174,6 +183,24 @@ class LoraConfig:
     def scaling(self, r: int, alpha: float) -> float:
         """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
+
+    def init_settings(self, name: str) -> dict[str, Any]:
+        """The settings of the initialization `name`."""
+        return getattr(self, f"{name}_config", None) or {}
+
+    def _settle_inits(self, faults: Faults) -> None:
+        """Make the settings of the initialization a mapping, and remove those of others, which have no effect."""
+        for name in OF_INITS:
+            value = getattr(self, name)
+            if not str(self.init_lora_weights).startswith(name.removesuffix("_config")):
+                value = None
+            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = dataclasses.asdict(value)
+            elif isinstance(value, Mapping):
+                value = dict(value)
+            elif value is not None:
+                faults.add(f"{name}={value!r:.200} must be a mapping of settings")
+            setattr(self, name, value)
 
     def _resolve_method(self, faults: Faults) -> None:
         """Make `method` and the fields that PEFT has instead agree."""
@@ -197,8 +224,8 @@ class LoraConfig:
     def _check(self, faults: Faults) -> None:
         if not _is_int(self.r) or self.r < 1:
             faults.add(f"r={self.r!r} must be an integer >= 1")
-        if self.lora_alpha is not None and (not _is_number(self.lora_alpha) or self.lora_alpha <= 0):
-            faults.add(f"lora_alpha={self.lora_alpha!r} must be a positive number, or None for 2 r")
+        if self.lora_alpha is not None and not _is_number(self.lora_alpha):
+            faults.add(f"lora_alpha={self.lora_alpha!r} must be a number, or None for 2 r")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             faults.add(f"lora_dropout={self.lora_dropout!r} must be >= 0 and < 1")
         for name, optional in (("target_modules", False), ("exclude_modules", True)):
@@ -213,13 +240,16 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 _check_regex(faults, name, key)
-                good = _is_int(value) if name == "rank_pattern" else _is_number(value)
-                if not good or value <= 0:
-                    faults.add(f"{name}[{key!r}]={value!r} must be positive")
+                if name == "rank_pattern" and (not _is_int(value) or value <= 0):
+                    faults.add(f"{name}[{key!r}]={value!r} must be a positive integer")
+                elif not _is_number(value):
+                    faults.add(f"{name}[{key!r}]={value!r} must be a number")
         if self.bias not in ("none", "all", "lora_only"):
             faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
         if not isinstance(self.init_lora_weights, (bool, str)):
             faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
+        if not isinstance(self.ensure_weight_tying, bool):
+            faults.add(f"ensure_weight_tying={self.ensure_weight_tying!r} must be True or False")
         if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
             faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")
         if self.modules_to_save is not None and not _is_list_of(self.modules_to_save, str):
@@ -244,7 +274,8 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
-        for name in ("parts", "trainable_token_indices", "use_dora", "lora_bias"):
+        optional = ("parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias", *OF_INITS)
+        for name in optional:
             if not values[name]:  # files without them are as they were before these existed
                 del values[name]
         return {
@@ -274,6 +305,8 @@ class LoraConfig:
         if taken.get("target_modules", ...) is None:
             faults.add("target_modules=None: the adapter's layers must be named")
             del taken["target_modules"]
+        if taken.get("init_lora_weights", ...) is None:
+            taken["init_lora_weights"] = False  # in PEFT, both leave the factors as PyTorch creates them
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(taken.get(name) or {}, Mapping):
                 faults.add(f"{name}={taken.pop(name)!r} must be a mapping from a pattern to a number")

@@ -29,7 +29,8 @@ from .adapt.undo import all_or_nothing
 from .compat import held_load_report
 from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError
 from .files.base_config import describe_settings, set_generation, settings_for
-from .files.format import PREFIX, AdapterFile, holds_adapter, read_adapter, read_config
+from .files.format import AdapterFile, holds_adapter, read_adapter, read_config
+from .files.keys import PREFIX
 from .files.load import load_adapter
 from .files.model_class import auto_class, class_in_config, class_in_file, needs_config
 from .files.renamed import with_present_names

@@ -29,7 +29,8 @@ from .adapt.ties import original_weights
 from .compat import running_trainer
 from .config import LoraConfig, as_tuple
 from .errors import AdapterFileError, StateError, listed
-from .files.format import PREFIX, AdapterFile
+from .files.format import AdapterFile
+from .files.keys import PREFIX
 from .files.load import load_adapter, load_adapter_weights
 from .files.save import adapter_state_dict, refuse_arguments, save_adapters
 from .hub.download import local_adapter

@@ -14,7 +14,7 @@ import pytest
 from helpers import tiny_llama
 
 from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, apply_lora, inspect_adapter
-from hf_lora.config import _DESCRIPTIVE
+from hf_lora.config import _DESCRIPTIVE, OF_INITS
 from hf_lora.errors import Faults
 
 FULL: dict[str, Any] = dict(
@@ -36,12 +36,13 @@ FULL: dict[str, Any] = dict(
     base_model_name_or_path="somewhere/base",
     revision="abc",
     trainable_token_indices={"embed_tokens": [3, 1]},
+    ensure_weight_tying=True,
 )
 
 
 def test_every_field_goes_to_json_and_back() -> None:
     values = FULL | {"method": "other", "parts": {"rows": {"embed": [1]}}}  # ours alone
-    assert set(values) | {"use_dora", "lora_bias"} == {f.name for f in dataclasses.fields(LoraConfig)}
+    assert set(values) | {"use_dora", "lora_bias", *OF_INITS} == {f.name for f in dataclasses.fields(LoraConfig)}
     assert not {"method", "parts"} & LoraConfig(**FULL).to_dict().keys()
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())
@@ -129,21 +130,22 @@ def test_sets_and_tuples_become_lists() -> None:
 
 WRONG: dict[str, list[Any]] = {
     "r": [0, -1, 2.5, "8", True, None],
-    "lora_alpha": [0, -2, "8", math.nan, math.inf],
+    "lora_alpha": ["8", math.nan, math.inf],
     "lora_dropout": [-0.1, 1.0, "0", None],
     "target_modules": [[], 3, [1], "(", None],
     "exclude_modules": [3, "("],
     "layers_to_transform": ["1", [1.5]],
     "rank_pattern": [{"q": 0}, {"q": 1.5}, {"(": 2}],
-    "alpha_pattern": [{"q": -1}, {"q": "x"}],
+    "alpha_pattern": [{"q": "x"}],
     "bias": ["some", None, True],
     "modules_to_save": ["score", [3]],
-    "init_lora_weights": [None, 1.5, ["pissa"]],
+    "init_lora_weights": [1.5, None, ["pissa"]],
     "method": [None, 3],
     "trainable_token_indices": ["3", [1.5], {"x": ["y"]}],
     "use_dora": ["yes", 1],
     "lora_bias": ["no", 1.0],
     "parts": [["rows"], 3, {1: 2}],
+    "ensure_weight_tying": ["yes", 1],
     "task_type": ["SEQ_CLASS", "x"],
 }
 
@@ -181,7 +183,6 @@ UNSUPPORTED: dict[str, Any] = dict(
     velora_config={"num_groups": 4},
     kasa_config={"beta": 1},
     monteclora_config={"n": 4},
-    ensure_weight_tying=True,
     from_the_future=3,
 )
 WITHOUT_EFFECT: dict[str, Any] = dict(

@@ -31,6 +31,7 @@ LONGEST_NAME = 200
 """Bytes of an adapter's name in UTF-8: it is the name of a folder too."""
 
 
+@gc_paused()
 def inject(
     model: nn.Module,
     config: LoraConfig,
@@ -71,7 +72,7 @@ def inject(
         with nullcontext() if batches is None else all_or_nothing(model):
             config = informed(model, plan, config, batches, original, call)
     named_by_user = config.target_modules not in PRESETS and not from_file
-    with all_or_nothing(model, state.activity.active if state is not None else ()), gc_paused():
+    with all_or_nothing(model, state.activity.active if state is not None else ()):
         state = state or _first(model)
         record = AdapterRecord(config, state.base_task, plan.saved, plan.skipped, plan.notes, named_by_user, trainable)
         if plan.saved or task is not None:
@@ -92,6 +93,38 @@ def inject(
         if then is not None:
             then(state)
     return plan
+
+
+def reinitialize(
+    model: nn.Module,
+    name: str,
+    config: LoraConfig,
+    *,
+    batches: Iterable[object] | None = None,
+    original: Callable[[str], Tensor] | None = None,
+    from_file: bool = False,
+    call: str = "reinitialize",
+) -> None:
+    """Replace the factors of adapter `name` by new ones according to `config`. Its other parts stay as they are.
+
+    Args:
+        batches: for initializations that look at some. Without them, the values of the factors follow from a file.
+        from_file: `config` is that of a file, whose tensors decide.
+    """
+    state = require_state(model, call)
+    record = state.adapters[name]
+    with all_or_nothing(model, state.activity.active), gc_paused():
+        for part in [part for part in parts(model, name) if isinstance(part, Factors)]:
+            part.remove()
+        saved = dict(record.heads)
+        plan = resolve(model, config, call, allow_bypassed=True, from_file=from_file, saved=saved)
+        if batches is not None:
+            config = informed(model, plan, config, batches, original, call)
+        for target in plan.layers:
+            Factors(target.path, target.module, name, target.site).attach(state.activity, target)
+        record.config, record.skipped, record.notes = config, plan.skipped, plan.notes
+        if not record.trainable:
+            update_requires_grad(model, state, [name])
 
 
 def delete(model: nn.Module, names: str | Sequence[str]) -> None:
@@ -125,6 +158,7 @@ def drop_layers(model: nn.Module, name: str, paths: set[str], reason: str) -> No
                 state.adapters[name].skipped[part.name] = reason
 
 
+@gc_paused()
 def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     """Remove every adapter, restore the class of each layer and the original `requires_grad`.
 

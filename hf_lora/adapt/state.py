@@ -151,6 +151,8 @@ class LoraState:
     new_modules: list[str] = field(default_factory=list)
     """Modules that the base checkpoint lacks; sharding removes the marks that show them."""
     has_batchnorm: bool = False
+    waiting: LoraConfig | None = None
+    """The configuration of the adapter if its initialization waits for the batches of a Trainer."""
     resumable: bool = False
     """Whether a LoraTrainer trains the model, which can resume from the saved checkpoints."""
     borrowed: list[str] = field(default_factory=list)

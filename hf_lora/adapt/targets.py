@@ -27,6 +27,7 @@ from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .select import Selection, all_names, last_names
+from .ties import parted_by
 from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
 
@@ -102,6 +103,15 @@ class Explanation:
         for planned in self.others:
             yield planned.path, planned.specs
 
+    def parted(self, model: nn.Module) -> list[str]:
+        """The modules with the weight of the input embedding that would get other values than the rest of them.
+
+        As in PEFT, rows of tokens count only if several of these modules are named with different ones.
+        """
+        rows = [each.path for each in self.others if issubclass(each.kind, TokenRows) and each.options[2]]
+        layers = [target.path for target in self.layers]
+        return parted_by(model, layers, self.saved, rows if len(rows) > 1 else ())
+
     def __str__(self) -> str:
         from .report import explanation_table
 
@@ -140,9 +150,12 @@ def resolve(
     """
     faults = Faults(call)
     check_names(config, faults)
+    if not from_file:
+        _check_alphas(config, faults)
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
+    init = init.with_settings(_settings(config, options))
     init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
     _check_pair(config, init, method, faults)
     faults.check(ConfigError, "Choose another initialization, or another method.")
@@ -155,6 +168,11 @@ def resolve(
     plan.layers = list(_layers(chosen, config, method, init, options, from_file, faults))
     plan.biases = _bias_modules(modules, config, chosen, plan) if config.bias != "none" else []
     plan.others = list(_other_parts(config, modules, plan.saved, selection, faults))
+    if config.ensure_weight_tying and not from_file and (parted := plan.parted(model)):
+        faults.add(
+            f"ensure_weight_tying=True: {', '.join(parted)} would be trained apart from the modules with the same "
+            "weight; leave it out for that, or train rows of tokens, which they share (trainable_token_indices)"
+        )
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)
@@ -186,12 +204,15 @@ def _layers(
             name = f"{path}.{site.name}" if isinstance(site, View) else path
             r, alpha = (table.of(name, path, wanted) for table, wanted in tables)
             refused = shape.refuse_rank(site, r) or method.refuse(site, shape)
-            refused = refused or init.refuse(site, shape) or init.refuse_rank(site, shape, r)
+            own = INITS["kaiming"] if from_file and init.takes_out and shape.looks_up else init  # as in PEFT
+            scaling = config.scaling(r, alpha)
+            refused = refused or own.refuse(site, shape) or own.refuse_rank(site, shape, r)
+            refused = refused or own.refuse_scaling(scaling)
             if refused is not None:
                 faults.add(f"{name}: {refused}")
                 continue
-            specs = init.declare(shape, method.declare(site, shape, r))
-            adapter = LayerAdapter(method, specs, r, alpha, config.scaling(r, alpha), dropout, init)
+            specs = own.declare(shape, method.declare(site, shape, r))
+            adapter = LayerAdapter(method, specs, r, alpha, scaling, dropout, own)
             yield Target(name, path, site, shape, storage, adapter, options, from_file=from_file)
     for field_name, table in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if not from_file else ():
         for key in table.unused():
@@ -250,17 +271,30 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
         faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
     elif (instead := found[0].refuse_options(found[1])) is not None:
         faults.add(f"init_lora_weights={name!r}: {instead}")
+    elif (wrong := found[0].refuse_settings(settings := _settings(config, found[1]))) is not None and settings:
+        faults.add(f"{name}_config: {wrong}")
     for kind in config.parts:
         if kind not in PARTS:
             faults.add(f"parts: {PARTS.why_unknown(kind)}")
 
 
+def _settings(config: LoraConfig, options: str) -> dict[str, Any]:
+    """The settings of a configuration's initialization. `options` are the end of its name, after an underscore."""
+    name = init_name(config.init_lora_weights)
+    return config.init_settings(name.removesuffix(f"_{options}") if options else name)
+
+
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
-    if init.takes_out and not init.repeatable and not method.of_product:
-        faults.add(
-            f"init_lora_weights={config.init_lora_weights!r} subtracts a product from the base that a file can hold "
-            f"only if the product of the factors is all that matters, unlike with method={config.method!r}"
-        )
+    if (refused := init.refuse_method(method)) is not None:
+        faults.add(f"init_lora_weights={config.init_lora_weights!r} with method={config.method!r}: {refused}")
+
+
+def _check_alphas(config: LoraConfig, faults: Faults) -> None:
+    """Refuse to train with an alpha that is not positive; a file of PEFT may have one."""
+    given = {"lora_alpha": config.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in config.alpha_pattern.items()}
+    for name, alpha in given.items():
+        if alpha <= 0:
+            faults.add(f"{name}={alpha!r} must be positive: 0 trains nothing, and a sign is not needed")
 
 
 def scalings(config: LoraConfig) -> Callable[[str, str], float]:

@@ -15,7 +15,9 @@ from ..layers.class_swap import unwrap_class
 from ..layers.copies import Replacement
 from ..layers.hosts import Host
 from ..layers.parts import Fold
+from .embeddings import input_embedding
 from .heads import mark_like
+from .match import holder
 from .walk import module_at, original_modules, placed
 
 
@@ -50,6 +52,20 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
             if parameter is not None:
                 users.setdefault(id(parameter), []).append(name)
     return users
+
+
+def parted_by(model: nn.Module, adapted: Iterable[str], whole: Iterable[str], rows: Iterable[str]) -> list[str]:
+    """The modules with the weight of the input embedding to which an adapter gives other values than to the rest.
+
+    Args:
+        adapted, whole: names of the modules that it adapts, and of those that it trains whole.
+        rows: names of the modules with rows of tokens of their own.
+    """
+    whole, given = list(whole), {*adapted, *rows}
+    weight = getattr(input_embedding(model), "weight", None)
+    users = tensor_users(model).get(id(weight), [])
+    parted = [name for name in users if name in given or holder(name, whole) is not None]
+    return parted if len(users) > 1 else []
 
 
 def join_embeddings(model: Any, name: str) -> None:

@@ -114,7 +114,8 @@ def adapter_modules(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[st
             if belongs and (kind.startswith("lora_") or (kind == "copies" and isinstance(module, Replacement))):
                 for name in names:
                     held = child._modules.get(name)
-                    if held is not None and "frozen" not in held.__dict__:
+                    if held is not None and "frozen" not in held.__dict__ and id(held) not in seen:
+                        seen.add(id(held))
                         yield name, held
             else:
                 stack.append(child)

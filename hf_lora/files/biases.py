@@ -11,7 +11,8 @@ from ..adapt.walk import module_at, original_modules
 from ..errors import Faults
 from ..layers.copies import base_bias
 from ..layers.parts import bias_key
-from .format import AdapterFile, key_of
+from .format import AdapterFile
+from .keys import key_of
 
 
 def biases_in(

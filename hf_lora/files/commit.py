@@ -67,7 +67,7 @@ def _holds(files: list[Path], samples: Mapping[str, str], sample: Sample, same: 
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
                 for name in samples:
-                    key = next((k for k in keys if k == name or k.endswith(f".{name}")), None)
+                    key = next((k for k in keys if f".{k}".endswith(f".{name}.weight")), None)
                     if key is not None and name not in read and len(read) < COMPARED:
                         tensor = file.get_tensor(key)
                         if tensor.dim() >= 2 and tensor.dtype in (torch.float32, torch.float16, torch.bfloat16):

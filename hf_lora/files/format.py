@@ -1,4 +1,4 @@
-"""The file format: PEFT's adapter format and `hf_lora.json`. File names and keys are defined here alone.
+"""The file format: PEFT's adapter format and `hf_lora.json`. File names are defined here alone, keys in keys.py.
 
     adapter_config.json           the configuration, in PEFT's fields
     adapter_model.safetensors     base_model.model.<module>.lora_A.weight and so on, float32
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +25,16 @@ from transformers.utils import logging
 from ..adapt.targets import check_names
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
-from ..layers.contract import FactorSpec, Method, Shape
+from ..layers.contract import FactorSpec
 from ..layers.distributed import scatter
-from ..layers.methods import METHODS
-from ..layers.parts import PARTS, Part
-from ..layers.shapes import SHAPES
+from ..layers.parts import Part
 from ..layers.storages import fits
 from ..safe_io.atomic import finish_moves, replace_together
 from ..safe_io.headers import TensorFile, read_header
 from ..safe_io.reading import REPAIR, own_file, read_json
+from .foreign import split_base_copies, with_plain_keys
 from .initializations import read_init
+from .keys import key_of, matrices, split_key
 from .validate import check_config, check_extras
 
 logger = logging.get_logger(__name__)
@@ -44,8 +43,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 LEGACY_WEIGHTS_NAME = "adapter_model.bin"
 EXTRAS_NAME = "hf_lora.json"
-PREFIX = "base_model.model."
-_PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
 NEW_TOKENS = ("new_embeddings.safetensors", "new_embeddings.bin")
 """Files beside an adapter in which some libraries keep the embeddings of added tokens."""
 FULL_MODEL_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -66,47 +63,6 @@ class AdapterFile:
     """adapter_config.json as it was read."""
     base_copies: dict[str, Tensor] = field(default_factory=dict)
     """Module -> a copy of the base's weight, if another library saved one."""
-
-
-def key_of(path: str, key: str) -> str:
-    """The file key of a tensor that a part at module `path` declares as `key`."""
-    return f"{PREFIX}{path}.{key}"
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """(path, role) of a file key: a factor's name, "bias" (with the path of its layer), or "copy" (with its own path).
-
-    Tensors of registered custom parts count as copies, since they have no update to summarize.
-    """
-    path = key.removeprefix(PREFIX)
-    if any(path.endswith(f".{suffix}") for kind in PARTS.values() for suffix in kind.keys):
-        return path, "copy"
-    for suffix, factor in factor_keys():
-        if path.endswith(f".{suffix}"):
-            return path.removesuffix(f".{suffix}"), factor
-    module, _, last = path.rpartition(".")
-    module, _, role = module.rpartition(".")
-    if role.startswith("lora_") and last == "weight":
-        return module, role  # a factor of a method that is not registered
-    return (module, "bias") if role == "base_layer" and last == "bias" else (path, "copy")
-
-
-def factor_keys() -> Iterator[tuple[str, str]]:
-    """(name on disk relative to a module, factor) for all registered shapes and methods."""
-    tables: tuple[Shape | Method, ...] = (*SHAPES.values(), *METHODS.values())
-    for declaring in tables:
-        for factor, suffix in declaring.keys.items():
-            yield suffix, factor
-
-
-def matrices() -> tuple[str, ...]:
-    """The names of the two factors whose product is the update; (R, I) first."""
-    return tuple(Shape.keys)
-
-
-def factors_of(config: LoraConfig) -> tuple[str, ...]:
-    """The names of all factors of a layer in a file with this configuration."""
-    return (*matrices(), *METHODS[config.method].keys)
 
 
 @dataclass
@@ -167,38 +123,6 @@ def stored(parts: Iterable[Part]) -> dict[str, Stored]:
     return found
 
 
-def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the adapter's tensors, module -> weight of the base) from a file of PEFT.
-
-    For an adapted embedding or output embedding, PEFT also saves a copy of the base's weight; with trained biases it
-    saves those of whole modules twice more, under the names of its wrapper.
-    """
-    own: dict[str, Tensor] = {}
-    copies: dict[str, Tensor] = {}
-    suffixes = {suffix for suffix, _ in factor_keys()}
-    for key, tensor in tensors.items():
-        path, rows = key.removesuffix(".base_layer.weight"), key.removesuffix(".token_adapter.base_layer.weight")
-        if rows != key:
-            copies[rows.removeprefix(PREFIX)] = tensor
-        elif path != key and any(f"{path}.{suffix}" in tensors for suffix in suffixes):
-            copies[path.removeprefix(PREFIX)] = tensor
-        elif not _is_written_twice(key, tensors):
-            own[key] = tensor
-    return own, copies
-
-
-def _is_written_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether `key` is a tensor inside PEFT's wrapper that the file also has under its plain name."""
-    match = _PEFT_WRAPPER.match(key)
-    if match is None:
-        return False
-    path, wrapper, inside = match.groups()
-    plain = [f"{path}.{inside}"]
-    if wrapper == "modules_to_save":  # may be followed by the adapter's name
-        plain.append(f"{path}.{inside.partition('.')[2]}")
-    return any(name in tensors for name in plain)
-
-
 def compare(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], faults: Faults) -> None:
     """Add a fault for every tensor that is missing, unexpected, not finite, or has the wrong shape."""
     absent, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -234,7 +158,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         AdapterFileError: a file is missing, truncated or malformed; the message names it and what to do.
     """
     path = Path(folder)
-    config = read_config(path)
+    config, raw, extras = _read_configs(path)
     weights = path / WEIGHTS_NAME
     file = own_file(path, WEIGHTS_NAME)
     if file is None:
@@ -254,8 +178,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
         raise AdapterFileError(f"{weights} is not a complete safetensors file ({error}). {REPAIR}") from error
-    own, copies = split_base_copies(tensors)
-    return AdapterFile(config, own, read_extras(path), path, read_json(path, CONFIG_NAME) or {}, copies)
+    own, copies = split_base_copies(with_plain_keys(tensors))
+    return AdapterFile(config, own, extras, path, raw, copies)
 
 
 def _check_entries(file: TensorFile) -> None:
@@ -283,6 +207,11 @@ def holds_adapter(folder: object) -> bool:
 
 def read_config(path: Path) -> LoraConfig:
     """The adapter_config.json of a folder."""
+    return _read_configs(path)[0]
+
+
+def _read_configs(path: Path) -> tuple[LoraConfig, dict[str, Any], dict[str, Any]]:
+    """The configuration of a folder, its adapter_config.json as it was read, and its hf_lora.json."""
     file = path / CONFIG_NAME
     _finish(path)
     values = read_json(path, CONFIG_NAME)
@@ -302,11 +231,11 @@ def read_config(path: Path) -> LoraConfig:
     faults.check(
         AdapterFileError, step or "Import the package that registers these, or load it with the library that wrote it."
     )
-    extras = read_extras(path)
+    extras = read_extras(path, values)
     config.task_type = config.task_type or extras.get("task_type")
     if config.method == "lora":
         config.method = extras.get("method", config.method)
-    return config
+    return config, values, extras
 
 
 def _with_targets(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -330,12 +259,18 @@ def _finish(path: Path) -> None:
         ) from error
 
 
-def read_extras(path: Path) -> dict[str, Any]:
-    """The hf_lora.json of a folder; empty if another library wrote the adapter."""
+def read_extras(path: Path, config: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The hf_lora.json of a folder; empty if another library wrote the adapter.
+
+    Args:
+        config: the folder's adapter_config.json, if the caller has read it.
+    """
     values = read_json(path, EXTRAS_NAME)
     if values is None:
         return {}
-    if "peft_version" in (read_json(path, CONFIG_NAME) or {}):  # PEFT replaced the adapter, and left this file
+    if "peft_version" in (
+        config or read_json(path, CONFIG_NAME) or {}
+    ):  # PEFT replaced the adapter, and left this file
         logger.info(f"{path}: {EXTRAS_NAME} is of an earlier adapter, which PEFT has replaced; it is ignored.")
         return {}
     check_extras(values, str(path / EXTRAS_NAME))

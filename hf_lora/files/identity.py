@@ -2,12 +2,14 @@
 
 Up to three marks are recorded when LoRA is first applied: repository and commit; a hash of a local folder's
 safetensors headers and of sampled bytes; and sampled weights rounded to bfloat16, which are nearly the same if the
-checkpoint is loaded in another dtype. If the weights in memory are no longer those of the files (unchanged.py), such
-as after a merge, the first two say what the base is not.
+checkpoint is loaded in another dtype: of some matrices, and of all vectors, such as norms and biases. If the weights
+in memory are no longer those of the files (unchanged.py), such as after a merge, the first two say what the base is
+not.
 
 Two bases differ if one is known not to be the other; otherwise their weights decide, which are compared wherever both
-are known: files of one checkpoint may differ in dtype or layout, and commits in other files. Without weights, files or
-commit must agree. Labels, heads, dropout and vocabulary are not part of the identity.
+are known: files of one checkpoint may differ in dtype or layout, and commits in other files. Without matrices, files
+or commit must agree too: equal vectors alone prove nothing, since most training does not change them. Labels, heads,
+dropout and vocabulary are not part of the identity.
 
 Quantization is not part of it either: a base that is quantized at load is identified by its files and its dense
 weights. A checkpoint of quantized weights has different files, which are compared only with those of the same kind.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,8 @@ from .unchanged import has_other_weights, weight_files
 
 SAMPLED_TENSORS = 16
 SAMPLED_ELEMENTS = 16
+VECTOR_ELEMENTS = 4
+"""Elements of each vector: one that was trained has changed everywhere."""
 SAMPLED_BYTES = 4096
 
 FILE_MARKS = ("commit", "files")
@@ -45,7 +49,7 @@ Identity = dict[str, Any]
 
 
 def identify(model: nn.Module) -> Identity:
-    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `model_type`…
+    """The available marks of a model without adapters: `name`, `commit`, `files`, `weights`, `vectors`…
 
     `not_files` are the marks of files whose weights the model no longer has.
     """
@@ -61,6 +65,7 @@ def identify(model: nn.Module) -> Identity:
         "commit": commit,
         "files": hash_files(Path(name)) if name else None,
         "weights": weights,
+        "vectors": sample_vectors(model),
         "model_type": getattr(config, "model_type", None),
         "quantized": _quantized_files(model),
         "merged": merged or None,
@@ -78,10 +83,16 @@ def renewed(recorded: Identity, model: nn.Module) -> Identity:
     """
     if require_state(model, "identity").activity.merged:
         return recorded
-    then, now = recorded.get("weights"), sample_weights(model)
-    if not then or not now or not then.keys() & now.keys() or _same_weights(then, now):
+    now: Identity = {"weights": sample_weights(model), "vectors": sample_vectors(model)}
+    if all(_alike(recorded, now, mark) is not False for mark in now):
         return recorded
-    return _without_files(recorded) | {"weights": now}
+    return _without_files(recorded) | {mark: samples for mark, samples in now.items() if samples}
+
+
+def _alike(saved: Identity, found: Identity, mark: str) -> bool | None:
+    """Whether the samples that two bases have of the same tensors are of one checkpoint; None if there are none."""
+    then, now = saved.get(mark) or {}, found.get(mark) or {}
+    return _same_weights(then, now) if then.keys() & now.keys() else None
 
 
 def _without_files(marks: Identity) -> Identity:
@@ -107,9 +118,9 @@ def differs(saved: Identity, found: Identity) -> str | None:
     alike = saved.get("quantized") == found.get("quantized")
     marks = [mark for mark in FILE_MARKS if alike and saved.get(mark) and found.get(mark)]
     same = {mark: saved[mark] == found[mark] for mark in marks}
-    then, now = saved.get("weights") or {}, found.get("weights") or {}
-    if then.keys() & now.keys():
-        same["weights"] = _same_weights(then, now)
+    matrices, vectors = _alike(saved, found, "weights"), _alike(saved, found, "vectors")
+    if matrices is not None or vectors is False:
+        same["weights"] = matrices is not False and vectors is not False
     if not same or same.get("weights", any(same.values())):
         return None
     what = {"commit": "its commit", "files": "its files", "weights": "its weights"}
@@ -151,23 +162,42 @@ def sample_weights(model: nn.Module) -> dict[str, str] | None:
     to the backbone. The matrices are chosen by their names alone, so that models of one checkpoint with different
     heads or poolers share most of them.
     """
+    matrices: dict[str, torch.Tensor] = {}
+    for name, module in _backbone(model):
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 2 or is_absent(weight) or not weight.dtype.is_floating_point:
+            continue
+        if not _is_plain(weight):
+            return None  # packed or sharded: its elements are not the checkpoint's
+        matrices[name] = weight
+    chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED_TENSORS]
+    return {name: _sample(matrices[name]) for name in sorted(chosen)} or None
+
+
+@torch.no_grad()
+def sample_vectors(model: nn.Module) -> dict[str, str] | None:
+    """Name -> sampled elements of each vector of the backbone, as for the matrices; None if it has none."""
+    return {
+        f"{path}.{name}".removeprefix("."): _sample(tensor, VECTOR_ELEMENTS)
+        for path, module in _backbone(model)
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.dim() == 1 and not is_absent(tensor)
+        if tensor.dtype.is_floating_point and _is_plain(tensor)
+    } or None
+
+
+def _backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name relative to the backbone, module) without embeddings, heads and modules that the checkpoint lacks."""
     prefix = getattr(model, "base_model_prefix", "")
     heads = tuple(f"{name}." for name in (*outside_backbone(model), *modules_in_no_checkpoint(model)))
     head = output_embedding(model)
-    matrices: dict[str, torch.Tensor] = {}
     for name, module in original_modules(model):
-        weight = module._parameters.get("weight")
-        if isinstance(module, nn.Embedding) or module is head or f"{name}.".startswith(heads):
-            continue
-        if weight is None or weight.dim() < 2 or is_absent(weight) or not weight.dtype.is_floating_point:
-            continue
-        if not any(weight.stride()):
-            continue  # one number that stands in for a weight
-        if type(weight) is not nn.Parameter or weight.dtype.itemsize < 2 or is_sharded(weight):
-            return None  # packed or sharded: its elements are not the checkpoint's
-        matrices[name.removeprefix(f"{prefix}.")] = weight
-    chosen = sorted(matrices, key=lambda name: hashlib.sha256(name.encode()).digest())[:SAMPLED_TENSORS]
-    return {name: _sample(matrices[name]) for name in sorted(chosen)} or None
+        if not isinstance(module, nn.Embedding) and module is not head and not f"{name}.".startswith(heads):
+            yield name.removeprefix(f"{prefix}."), module
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) is nn.Parameter and tensor.dtype.itemsize > 1 and not is_sharded(tensor)
 
 
 def is_absent(weight: torch.Tensor) -> bool:
@@ -175,8 +205,8 @@ def is_absent(weight: torch.Tensor) -> bool:
     return weight.is_meta or not any(weight.stride())
 
 
-def _sample(weight: torch.Tensor) -> str:
-    places = range(0, weight.numel(), max(1, weight.numel() // SAMPLED_ELEMENTS))[:SAMPLED_ELEMENTS]
+def _sample(weight: torch.Tensor, count: int = SAMPLED_ELEMENTS) -> str:
+    places = range(0, weight.numel(), max(1, weight.numel() // count))[:count]
     look = getattr(weight, "look", None)  # how to read single elements, of a weight that lies in a file
     elements = weight.detach().reshape(-1)[:: places.step][: len(places)] if look is None else look(places)
     return base64.b64encode(elements.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()).decode()

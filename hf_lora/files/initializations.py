@@ -6,8 +6,8 @@ from ..config import LoraConfig
 from ..errors import Faults
 from ..layers.inits import find_init
 
-LEAVE_THE_BASE = ("orthogonal", "eva", "mica")
-"""Initializations of PEFT that only choose the first values of A and B (MiCA then trains A alone)."""
+LEAVE_THE_BASE = ("orthogonal", "eva")
+"""Initializations of PEFT that only choose the first values of A and B."""
 CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations of PEFT that subtract their first update from the base."""
 

@@ -17,7 +17,8 @@ from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, Faults, TargetError
 from ..layers.storages import fits
 from ..safe_io.reading import REPAIR
-from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, factors_of, matrices, read_adapter, split_key
+from .format import EXTRAS_NAME, WEIGHTS_NAME, AdapterFile, read_adapter
+from .keys import factors_of, matrices, split_key
 
 
 @dataclass

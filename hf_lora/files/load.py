@@ -25,24 +25,23 @@ from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
-from ..layers.inits import find_init
 from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
 from .biases import biases_in
 from .format import (
-    PREFIX,
     AdapterFile,
     compare,
     compare_kinds,
-    key_of,
     read_adapter,
     stored,
 )
 from .identity import differs, identify, is_absent, renewed
+from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
+from .tied import reject_tied_products, with_all_targets, with_plain_rows
 from .vocabulary import whole_embeddings
 
 logger = logging.get_logger(__name__)
@@ -77,6 +76,13 @@ def load_adapter(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
     file, plan, frozen = _plan(model, file, call)
+    if file.config.ensure_weight_tying and (parted := plan.parted(model)):
+        if is_trainable:
+            raise AdapterFileError(
+                f"{call}: with ensure_weight_tying, {', '.join(parted)} are trained as one, which is not supported. "
+                "Load the adapter without is_trainable=True, or go on training it with PEFT."
+            )
+        file = replace(file, config=replace(file.config, ensure_weight_tying=False))
     task = _task_in(file, model)
     expected = {
         key_of(path, spec.key): spec.shape_on_disk
@@ -148,7 +154,7 @@ def load_adapter_weights(
         tensors = _own_tensors(model, name, source)
     else:
         state.require(name)
-        file = with_present_names(model, read_adapter(source), call)
+        file = with_plain_rows(model, with_present_names(model, read_adapter(source), call), call)
         tensors = _own_tensors(model, name, file.tensors)
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
@@ -221,7 +227,7 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     Returns:
         the file with the tensors of the adapter, the plan, and name -> tensor for its copies of tensors of the base.
     """
-    file = with_present_names(model, file, call)
+    file = with_plain_rows(model, with_present_names(model, with_all_targets(file), call), call)
     whole = whole_modules(model, file.config, own=bool(file.extras))
     try:
         saved = dict.fromkeys(whole, "named in modules_to_save")
@@ -237,9 +243,9 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
         for path, why in plan.saved.items()
         if path in held or (holder(path, named) is not None and original_state(module_at(model, path)))
     }
-    init = find_init(file.config.init_lora_weights)
+    reject_tied_products(model, plan, call)
     # In a copy of a layer whose initialization took something out of the base, that is missing.
-    reduced = {target.path for target in plan.layers} if init is not None and init[0].takes_out else set[str]()
+    reduced = {target.path for target in plan.layers if target.adapter.takes_out}
     frozen = {f"{path}.weight": tensor for path, tensor in file.base_copies.items() if path not in reduced}
     buffers, seconds = _other_biases(model, plan, file.config, file.tensors)
     keys = buffers | (_frozen_keys(model, plan, file.tensors) if file.extras else set())

@@ -16,7 +16,8 @@ from ..adapt.patterns import is_name
 from ..adapt.walk import original_modules
 from ..config import as_tuple
 from ..errors import AdapterFileError, listed
-from .format import PREFIX, AdapterFile, split_key
+from .format import AdapterFile
+from .keys import PREFIX, split_key
 
 
 def with_present_names(model: nn.Module, file: AdapterFile, call: str) -> AdapterFile:

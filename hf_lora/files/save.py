@@ -29,21 +29,21 @@ from ..adapt.walk import (
     original_state,
     parts,
 )
-from ..config import IN_PEFT
+from ..config import IN_PEFT, OF_INITS
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
-from ..layers.parts import Bias
+from ..layers.parts import Bias, TokenRows
 from ..layers.storages import is_packed
 from .base_config import changed_settings
 from .format import (
     FULL_MODEL_FILES,
-    key_of,
     stored,
     write_adapter,
 )
 from .identity import is_absent, renewed
+from .keys import key_of
 from .names import Written, names_to_write
 
 
@@ -137,13 +137,21 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
         values[field] = _in_any_order(values[field], adapted)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in layers.values())
     init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
-    init = next((layer._lora.adapters[name].init for layer in layers.values() if name in layer._lora.names), init)
+    inits = [layer._lora.adapters[name].init for layer in layers.values() if name in layer._lora.names]
+    init = next((each for each in inits if each.takes_out), inits[0] if inits else init)
     if init.takes_out and not init.repeatable:
         values |= _twice_the_ranks(values, config.use_rslora)
     if init.in_files is not None:
         values["init_lora_weights"] = init.in_files
+        for field in OF_INITS:
+            values.pop(field, None)
     if config.lora_bias and isinstance(values["init_lora_weights"], str):  # PEFT refuses other names beside it
         values["init_lora_weights"] = True
+    rows = {part.path: part.ids for part in parts(model, name) if isinstance(part, TokenRows) and part.owns}
+    if rows:  # as PEFT reads them: by the names of the modules that own them, each token once
+        is_list = isinstance(config.trainable_token_indices, list) and len(rows) == 1
+        values["trainable_token_indices"] = next(iter(rows.values())) if is_list else rows
+        values.setdefault("ensure_weight_tying", False)
     values["base_model_name_or_path"] = config.base_model_name_or_path or state.identity.get("name")
     if values["task_type"] is None:
         cls = unwrap_class(type(model))

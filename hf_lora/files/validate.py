@@ -40,7 +40,7 @@ def check_config(values: Mapping[str, Any], place: str) -> None:
         AdapterFileError: lists every such field.
     """
     faults = Faults(place)
-    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias"):
+    for name in ("use_rslora", "fan_in_fan_out", "use_dora", "lora_bias", "ensure_weight_tying"):
         if not isinstance(values.get(name, False), (bool, type(None))):
             faults.add(f"{name}={values[name]!r} must be true or false")
     _check_rank(faults, "r", values.get("r"))
@@ -135,9 +135,10 @@ def _check_base(faults: Faults, base: object) -> None:
     others = base.get("not_files")
     if others is not None and not (isinstance(others, Mapping) and all(map(is_text, others.values()))):
         faults.add("base.not_files must hold marks of files")
-    weights = base.get("weights")
-    if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
-        faults.add("base.weights must hold samples of weights")
+    for name in ("weights", "vectors"):
+        weights = base.get(name)
+        if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
+            faults.add(f"base.{name} must hold samples of weights")
 
 
 def _is_sample(value: object) -> bool:

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.walk import original_modules
 from ..errors import BaseMismatchError, Faults
-from ..layers.parts import rows_by_path
-from .format import AdapterFile, key_of
+from ..layers.parts import row_groups
+from .format import AdapterFile
+from .keys import key_of
 
 
 def fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) -> None:
@@ -52,7 +53,17 @@ def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tens
     path = next((path for path, module in original_modules(model) if module is embedding), "")
     whole = file.tensors.get(key_of(path, "weight"), file.base_copies.get(path)) if embedding is not None else None
     rows = len(whole) if whole is not None and whole.dim() == 2 else file.extras.get("vocabulary")
+    rows = rows or (_rows_of_tokens(model, file) if not file.extras else None)
     return (rows if isinstance(rows, int) else None), whole
+
+
+def _rows_of_tokens(model: nn.Module, file: AdapterFile) -> int | None:
+    """The rows that the vocabulary must have for the tokens of another library's file, if the base has fewer."""
+    now, modules = vocabulary_of(model) or 0, dict(original_modules(model))
+    ends = (input_embedding(model), output_embedding(model))
+    groups = row_groups(file.config.trainable_token_indices or {}, modules, Faults(""))
+    most = max((max(g.ids) + 1 for g in groups if g.ids and modules[g.path] in ends), default=0)
+    return most if most > now else None
 
 
 def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
@@ -63,11 +74,10 @@ def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
     # A module that is trained whole holds its own rows, and not those of another one that shares its weight.
     whole = {id(module) for path, module in original_modules(model) if key_of(path, "weight") in file.tensors}
     rows, _ = vocabulary_in(model, file)
-    new, wanted = range(vocabulary_of(model) or 0, rows or 0), file.config.trainable_token_indices
-    if new and wanted:
-        modules = dict(original_modules(model))
-        trained = ((path, ids) for path, ids in rows_by_path(wanted, modules, Faults("")) if set(ids).issuperset(new))
-        held |= {id(modules[path]._parameters.get("weight")) for path, _ in trained}
+    new, modules = range(vocabulary_of(model) or 0, rows or 0), dict(original_modules(model))
+    groups = row_groups(file.config.trainable_token_indices or {}, modules, Faults("")) if new else []
+    trained = (group for group in groups if set(group.ids).issuperset(new))
+    whole |= {id(modules[path]) for group in trained for path in (group.path, *group.followers)}
     return all(id(module._parameters.get("weight")) in held or id(module) in whole for module in ends)
 
 

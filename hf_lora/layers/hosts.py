@@ -206,13 +206,18 @@ class Host(Extension):
 
 def add_factor(module: nn.Module, kind: str, name: str, weight: Tensor, trainable: bool = True) -> None:
     """Store `weight` as `module.<kind>[name].weight`, a float32 master."""
+    put_factor(module, kind, name, Factor(weight, trainable))
+
+
+def put_factor(module: nn.Module, kind: str, name: str, factor: nn.Module) -> None:
+    """Store `factor`, which other modules may have too, as `module.<kind>[name]`."""
     # Written to the dicts of nn.Module directly: its __setattr__ costs as much as the rest of an injection.
     held = module._modules.get(kind)
     if held is None:
         held = module._modules[kind] = nn.ModuleDict.__new__(nn.ModuleDict)
         _begin(held)
         held.training = module.training
-    held._modules[name] = factor = Factor(weight, trainable)
+    held._modules[name] = factor
     factor.training = module.training
 
 

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.targets import check_names
-from ..config import PRESETS, LoraConfig
+from ..config import OF_INITS, PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
 from .former_names import accepts_former_names
@@ -92,8 +93,13 @@ class LoraArguments:
     lora_init: str = flag(
         "true",
         "true: A Kaiming-uniform, B zero. gaussian: A normal, B zero. false: also B random (for tests). Others: "
-        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora, loftq.",
+        "orthogonal, pissa, pissa_niter_4 (4 iterations of a fast approximation), olora, loftq, mica; of training "
+        "batches: eva, corda, lora_ga.",
     )
+    lora_init_config: dict[str, Any] | str | None = flag(
+        None, 'Settings of the initialization, as JSON: {"rho": 1.5} for eva. See docs/methods.md.'
+    )
+    lora_init_batches: int = flag(64, "How many training batches eva, corda and lora_ga look at, at most.")
     lora_task_type: str | None = flag(None, "PEFT's task type for the saved config, such as CAUSAL_LM or SEQ_CLS.")
     lora_adapter: str | None = flag(
         None, "Folder or Hub name of an adapter to continue training, or to evaluate; the model is its base."
@@ -170,6 +176,7 @@ class LoraArguments:
         if values["modules_to_save"] == ["none"]:
             values["modules_to_save"] = []
         values["init_lora_weights"] = _INIT.get(self.lora_init, self.lora_init)
+        values |= self._init_settings(faults)
         for name in ("loraplus_lr_ratio", "head_learning_rate"):
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
@@ -177,9 +184,11 @@ class LoraArguments:
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")
-        named = {name: values[name] for name in ("init_lora_weights", "method")}
+        named = {name: values[name] for name in ("init_lora_weights", "method", *OF_INITS) if name in values}
         check_names(LoraConfig(**named), unknown)
         faults.found += [_as_flag(fault) for fault in unknown.found]
+        if self.lora_init_batches < 1:
+            faults.add(f"lora_init_batches={self.lora_init_batches!r} must be an integer >= 1")
         if self.lora_guard_steps < 0:
             faults.add(f"lora_guard_steps={self.lora_guard_steps!r} must be an integer >= 0 (0: off)")
         config = None
@@ -190,6 +199,14 @@ class LoraArguments:
         faults.check(ConfigError, "Correct these fields; they are LoraConfig's fields with the prefix lora_.")
         assert config is not None
         return config
+
+    def _init_settings(self, faults: Faults) -> dict[str, Any]:
+        """The settings of the initialization, in the field of LoraConfig that is named after it."""
+        settings = _table(faults, "lora_init_config", self.lora_init_config)
+        if settings and f"{self.lora_init}_config" not in OF_INITS:
+            faults.add(f"lora_init_config: the initialization {self.lora_init!r} has no settings")
+            return {}
+        return {f"{self.lora_init}_config": settings} if settings else {}
 
     def changed_lora_fields(self) -> list[str]:
         """The names of the fields that define the adapter and differ from their defaults."""
@@ -203,7 +220,7 @@ class LoraArguments:
 
 def _config_fields() -> list[str]:
     """The names of the fields that LoraConfig also has."""
-    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps")
+    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps", "lora_init_config", "lora_init_batches")
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
@@ -226,6 +243,16 @@ class LoraTrainingArguments(LoraArguments, TrainingArguments):
 @dataclass
 class LoraSeq2SeqTrainingArguments(LoraArguments, Seq2SeqTrainingArguments):
     """`transformers.Seq2SeqTrainingArguments` with the LoRA fields; see `LoraTrainingArguments`."""
+
+
+@dataclass
+class TrlArguments(LoraArguments):
+    """`LoraArguments` for the configs of TRL, in which bfloat16 is on by default; here only with an accelerator."""
+
+    def __post_init__(self) -> None:
+        if vars(self)["bf16"] is None and not torch.accelerator.is_available():  # a field of TRL's class
+            vars(self)["bf16"] = False
+        super().__post_init__()
 
 
 def _as_flag(fault: str) -> str:

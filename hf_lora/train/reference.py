@@ -1,45 +1,183 @@
-"""The reference model of preference and RL trainers: it must be the model that training starts from.
+"""The reference model of preference and RL trainers: the model as it was before training.
 
-TRL's trainers load it again from the base's folder or name, unless they are given one. That is right for a new
-adapter, which changes nothing at first, but not if training continues an adapter, or if the base in memory is not the
-one in the files: then the first loss of DPO is not ln 2, and the KL divergence not 0.
+TRL's trainers load it a second time, unless they find a PEFT model, whose adapter they can switch off. Here they are
+given `Reference`, a module without weights that computes with the model in training: with its adapters disabled, or,
+where they were trained before, with the values that they had at first. So the first loss of DPO is ln 2 and the first
+KL divergence 0, whatever the base is: quantized, resized, or changed in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
-from torch import nn
-from transformers import Trainer
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..adapt.inner import adapted_part
+from ..adapt.merge import disabled
 from ..adapt.state import require_state
 from ..adapt.walk import parts
+from ..compat import name_or_path, second_models
 from ..errors import ConfigError, Faults
+from ..files.format import CONFIG_NAME
 from ..files.identity import differs, sample_weights
+from ..layers.ops import evaluation_mode
+from ..layers.parts import Part
+from ..model import LoraModel
+
+INSTEAD = (
+    "To continue an adapter, merge it into its base (hf-lora merge ADAPTER --out FOLDER) and train a new adapter on "
+    "FOLDER; or pass a reference, such as ref_model=LoraModel.from_pretrained(ADAPTER), if the trainer accepts one."
+)
 
 
-def check_reference(trainer: Trainer, model: nn.Module, given: Iterable[object]) -> None:
-    """Refuse a reference that the trainer loaded and that differs from the model before training.
+class Reference(nn.Module):
+    """The model that training started from, computed by the model in training, without gradients or dropout.
+
+    A trainer treats it as a model: it switches dropout off, replaces its forward and moves it. It has no modules and
+    no tensors, and attributes set on it are dropped, so nothing of that reaches the model in training.
+
+    Args:
+        trainer: a `LoraTrainerMixin`; its `model` is read at each forward, because engines replace it.
+        mixed: whether the reference follows the model (`sync_ref_model`), and so needs its own values from the start.
+    """
+
+    trainer: Any
+    kept: list[tuple[Tensor, Tensor]] | None
+
+    def __init__(self, trainer: Any, mixed: bool = False) -> None:
+        super().__init__()
+        changes_nothing = trainer.adapter_is_new and not mixed
+        kept = None if changes_nothing else _first_values(adapted_part(_bare(trainer)), mixed)
+        vars(self).update(trainer=trainer, kept=kept)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.trainer.model
+        with torch.no_grad(), evaluation_mode(model), self._as_before():
+            return model(*args, **kwargs)
+
+    def mix(self, share: float) -> None:
+        """Move the values of the reference towards those of the model: `share` of the model's, the rest its own."""
+        for parameter, value in self.kept or ():
+            value.lerp_(parameter.detach().to(value.device), share)
+
+    @contextlib.contextmanager
+    def _as_before(self) -> Iterator[None]:
+        if self.kept is None:
+            with disabled(adapted_part(_bare(self.trainer))):
+                yield
+            return
+        now = [parameter.data for parameter, _ in self.kept]
+        try:
+            for parameter, value in self.kept:
+                parameter.data = value.to(parameter.device)
+            yield
+        finally:
+            for (parameter, _), values in zip(self.kept, now, strict=True):
+                parameter.data = values
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the model in training, whose hash is the key of a cache."""
+        return _bare(self.trainer).state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(_bare(vars(self)["trainer"]), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Drop the attribute."""
+
+
+class SyncReference(TrainerCallback):
+    """TRL's `SyncRefModelCallback`, which goes through two models by position, for a `Reference`."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % args.ref_model_sync_steps == 0:  # type: ignore[attr-defined]
+            self.reference.mix(args.ref_model_mixup_alpha)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def one_base(trainer: Any, given: Iterable[object]) -> Iterator[None]:
+    """Within, where a trainer of TRL is created: the base that it loads again is a `Reference`, and the folder of an
+    adapter that it loads as the model is opened by `LoraModel`, to be trained.
 
     Args:
         given: the arguments of the trainer: a reference among them is the user's choice.
+
+    Raises:
+        ConfigError: the trainer has another reference, and it differs from the model before training.
     """
+
+    def load(own: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
+        model = getattr(trainer, "model", None)
+        if isinstance(model, nn.Module) and source == name_or_path(_bare(trainer)):
+            return Reference(trainer, bool(getattr(trainer.args, "sync_ref_model", False)))
+        if model is None and Path(source, CONFIG_NAME).is_file():
+            return LoraModel.from_pretrained(source, is_trainable=True, **_for_adapter(options))
+        return own(source, *args, **options)
+
+    with second_models(type(trainer), load, Reference):
+        yield
+    _keep_reference(trainer, given)
+
+
+def _for_adapter(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of `create_model_from_path`, for an adapter, which has its own number of labels."""
+    base = {"dtype": options.get("dtype", torch.float32), "base_revision": options.get("revision")}
+    return {name: value for name, value in options.items() if name not in ("num_labels", "revision")} | base
+
+
+def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
+    model = adapted_part(_bare(trainer))
     faults = Faults(f"{type(trainer).__name__}(…)")
     reference: Any = getattr(trainer, "ref_model", None)
-    if getattr(trainer.args, "sync_ref_model", False):
+    wants_sync = getattr(trainer.args, "sync_ref_model", False)
+    if reference is not None:
+        reference = trainer.accelerator.unwrap_model(reference, keep_torch_compile=False)
+    if isinstance(reference, Reference):
+        trainer.ref_model = reference  # without the wrapper of a compiler
+        if reference.kept is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            faults.add("the reference needs the first values of the adapter, which this engine shards")
+        elif wants_sync:
+            for callback in [c for c in trainer.callback_handler.callbacks if hasattr(c, "sync_target_model")]:
+                trainer.remove_callback(callback)
+            trainer.add_callback(SyncReference(reference))
+    elif wants_sync:
         faults.add("sync_ref_model=True copies the model's parameters by position, which adapters change")
-    if reference is not None and any(p.requires_grad for p in model.parameters()):  # else `train` refuses
-        reference = trainer.accelerator.unwrap_model(reference)
+    elif reference is not None and any(p.requires_grad for p in model.parameters()):  # else `train` refuses
         if all(reference is not value for value in given):
             for reason in _differences(model, reference):
                 faults.add(f"the reference model, which is the base loaded again, is not the model to train: {reason}")
-    faults.check(
-        ConfigError,
-        "To continue an adapter, merge it into its base (hf-lora merge ADAPTER --out FOLDER) and train a new adapter "
-        "on FOLDER; or pass a reference, such as ref_model=LoraModel.from_pretrained(ADAPTER), if the trainer accepts "
-        "one.",
-    )
+    faults.check(ConfigError, INSTEAD)
+
+
+def _bare(trainer: Any) -> nn.Module:
+    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return model
+
+
+def _first_values(model: nn.Module, always: bool) -> list[tuple[Tensor, Tensor]] | None:
+    """(parameter, its values now) of the active adapters; None if they change nothing yet."""
+    active = require_state(model, "Trainer").activity.active
+    owned = [part for name in active for part in parts(model, name)]
+    if not always and not any(map(_acts, owned)):
+        return None
+    trained = (tensor for part in owned for _, tensor in part.tensors() if tensor.requires_grad)
+    return [(tensor, tensor.detach().clone()) for tensor in trained]
+
+
+def _acts(part: Part) -> bool:
+    """Whether a part may change outputs: unless it has factors that are zero at first, and they still are."""
+    factors = [tensor for spec, tensor in part.tensors() if spec.axes == "OR"]
+    return not factors or any(bool(tensor.detach().count_nonzero()) for tensor in factors)
 
 
 def _differences(model: nn.Module, reference: nn.Module) -> list[str]:

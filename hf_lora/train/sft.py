@@ -42,7 +42,7 @@ from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
 from ..tasks.record import format_of_dataset
-from .arguments import LoraArguments
+from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
 from .start import only_config, trainer_arguments
@@ -53,7 +53,7 @@ logger = logging.get_logger(__name__)
 
 @accepts_former_names
 @dataclasses.dataclass
-class LoraSFTConfig(LoraArguments, SFTConfig):
+class LoraSFTConfig(TrlArguments, SFTConfig):
     """A drop-in replacement for `trl.SFTConfig` with the LoRA fields.
 
     Three defaults differ: rows are packed, only the assistant's tokens of chats are trained, and bfloat16 is off
@@ -70,11 +70,6 @@ class LoraSFTConfig(LoraArguments, SFTConfig):
     assistant_only_loss: bool = dataclasses.field(
         default=True, metadata={"help": "Train only on the assistant's messages of chats."}
     )
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None and not torch.accelerator.is_available():
-            self.bf16 = False
-        super().__post_init__()
 
     @classmethod
     def of(cls, arguments: TrainingArguments, **more: Any) -> LoraSFTConfig:

@@ -21,10 +21,13 @@ from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
+from ..config import LoraConfig
 from ..errors import ConfigError, Faults, StateError, TrainingError
 from ..model import LoraModel
 from .arguments import LoraArguments
+from .engines import check_same_adapters
 from .former_names import current_names
+from .initialize import looks_at_batches
 from .labels import check_labels
 from .optimizer import refuse_projections
 from .precision import precision_line
@@ -75,8 +78,10 @@ def only_config(lora_config: Any, peft_config: Any, trainer: str) -> Any:
     return peft_config if lora_config is None else lora_config
 
 
-def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -> None:
+def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -> bool:
     """Add an adapter to a model without one, from `given` (a `lora_config`) or else the LoRA fields of `args`.
+
+    Returns whether the adapter is new, so that it changes nothing yet.
 
     Args:
         trainer: name of the class, for messages.
@@ -85,18 +90,21 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     flags = args if isinstance(args, LoraArguments) else None
     call = f"{trainer}(…, lora_config=…)"
     state = state_of(model)
-    reason = None
+    is_new, reason = False, None
     if flags is not None and flags.lora_adapter is not None:
         state = _load_adapter(model, flags.lora_adapter, state, given, trainer)
         reason = f"the adapter {flags.lora_adapter} is loaded"
     elif state is None:
-        config = flags.lora_config() if given is None and flags is not None else given
-        if apply_lora(model, config, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
+        config = LoraConfig.from_any(flags.lora_config() if given is None and flags is not None else given)
+        waits = looks_at_batches(config)
+        first = dataclasses.replace(config, init_lora_weights=True) if waits else config
+        if apply_lora(model, first, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
             raise StateError(
                 f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
                 f"num_labels=…), which adds one, and pass the result to {trainer}."
             )
-        state = require_state(model, call)
+        state, is_new = require_state(model, call), True
+        state.waiting = config if waits else None
         reason = "lora_config is given" if given is not None else None
         if given is None and flags is not None and flags.parsed_elsewhere:
             logger.warning(
@@ -116,6 +124,7 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     configs = [record.config for record in state.adapters.values()]
     if flags is not None and changed and flags.lora_config() not in configs:
         logger.warning(f"These arguments have no effect because {reason}: {', '.join(changed)}.")
+    return is_new
 
 
 def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given: Any, trainer: str) -> LoraState:
@@ -127,6 +136,14 @@ def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given:
         )
     LoraModel.from_pretrained(source, base_model=model, is_trainable=True)
     return require_state(model, trainer)
+
+
+def disable_dropout(args: TrainingArguments, model: nn.Module) -> None:
+    """Disable the adapters' dropout, which has no module, where TRL's `disable_dropout` disables that of modules."""
+    if getattr(args, "disable_dropout", False):
+        for site in adapter_layers(model).values():
+            for adapter in site._lora.adapters.values():
+                adapter.dropout = 0.0
 
 
 def adopt_metrics(trainer: Trainer) -> None:
@@ -142,7 +159,8 @@ def adopt_metrics(trainer: Trainer) -> None:
 
 
 def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
-    """Refuse to train without trainable parameters, with labels that the head lacks, or what no file would hold."""
+    """Refuse to train without trainable parameters, with labels that the head lacks, what no file would hold, or other
+    adapters than those of the other processes."""
     state = require_state(model, call)
     state.refuse_merged(call)
     if not state.activity.enabled:
@@ -164,6 +182,7 @@ def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
         "Load the base again, and apply LoRA so.",
     )
     check_labels(trainer, model, call)
+    check_same_adapters(model, call)
 
 
 def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:

@@ -30,13 +30,14 @@ from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
 from .checkpoint.pushing import Pusher, log_failure, make_repository
 from .checkpoint.sigterm import save_between_steps
 from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_run
-from .engines import broadcast_trainable, check_engine, check_same_adapters
+from .engines import broadcast_trainable, check_engine
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
+from .initialize import initialize
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
-from .reference import check_reference
+from .reference import one_base
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
 from .watch.finite import FiniteWatch, check_finite, check_loss
@@ -81,8 +82,8 @@ class LoraTrainerMixin(_Trainer):
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        super().__init__(*args, **kwargs)
-        check_reference(self, self._adapted_model, (*args, *kwargs.values()))
+        with one_base(self, (*args, *kwargs.values())):
+            super().__init__(*args, **kwargs)
         self._base_dtype = start.base_dtype(self.model)
         self.head_loss = HeadLoss(getattr(self.args, "frozen_head_loss", True), self.is_world_process_zero())
         self.guard = LayerGuard(getattr(self.args, "lora_guard_steps", LayerGuard.STEPS))
@@ -131,8 +132,9 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
-        start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
+        self.adapter_is_new = start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
         self._adapted = model
+        start.disable_dropout(self.args, adapted_part(model))
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
@@ -148,6 +150,7 @@ class LoraTrainerMixin(_Trainer):
             self._first_batch.finished()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        initialize(self, self._adapted_model, resume_from_checkpoint)
         self._begin()
         # Under these engines Trainer would look for a full model there, and for the engine's files.
         own = None if self._is_sharded else resume_from_checkpoint
@@ -164,7 +167,6 @@ class LoraTrainerMixin(_Trainer):
         """The checks and log messages of every run of `train` before its first step."""
         model, call = self._adapted_model, f"{type(self).__name__}.train"
         start.check_start(self, model, call)
-        check_same_adapters(model, call)
         if isinstance(self.optimizer, Optimizer):  # that of optimizers=; in a second run it is wrapped
             adopt_optimizer(self.optimizer, model)
         if self.is_fsdp_enabled:
@@ -252,8 +254,7 @@ class LoraTrainerMixin(_Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         # Trainer counts the parameters at every step, which is slow with many tensors.
-        name = getattr(self.model, "main_input_name", "input_ids")
-        own = super().floating_point_ops
+        name, own = getattr(self.model, "main_input_name", "input_ids"), super().floating_point_ops
         if not _is_trainers(own, Trainer.floating_point_ops) or name not in inputs:
             return own(inputs)
         if self._flops_per_token is None:
@@ -306,6 +307,7 @@ class LoraTrainerMixin(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_from_checkpoint(self, folder: str, model: nn.Module | None = None) -> None:
+        initialize(self, self._adapted_model, folder)
         self._checkpoints.load_adapters(folder, self._adapted_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:

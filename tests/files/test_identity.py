@@ -12,6 +12,7 @@ import torch
 from helpers import assert_near, randomize, tiny_bert, tiny_llama, token_ids
 
 from hf_lora import BaseMismatchError, LoraConfig, LoraModel, apply_lora
+from hf_lora.files.identity import differs, identify
 
 LLAMA = type(tiny_llama())
 
@@ -164,3 +165,49 @@ def test_a_new_head_is_no_part_of_the_base(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     assert "files" in marks(tmp_path / "adapter")
     LoraModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_the_commit_in_the_cache_is_the_one_with_these_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = ["a" * 40, "b" * 40]
+    for seed, commit in enumerate(commits):
+        tiny_llama(seed).save_pretrained(tmp_path / "models--user--base" / "snapshots" / commit)
+    (tmp_path / "models--user--base" / "refs").mkdir()
+    (tmp_path / "models--user--base" / "refs" / "main").write_text(commits[0])
+    for seed, expected in ((0, commits[0]), (1, commits[1]), (2, None)):
+        model = tiny_llama(seed)
+        model.config._name_or_path = "user/base"
+        assert identify(model).get("commit") == expected
+
+
+@pytest.mark.parametrize("tensor", ["model.layers.1.input_layernorm.weight", "model.norm.weight"])
+@pytest.mark.parametrize("files", [True, False], ids=["in files", "in memory"])
+def test_a_base_that_differs_in_a_norm_alone(files: bool, tensor: str, base: Path, tmp_path: Path) -> None:
+    """Its files are as large, and its matrices are the same."""
+    other = load(base)
+    with torch.no_grad():
+        other.get_parameter(tensor).mul_(1.02)
+    other.save_pretrained(tmp_path / "other")
+    other = load(tmp_path / "other")
+    save(load(base), tmp_path / "adapter")
+    if not files:
+        other.config._name_or_path = ""
+    with pytest.raises(BaseMismatchError, match=r"its (files and its )?weights differ"):
+        LoraModel.from_pretrained(tmp_path / "adapter", base_model=other)
+    file = tmp_path / "adapter" / "hf_lora.json"
+    values = json.loads(file.read_text())
+    assert len(json.dumps(values["base"]["vectors"])) < 100 * len(values["base"]["vectors"])
+    del values["base"]["vectors"]  # as earlier versions wrote it
+    file.write_text(json.dumps(values))
+    LoraModel.from_pretrained(tmp_path / "adapter", base_model=other)
+    LoraModel.from_pretrained(tmp_path / "adapter", base_model=load(base, dtype=torch.bfloat16))
+
+
+def test_a_quantized_base_with_equal_norms_is_not_taken_for_the_same() -> None:
+    """Adapters do not change norms, so these are those of many bases; without matrices, the files decide."""
+    marks = {"vectors": identify(tiny_llama())["vectors"]}
+    assert differs(marks, marks) is None
+    assert differs(marks | {"files": "a"}, marks | {"files": "b"}) is not None
+    assert differs(marks | {"files": "a"}, marks | {"files": "a"}) is None

@@ -30,7 +30,8 @@ from transformers import (
 )
 
 from hf_lora import AdapterFileError, LoraModel, merge_files
-from hf_lora.files.format import CONFIG_NAME, PREFIX, WEIGHTS_NAME
+from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME
+from hf_lora.files.keys import PREFIX
 
 SIZES: dict[str, Any] = dict(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

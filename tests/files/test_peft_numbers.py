@@ -37,7 +37,8 @@ from hf_lora import (
     merge_files,
 )
 from hf_lora.adapt.inject import eject
-from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME, split_base_copies
+from hf_lora.files.foreign import split_base_copies
+from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME
 from hf_lora.files.load import load_adapter
 from hf_lora.files.save import adapter_state_dict
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from ...config import LoraConfig
 from ...errors import AdapterFileError, HubError
-from ...files.format import WEIGHTS_NAME, read_config, read_extras, split_key
+from ...files.format import WEIGHTS_NAME, read_config, read_extras
+from ...files.keys import split_key
 from ...files.save import adapter_state_dict, config_on_disk, extras_of
 from ...safe_io.headers import read_header
 from ..names import check_repository

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from ..registry import Registry
 from .base import Collector, Init, InitCall, Unset, taken
+from .batches import Run
+from .corda import Corda
 from .decompositions import Olora, Pissa
+from .eva import Eva
 from .gaussian import Gaussian
 from .kaiming import Kaiming
 from .loftq import Loftq
+from .lora_ga import LoraGA
+from .mica import Mica
 from .orthogonal import Orthogonal
 from .random import Random
 
@@ -25,10 +30,14 @@ INITS: Registry[Init] = Registry(
         "pissa": Pissa(),
         "olora": Olora(),
         "loftq": Loftq(),
+        "eva": Eva(),
+        "corda": Corda(),
+        "lora_ga": LoraGA(),
+        "mica": Mica(),
     },
 )
 
-__all__ = ["INITS", "Collector", "Init", "InitCall", "Unset", "find_init", "init_name", "taken"]
+__all__ = ["INITS", "Collector", "Init", "InitCall", "Run", "Unset", "find_init", "init_name", "taken"]
 
 
 def init_name(init: bool | str) -> str:

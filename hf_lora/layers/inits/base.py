@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import StateError
-from ..contract import FactorSpec, Shape, Storage
+from ..contract import FactorSpec, Method, Shape, Storage
+from .batches import Run
 
 
 class InitCall(NamedTuple):
@@ -80,6 +82,8 @@ class Init(ABC):
     repeatable: bool = True
     """Whether it computes the same product again from the weight alone. Then a file does not hold the product (as in
     PEFT), and loading computes it again. Otherwise a file holds it as further ranks: an adapter of rank 2 R."""
+    settings: Mapping[str, Any] = {}
+    """Its settings and their values; those of a configuration are in its field `<name>_config`, as in PEFT."""
     needs: ClassVar[Literal["nothing", "inputs", "gradients", "original"]] = "nothing"
     """What it needs in addition to the weight: statistics of batches, without or with gradients, or the weight of the
     checkpoint before quantization."""
@@ -94,8 +98,34 @@ class Init(ABC):
         """Why factors of rank `r` cannot be initialized this way; None if they can."""
         return None
 
+    def refuse_scaling(self, scaling: float) -> str | None:
+        """Why factors with this scaling cannot be initialized this way; None if they can."""
+        return None
+
     def refuse_options(self, options: str) -> str | None:
         """What to write instead of these options; None if they are known."""
+        return None
+
+    def refuse_settings(self, values: Mapping[str, Any]) -> str | None:
+        """What is wrong with these settings; None if they are known."""
+        unknown = [name for name in values if name not in self.settings]
+        return f"unknown: {', '.join(unknown)}; known: {', '.join(self.settings)}" if unknown else None
+
+    def with_settings(self, values: Mapping[str, Any]) -> Self:
+        """The initialization with these settings."""
+        if not values:
+            return self
+        found = copy.copy(self)
+        found.settings = {**self.settings, **values}
+        return found
+
+    def refuse_method(self, method: Method) -> str | None:
+        """Why it cannot start adapters of this method; None if it can."""
+        if self.takes_out and not self.repeatable and not method.of_product:
+            return (
+                "it subtracts a product from the base that a file can hold only if the product of the factors is all "
+                "that matters"
+            )
         return None
 
     def with_options(self, options: str) -> Init:
@@ -124,9 +154,23 @@ class Init(ABC):
         """Begin to observe one site."""
         raise NotImplementedError(f"{type(self).__name__} needs {self.needs} and has no collector")
 
+    def observe(self, run: Run) -> dict[str, Any]:
+        """Run the model on batches. Returns name of a site -> its statistics, which become `InitCall.statistics`.
+
+        By default, each site has a collector, and all batches are run once.
+        """
+        collectors = {name: self.collect(call.layer) for name, call in run.calls.items()}
+        for batch in run.batches:
+            run.forward(batch, list(collectors))
+        return {name: collector.result() for name, collector in collectors.items()}
+
     def ranks(self, statistics: Mapping[str, Any], wanted: Mapping[str, int], options: str) -> Mapping[str, int]:
         """Name of a site -> its rank, which may depend on the statistics; 0 means no adapter there."""
         return wanted
+
+    def alpha(self, alpha: float, wanted: int, r: int) -> float:
+        """The alpha of a site whose rank is `r` instead of `wanted`."""
+        return alpha
 
     @abstractmethod
     def __call__(self, call: InitCall) -> dict[str, Tensor]:

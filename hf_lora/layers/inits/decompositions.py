@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class Decomposition(Init):
         return super().refuse(layer, shape) or refuse_others(shape)
 
     def refuse_rank(self, layer: Any, shape: Shape, r: int) -> str | None:
-        most = min(shape.features(layer))
-        return None if r <= most else f"its weight has {most} directions, fewer than the rank {r}"
+        return refuse_few_directions(layer, shape, r)
 
     def of_file(self) -> Init | None:
         if not self.computes_again:
@@ -41,12 +41,10 @@ class Decomposition(Init):
         return found
 
     def __call__(self, call: InitCall) -> dict[str, Tensor]:
-        values, weight = call.zeros(), call.read()
+        weight = call.read()
         matrix = weight.t() if call.shape.by_input else weight
         a, b = self.factors(matrix, call.specs["lora_A"].shape[0], call.scaling, call.options)
-        values["lora_A"].copy_(a)
-        values["lora_B"].copy_(b)
-        return values | {taken(kind): values[kind].clone() for kind in call.shape.keys}
+        return subtracted(call, {"lora_A": a, "lora_B": b})
 
     @abstractmethod
     def factors(self, weight: Tensor, r: int, scaling: float, options: str) -> tuple[Tensor, Tensor]:
@@ -65,6 +63,9 @@ class Pissa(Decomposition):
         kind, _, count = options.partition("_")
         known = not options or (kind == "niter" and count.isdecimal())
         return None if known else "write 'pissa', or 'pissa_niter_4' for 4 iterations of a fast approximation"
+
+    def refuse_scaling(self, scaling: float) -> str | None:
+        return None if scaling > 0 else f"a scaling of {scaling:g} has no square root to divide the factors by"
 
     def with_options(self, options: str) -> Init:
         if not options:
@@ -92,6 +93,20 @@ class Olora(Decomposition):
     def factors(self, weight: Tensor, r: int, scaling: float, options: str) -> tuple[Tensor, Tensor]:
         q, triangle = torch.linalg.qr(weight)
         return triangle[:r], q[:, :r]
+
+
+def subtracted(call: InitCall, factors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Values of all factors, with the same ones frozen; zeros if they follow from a checkpoint (None)."""
+    values = call.zeros()
+    for kind, value in (factors or {}).items():
+        values[kind].copy_(value)
+    return values | {taken(kind): values[kind].clone() for kind in call.shape.keys}
+
+
+def refuse_few_directions(layer: Any, shape: Shape, count: int) -> str | None:
+    """Why a weight cannot give so many singular vectors; None if it can."""
+    most = min(shape.features(layer))
+    return None if count <= most else f"its weight has {most} directions, fewer than the rank {count}"
 
 
 def refuse_others(shape: Shape) -> str | None:

@@ -12,9 +12,12 @@ from .base import Fold, Part, Planned
 from .bias import Bias, bias_key
 from .copies import Copy
 from .factors import Factors
-from .token_rows import TokenRows, rows_by_path
+from .token_rows import RowGroup, TokenRows, input_embedding, row_groups, rows_by_path
 
-__all__ = ["PARTS", "Bias", "Copy", "Factors", "Fold", "Part", "Planned", "TokenRows", "bias_key", "rows_by_path"]
+__all__ = [
+    "PARTS", "Bias", "Copy", "Factors", "Fold", "Part", "Planned", "RowGroup", "TokenRows", "bias_key",
+    "input_embedding", "row_groups", "rows_by_path",
+]  # fmt: skip
 
 PARTS: Registry[type[Part]] = Registry(
     "kind of part", {"factors": Factors, "bias": Bias, "copy": Copy, "token_rows": TokenRows}

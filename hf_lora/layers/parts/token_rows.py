@@ -1,12 +1,14 @@
 """Rows of an embedding that an adapter trains, one for each chosen token, and no others.
 
 Every module that shares the embedding's weight, such as a tied output layer, uses the same rows. In a file they are
-under the name of the embedding, as in PEFT. The rest of the embedding is frozen.
+under the name of the embedding, as in PEFT. The rest of the embedding is frozen. As in PEFT, modules that share a
+weight and are named with different tokens have rows of their own; an empty list is one of no tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import Faults, StateError, nearest
 from ..base import LoraLayer
 from ..contract import FactorSpec
-from ..hosts import Activity, Held, Host, add_factor, at_hand
+from ..hosts import Activity, Held, Host, add_factor, at_hand, put_factor, remove_factor
 from ..ops import lasting, to_compute_dtype, to_float64
 from ..storages import DenseStorage
 from .base import Fold, Part, Planned
@@ -32,13 +34,16 @@ class RowsState(Held):
         self.ids: dict[str, list[int]] = {}
         """Adapter -> the tokens that its rows belong to."""
         self.owns: set[str] = set()
-        """The adapters whose rows are saved under this module; other modules share its weight."""
+        """The adapters whose rows are saved under this module."""
+        self.alone: set[str] = set()
+        """Those whose rows are not used by the other modules that share its weight."""
         self._tensors: dict[tuple[str, torch.device], tuple[Tensor, Tensor]] = {}
 
     def remove(self, name: str) -> None:
         super().remove(name)
         self.ids.pop(name, None)
         self.owns.discard(name)
+        self.alone.discard(name)
         self._tensors.clear()
 
     def sorted_ids(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -97,30 +102,26 @@ class TokenRows(Part):
 
     @classmethod
     def plan(cls, wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterator[Planned]:
-        seen: dict[object, str] = {}
-        for path, ids in rows_by_path(wanted, modules, faults):
-            module: Any = modules[path]
+        for group in row_groups(wanted, modules, faults):
+            module, shown = modules[group.path], f"trainable_token_indices: {group.path}"
             weight = module._parameters.get("weight")
             if not isinstance(module, (nn.Embedding, nn.Linear)) or not DenseStorage().owns(module):
-                faults.add(f"trainable_token_indices: {path} is not an embedding or linear layer with a dense weight")
+                faults.add(f"{shown} is not an embedding or linear layer with a dense weight")
                 continue
-            own = _identity(modules, path)
-            if own in seen:
-                faults.add(f"trainable_token_indices: {path} has the weight of {seen[own]}, which names it too")
-            elif wrong := [i for i in ids if not 0 <= i < len(weight)]:
-                faults.add(f"trainable_token_indices: {path} has {len(weight)} rows, and so no tokens {wrong[:5]}")
-            elif len(set(ids)) < len(ids) or not ids:
-                faults.add(f"trainable_token_indices: {path} must have each token once, and at least one")
+            if wrong := [i for i in group.ids if not 0 <= i < len(cast(Tensor, weight))]:
+                faults.add(f"{shown} has {len(cast(Tensor, weight))} rows, and so no tokens {wrong[:5]}")
+            elif not group.ids:
+                faults.add(f"{shown} must have at least one token")
             else:
-                seen[own] = path
-                yield Planned(path, module, {"rows": _spec(module, ids)}, (ids, module))
-                for name, other in modules.items():
-                    if other is module or _identity(modules, name) != own:
-                        continue
-                    if isinstance(other, (nn.Embedding, nn.Linear)):
-                        yield Planned(name, other, {}, (ids, module))
+                options = group.ids, module, group.alone
+                yield Planned(group.path, module, {"rows": _spec(module, group.ids)}, options)
+                for name in group.followers:
+                    if isinstance(modules[name], (nn.Embedding, nn.Linear)):
+                        yield Planned(name, modules[name], {}, options)
                     else:
-                        faults.add(f"trainable_token_indices: {name} uses the weight of {path} in an unknown way")
+                        faults.add(
+                            f"trainable_token_indices: {name} uses the weight of {group.path} in an unknown way"
+                        )
 
     @classmethod
     def at(cls, path: str, module: nn.Module) -> Iterator[Part]:
@@ -129,26 +130,25 @@ class TokenRows(Part):
                 yield cls(path, module, name)
 
     def attach(self, activity: Activity, planned: Any) -> None:
-        ids, owner = planned.options
+        ids, owner, alone = planned.options
         held: Any = RowsHost.hold(self.module, activity)
         if owner is self.module:
             held.owns.add(self.adapter)
             values = at_hand(owner).detach()[ids].to(torch.float32)
             add_factor(self.module, ROWS, self.adapter, values)
         else:  # the same child, so that moving, sharding and training change both
-            self.module._modules[ROWS] = owner._modules[ROWS]
+            put_factor(self.module, ROWS, self.adapter, owner._modules[ROWS]._modules[self.adapter])
+        if alone:
+            held.alone.add(self.adapter)
         held.ids[self.adapter] = ids
         held.add(self.adapter)
 
     def tensors(self) -> Iterator[tuple[FactorSpec, Tensor]]:
-        if self._owns:
+        if self.owns:
             yield _spec(self.module, self.ids), self._rows
 
     def remove(self, keep: bool = False) -> None:
-        held: Any = self.module._modules[ROWS]
-        held._modules.pop(self.adapter, None)
-        if self.module._lora_rows.names == (self.adapter,):  # other modules may share `held`, and be done with it
-            del self.module._modules[ROWS]
+        remove_factor(self.module, ROWS, self.adapter)
         RowsHost.let_go(self.module, self.adapter)
 
     def conflict(self, others: Sequence[Part]) -> str | None:
@@ -158,9 +158,10 @@ class TokenRows(Part):
         return f"{self.path}: {' and '.join(repr(p.adapter) for p in (self, *others))} have rows of the same tokens"
 
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
-        if not self._owns:
-            return
         everyone = [cast(TokenRows, part) for part in (self, *others)]
+        if not any(part.owns for part in everyone):
+            return
+        kinds = {part.alone for part in everyone}
 
         def put(block: Tensor, rows: slice) -> Tensor:
             for part in everyone:
@@ -169,7 +170,9 @@ class TokenRows(Part):
                         block[i - rows.start] = to_float64(row)
             return block
 
-        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, None)
+        refused = "rows of all modules with this weight, and rows of one of them" if len(kinds) > 1 else None
+        holders = (self.path,) if True in kinds else None
+        yield Fold(f"{self.path}.weight", self.module, DenseStorage(), lambda: put, holders, refused)
 
     def fit(self) -> None:
         if max(self.ids) >= len(self.module.weight):
@@ -181,7 +184,12 @@ class TokenRows(Part):
         return held.ids[self.adapter]
 
     @property
-    def _owns(self) -> bool:
+    def alone(self) -> bool:
+        """Whether other modules share the weight, but not these rows."""
+        return self.adapter in self.module._lora_rows.alone
+
+    @property
+    def owns(self) -> bool:
         return self.adapter in self.module._lora_rows.owns
 
     @property
@@ -204,15 +212,47 @@ def _spec(module: Any, ids: Sequence[int]) -> FactorSpec:
     return FactorSpec((len(ids), size), TokenRows.keys[0])
 
 
-def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> Iterable[tuple[str, list[int]]]:
-    """(name of a module, tokens) of what a configuration asks for: a list is of the input embedding."""
+@dataclass
+class RowGroup:
+    """Rows of one weight that are trained together."""
+
+    path: str
+    """The module under which they are saved."""
+    ids: list[int]
+    followers: list[str] = field(default_factory=list)
+    """The other modules that use them."""
+    alone: bool = False
+    """Whether other modules share the weight, but not these rows."""
+
+
+def row_groups(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> list[RowGroup]:
+    """The rows that a configuration asks for, each token once.
+
+    Modules with one weight have the same rows, saved under the input embedding if it is one of them, unless several of
+    them are named with different tokens.
+    """
+    named: dict[object, dict[str, list[int]]] = {}
+    for path, ids in rows_by_path(wanted, modules, faults):
+        named.setdefault(_identity(modules, path), {})[path] = list(dict.fromkeys(ids))
+    found, embedding = [], input_embedding(modules)
+    for weight, tokens in named.items():
+        sharing = [name for name in modules if _identity(modules, name) == weight]
+        lists = list(tokens.values())
+        if any(ids != lists[0] for ids in lists):
+            found += [RowGroup(path, ids, alone=True) for path, ids in tokens.items() if ids]
+        else:
+            owner = embedding if embedding in sharing else next(iter(tokens))
+            found.append(RowGroup(owner, lists[0], [name for name in sharing if name != owner]))
+    return found
+
+
+def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> list[tuple[str, list[int]]]:
+    """(name of a module, tokens) as a configuration has them: a list is of the input embedding."""
     if not isinstance(wanted, Mapping):
-        get: Any = getattr(modules.get(""), "get_input_embeddings", None)
-        embedding = None if get is None else getattr(get(), "base_layer", get())
-        paths = [name for name, module in modules.items() if module is embedding]
-        if not paths:
+        path = input_embedding(modules)
+        if not path:
             faults.add("trainable_token_indices: the model has no input embedding; name a module: {name: [...]}")
-        return [(path, list(wanted)) for path in paths[:1]]
+        return [(path, list(wanted))] if path else []
     found = []
     for name, ids in wanted.items():
         hits = [path for path in modules if path == name or path.endswith(f".{name}")]
@@ -220,3 +260,13 @@ def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) 
             faults.add(f"trainable_token_indices: {name!r} matches no module{nearest(name, modules)}")
         found += [(path, list(ids)) for path in hits[:1]]
     return found
+
+
+def input_embedding(modules: Mapping[str, nn.Module]) -> str:
+    """The name of the token embedding of a model; empty if it has none."""
+    get: Any = getattr(modules.get(""), "get_input_embeddings", None)
+    try:
+        embedding = None if get is None else getattr(get(), "base_layer", get())
+    except (NotImplementedError, AttributeError):
+        return ""
+    return next((name for name, module in modules.items() if module is embedding), "")

@@ -1,0 +1,106 @@
+"""TRL's trainers for preferences, rewards and reinforcement learning, for LoRA adapters.
+
+The losses, the data and the generation are TRL's. The reference model is `reference.Reference`, so only one base is in
+memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, TrainingArguments
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.reward_trainer import RewardTrainer
+from trl.trainer.rloo_config import RLOOConfig
+from trl.trainer.rloo_trainer import RLOOTrainer
+
+from ..compat import name_or_path
+from ..errors import ConfigError
+from ..files.format import CONFIG_NAME
+from .arguments import TrlArguments
+from .former_names import accepts_former_names
+from .trainer import LoraTrainerMixin
+
+
+class LoraPreferenceMixin(LoraTrainerMixin):
+    """`LoraTrainerMixin`, where the model may also be the folder of an adapter, whose training then continues.
+
+    The reference is then a frozen copy of that adapter; for a new adapter it is the base. See `reference.Reference`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, LoraTrainerMixin))  # TRL's
+        given = inspect.signature(own.__init__).bind_partial(self, *args).arguments | kwargs
+        if isinstance(given.get("ref_model"), TrainingArguments):
+            raise ConfigError(
+                f"{type(self).__name__}(…): ref_model is the second argument. Pass the config as args=…."
+            )
+        folder = given.get("model")
+        if given.get("args") is None:
+            name = folder if isinstance(folder, str) else name_or_path(folder)
+            kind = own.__name__.removesuffix("Trainer")
+            given["args"] = globals()[f"Lora{kind}Config"](f"{str(name).rpartition('/')[2] or 'model'}-{kind}")
+        if isinstance(folder, str) and Path(folder, CONFIG_NAME).is_file():
+            if given.get("processing_class") is None and Path(folder, "tokenizer_config.json").is_file():
+                given["processing_class"] = AutoTokenizer.from_pretrained(folder)
+        given.pop("self")
+        super().__init__(**given)
+
+
+@accepts_former_names
+@dataclasses.dataclass
+class LoraDPOConfig(TrlArguments, DPOConfig):
+    """A drop-in replacement for `trl.DPOConfig` with the LoRA fields."""
+
+
+class LoraDPOTrainer(LoraPreferenceMixin, DPOTrainer):
+    """A drop-in replacement for `trl.DPOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""
+
+
+@accepts_former_names
+@dataclasses.dataclass
+class LoraKTOConfig(TrlArguments, KTOConfig):
+    """A drop-in replacement for `trl.KTOConfig` with the LoRA fields."""
+
+
+class LoraKTOTrainer(LoraPreferenceMixin, KTOTrainer):
+    """A drop-in replacement for `trl.KTOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""
+
+
+@accepts_former_names
+@dataclasses.dataclass
+class LoraRewardConfig(TrlArguments, RewardConfig):
+    """A drop-in replacement for `trl.RewardConfig` with the LoRA fields."""
+
+
+class LoraRewardTrainer(LoraPreferenceMixin, RewardTrainer):
+    """A drop-in replacement for `trl.RewardTrainer` that trains a LoRA adapter and the new head."""
+
+
+@accepts_former_names
+@dataclasses.dataclass
+class LoraGRPOConfig(TrlArguments, GRPOConfig):
+    """A drop-in replacement for `trl.GRPOConfig` with the LoRA fields."""
+
+
+class LoraGRPOTrainer(LoraPreferenceMixin, GRPOTrainer):
+    """A drop-in replacement for `trl.GRPOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""
+
+
+@accepts_former_names
+@dataclasses.dataclass
+class LoraRLOOConfig(TrlArguments, RLOOConfig):
+    """A drop-in replacement for `trl.RLOOConfig` with the LoRA fields."""
+
+
+class LoraRLOOTrainer(LoraPreferenceMixin, RLOOTrainer):
+    """A drop-in replacement for `trl.RLOOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""
