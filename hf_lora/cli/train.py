@@ -50,6 +50,8 @@ def train(
         help="text-classification, multi-label-classification, token-classification, question-answering, "
         "image-classification, masked-lm, seq2seq-lm or causal-lm; default: from the columns.",
     ),
+    load_in_4bit: bool = typer.Option(False, "--load-in-4bit", help="Quantize the base to 4 bits (NF4)."),
+    load_in_8bit: bool = typer.Option(False, "--load-in-8bit", help="Quantize the base to 8 bits."),
     train_file: str | None = typer.Option(
         None, help="CSV, TSV, JSON, JSONL or parquet file to train on, or a folder of images."
     ),
@@ -144,6 +146,7 @@ def _summary(result: RunResult) -> str:
     for name, value in result.metrics.items():
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
             lines.append(f"{name}: {value:,.4g}")
+    lines += [f"pushed: {result.pushed}"] if result.pushed else []
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
     use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
     lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
