@@ -45,7 +45,7 @@ from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .start import only_config, trainer_arguments
+from .start import base_dtype, only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -115,6 +115,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
             with _keep_dtypes(given["model"]):
                 super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
+            self._base_dtype = base_dtype(self.model)  # before, it was TRL's
         finally:
             vars(config).update(before)
         if self._trained is not None:
