@@ -63,9 +63,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     texts = answers(LoraModel.from_pretrained(out / "adapter", dtype=torch.float32, merge=True), tokenizer, test)
     print(f"\n{test[0][1]['content']}\n  {texts[0]}")
-    print(
-        f"{len(pairs)} pairs; of {len(test)} test messages, {before:.0%} had valid JSON before, {valid(texts):.0%} after"
-    )
+    print(f"{len(pairs)} pairs, {len(test)} test messages: valid JSON {before:.0%} before, {valid(texts):.0%} after")
     print(f"training took {seconds:.0f} s")
 
 
