@@ -29,7 +29,7 @@ from ..adapt.walk import (
     original_state,
     parts,
 )
-from ..config import IN_PEFT, OF_INITS
+from ..config import OF_INITS, PLAIN_IN_FILES
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
@@ -256,7 +256,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
         **({"training_format": trained.to_json()} if trained is not None else {}),
-        **({"method": config.method} if config.method != "lora" and IN_PEFT.get(config.method) == {} else {}),
+        **({"method": config.method} if config.method in PLAIN_IN_FILES else {}),
         **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

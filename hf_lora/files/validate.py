@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from ..adapt.patterns import as_text, table_pattern, why_invalid
-from ..config import IN_PEFT, TASK_TYPES
+from ..config import PLAIN_IN_FILES, TASK_TYPES
 from ..data.trained import KINDS, is_prose, is_variables
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
@@ -79,7 +79,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
         ("task_type", lambda value: value in TASK_TYPES),
-        ("method", lambda value: IN_PEFT.get(value) == {} if isinstance(value, str) else False),
+        ("method", lambda value: value in ("lora", *PLAIN_IN_FILES)),
     ):
         value = values.get(name)
         if value is not None and not good(value):
