@@ -63,8 +63,8 @@ def test_a_model_without_labels_is_evaluated_and_its_best_is_kept(arguments: Mak
     assert len(losses) == 4
     assert float(loss) == pytest.approx(min(losses), rel=1e-5)
     theirs = Trainer(
-        apply_lora(tiny_bert(labels=2, cls="BertForQuestionAnswering")), arguments(TrainingArguments, name="theirs", **more),
-        train_dataset=rows, eval_dataset=rows,
+        apply_lora(tiny_bert(labels=2, cls="BertForQuestionAnswering")),
+        arguments(TrainingArguments, name="theirs", **more), train_dataset=rows, eval_dataset=rows,
     )  # fmt: skip
     theirs.train()
     assert sum("eval_loss" in entry for entry in theirs.state.log_history) == 4
