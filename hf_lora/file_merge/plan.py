@@ -158,7 +158,7 @@ def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, s
     """
     shell = plan.shell
     whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
-    tied = {name for pair in shell.ties.items() for name in pair if name in shell.owners}
+    tied = shell.tied & shell.owners.keys()
     adapted = untie and any(fold.name in tied for fold in tied_folds(shell.model, folds))
     parted = any(key.startswith(p) != source.startswith(p) for p in whole for key, source in shell.ties.items())
     plan.untied = adapted or parted
@@ -172,7 +172,7 @@ def _plan_folds(plan: Plan, folds: Sequence[Fold], replaced: Collection[str], fa
         name = fold.name
         if name in replaced:
             faults.add(f"{name}: the adapter both replaces and updates it, which only works in memory. {IN_MEMORY}")
-        if fold.holders is None and plan.untied and name in {each for pair in shell.ties.items() for each in pair}:
+        if fold.holders is None and plan.untied and name in shell.tied:
             faults.add(f"{name}: rows of a weight that is untied can only be merged in memory. {IN_MEMORY}")
         if name in shell.misshapen or (name not in shell.owners and name not in shell.names.held):
             continue  # reported separately
