@@ -143,7 +143,7 @@ def _replacements(plan: Plan) -> dict[str, tuple[Tensor, torch.dtype]]:
     for name in sorted(shell.names.held):
         alike.setdefault(shell.owners.get(name, name), []).append(name)
     for part in parts(shell.model, NAME):
-        stays_tied = not part.whole_module and not plan.untied
+        stays_tied = (part.is_tied or not part.whole_module) and not plan.untied
         for name, own, base in part.replaced():
             owner = shell.owners.get(name, name)
             for each in alike.get(owner, [owner]) if stays_tied else [name]:
@@ -157,7 +157,7 @@ def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, s
     A config has one flag for all ties, so removing one tie removes them all.
     """
     shell = plan.shell
-    whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
+    whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module and not part.is_tied)
     tied = shell.tied & shell.owners.keys()
     adapted = untie and any(fold.name in tied for fold in tied_folds(shell.model, folds))
     parted = any(key.startswith(p) != source.startswith(p) for p in whole for key, source in shell.ties.items())

@@ -17,7 +17,7 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from ..adapt.targets import check_names
+from ..adapt.request import check_alphas, check_names
 from ..config import OF_INITS, PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
@@ -202,6 +202,9 @@ class LoraArguments:
         config = None
         try:
             config = LoraConfig(**values)
+            alphas = Faults("")
+            check_alphas(config, alphas)
+            faults.found += [_as_flag(fault) for fault in alphas.found]
         except ConfigError as error:
             faults.found += [_as_flag(fault) for fault in error.faults]
         faults.check(ConfigError, "Correct these fields; they are LoraConfig's fields with the prefix lora_.")
