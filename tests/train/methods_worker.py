@@ -15,7 +15,7 @@ from engine_runs import run_arguments, write_result
 from helpers import tiny_llama
 from tiny import texts
 
-from hf_lora import LoraConfig, apply_lora, gathered_state
+from hf_lora import LoraConfig, LoraTrainer, apply_lora, gathered_state
 
 STEPS = 8
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,12 +52,14 @@ def train(cls: Any, name: str, folder: Path) -> Any:
 
 
 def main(engine: str, out: Path) -> None:
-    if engine == "fsdp":
+    if engine == "ddp":
+        cls: Any = LoraTrainer
+    elif engine == "fsdp":
         cls = importlib.import_module("engines_worker").FsdpTrainer
     else:
         worker = importlib.import_module("zero_worker")
         cls = {"zero3": worker.ZeroTrainer, "zero2": worker.ZeroTwo}[engine]
-    for name in CONFIGS:
+    for name in CONFIGS if engine != "ddp" else ("eva", "corda"):
         train(cls, name, out)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_runs import start
-from helpers import tiny_llama
+from helpers import assert_same_tensors, tiny_llama
 from methods_worker import CONFIGS, rows, train
 from safetensors.torch import load_file
 
@@ -53,3 +53,13 @@ def test_an_engine_trains_each_method_as_none_does(name: str, engine: tuple[str,
             outputs.append(model(ids).logits)
     assert torch.allclose(*outputs, atol=1e-4)
     assert not torch.allclose(outputs[0], tiny_llama()(ids).logits, atol=1e-2)
+
+
+def test_two_processes_choose_the_same_ranks_and_values(tmp_path: Path) -> None:
+    process = start("methods_worker.py", "ddp", tmp_path)
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, said[-4000:]
+    for name in ("eva", "corda"):
+        first, second = (load_file(tmp_path / name / f"end-{rank}.safetensors") for rank in range(2))
+        assert_same_tensors(second, first)
+    assert len({len(t) for key, t in load_file(tmp_path / "eva" / "end-0.safetensors").items() if "lora_A" in key}) > 1
