@@ -46,17 +46,45 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
     PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder / "bert-base")
     verdicts = {"good": "up", "bad": "down", "fine": "up", "poor": "down", "so so": "flat"}
     lines = [f"the {thing} was {how},{label}" for thing in ("film", "book", "song") for how, label in verdicts.items()]
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     _language_model(folder)
+    _other_tasks(folder)
     return folder
 
 
+def _other_tasks(folder: Path) -> None:
+    """Data for each task, and models of other kinds: `t5-base` and `vit-base`."""
+    from helpers import tiny_t5, write_lines
+    from PIL import Image
+    from transformers import AutoTokenizer, ViTConfig, ViTImageProcessor, ViTModel
+
+    tiny_t5().save_pretrained(folder / "t5-base")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "my-adapter")
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(folder / "t5-base")
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    ViTModel(config).save_pretrained(folder / "vit-base")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit-base")
+    text, answer = "the film was good", {"text": ["good"], "answer_start": [13]}
+    write_lines(folder / "tags.jsonl", [{"tokens": text.split(), "ner_tags": ["O", "B-ART", "O", "O"]}] * 8)
+    write_lines(folder / "squad.jsonl", [{"question": "is it good", "context": text, "answers": answer}] * 8)
+    write_lines(folder / "topics.jsonl", [{"text": text, "labels": ["film", "praise"][: i % 3]} for i in range(8)])
+    write_lines(folder / "summaries.jsonl", [{"document": text, "summary": "good film"}] * 8)
+    for i in range(8):
+        (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / "images" / "ab"[i % 2] / f"{i}.png")
+
+
 def _language_model(folder: Path) -> None:
-    """`my-adapter`: an adapter of `chat-base`, a tiny language model with a template, and `test.jsonl` with chats."""
+    """`my-adapter`: an adapter of `chat-base`, a tiny language model with a template, `test.jsonl` with chats, and
+    `pairs.jsonl` with pairs."""
     from helpers import tiny_llama
 
     from hf_lora import apply_lora
@@ -75,6 +103,8 @@ def _language_model(folder: Path) -> None:
     for name in ("my-adapter", "chat-base"):
         tokenizer.save_pretrained(folder / name)
     chat = [{"role": "user", "content": "was the film good"}, {"role": "assistant", "content": "very good"}]
+    pair = {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "not so good"}]}
+    (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4, encoding="utf-8")
     (folder / "test.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 2, encoding="utf-8")
 
 

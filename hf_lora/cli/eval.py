@@ -30,13 +30,13 @@ def register(app: typer.Typer) -> None:
 
 def eval_(
     source: str = SOURCE,
-    file: str = typer.Option(..., help="CSV, TSV, JSON, JSONL or parquet file.", show_default=False),
+    file: str = typer.Option(..., help="CSV, TSV, JSON, JSONL, parquet; folder of images.", show_default=False),
     generate: bool = typer.Option(False, "--generate", help="Generate the answers and compare them."),
     predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the generated answers."),
     limit: int | None = typer.Option(None, help="Number of rows, from the start of the file (default: all)."),
-    text_column: str | None = typer.Option(None, help="Column of texts or prompts (default: found by name)."),
-    completion_column: str | None = typer.Option(None, help="Column of answers or labels (default: found by name)."),
-    pair_column: str | None = typer.Option(None, help="Column of the second text of a classification."),
+    text_column: str | None = typer.Option(None, help="Column of inputs (default: as in training, or by name)."),
+    completion_column: str | None = typer.Option(None, help="Column of answers or labels (default: likewise)."),
+    pair_column: str | None = typer.Option(None, help="Column of the second texts, or of contexts."),
     use_chat_template: bool | None = typer.Option(
         None,
         "--use-chat-template/--no-use-chat-template",
@@ -63,7 +63,8 @@ def eval_(
     """Evaluate a trained model on a file.
 
     For a language model: perplexity and token accuracy over the answers; with --generate, the share of generated
-    answers that are correct and, if they are JSON, the scores of their fields. For a classifier: accuracy and F1.
+    answers that are correct and, if they are JSON, the scores of their fields. For an encoder-decoder: its texts
+    compared with those of the file. For other models: the metrics of their task, such as accuracy and F1.
 
     Rows become tokens as in training, which is recorded with the adapter. Options override that.
     """

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def init(
-    task: str = typer.Argument(..., help="text-classification or causal-lm.", show_default=False),
+    task: str = typer.Argument(..., help="A task of hf-lora train, such as text-classification.", show_default=False),
     file: Path = typer.Argument(Path("run.yaml"), help="The file to write."),
     model: str | None = typer.Option(None, help="Base model to write into it.", show_default=False),
 ) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import logging
 
-LOGGERS = ("torchao", "bitsandbytes.backends.cpu.ops", "torch.utils._pytree", "DeepSpeed")
-"""Kernels that do not fit this machine, classes that PyTorch knows by now, and which device was found."""
+LOGGERS = (
+    "torchao",
+    "bitsandbytes.backends.cpu.ops",
+    "bitsandbytes.autograd._functions",
+    "torch.utils._pytree",
+    "DeepSpeed",
+)
+"""Kernels that do not fit this machine, dtypes, classes that PyTorch knows by now, and which device was found."""
 
 
 def silence_imports() -> None:

@@ -20,7 +20,7 @@ def targets(
     ctx: typer.Context,
     model: str = typer.Argument(..., help="Folder or Hub name of a base model.", show_default=False),
     task: str | None = typer.Option(
-        None, help="text-classification or causal-lm; default: the class that the model's config names."
+        None, help="A task of hf-lora train; default: the class that the model's config names."
     ),
 ) -> None:
     """List the layers of a model that would be adapted, and those that would not.

@@ -45,20 +45,32 @@ def train(
     ctx: typer.Context,
     config: Path | None = typer.Option(None, help="YAML file of options."),
     model: str | None = typer.Option(None, help="Base model: folder or Hub name."),
-    task: str | None = typer.Option(None, help="text-classification or causal-lm; default: from the columns."),
-    train_file: str | None = typer.Option(None, help="CSV, TSV, JSON, JSONL or parquet file to train on."),
+    task: str | None = typer.Option(
+        None,
+        help="text-classification, multi-label-classification, token-classification, question-answering, "
+        "image-classification, masked-lm, seq2seq-lm or causal-lm; default: from the columns.",
+    ),
+    load_in_4bit: bool = typer.Option(False, "--load-in-4bit", help="Quantize the base to 4 bits (NF4)."),
+    load_in_8bit: bool = typer.Option(False, "--load-in-8bit", help="Quantize the base to 8 bits."),
+    train_file: str | None = typer.Option(
+        None, help="CSV, TSV, JSON, JSONL or parquet file to train on, or a folder of images."
+    ),
     eval_file: str | None = typer.Option(None, help="File for evaluations during training."),
     test_file: str | None = typer.Option(None, help="File for the final evaluation."),
     dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, instead of files."),
     train_split: str | None = typer.Option(None, help="Dataset split to train on; default: train."),
     eval_split: str | None = typer.Option(None, help="Split for evaluations during training."),
     test_split: str | None = typer.Option(None, help="Split for the final evaluation."),
-    text_column: str | None = typer.Option(None, help="Column of texts or prompts; default: found by name."),
-    label_column: str | None = typer.Option(None, help="Column of labels; default: found by name."),
-    completion_column: str | None = typer.Option(None, help="Column of answers, which are trained (causal-lm)."),
+    text_column: str | None = typer.Option(
+        None, help="Column of texts, prompts, questions, words or images; default: found by name."
+    ),
+    label_column: str | None = typer.Option(None, help="Column of labels, tags or spans; default: found by name."),
+    completion_column: str | None = typer.Option(None, help="Column of answers, which are trained."),
     max_length: int | None = typer.Option(None, help="Maximum tokens per text and packed row; default: 512 or 1024."),
     problem_type: str | None = typer.Option(
-        None, help="regression if the labels are numbers; single_label_classification if any label is a class."
+        None,
+        help="regression if the labels are numbers; single_label_classification if any label is a class; "
+        "multi_label_classification.",
     ),
     output_dir: str | None = typer.Option(None, help="Folder for the adapter; default: hf_lora_run."),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the adapter of an earlier run in that folder."),
@@ -74,9 +86,10 @@ def train(
     ),
     all_options: bool = typer.Option(False, "--all-options", help="List every option and exit."),
 ) -> None:
-    """Fine-tune a model on text files.
+    """Fine-tune a model on files.
 
-    The task is text classification or causal language modeling on chats, prompt-answer pairs or plain texts. The
+    The columns show the task: classification of texts, words or images, question answering, texts for texts by an
+    encoder-decoder, or causal language modeling on chats, prompt-answer pairs or plain texts; --task names it. The
     adapter and the tokenizer are saved.
     """
     with threads_for_free_cores():
@@ -133,6 +146,7 @@ def _summary(result: RunResult) -> str:
     for name, value in result.metrics.items():
         if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
             lines.append(f"{name}: {value:,.4g}")
+    lines += [f"pushed: {result.pushed}"] if result.pushed else []
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
     use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
     lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")

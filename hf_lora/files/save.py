@@ -43,6 +43,7 @@ from .format import (
     write_adapter,
 )
 from .identity import is_absent, renewed
+from .joined import joined_embeddings, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -103,7 +104,10 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    return write_adapter(folder, config_on_disk(model, name, names), tensors, extras_of(model, name), allow_nonfinite)
+    joined = joined_embeddings(model, [part.path for part in parts(model, name)])
+    config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
+    extras |= {"joined": joined} if joined else {}
+    return write_adapter(folder, config, under_called_names(tensors, joined), extras, allow_nonfinite)
 
 
 def save_adapters(

@@ -24,6 +24,8 @@ MAX_PATTERNS = 20_000
 MAX_EXPRESSIONS = 500
 """Maximum rows with a regular expression instead of a name."""
 MAX_LABELS = 100_000
+MAX_NAMES = 100
+"""Maximum names of one module."""
 MAX_TEXT = 4096
 """Maximum characters of a name or a path."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -82,6 +84,11 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         value = values.get(name)
         if value is not None and not good(value):
             faults.add(f"{name}={value!r} is invalid")
+    joined = values.get("joined")
+    if joined is not None and not (
+        isinstance(joined, Mapping) and all(map(_are_texts, [[*joined], *joined.values()]))
+    ):
+        faults.add("joined must map the name of a module to its other names")
     _check_labels(faults, values.get("id2label"))
     _check_format(faults, values.get("training_format"))
     check_settings(faults, values)
@@ -139,6 +146,10 @@ def _check_base(faults: Faults, base: object) -> None:
         weights = base.get(name)
         if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
             faults.add(f"base.{name} must hold samples of weights")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MAX_NAMES and all(map(is_text, value))
 
 
 def _is_sample(value: object) -> bool:

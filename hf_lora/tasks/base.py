@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -96,7 +96,8 @@ class Data:
     trained: TrainedFormat | None = None
 
 
-class Defaults(NamedTuple):
+@dataclass(frozen=True)
+class Defaults:
     """Options of a run that depend on the task."""
 
     learning_rate: float

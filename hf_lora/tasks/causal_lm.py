@@ -26,7 +26,7 @@ class CausalLM(Task):
     auto_class = "AutoModelForCausalLM"
     has_head = False
     defaults = Defaults(2e-4, 8, 8, 1024)
-    packed = defaults._replace(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    packed = replace(defaults, per_device_train_batch_size=1, per_device_eval_batch_size=1)
     """Where rows are packed: a row then holds many texts."""
     metrics = ("accuracy", "perplexity")
     options = {"completion_column": "answer", "packing": True, "last_turn_only": False, "max_length": 1024}

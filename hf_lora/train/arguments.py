@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
@@ -262,6 +262,17 @@ class TrlArguments(LoraArguments):
         if vars(self)["bf16"] is None and not torch.accelerator.is_available():  # a field of TRL's class
             vars(self)["bf16"] = False
         super().__post_init__()
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments, **more: Any) -> Self:
+        """The same arguments as those of another Trainer.
+
+        Args:
+            more: further fields, or other values.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        given = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name in known}
+        return cls(**{**given, **more})
 
 
 def _as_flag(fault: str) -> str:

@@ -22,6 +22,7 @@ from ..tasks.registry import CAUSAL_LM, TASKS, why_not
 from .base_model import check_name
 from .output import check_output
 from .parsing import Parsed, as_flag
+from .quantize import check_quantization, why_not_quantizable
 
 _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
@@ -59,6 +60,7 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
         faults.add("--load-best-model-at-end needs separate evaluation data: pass --eval-file (not the test data)")
     _check_values(parsed, faults)
+    check_quantization(run, faults)
     if writes:
         check_output(str(training.output_dir), checkpoint_of(parsed), run.overwrite, faults)
     faults.check(ConfigError, "`hf-lora train --help` shows an example.")
@@ -94,6 +96,11 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
     if reason is not None:
         other = "" if run.task is not None else ", or another --task"
         raise ConfigError(f"hf-lora train: --model {run.model} is {reason}. Pass another --model{other}.")
+    reason = why_not_quantizable(run, config)
+    if reason is not None:
+        raise ConfigError(f"hf-lora train: {reason}.")
+    if run.beta is not None and "beta" not in task.options:
+        raise ConfigError(f"hf-lora train: --beta has no effect on the task {task.name}. Omit it.")
     wanted = training.metric_for_best_model
     known = ("loss", *task.metrics_of(Options.of(run)))
     if wanted is not None and wanted.removeprefix("eval_") not in known:

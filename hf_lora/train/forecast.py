@@ -26,6 +26,7 @@ from ..tasks.base import Data
 from ..tasks.registry import CAUSAL_LM, TASKS
 from .base_model import check_name, load_base, read_config
 from .parsing import Parsed
+from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import read_data
 from .schedule import steps_of_rows
 
@@ -91,13 +92,15 @@ def forecast(parsed: Parsed) -> Forecast:
     data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
     for name, value in data.task.settings(data).items():
         setattr(data.config, name, value)
-    model = empty_model(data.config, str(run.model), data.task.name).to(_dtype(run.dtype, data.config))
+    model = empty_model(data.config, str(run.model), data.task.name).to(dtype_of(run.dtype, data.config))
     # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
     apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
     if training.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trained, total = trainable_parameters(model)
     sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
+    bits = bits_of(run)
+    weights = sum(sizes.values()) if bits is None else quantized_bytes(model, bits)
     learned = sum(size for p, size in sizes.items() if p.requires_grad)
     on_cpu = training.device.type == "cpu"
     libraries = _resident() if on_cpu else 0
@@ -107,7 +110,7 @@ def forecast(parsed: Parsed) -> Forecast:
     return Forecast(
         data.lines, adapter_table(model), trained, total,
         steps_of_rows(training, _packed(parsed, data), training.train_batch_size * training.world_size),
-        sum(sizes.values()), learned, state, activations, libraries, learned, learned + state,
+        weights, learned, state, activations, libraries, learned, learned + state,
     )  # fmt: skip
 
 
@@ -227,13 +230,6 @@ def empty_model(config: PretrainedConfig, name: str, task: str | None = None) ->
             return own(config)
         auto: Any = AutoModel if task is None else getattr(transformers, TASKS[task].auto_class)
         return load_base(auto.from_config, name, config)
-
-
-def _dtype(wanted: str | None, config: PretrainedConfig) -> torch.dtype:
-    """The dtype that the weights would be loaded in."""
-    if wanted not in (None, "auto"):
-        return getattr(torch, str(wanted).removeprefix("torch."))
-    return getattr(config, "dtype", None) or torch.float32
 
 
 def _packed(parsed: Parsed, data: Data) -> int:

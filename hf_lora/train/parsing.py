@@ -30,8 +30,9 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "report_to": ["none"],
+    "hub_strategy": "end",
 }
-"""Defaults that differ from Trainer's, which are meant for long runs of large models."""
+"""Defaults that differ from Trainer's, which are meant for long runs of large models; a push is one commit."""
 PACKED = "packed causal-lm"
 TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASKS.items()} | {PACKED: CausalLM.packed}
 """Defaults by task. Models that are not language models are usually small, and need a higher rate."""
@@ -49,6 +50,10 @@ class RunArguments:
     model: str | None = flag(None, "Folder or Hub name of the base model.")
     model_revision: str | None = flag(None, "Branch, tag or commit of the base model.")
     dtype: str | None = flag(None, "Dtype of the frozen weights, such as bfloat16. Default: the checkpoint's.")
+    load_in_4bit: bool = flag(
+        False, "Quantize the frozen linear layers to 4 bits (NF4 with double quantization) when they are loaded."
+    )
+    load_in_8bit: bool = flag(False, "Quantize the frozen linear layers to 8 bits when they are loaded.")
     task: str | None = flag(None, f"One of {', '.join(TASKS)}. Default: inferred from the columns.")
     train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file, or a folder of images.")
     eval_file: str | None = flag(None, "File for evaluations during training.")
@@ -82,6 +87,9 @@ class RunArguments:
         "for columns named prompt and completion, which are concatenated.",
     )
     last_turn_only: bool = flag(False, "Train only on the assistant's last turn of each chat (causal-lm).")
+    beta: float | None = flag(
+        None, "How strongly the model is held to its reference (dpo, kto): higher, closer. Default: 0.1."
+    )
     problem_type: str | None = flag(
         None,
         "single_label_classification, multi_label_classification, or regression (the labels are numbers). Default: "
@@ -128,7 +136,7 @@ def argument_parser() -> HfArgumentParser:
 def describe_arguments() -> str:
     """Every argument with its default, which may depend on the task."""
     text = argument_parser().format_help()
-    for name in Defaults._fields:
+    for name in (f.name for f in dataclasses.fields(Defaults)):
         values: dict[str, list[str]] = {}
         for task, defaults in TASK_DEFAULTS.items():
             values.setdefault(f"{getattr(defaults, name):g}", []).append(task)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,22 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import nn
 from transformers import set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
-from ..adapt.match import holder
+from ..adapt.match import holder, matcher
 from ..adapt.report import adapter_table
 from ..adapt.state import set_trained_format
 from ..compat import held_load_report
 from ..data.chat import show_batch
-from ..errors import ConfigError
-from ..tasks.base import Asked, Data
-from ..tasks.registry import CAUSAL_LM
+from ..errors import ConfigError, HubError
+from ..tasks.base import Asked, Data, Task
+from ..tasks.preference import Preference
+from ..tasks.registry import CAUSAL_LM, PREFERENCES
 from .base_model import load_base
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
+from .quantize import bits_of, load_quantized
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
@@ -41,6 +46,7 @@ class RunResult:
 
     Args:
         loss: the loss that a language model was trained with; empty for other models.
+        pushed: the address of the commit on the Hub; empty without `push_to_hub`.
     """
 
     model: Any
@@ -49,6 +55,7 @@ class RunResult:
     seconds: float
     adapter_bytes: int
     loss: str = ""
+    pushed: str = ""
 
 
 def finetune(
@@ -88,14 +95,15 @@ def finetune(
         if trainer.is_world_process_zero():
             trainer.save_metrics(split, values)
     card = _data_of_card(parsed.run, list(found))
+    pushed = ""
     if training.push_to_hub:  # saves, and writes the card, before it pushes
-        trainer.push_to_hub(**card)
+        pushed = _push(trainer, card)
     else:
         trainer.save_model()
         trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line())
+    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed)
 
 
 def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
@@ -103,12 +111,29 @@ def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
     if data.task.metrics_of_rows:
         trainer.compute_metrics = data.task.compute_metrics(data, split)
     values: dict[str, float] = trainer.evaluate(data.rows[split], metric_key_prefix=split)
+    if isinstance(data.task, Preference):  # whose trainers only log their metrics, and always as those of eval
+        logged = trainer.state.log_history[-1]
+        values |= {f"{split}_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
     if data.task.generates:
         asked = Asked(trainer.args.per_device_eval_batch_size)
         scores = data.task.score(trainer._bare_model, data, split, asked).metrics
         values |= {f"{split}_{name}": value for name, value in scores.items()}
         trainer.state.log_history[-1].update(values)  # for the card
     return values
+
+
+def _push(trainer: Any, card: Mapping[str, Any]) -> str:
+    """Save and push the adapter with its card; the address of the commit.
+
+    Raises:
+        HubError: it is saved, and was not pushed; the message has the command that pushes it.
+    """
+    try:
+        done = trainer.push_to_hub(**card)
+    except HubError as error:
+        words = shlex.join(["hf-lora", "push", str(trainer.args.output_dir), str(trainer.hub_model_id)])
+        raise HubError(f"{error}\nThe adapter is trained and saved. Push it with: {words}") from error
+    return str(done.commit_url) if done is not None else ""
 
 
 def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], object] | None) -> None:
@@ -137,7 +162,8 @@ def first_batch(parsed: Parsed) -> str:
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    trainer = (_language_model if data.task.name == CAUSAL_LM else _model)(parsed, data)
+    builders = {CAUSAL_LM: _language_model, **dict.fromkeys(PREFERENCES, _preference)}
+    trainer = builders.get(data.task.name, _model)(parsed, data)
     if data.trained is not None:
         set_trained_format(trainer._bare_model, data.trained)
     return trainer
@@ -147,36 +173,54 @@ def _model(parsed: Parsed, data: Data) -> Any:
     """The Trainer of every task but causal language modeling."""
     from .trainer import LoraTrainer
 
-    run, training, task = parsed.run, parsed.training, data.task
-    set_seed(training.seed)  # for the random weights of a new head
+    training, task = parsed.training, data.task
+    model = _with_head(parsed, data)
+    training.label_names = list(task.targets)
+    return LoraTrainer(model, training, task.collator(data), **_common(data))
+
+
+def _with_head(parsed: Parsed, data: Data) -> Any:
+    """The base model with a head for the task."""
+    training, task = parsed.training, data.task
     # A head for another task is replaced.
-    options = {**task.settings(data), **_loading(run), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    load = getattr(transformers, task.auto_class).from_pretrained
+    options = {**task.settings(data), "ignore_mismatched_sizes": True, "output_loading_info": True}
     with held_load_report() as release:
-        model, found = load_base(load, str(run.model), str(run.model), **options)
+        model, found = _load(parsed, data, options)
         heads = find_heads(model)
         if any(holder(key, heads) is None for key in found["missing_keys"]):
             release()  # a new head is not missing; the adapter's line names it
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
-    if task.has_head and training.lora_modules_to_save is None and not heads:
-        # The checkpoint has a head with this number of labels. They may be other labels, so it is trained too.
-        training.lora_modules_to_save = outside_backbone(model)
-    training.label_names = list(task.targets)
-    return LoraTrainer(model, training, task.collator(data), **_common(data))
+    if training.lora_modules_to_save is None and (head := _whole(parsed, task, model)):
+        training.lora_modules_to_save = head  # its labels may be others, although it has this number
+    return model
 
 
 def _language_model(parsed: Parsed, data: Data) -> Any:
     from .sft import LoraSFTConfig, LoraSFTTrainer
 
     run, training = parsed.run, parsed.training
-    set_seed(training.seed)
-    load = getattr(transformers, data.task.auto_class).from_pretrained
     return LoraSFTTrainer(
-        load_base(load, str(run.model), str(run.model), **_loading(run)),
+        _load(parsed, data, {}),
         LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
         **_common(data),
     )
+
+
+def _preference(parsed: Parsed, data: Data) -> Any:
+    """TRL's Trainer of a task on preferences."""
+    from . import preference
+
+    run, training, task = parsed.run, parsed.training, data.task
+    assert isinstance(task, Preference)
+    model = _with_head(parsed, data) if task.has_head else _load(parsed, data, {})
+    config, trainer = (getattr(preference, f"Lora{task.trainer}{kind}") for kind in ("Config", "Trainer"))
+    more: dict[str, Any] = {"beta": run.beta} if run.beta is not None else {}
+    order = config.__dataclass_fields__["train_sampling_strategy"].default
+    if order == "sequential" and "train_sampling_strategy" not in parsed.given:  # KTO compares neighbors of a batch
+        more["train_sampling_strategy"] = order
+        data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
+    return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
 
 
 def _common(data: Data) -> dict[str, Any]:
@@ -198,5 +242,25 @@ def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | No
     return {"dataset": run.dataset, "dataset_tags": run.dataset, "dataset_args": split} if run.dataset else {}
 
 
-def _loading(run: RunArguments) -> dict[str, Any]:
-    return {"revision": run.model_revision} | ({"dtype": run.dtype} if run.dtype else {})
+def _load(parsed: Parsed, data: Data, options: dict[str, Any]) -> Any:
+    """The base model of a run, with the random weights of a new head by the seed."""
+    run, name = parsed.run, str(parsed.run.model)
+    own = {"revision": run.model_revision, **({"dtype": run.dtype} if run.dtype else {}), **options}
+
+    def load(more: dict[str, Any]) -> Any:
+        set_seed(parsed.training.seed)
+        auto_class = getattr(transformers, data.task.auto_class)
+        return load_base(auto_class.from_pretrained, name, name, **{**own, **more})
+
+    if bits_of(run) is None:
+        return load({})
+    return load_quantized(load, run, data.config, parsed.training.device, functools.partial(_whole, parsed, data.task))
+
+
+def _whole(parsed: Parsed, task: Task, model: nn.Module) -> list[str]:
+    """The modules of a base that are trained whole: those that the user named, else a head that the checkpoint has."""
+    named = parsed.training.lora_config().modules_to_save
+    if named is not None:
+        hits = matcher(named)
+        return [name for name, _ in model.named_modules() if hits(name)]
+    return outside_backbone(model) if task.has_head and not find_heads(model) else []

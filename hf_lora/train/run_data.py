@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from ..data.tables import Table, read_table
@@ -27,7 +29,7 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     tables = _read_tables(run)
     options = Options.of(run)
     task = TASKS[run.task] if run.task else choose_task(tables["train"], options, config)
-    for name, value in defaults_of(task, run.packing)._asdict().items():
+    for name, value in dataclasses.asdict(defaults_of(task, run.packing)).items():
         if name not in parsed.given and hasattr(training, name):
             setattr(training, name, value)
     if "dataloader_pin_memory" not in parsed.given:

@@ -45,7 +45,7 @@ from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .start import only_config, trainer_arguments
+from .start import base_dtype, only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -70,17 +70,6 @@ class LoraSFTConfig(TrlArguments, SFTConfig):
     assistant_only_loss: bool = dataclasses.field(
         default=True, metadata={"help": "Train only on the assistant's messages of chats."}
     )
-
-    @classmethod
-    def of(cls, arguments: TrainingArguments, **more: Any) -> LoraSFTConfig:
-        """The same arguments as those of another Trainer.
-
-        Args:
-            more: further fields, or other values.
-        """
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
-        given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name in known}
-        return cls(**{**given, **more})
 
 
 class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
@@ -115,6 +104,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
             with _keep_dtypes(given["model"]):
                 super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
+            self._base_dtype = base_dtype(self.model)  # before, it was TRL's
         finally:
             vars(config).update(before)
         if self._trained is not None:

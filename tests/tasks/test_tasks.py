@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import transformers
 from helpers import run_command, write_lines
+from safetensors.torch import load_file
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling
 
@@ -192,7 +194,6 @@ def test_answers_are_found_in_the_windows_of_a_context(run_of: Callable[[str], R
 
 
 def squad(text: str) -> list[str]:
-    import re
     import string
 
     text = "".join(c for c in text.lower() if c not in set(string.punctuation))
@@ -374,6 +375,28 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     assert TASK_DEFAULTS.keys() > TASKS.keys()
 
 
+@pytest.mark.parametrize("task", FILES)
+def test_a_dry_run_and_a_template_are_of_the_same_task(
+    task: str, run_of: Callable[[str], Run], tmp_path: Path
+) -> None:
+    run = run_of(task)
+    words = (*run.words, "--output-dir", tmp_path / "out", "--use-cpu")
+    said = run_command("train", *words, "--dry-run").stdout
+    parsed = parse_arguments(["--model", run.base, "--train-file", str(run.file), *OPTIONS.get(task, []), "--use-cpu"])
+    read_data(parsed, writes=False)
+    count = len(run.encoded())
+    size, epochs = parsed.training.per_device_train_batch_size, parsed.training.num_train_epochs
+    assert size == TASK_DEFAULTS[task].per_device_train_batch_size
+    steps = math.ceil(count / size) * (epochs if run.task in OPTIONS else 4)
+    assert re.search(rf"parameters would be trained \(\S+%\), in {steps:.0f} steps", said)
+    tensors = load_file(run.out / "adapter_model.safetensors")
+    if not any("pooler" in name for name in tensors):  # which the checkpoint of the base lacks
+        assert f"{sum(t.numel() for t in tensors.values()):,} of" in said
+    assert not (tmp_path / "out").exists()
+    listed = run_command("targets", run.base, "--task", task).stdout
+    assert re.search(r"\d+ layers", listed)
+
+
 def table(**columns: list[Any]) -> Table:
     count = len(next(iter(columns.values())))
     return Table("rows.csv", columns, list(range(2, count + 2)), "line", {})
@@ -440,11 +463,7 @@ def test_columns_for_several_tasks_name_them() -> None:
 WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "tags": (
         "encoder",
-        [
-            {"tokens": ["a", "b"], "ner_tags": ["O"]},
-            {"tokens": ["a", 3], "ner_tags": ["O", "B"]},
-            {"tokens": "a", "ner_tags": []},
-        ],
+        [{"tokens": ["a", "b"], "ner_tags": ["O"]}, {"tokens": ["a", 3], "ner_tags": ["O", "B"]}],
         ["line 1: 2 words in 'tokens', but 1 tags in 'ner_tags'", "line 2, column 'tokens': 3 is not a word"],
     ),
     "one tag": ("encoder", [{"tokens": ["a"], "ner_tags": ["O"]}], ["there is only one tag, 'O'"]),
