@@ -178,10 +178,22 @@ def test_every_name_of_the_package_in_a_page_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
-    spec: Any = importlib.util.spec_from_file_location("make_structure", ROOT / "docs" / "make_structure.py")
+def script(name: str) -> Any:
+    """A script of the documentation as a module."""
+    spec: Any = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_what_can_be_combined_is_that_of_the_code() -> None:
+    module = script("make_support")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run docs/make_support.py"
+    assert "| `alora` | unmerged (3) |" in module.page()
+
+
+def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
+    module = script("make_structure")
     assert module.PICTURE.read_text(encoding="utf-8") == module.draw(), "run docs/make_structure.py"
     rows = module.rows(module.graph())
     assert rows[0] == ["cli"]
