@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
@@ -189,11 +189,22 @@ def add_push(trainer: Any, job: Future[CommitInfo] | None) -> None:
 
 def running_trainer() -> Trainer | None:
     """The `transformers.Trainer` that is running a training step on this thread, found on the call stack."""
+    found: Trainer | None = _running("training_step", "transformers.trainer")
+    return found
+
+
+def model_being_saved() -> PreTrainedModel | None:
+    """The model whose `PreTrainedModel.save_pretrained` runs on this thread, found on the call stack."""
+    found: PreTrainedModel | None = _running("save_pretrained", "transformers.modeling_utils")
+    return found
+
+
+def _running(method: str, module: str) -> Any:
+    """The object whose `method`, of a class in `module`, runs on this thread; None if there is none."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "training_step" and frame.f_globals.get("__name__") == "transformers.trainer":
-            trainer: Trainer = frame.f_locals["self"]
-            return trainer
+        if frame.f_code.co_name == method and frame.f_globals.get("__name__") == module:
+            return frame.f_locals["self"]
         frame = frame.f_back
     return None
 

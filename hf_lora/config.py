@@ -36,7 +36,6 @@ _OF_OTHERS = {
     "use_bdlora": "a factor is block-diagonal, which saves time only if layers are split over devices (BD-LoRA)",
     "layer_replication": "layers of the base are repeated",
     "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
-    "alora_invocation_tokens": "the adapter acts only after given tokens (aLoRA)",
     "megatron_config": "the layers are those of Megatron",
     "arrow_config": "a router selects adapters for each token, so there is no adapter to train or to merge (Arrow)",
     "velora_config": "gradients are computed from compressed inputs, so they are not those of the loss (VeLoRA)",
@@ -49,20 +48,27 @@ _OTHER_TYPES = {
     "XLORA": "X-LoRA mixes several adapters by a trained network, for each token. Load these adapters one by one",
 }
 IN_PEFT: dict[str, dict[str, bool]] = {
-    "lora": {}, "lora_fa": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True},
+    "lora": {}, "lora_fa": {}, "lora_grouped": {}, "alora": {}, "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
 }  # fmt: skip
 """Method -> the fields with which PEFT's configuration asks for it; other methods do not exist in PEFT."""
+PLAIN_IN_FILES = ("lora_fa", "lora_grouped")
+"""Methods that are plain LoRA in PEFT's files; hf_lora.json has their name."""
 # Fields that do not affect what a file computes; any value is accepted.
 _DESCRIPTIVE = frozenset({
     "auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core", "loftq_config",
 })  # fmt: skip
 OF_INITS = ("eva_config", "corda_config", "lora_ga_config")
 """Fields with the settings of one initialization, the one that they are named after."""
-_OTHER_NAMES = {
+_LEFT_OUT = (
+    "parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias", "alora_invocation_tokens",
+    *OF_INITS,
+)  # fmt: skip
+"""Fields that files lack if they are empty, as before they existed."""
+_OTHER_NAMES = {  # of other libraries and papers -> the field
     "rank": "r", "lora_rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "targets": "target_modules", "init_weights": "init_lora_weights",
 }  # fmt: skip
-"""Names that other libraries and papers use -> the field."""
 Class = TypeVar("Class", bound=type)
 
 
@@ -120,8 +126,10 @@ class LoraConfig:
         use_dora: the method `"dora"`: the weights of each output are normalized and multiplied by a trained magnitude
             (Liu et al. 2024, arXiv:2402.09353).
         lora_bias: the method `"lora_bias"`: the second factor has a bias.
-        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"` (docs/methods.md), or a method that another package
-            registered (docs/extending.md). Files contain the name only of methods that PEFT does not have.
+        alora_invocation_tokens: the method `"alora"`: in each row, the adapter acts from the last occurrence of these
+            tokens on.
+        method: `"lora"`, `"dora"`, `"lora_bias"`, `"lora_fa"`, `"lora_grouped"`, `"alora"` (docs/methods.md), or one
+            of another package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
         ensure_weight_tying: refuse what would give modules with one weight different values: factors or whole copies
@@ -154,6 +162,7 @@ class LoraConfig:
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_dora: bool = False
     lora_bias: bool = False
+    alora_invocation_tokens: list[int] | None = None
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
     ensure_weight_tying: bool = False
@@ -184,23 +193,16 @@ class LoraConfig:
         """The scaling of B A for the rank and alpha of one layer."""
         return alpha / (math.sqrt(r) if self.use_rslora else r)
 
-    def init_settings(self, name: str) -> dict[str, Any]:
-        """The settings of the initialization `name`."""
-        return getattr(self, f"{name}_config", None) or {}
-
     def _settle_inits(self, faults: Faults) -> None:
         """Make the settings of the initialization a mapping, and remove those of others, which have no effect."""
         for name in OF_INITS:
             value = getattr(self, name)
+            value = vars(value) if dataclasses.is_dataclass(value) else value
             if not str(self.init_lora_weights).startswith(name.removesuffix("_config")):
                 value = None
-            elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-                value = dataclasses.asdict(value)
-            elif isinstance(value, Mapping):
-                value = dict(value)
-            elif value is not None:
+            elif not isinstance(value, Mapping | None):
                 faults.add(f"{name}={value!r:.200} must be a mapping of settings")
-            setattr(self, name, value)
+            setattr(self, name, dict(value) if isinstance(value, Mapping) else value)
 
     def _resolve_method(self, faults: Faults) -> None:
         """Make `method` and the fields that PEFT has instead agree."""
@@ -215,9 +217,14 @@ class LoraConfig:
                     faults.add(f"{each}={value!r} must be True or False")
                 elif value:
                     asked.append(name)
+        tokens = self.alora_invocation_tokens = self.alora_invocation_tokens or None
+        if tokens is not None:
+            asked.append("alora")
+        if (tokens is not None or self.method == "alora") and not _is_list_of(tokens, int):
+            faults.add(f"alora_invocation_tokens={tokens!r:.200} must be a list of tokens")
         wanted = [name for name in dict.fromkeys(asked) if name != "lora"]
         if len(wanted) > 1:
-            faults.add(f"use_dora, lora_bias and method ask for {', '.join(wanted)}, but a layer has one method")
+            faults.add(f"the fields ask for {', '.join(wanted)}, but a layer has one method")
         elif wanted:
             self.method = wanted[0]
 
@@ -274,9 +281,8 @@ class LoraConfig:
         values["lora_alpha"] = self.alpha
         if self.method in IN_PEFT:  # PEFT does not know this field
             del values["method"]
-        optional = ("parts", "trainable_token_indices", "ensure_weight_tying", "use_dora", "lora_bias", *OF_INITS)
-        for name in optional:
-            if not values[name]:  # files without them are as they were before these existed
+        for name in _LEFT_OUT:
+            if not values[name]:
                 del values[name]
         return {
             "peft_type": _peft_type(self.method, self.parts),

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .adapt.activation import set_active
 from .adapt.batchnorm import hold_batchnorm
+from .adapt.calls import told
 from .adapt.checkpointing import is_checkpointing, refuse_checkpointed, release_input_grads, require_input_grads
 from .adapt.inject import delete
 from .adapt.inner import mark_inner, outermost_models, refuse_arguments_of_peft, refuse_best_model, refuse_inner
@@ -333,7 +334,12 @@ class LoraModel(Extension, PreTrainedModel):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         refuse_arguments_of_peft(self, kwargs)
-        return super().__call__(*args, **kwargs)
+        if (call := told(self, args, kwargs)) is None:
+            return super().__call__(*args, **kwargs)
+        with call.during():
+            output = super().__call__(*args, **kwargs)
+        call.after(output)
+        return output
 
     def train(self, mode: bool = True) -> Self:
         """PyTorch's method. A frozen BatchNorm stays in eval mode: adapters do not save its running statistics."""

@@ -26,7 +26,10 @@ TRAIN = Path(hf_lora.__file__).parent / "train"
 # Everywhere.
 
 PACKAGE = Path(hf_lora.__file__).parent
-OUR_OWN = {"_hf_lora", "_hf_lora_outer", "_hf_lora_packs_for_cpu", "_hf_lora_causal", "_loss", "_runtime", "_C"}
+OUR_OWN = {
+    "_hf_lora", "_hf_lora_outer", "_hf_lora_state_around", "_hf_lora_progress", "_hf_lora_packs_for_cpu",
+    "_hf_lora_causal", "_loss", "_runtime", "_C",
+}  # fmt: skip
 """Attributes and keys that we set on others' objects, names of metrics, and torch's compiled module."""
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_replace"}
 """Public names of Python's named tuples."""

@@ -42,7 +42,9 @@ FULL: dict[str, Any] = dict(
 
 def test_every_field_goes_to_json_and_back() -> None:
     values = FULL | {"method": "other", "parts": {"rows": {"embed": [1]}}}  # ours alone
-    assert set(values) | {"use_dora", "lora_bias", *OF_INITS} == {f.name for f in dataclasses.fields(LoraConfig)}
+    assert set(values) | {"use_dora", "lora_bias", "alora_invocation_tokens", *OF_INITS} == {
+        f.name for f in dataclasses.fields(LoraConfig)
+    }
     assert not {"method", "parts"} & LoraConfig(**FULL).to_dict().keys()
     config = LoraConfig(**values)
     assert all(getattr(config, name) == value for name, value in values.items())
@@ -174,7 +176,6 @@ def test_contradictions() -> None:
 UNSUPPORTED: dict[str, Any] = dict(
     target_parameters=["experts.gate_up_proj"],
     layer_replication=[[0, 2]],
-    alora_invocation_tokens=[5],
     use_qalora=True,
     qalora_group_size=32,
     use_bdlora={"nblocks": 2},

@@ -83,7 +83,8 @@ def _other_tasks(folder: Path) -> None:
 
 
 def _language_model(folder: Path) -> None:
-    """`my-adapter`: an adapter of `chat-base`, a tiny language model with a template, and `test.jsonl` with chats."""
+    """`my-adapter`: an adapter of `chat-base`, a tiny language model with a template, `test.jsonl` with chats, and
+    `pairs.jsonl` with pairs."""
     from helpers import tiny_llama
 
     from hf_lora import apply_lora
@@ -102,6 +103,8 @@ def _language_model(folder: Path) -> None:
     for name in ("my-adapter", "chat-base"):
         tokenizer.save_pretrained(folder / name)
     chat = [{"role": "user", "content": "was the film good"}, {"role": "assistant", "content": "very good"}]
+    pair = {"prompt": chat[:1], "chosen": chat[1:], "rejected": [{"role": "assistant", "content": "not so good"}]}
+    (folder / "pairs.jsonl").write_text(f"{json.dumps(pair)}\n" * 4, encoding="utf-8")
     (folder / "test.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 2, encoding="utf-8")
 
 

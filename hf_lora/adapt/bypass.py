@@ -96,6 +96,12 @@ def uncalled_embeddings(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def called_embeddings(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of the names of one embedding under which a method that could run in a forward mentions it."""
+    modules = [module for _, module in original_modules(model)]
+    return [name for name in names if _is_mentioned(name.rpartition(".")[2], modules)]
+
+
 def _is_mentioned(attribute: str, modules: Iterable[nn.Module]) -> bool:
     classes = {unwrap_class(type(module)) for module in modules}
     return any(functions_of(cls, attribute) for cls in classes)

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..errors import StateError
+from ..layers.calls import carried
 from .embeddings import input_embedding
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # attribute of transformers for a layer's checkpoint function
@@ -63,12 +64,15 @@ def _require_gradients(_module: nn.Module, _args: object, output: object) -> Non
 
 
 def _with_gradient(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `checkpoint(function, *args)` such that a floating-point argument requires a gradient."""
+    """Call `checkpoint(function, *args)` such that a floating-point argument requires a gradient.
+
+    When the backward calls `function` again, layers know what they know now.
+    """
     floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     if floats and torch.is_grad_enabled() and not any(args[i].requires_grad for i in floats):
         first = args[floats[0]].detach().requires_grad_(True)
         args = (*args[: floats[0]], first, *args[floats[0] + 1 :])
-    return checkpoint(function, *args, **kwargs)
+    return checkpoint(carried(function), *args, **kwargs)
 
 
 def refuse_checkpointed(model: nn.Module, _args: object) -> None:

@@ -15,17 +15,19 @@ from ..errors import StateError, TrainingError
 from ..layers.class_swap import mixins_of
 from ..layers.hosts import Host
 from .checkpointing import release_hooks
-from .state import state_of
+from .state import LoraState, state_of
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 _OUTER = "_hf_lora_outer"
+_STATE = "_hf_lora_state_around"
 
 
 def mark_inner(model: nn.Module, inner: nn.Module, path: str) -> None:
     """Note on `inner` that its adapters belong to `model`, in which it is at `path`."""
     name = type(model).__name__
+    inner.__dict__[_STATE] = state_of(model)
     if isinstance(model, PreTrainedModel):
         inner.__dict__[_OUTER] = (
             f"{name} with adapters. Call it on the {name}, so that the names in the file can be loaded."
@@ -38,6 +40,11 @@ def mark_inner(model: nn.Module, inner: nn.Module, path: str) -> None:
         f"its counterpart. Here `model` is the {name}. In the next run, apply_lora(model.get_submodule({path!r}), "
         "config) gives the inner model the methods of a LoraModel."
     )
+
+
+def state_around(model: nn.Module) -> LoraState | None:
+    """The state of a model with adapters, also for the models inside it."""
+    return state_of(model) or model.__dict__.get(_STATE)
 
 
 def outermost_models(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -78,7 +85,7 @@ def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> 
 
 _OF_PEFT = {
     "adapter_names": "Call the model once for each adapter, with the rows of that adapter: model.set_adapter(name).",
-    "alora_offsets": "Leave it out: the adapters act on all tokens.",
+    "alora_offsets": "Leave it out: the model looks for the invocation tokens in input_ids itself.",
 }
 """Arguments of PEFT's forward that are not supported -> the next step."""
 
@@ -108,6 +115,7 @@ def end_models(model: nn.Module) -> None:
         for mixin in extensions:
             mixin.shrink(module)
         module.__dict__.pop(_OUTER, None)
+        module.__dict__.pop(_STATE, None)
 
 
 def refuse_inner(model: nn.Module, call: str) -> None:

@@ -158,6 +158,8 @@ def resolve(
     init = init.with_settings(_settings(config, options))
     init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
     _check_pair(config, init, method, faults)
+    if (refused := method.refuse_model(model)) is not None:
+        faults.add(f"method={config.method!r}: {refused}")
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
     whole = _saved_modules(model, modules, config, faults) if saved is None else saved
@@ -281,7 +283,8 @@ def check_names(config: LoraConfig, faults: Faults) -> None:
 def _settings(config: LoraConfig, options: str) -> dict[str, Any]:
     """The settings of a configuration's initialization. `options` are the end of its name, after an underscore."""
     name = init_name(config.init_lora_weights)
-    return config.init_settings(name.removesuffix(f"_{options}") if options else name)
+    stem = name.removesuffix(f"_{options}") if options else name
+    return getattr(config, f"{stem}_config", None) or {}
 
 
 def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:

@@ -34,10 +34,13 @@ def register(app: typer.Typer) -> None:
 
 def env() -> None:
     """Show versions, devices and settings, to paste into a bug report."""
+    import torch
+
     from ..versions import NEEDED, installed
 
     lines = [("hf_lora", __version__), ("Python", sys.version.split()[0]), ("system", platform.platform())]
-    lines += [(name, installed(name) or "not installed") for name in (*NEEDED, *OPTIONAL)]
+    found = {name: installed(name) or "not installed" for name in (*NEEDED, *OPTIONAL)}
+    lines += ({**found, "torch": torch.__version__}).items()  # with the build
     lines += _device()
     lines += [(name, os.environ[name]) for name in SETTINGS if name in os.environ]
     width = max(len(name) for name, _ in lines)

@@ -4,6 +4,7 @@ In: a model with adapters, or a folder. Out: a folder, or an adapter in the mode
 
 - `format`, `keys`: the names of files and tensors on disk; no other file knows them.
 - `foreign`, `tied`: tensors that other libraries write in other ways.
+- `joined`: one module in training that is several in a loaded base.
 - `save`, `load`: everything is checked before anything is changed.
 - `model_class`: the class of transformers that a file is for.
 - `vocabulary`: its size in training, and in the base.

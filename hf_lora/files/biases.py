@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..adapt.match import holder
 from ..adapt.targets import Explanation
 from ..adapt.ties import tensor_users
 from ..adapt.walk import module_at, original_modules
@@ -42,6 +43,25 @@ def biases_in(
         for path, module in original_modules(model):
             key, own = key_of(path, "bias"), module._buffers.get("bias", module._parameters.get("bias"))
             if path not in found and key in tensors and own is not None:
-                if torch.equal(tensors[key], own.detach().to("cpu", tensors[key].dtype)):
+                if is_of_base(tensors[key], own):
                     del tensors[key]
     return tensors, found
+
+
+def modules_called_bias(model: nn.Module, plan: Explanation, file: AdapterFile) -> dict[str, str]:
+    """The modules that PEFT trained whole with `bias="all"`: before 0.20, all with that word in their names.
+
+    Such as relative position biases.
+    """
+    found: dict[str, str] = {}
+    for path, module in original_modules(model) if file.config.bias == "all" and not file.extras else ():
+        own = {key_of(path, name): tensor for name, tensor in module._parameters.items() if tensor is not None}
+        trained = any(not is_of_base(file.tensors[key], own[key]) for key in own.keys() & file.tensors.keys())
+        if "bias" in path and trained and own.keys() <= file.tensors.keys() and holder(path, plan.saved) is None:
+            found[path] = "trained with the biases"
+    return found
+
+
+def is_of_base(held: Tensor, own: Tensor) -> bool:
+    """Whether a tensor in a file is that of the base, up to the dtype of the file."""
+    return not own.is_meta and torch.equal(held, own.detach().to("cpu", held.dtype))

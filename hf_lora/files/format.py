@@ -34,6 +34,7 @@ from ..safe_io.headers import TensorFile, read_header
 from ..safe_io.reading import REPAIR, own_file, read_json
 from .foreign import split_base_copies, with_plain_keys
 from .initializations import read_init
+from .joined import under_first_names, with_first_names
 from .keys import key_of, matrices, split_key
 from .validate import check_config, check_extras
 
@@ -178,7 +179,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> AdapterFile:
         tensors = load_file(file)
     except (SafetensorError, ValueError, OSError, RuntimeError, MemoryError) as error:  # torch maps it
         raise AdapterFileError(f"{weights} is not a complete safetensors file ({error}). {REPAIR}") from error
-    own, copies = split_base_copies(with_plain_keys(tensors))
+    own, copies = split_base_copies(under_first_names(with_plain_keys(tensors), extras.get("joined") or {}))
     return AdapterFile(config, own, extras, path, raw, copies)
 
 
@@ -235,7 +236,7 @@ def _read_configs(path: Path) -> tuple[LoraConfig, dict[str, Any], dict[str, Any
     config.task_type = config.task_type or extras.get("task_type")
     if config.method == "lora":
         config.method = extras.get("method", config.method)
-    return config, values, extras
+    return with_first_names(config, extras.get("joined") or {}), values, extras
 
 
 def _with_targets(path: Path, values: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
-from .biases import biases_in
+from .biases import biases_in, is_of_base, modules_called_bias
 from .format import (
     AdapterFile,
     compare,
@@ -235,6 +235,7 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     except TargetError as error:
         raise AdapterFileError(str(error), error.faults) from error
     plan.saved |= {p: why for p, why in whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
+    plan.saved |= modules_called_bias(model, plan, file)
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     # A head that only the task implies may be missing; what the file names must be in it, or it would be random.
     named = whole_modules(model, replace(file.config, task_type=None), own=bool(file.extras))
@@ -267,14 +268,20 @@ def _other_biases(
     """Plan the parameters called `bias` that PEFT trained in other modules than layers.
 
     Returns:
-        the keys of buffers called `bias`, and those of second names of a bias of the plan, with equal values.
+        the keys of buffers called `bias` and of frozen tensors that PEFT saved for their names, and those of second
+        names of a bias of the plan, with equal values.
     """
     buffers, seconds = set[str](), set[str]()
     modules = dict(original_modules(model)) if config.bias == "all" else {}
     planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
     for key in tensors:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
-        if leaf != "bias" or path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
+        if path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
+            continue
+        if leaf != "bias":
+            own = modules[path]._parameters.get(leaf, modules[path]._buffers.get(leaf))
+            if "bias" in f"{path}.{leaf}" and own is not None and is_of_base(tensors[key], own):
+                buffers.add(key)
             continue
         bias = modules[path]._parameters.get("bias")
         if bias is None and "bias" in modules[path]._buffers:

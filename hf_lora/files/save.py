@@ -29,7 +29,7 @@ from ..adapt.walk import (
     original_state,
     parts,
 )
-from ..config import IN_PEFT, OF_INITS
+from ..config import OF_INITS, PLAIN_IN_FILES
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
@@ -43,6 +43,7 @@ from .format import (
     write_adapter,
 )
 from .identity import is_absent, renewed
+from .joined import joined_embeddings, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -103,7 +104,10 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    return write_adapter(folder, config_on_disk(model, name, names), tensors, extras_of(model, name), allow_nonfinite)
+    joined = joined_embeddings(model, [part.path for part in parts(model, name)])
+    config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
+    extras |= {"joined": joined} if joined else {}
+    return write_adapter(folder, config, under_called_names(tensors, joined), extras, allow_nonfinite)
 
 
 def save_adapters(
@@ -252,7 +256,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
         "vocabulary": vocabulary_of(model),
         **({"biases": biases} if biases else {}),
         **({"training_format": trained.to_json()} if trained is not None else {}),
-        **({"method": config.method} if config.method != "lora" and IN_PEFT.get(config.method) == {} else {}),
+        **({"method": config.method} if config.method in PLAIN_IN_FILES else {}),
         **changed_settings(model, state.settings),
         "versions": {"hf_lora": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from ..adapt.patterns import as_text, table_pattern, why_invalid
-from ..config import IN_PEFT, TASK_TYPES
+from ..config import PLAIN_IN_FILES, TASK_TYPES
 from ..data.trained import KINDS, is_prose, is_variables
 from ..errors import AdapterFileError, Faults
 from ..safe_io.reading import REPAIR
@@ -24,6 +24,8 @@ MAX_PATTERNS = 20_000
 MAX_EXPRESSIONS = 500
 """Maximum rows with a regular expression instead of a name."""
 MAX_LABELS = 100_000
+MAX_NAMES = 100
+"""Maximum names of one module."""
 MAX_TEXT = 4096
 """Maximum characters of a name or a path."""
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -77,11 +79,16 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         ("biases", _is_count),
         ("problem_type", lambda value: value in PROBLEM_TYPES),
         ("task_type", lambda value: value in TASK_TYPES),
-        ("method", lambda value: IN_PEFT.get(value) == {} if isinstance(value, str) else False),
+        ("method", lambda value: value in ("lora", *PLAIN_IN_FILES)),
     ):
         value = values.get(name)
         if value is not None and not good(value):
             faults.add(f"{name}={value!r} is invalid")
+    joined = values.get("joined")
+    if joined is not None and not (
+        isinstance(joined, Mapping) and all(map(_are_texts, [[*joined], *joined.values()]))
+    ):
+        faults.add("joined must map the name of a module to its other names")
     _check_labels(faults, values.get("id2label"))
     _check_format(faults, values.get("training_format"))
     check_settings(faults, values)
@@ -139,6 +146,10 @@ def _check_base(faults: Faults, base: object) -> None:
         weights = base.get(name)
         if weights is not None and not (isinstance(weights, Mapping) and all(map(_is_sample, weights.values()))):
             faults.add(f"base.{name} must hold samples of weights")
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and 0 < len(value) <= MAX_NAMES and all(map(is_text, value))
 
 
 def _is_sample(value: object) -> bool:

@@ -13,11 +13,12 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..config import LoraConfig
 from .ops import to_float64
 
 Update = Callable[[Tensor, slice], Tensor]
@@ -60,6 +61,20 @@ class FactorSpec:
 
 _spec = functools.lru_cache(maxsize=256)(FactorSpec)
 """Layers of the same size (a model has hundreds) share their declarations."""
+
+
+class Inputs(NamedTuple):
+    """What `Method.before` gets of a call.
+
+    Args:
+        ids: (B, T) tokens.
+        positions: (B, T) their positions, if the call has them.
+        past: the number of tokens in the cache before them.
+    """
+
+    ids: Tensor
+    positions: Tensor | None
+    past: int
 
 
 class AdaptedLayer(Protocol):
@@ -120,6 +135,10 @@ class Shape(ABC):
     def refuse_rank(self, layer: nn.Module, r: int) -> str | None:
         """Why this layer cannot have factors of rank `r`; None if it can."""
         return None
+
+    def groups(self, layer: nn.Module) -> int:
+        """The number of groups of inputs and outputs; the weight connects only those of one group."""
+        return 1
 
     def refuse_folding(self, layer: nn.Module) -> str | None:
         """Why no update can be folded into this layer's weight, though it works unmerged; None if it can."""
@@ -188,9 +207,30 @@ class Method(ABC):
     """Whether A and B matter only through their product B A. Then factors of rank 2 R can hold a difference of two
     products, as the files of some initializations do."""
 
+    acts_everywhere = True
+    """Whether it acts on every token. Otherwise nothing can be subtracted from the base where it acts."""
+    sees_calls = False
+    """Whether `before` is called before each call of the model."""
+
     def refuse(self, layer: Any, shape: Shape) -> str | None:
         """Why this method cannot act on a layer; None if it can."""
         return None
+
+    def refuse_model(self, model: nn.Module) -> str | None:
+        """Why this method cannot act in a model; None if it can."""
+        return None
+
+    def before(self, config: LoraConfig, inputs: Inputs, former: Any) -> tuple[Tensor, object]:
+        """What its layers must know about a call: they read it with `calls.known`.
+
+        Args:
+            config: the adapter's.
+            former: what this returned in the former call with the same cache; None in the first.
+
+        Returns:
+            what the layers must know, and what the next call with the same cache must know.
+        """
+        raise NotImplementedError
 
     def refuse_resizing(self, layer: AdaptedLayer) -> str | None:
         """Why the layer cannot change its number of rows while it has an adapter of this method; None if it can.
@@ -212,7 +252,8 @@ class Method(ABC):
 
     def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         """Why an adapter of this method cannot be folded into the layer's weight; None if it can."""
-        return None
+        refused: str | None = layer._lora.shape.refuse_folding(layer)
+        return refused
 
     def start(self, layer: AdaptedLayer, name: str) -> dict[str, Tensor]:
         """Initial values of factors that are computed from the weight; A and B of the new adapter exist already."""

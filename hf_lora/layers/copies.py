@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 
-from .hosts import Activity, Held, Host, as_masters, at_hand, strip
+from .hosts import Activity, Held, Host, as_masters, at_hand, refuse_full_model, strip
 from .ops import device_only
 
 
@@ -97,6 +97,10 @@ class Replacement(nn.Module):
             return module(*args, **kwargs)
         args, kwargs = tree_map(lambda v: v.float() if _is_float(v) else v, (args, kwargs))
         return tree_map(lambda v: v.to(given) if _is_float(v) else v, module(*args, **kwargs))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        refuse_full_model(prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getattr__(self, name: str) -> Any:
         try:

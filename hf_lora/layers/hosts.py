@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from ..compat import model_being_saved
 from ..errors import StateError
 from .class_swap import Extension, mixins_of
 from .ops import device_only
@@ -178,6 +179,10 @@ class Host(Extension):
         self._forget()
         super()._load_from_state_dict(*args)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        refuse_full_model(prefix)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
     def train(self, mode: bool = True) -> Self:
         self._forget(weight=False)
         return super().train(mode)
@@ -202,6 +207,23 @@ class Host(Extension):
         held.remove(name)
         if not held.names:
             cls.leave(module)
+
+
+def refuse_full_model(prefix: str) -> None:
+    """Refuse to add tensors of adapters to the files of a full model.
+
+    A model with adapters saves only these, so it is another one, which has a module with adapters too.
+
+    Raises:
+        StateError: `save_pretrained` of transformers is running.
+    """
+    model = model_being_saved()
+    if model is not None:
+        raise StateError(
+            f"{type(model).__name__}.save_pretrained: {prefix.removesuffix('.')} has adapters of another model, of "
+            "which it is a part too, and files of a full model cannot hold them. No weights were written. Call "
+            "unload() or merge_and_unload() on that model first, or save that model."
+        )
 
 
 def add_factor(module: nn.Module, kind: str, name: str, weight: Tensor, trainable: bool = True) -> None:

@@ -18,6 +18,7 @@ from .causal_lm import CausalLM
 from .image_classification import ImageClassification
 from .masked_lm import MaskedLM
 from .multi_label import MultiLabel
+from .preference import DPO, KTO, Preference, Reward
 from .question_answering import QuestionAnswering
 from .seq2seq_lm import Seq2SeqLM
 from .text_classification import TextClassification
@@ -26,10 +27,11 @@ from .token_classification import TokenClassification
 TEXT_CLASSIFICATION, CAUSAL_LM = TextClassification.name, CausalLM.name
 _ALL = (
     TextClassification(), MultiLabel(), TokenClassification(), QuestionAnswering(), ImageClassification(),
-    MaskedLM(), Seq2SeqLM(), CausalLM(),
+    MaskedLM(), Seq2SeqLM(), CausalLM(), DPO(), KTO(), Reward(),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """Name -> task."""
+PREFERENCES = tuple(task.name for task in _ALL if isinstance(task, Preference))
 
 
 def choose_task(table: Table, options: Options | None = None, config: PretrainedConfig | None = None) -> Task:

@@ -7,6 +7,7 @@ In: a model and rows. Out: an adapter, and checkpoints that contain only the ada
 - `run`: from text files to a saved adapter; runs `hf-lora train`. `rows`: what the adapter records about its rows.
 - `check`, `base_model`, `output`: what a run checks before it loads the model; `schedule`: its steps and warm-up.
 - `run_data`, `forecast`, `template`: its rows; what it would train and need, without weights; its options as YAML.
+- `new_tokens`: rows for tokens that were added to the tokenizer.
 - `initialize`: initializations that look at batches of the training data.
 - `start`, `labels`, `precision`, `engines`, `optimizer`, `head_loss`, `card`: the parts of the trainer.
 - `checkpoint/`: complete checkpoints, and resuming from them.

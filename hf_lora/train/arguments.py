@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
@@ -77,7 +77,12 @@ class LoraArguments:
     lora_use_rslora: bool = flag(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
     lora_use_dora: bool = flag(False, "DoRA: a trained magnitude for each output; the same as --lora_method dora.")
     lora_method: str = flag(
-        "lora", "How the factors change a layer: lora, dora, lora_bias or lora_fa.", choices=list(METHODS)
+        "lora",
+        "How the factors change a layer: lora, dora, lora_bias, lora_fa, lora_grouped or alora.",
+        choices=list(METHODS),
+    )
+    lora_alora_invocation_tokens: list[int] | None = flag(
+        None, "aLoRA: the adapter acts from the last occurrence of these tokens on; the same as --lora_method alora."
     )
     lora_bias: Literal["none", "all", "lora_only"] = flag(
         "none", "Biases to train: none, those of the adapted layers (lora_only), or all."
@@ -89,6 +94,9 @@ class LoraArguments:
     )
     lora_trainable_token_indices: list[int] | None = flag(
         None, "Tokens whose rows of the input embedding are trained and saved, such as all added ones."
+    )
+    lora_train_new_tokens: bool = flag(
+        False, "If the tokenizer has tokens that the base lacks: resize the vocabulary, and train and save their rows."
     )
     lora_init: str = flag(
         "true",
@@ -220,7 +228,8 @@ class LoraArguments:
 
 def _config_fields() -> list[str]:
     """The names of the fields that LoraConfig also has."""
-    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps", "lora_init_config", "lora_init_batches")
+    other = ("lora_adapter", "lora_allow_bypassed", "lora_guard_steps", "lora_init_config", "lora_init_batches",
+             "lora_train_new_tokens")  # fmt: skip
     return [f.name for f in fields(LoraArguments) if f.name.startswith("lora_") and f.name not in other]
 
 
@@ -253,6 +262,17 @@ class TrlArguments(LoraArguments):
         if vars(self)["bf16"] is None and not torch.accelerator.is_available():  # a field of TRL's class
             vars(self)["bf16"] = False
         super().__post_init__()
+
+    @classmethod
+    def of(cls, arguments: TrainingArguments, **more: Any) -> Self:
+        """The same arguments as those of another Trainer.
+
+        Args:
+            more: further fields, or other values.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        given = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name in known}
+        return cls(**{**given, **more})
 
 
 def _as_flag(fault: str) -> str:

@@ -99,6 +99,8 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
     reason = why_not_quantizable(run, config)
     if reason is not None:
         raise ConfigError(f"hf-lora train: {reason}.")
+    if run.beta is not None and "beta" not in task.options:
+        raise ConfigError(f"hf-lora train: --beta has no effect on the task {task.name}. Omit it.")
     wanted = training.metric_for_best_model
     known = ("loss", *task.metrics_of(Options.of(run)))
     if wanted is not None and wanted.removeprefix("eval_") not in known:

@@ -87,6 +87,9 @@ class RunArguments:
         "for columns named prompt and completion, which are concatenated.",
     )
     last_turn_only: bool = flag(False, "Train only on the assistant's last turn of each chat (causal-lm).")
+    beta: float | None = flag(
+        None, "How strongly the model is held to its reference (dpo, kto): higher, closer. Default: 0.1."
+    )
     problem_type: str | None = flag(
         None,
         "single_label_classification, multi_label_classification, or regression (the labels are numbers). Default: "

@@ -25,7 +25,8 @@ from ..compat import held_load_report
 from ..data.chat import show_batch
 from ..errors import HubError
 from ..tasks.base import Asked, Data, Task
-from ..tasks.registry import CAUSAL_LM
+from ..tasks.preference import Preference
+from ..tasks.registry import CAUSAL_LM, PREFERENCES
 from .base_model import load_base
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
@@ -114,6 +115,9 @@ def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
     if data.task.metrics_of_rows:
         trainer.compute_metrics = data.task.compute_metrics(data, split)
     values: dict[str, float] = trainer.evaluate(data.rows[split], metric_key_prefix=split)
+    if isinstance(data.task, Preference):  # whose trainers only log their metrics, and always as those of eval
+        logged = trainer.state.log_history[-1]
+        values |= {f"{split}_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
     if data.task.generates:
         asked = Asked(trainer.args.per_device_eval_batch_size)
         scores = data.task.score(trainer._bare_model, data, split, asked).metrics
@@ -158,7 +162,7 @@ def summary_line(model: Any, data: Data, steps: int | None) -> str:
     """What a run trains in one line: the data, the adapter, and the steps."""
     trained, total = trainable_parameters(model)
     state = require_state(model, "train")
-    [name] = state.activity.active
+    name = next(iter(state.activity.active))
     record = state.adapters[name]
     layers = sum(name in layer._lora.names for layer in adapter_layers(model).values())
     method = {"lora": "LoRA", "dora": "DoRA"}.get(record.config.method, record.config.method)
@@ -174,11 +178,10 @@ def summary_line(model: Any, data: Data, steps: int | None) -> str:
 def _size(data: Data) -> tuple[int, str]:
     """What an epoch holds, and its unit, for the speed."""
     rows = data.rows["train"]
-    if data.task.processor != "AutoTokenizer":
-        return len(rows), "images"
-    return sum(
-        len(ids) for ids in (rows["input_ids"] if data.length else (row["input_ids"] for row in rows))
-    ), "tokens"
+    if "input_ids" not in rows[0]:
+        return len(rows), "rows"
+    ids = rows["input_ids"] if data.length else [row["input_ids"] for row in rows]
+    return sum(map(len, ids)), "tokens"
 
 
 def first_batch(parsed: Parsed) -> str:
@@ -194,7 +197,8 @@ def first_batch(parsed: Parsed) -> str:
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    trainer = (_language_model if data.task.name == CAUSAL_LM else _model)(parsed, data)
+    builders = {CAUSAL_LM: _language_model, **dict.fromkeys(PREFERENCES, _preference)}
+    trainer = builders.get(data.task.name, _model)(parsed, data)
     if data.trained is not None:
         set_trained_format(trainer._bare_model, data.trained)
     return trainer
@@ -204,6 +208,14 @@ def _model(parsed: Parsed, data: Data) -> Any:
     """The Trainer of every task but causal language modeling."""
     from .trainer import LoraTrainer
 
+    training, task = parsed.training, data.task
+    model = _with_head(parsed, data)
+    training.label_names = list(task.targets)
+    return LoraTrainer(model, training, task.collator(data), **_common(data))
+
+
+def _with_head(parsed: Parsed, data: Data) -> Any:
+    """The base model with a head for the task."""
     training, task = parsed.training, data.task
     # A head for another task is replaced.
     options = {**task.settings(data), "ignore_mismatched_sizes": True, "output_loading_info": True}
@@ -216,8 +228,7 @@ def _model(parsed: Parsed, data: Data) -> Any:
         model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
     if training.lora_modules_to_save is None and (head := _whole(parsed, task, model)):
         training.lora_modules_to_save = head  # its labels may be others, although it has this number
-    training.label_names = list(task.targets)
-    return LoraTrainer(model, training, task.collator(data), **_common(data))
+    return model
 
 
 def _language_model(parsed: Parsed, data: Data) -> Any:
@@ -229,6 +240,22 @@ def _language_model(parsed: Parsed, data: Data) -> Any:
         LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
         **_common(data),
     )
+
+
+def _preference(parsed: Parsed, data: Data) -> Any:
+    """TRL's Trainer of a task on preferences."""
+    from . import preference
+
+    run, training, task = parsed.run, parsed.training, data.task
+    assert isinstance(task, Preference)
+    model = _with_head(parsed, data) if task.has_head else _load(parsed, data, {})
+    config, trainer = (getattr(preference, f"Lora{task.trainer}{kind}") for kind in ("Config", "Trainer"))
+    more: dict[str, Any] = {"beta": run.beta} if run.beta is not None else {}
+    order = config.__dataclass_fields__["train_sampling_strategy"].default
+    if order == "sequential" and "train_sampling_strategy" not in parsed.given:  # KTO compares neighbors of a batch
+        more["train_sampling_strategy"] = order
+        data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
+    return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
 
 
 def _common(data: Data) -> dict[str, Any]:

@@ -71,17 +71,6 @@ class LoraSFTConfig(TrlArguments, SFTConfig):
         default=True, metadata={"help": "Train only on the assistant's messages of chats."}
     )
 
-    @classmethod
-    def of(cls, arguments: TrainingArguments, **more: Any) -> LoraSFTConfig:
-        """The same arguments as those of another Trainer.
-
-        Args:
-            more: further fields, or other values.
-        """
-        known = {f.name for f in dataclasses.fields(cls) if f.init}
-        given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.name in known}
-        return cls(**{**given, **more})
-
 
 class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     """A drop-in replacement for `trl.SFTTrainer` that trains a LoRA adapter.

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_line
 from ..adapt.state import LoraState, require_state, state_of
+from ..adapt.undo import all_or_nothing
 from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
@@ -29,6 +30,7 @@ from .engines import check_same_adapters
 from .former_names import current_names
 from .initialize import looks_at_batches
 from .labels import check_labels
+from .new_tokens import with_new_tokens
 from .optimizer import refuse_projections
 from .precision import precision_line
 
@@ -78,7 +80,9 @@ def only_config(lora_config: Any, peft_config: Any, trainer: str) -> Any:
     return peft_config if lora_config is None else lora_config
 
 
-def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -> bool:
+def adapt(
+    model: nn.Module, given: Any, args: TrainingArguments, trainer: str, tokenizer: PreTrainedTokenizerBase | None
+) -> bool:
     """Add an adapter to a model without one, from `given` (a `lora_config`) or else the LoRA fields of `args`.
 
     Returns whether the adapter is new, so that it changes nothing yet.
@@ -96,15 +100,7 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
         reason = f"the adapter {flags.lora_adapter} is loaded"
     elif state is None:
         config = LoraConfig.from_any(flags.lora_config() if given is None and flags is not None else given)
-        waits = looks_at_batches(config)
-        first = dataclasses.replace(config, init_lora_weights=True) if waits else config
-        if apply_lora(model, first, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
-            raise StateError(
-                f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
-                f"num_labels=…), which adds one, and pass the result to {trainer}."
-            )
-        state, is_new = require_state(model, call), True
-        state.waiting = config if waits else None
+        state, is_new = _begin(model, config, flags, tokenizer, trainer), True
         reason = "lora_config is given" if given is not None else None
         if given is None and flags is not None and flags.parsed_elsewhere:
             logger.warning(
@@ -125,6 +121,25 @@ def adapt(model: nn.Module, given: Any, args: TrainingArguments, trainer: str) -
     if flags is not None and changed and flags.lora_config() not in configs:
         logger.warning(f"These arguments have no effect because {reason}: {', '.join(changed)}.")
     return is_new
+
+
+def _begin(
+    model: nn.Module, config: LoraConfig, flags: LoraArguments | None, tokenizer: Any, trainer: str
+) -> LoraState:
+    """Add an adapter; one whose initialization looks at batches waits for the start of training."""
+    call = f"{trainer}(…, lora_config=…)"
+    waits = looks_at_batches(config)
+    with all_or_nothing(model):
+        config = with_new_tokens(model, config, tokenizer, bool(flags and flags.lora_train_new_tokens), call)
+        first = dataclasses.replace(config, init_lora_weights=True) if waits else config
+        if apply_lora(model, first, allow_bypassed=bool(flags and flags.lora_allow_bypassed)) is not model:
+            raise StateError(
+                f"{call}: {type(model).__name__} has no task head. Call model = apply_lora(model, config, "
+                f"num_labels=…), which adds one, and pass the result to {trainer}."
+            )
+        state = require_state(model, call)
+        state.waiting = config if waits else None
+    return state
 
 
 def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given: Any, trainer: str) -> LoraState:

@@ -34,6 +34,7 @@ from .engines import broadcast_trainable, check_engine
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
 from .initialize import initialize
+from .new_tokens import tokenizer_of
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import quantization
@@ -82,6 +83,7 @@ class LoraTrainerMixin(_Trainer):
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
+        self._tokenizer = tokenizer_of(args, kwargs)
         with one_base(self, (*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._base_dtype = start.base_dtype(self.model)
@@ -132,7 +134,8 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
-        self.adapter_is_new = start.adapt(adapted_part(model), self._lora_config, self.args, type(self).__name__)
+        what = self._lora_config, self.args, type(self).__name__, self._tokenizer
+        self.adapter_is_new = start.adapt(adapted_part(model), *what)
         self._adapted = model
         start.disable_dropout(self.args, adapted_part(model))
         self._checkpoints.quantization = quantization(model)
@@ -311,9 +314,8 @@ class LoraTrainerMixin(_Trainer):
         self._checkpoints.load_adapters(folder, self._adapted_model, lambda: self.optimizer or self.create_optimizer())
 
     def _load_best_model(self) -> None:
-        best = str(self.state.best_model_checkpoint)
-        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
-        self._checkpoints.load_best(best, self._adapted_model)
+        logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
+        self._checkpoints.load_best(str(self.state.best_model_checkpoint), self._adapted_model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

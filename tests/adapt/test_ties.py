@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from helpers import (
@@ -21,9 +23,10 @@ from helpers import (
     tiny_llama,
     tiny_t5,
 )  # fmt: skip
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hf_lora import LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
+from hf_lora import AdapterFileError, LoraConfig, LoraModel, MergeError, StateError, apply_lora, check_adapter
 from hf_lora.adapt.state import require_state
 from hf_lora.adapt.walk import adapter_layers, replacements
 
@@ -329,9 +332,47 @@ def test_an_adapter_of_embeddings_that_resizing_made_one_module(
     separate.unload()
     assert torch.equal(logits(separate), plain)
     assert_same_tensors(snapshot(separate), tensors)
-    (tmp_path / "adapter" / "hf_lora.json").unlink()  # a file of PEFT, which trains `shared` alone
-    LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert_near(logits(theirs.eval()), y, torch.float32, 16)
+
+
+def test_what_peft_trained_at_the_name_that_nothing_calls(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q", "shared"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path / "adapter")
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base").eval()
     assert "shared has no effect, as in PEFT" in caplog.text
+    fresh = type(base).from_pretrained(tmp_path / "base")
+    assert_near(
+        logits(loaded), logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()), torch.float32, 16
+    )
+
+
+@pytest.mark.parametrize("targets", [["q", "shared"], ".*q|shared"])
+def test_the_patterns_of_embeddings_that_resizing_made_one_module(targets: Any, tmp_path: Path) -> None:
+    base = quiet_t5()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=targets, rank_pattern={"shared": 2}, alpha_pattern={"shared": 7, "q": 3})
+    model = randomize(apply_lora(base, config))
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = type(base).from_pretrained(tmp_path / "base")
+    assert_near(
+        logits(peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()), logits(model), torch.float32, 16
+    )
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "again")
+    configs = [json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("adapter", "again")]
+    assert configs[0] | {"base_model_name_or_path": ""} == configs[1] | {"base_model_name_or_path": ""}
+    tensors, first = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("again", "adapter"))
+    assert_same_tensors(tensors, first)
+    tensors["base_model.model.decoder.embed_tokens.lora_embedding_A"] += 1
+    save_file(tensors, tmp_path / "again" / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="which was the same module in training"):
+        LoraModel.from_pretrained(tmp_path / "again", base_model=tmp_path / "base")
 
 
 def test_embeddings_with_adapters_of_their_own_are_not_joined(tmp_path: Path) -> None:

@@ -154,3 +154,26 @@ def test_models_of_transformers_around_one_backbone(tmp_path: Path) -> None:
     first.unload()
     apply_lora(second, LoraConfig(r=2))
     assert isinstance(second.bert, LoraModel)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("part", ["bert", "bert.encoder"], ids=["body", "layers"])
+def test_a_plain_model_around_adapted_layers_is_not_saved_with_them(part: str, whole: bool, tmp_path: Path) -> None:
+    """Its folder would be that of a full model, which cannot hold adapters; its state dict does."""
+    first, second = tiny_bert(), tiny_bert(cls="BertForTokenClassification")
+    second.set_submodule(part, first.get_submodule(part))
+    config = LoraConfig(r=2, target_modules=["query"], modules_to_save=["layer.1.output.dense"] if whole else [])
+    randomize(apply_lora(first, config))
+    again = copy.deepcopy(second.state_dict())
+    assert any("lora_A" in key for key in again)
+    second.load_state_dict(again)
+    batch = batch_for(second, labels=False)
+    merged = second(**batch).logits.detach()
+    with pytest.raises(StateError, match=r"query has adapters of another model") as refused:
+        second.save_pretrained(tmp_path / "second")
+    assert not list((tmp_path / "second").glob("*.safetensors"))
+    first.save_pretrained(tmp_path / "first")
+    assert "merge_and_unload() on that model first" in str(refused.value)
+    first.merge_and_unload()
+    second.save_pretrained(tmp_path / "second")
+    assert_near(type(second).from_pretrained(tmp_path / "second")(**batch).logits, merged, torch.float32, 64)

@@ -189,6 +189,7 @@ BAD_EXTRAS: dict[str, list[Any]] = {
                  {str(i): "a" for i in range(120_000)}],
     "problem_type": [5, "os.system", []],
     "vocabulary": [-1, "x", 10**30, True, []],
+    "joined": [5, ["a"], {"a": "b"}, {"a": []}, {"a": [5]}, {"a": ["b"] * 101}, {str(i): ["b"] for i in range(101)}],
     "training_format": [5, [], "pair", {"kind": "os.system"}, {"kind": []}, {"text_column": "a"},
                         *({"kind": "pair", name: value} for name, value in (
                             ("text_column", 5), ("completion_column", "a\nb"), ("pair_column", ""),
@@ -201,6 +202,7 @@ BAD_EXTRAS: dict[str, list[Any]] = {
 }  # fmt: skip
 BAD_BASES: dict[str, list[Any]] = {
     "weights": [5, [], {"x": "!!"}, {"x": 5}, {"x": "AA=="}, {"x": ""}, {"x": "A" * 100_000}],
+    "vectors": [5, {"x": "!!"}, {"x": "A" * 100_000}],
     "commit": [5, "../../x", "a b"],
     "files": [5, []],
     "name": [5, "a\x1b[2Jb"],

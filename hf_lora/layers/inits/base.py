@@ -121,6 +121,8 @@ class Init(ABC):
 
     def refuse_method(self, method: Method) -> str | None:
         """Why it cannot start adapters of this method; None if it can."""
+        if self.takes_out and not method.acts_everywhere:
+            return "it subtracts a product from the base, on all tokens"
         if self.takes_out and not self.repeatable and not method.of_product:
             return (
                 "it subtracts a product from the base that a file can hold only if the product of the factors is all "

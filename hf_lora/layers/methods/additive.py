@@ -26,7 +26,7 @@ class Additive(Method):
         y: Tensor = layer.product(x if state.storage.quantized else inner)
         x = inner
         for name in names:
-            y = _plain(layer, name, x, y)
+            y = plain_update(layer, name, x, y)
         return y
 
     def fold(self, layer: AdaptedLayer, block: Tensor, names: tuple[str, ...], rows: slice) -> Tensor:
@@ -46,7 +46,7 @@ class Additive(Method):
         return add
 
 
-def _plain(layer: AdaptedLayer, name: str, x: Tensor, y: Tensor) -> Tensor:
+def plain_update(layer: AdaptedLayer, name: str, x: Tensor, y: Tensor) -> Tensor:
     """y plus the update of one adapter, with ordinary PyTorch operations."""
     state = layer._lora
     adapter = state.adapters[name]
@@ -64,7 +64,7 @@ def _for_training(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Ten
     group = layer._lora.group
     if group and not layer._lora.taken and not x.is_inference():
         inner = to_compute_dtype(x)
-        y = pop_output(layer, x, names, _dropout(layer, names[0]), lambda member: _operand(member, names[0], inner))
+        y = pop_output(layer, x, names, dropout_of(layer, names[0]), lambda member: _operand(member, names[0], inner))
         if y is None:
             y = _together(layer, group, x, names)
         if y is not None:
@@ -79,14 +79,14 @@ def _for_training(layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Ten
     if operand is None:
         y, others = layer.product(x if layer._lora.storage.quantized else inner), list(names)
     else:
-        (y,) = lora_products(inner, [operand], _dropout(layer, first), weights=True)
+        (y,) = lora_products(inner, [operand], dropout_of(layer, first), weights=True)
     for name in others:
         a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
         if y.dtype == inner.dtype:
             added = Operand(y, None, a, b, layer._lora.adapters[name].scaling)
-            (y,) = lora_products(inner, [added], _dropout(layer, name), weights=False)
+            (y,) = lora_products(inner, [added], dropout_of(layer, name), weights=False)
         else:
-            y = _plain(layer, name, inner, y)
+            y = plain_update(layer, name, inner, y)
     return y
 
 
@@ -97,11 +97,11 @@ def _together(
     possible and each layer must be computed alone."""
     if len(names) > 1:
         return None
-    inner, (name,), p = to_compute_dtype(x), names, _dropout(layer, names[0])
+    inner, (name,), p = to_compute_dtype(x), names, dropout_of(layer, names[0])
     members = []
     for member in group:
         state = member._lora
-        if state.taken or state.activity.acting[state.names] != names or _dropout(member, name) != p:
+        if state.taken or state.activity.acting[state.names] != names or dropout_of(member, name) != p:
             continue
         operand = _operand(member, name, inner)
         if operand is not None and not any(t is not None and t.is_inference() for t in operand[:4]):
@@ -125,7 +125,7 @@ def _without_subtracted(layer: AdaptedLayer, name: str, x: Tensor) -> Tensor | N
         return None
     base, bias, a, b, scaling = operand
     first_a, first_b = (layer.whole().factor(taken(kind), name) for kind in ("lora_A", "lora_B"))
-    p = _dropout(layer, name)
+    p = dropout_of(layer, name)
     if not p:
         stacked = Operand(base, bias, torch.cat([a, first_a]), torch.cat([b, -first_b], 1), scaling)
         return lora_products(x, [stacked], weights=True)[0]
@@ -141,5 +141,5 @@ def _operand(layer: AdaptedLayer, name: str, x: Tensor) -> Operand | None:
     return Operand(weight, layer.bias, a, b, layer._lora.adapters[name].scaling)
 
 
-def _dropout(layer: AdaptedLayer, name: str) -> float:
+def dropout_of(layer: AdaptedLayer, name: str) -> float:
     return layer._lora.adapters[name].dropout if layer.training else 0.0

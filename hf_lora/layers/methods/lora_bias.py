@@ -27,7 +27,7 @@ class LoraBias(Additive):
     def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         if layer.bias is None:
             return "the layer has no bias that could take up the bias of the adapter (lora_bias)"
-        return None
+        return super().refuse_folding(layer)
 
     def forward(self, layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
         y, state = super().forward(layer, x, names), layer._lora

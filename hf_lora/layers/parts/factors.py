@@ -65,7 +65,7 @@ class Factors(Part):
         names = tuple(part.adapter for part in (self, *others))
         state = self.site._lora
         method = self._layer_adapter.method
-        refused = method.refuse_folding(self.site) or state.shape.refuse_folding(self.site)
+        refused = method.refuse_folding(self.site)
         site, start = self.site.lifted(partial(self.site.folding, names))
         yield self._fold(site, "weight", state.storage, start, refused)
         if method.folding_bias(self.site, names) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class ConvShape(Shape):
     """`nn.Conv1d/2d/3d`: weight (O, I/groups, *kernel), A (R, I, *kernel), B (O, R/groups, 1, …).
 
     This is PEFT's format. With groups > 1 the update mixes groups, which a grouped weight cannot represent: such a
-    layer can be trained and saved, but not merged.
+    layer can be trained and saved, but not merged. With A (R, I/groups, *kernel), the update stays in its groups.
     """
 
     CLASSES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -29,9 +30,15 @@ class ConvShape(Shape):
         groups = cast(int, layer.groups)
         return f"its rank {r} must be divisible by the convolution's {groups} groups" if r % groups else None
 
+    def groups(self, layer: nn.Module) -> int:
+        return cast(int, layer.groups)
+
     def refuse_folding(self, layer: nn.Module) -> str | None:
         if cast(int, layer.groups) > 1:
-            return "the update of a grouped convolution crosses its groups, which a grouped weight cannot represent"
+            return (
+                "the update of a grouped convolution crosses its groups, which a grouped weight cannot represent, "
+                "except with method='lora_grouped'"
+            )
         return None
 
     def features(self, layer: nn.Module) -> tuple[int, int]:
@@ -49,7 +56,8 @@ class ConvShape(Shape):
             padding = 0
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
         weight = weight_like(layer.factor("lora_A", name), x)
-        return convolve(x, weight, None, layer.stride, padding, layer.dilation)
+        groups = layer.in_channels // weight.shape[1]
+        return convolve(x, weight, None, layer.stride, padding, layer.dilation, groups)
 
     def _output(self, layer: AdaptedLayer, name: str, h: Tensor) -> Tensor:
         convolve = self.FUNCTIONS[len(layer.kernel_size) - 1]
@@ -59,7 +67,10 @@ class ConvShape(Shape):
         return self._output(layer, name, self._hidden(layer, name, x) * scaling)
 
     def factors(self, layer: AdaptedLayer, name: str) -> tuple[Tensor, Tensor]:
-        return layer.factor("lora_B", name).flatten(1), layer.factor("lora_A", name).flatten(1)
+        a, b = layer.factor("lora_A", name).flatten(1), layer.factor("lora_B", name).flatten(1)
+        if layer.groups > 1:  # each group of outputs has its own ranks
+            b = torch.block_diag(*b.chunk(layer.groups))
+        return b, a
 
     def delta(self, layer: AdaptedLayer, name: str, rows: slice) -> Tensor:
         return super().delta(layer, name, rows).unflatten(1, layer.factor("lora_A", name).shape[1:])

@@ -1,0 +1,129 @@
+"""Preferences: pairs of a better and a worse answer (`dpo`, `reward`), or answers marked as good or bad (`kto`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from transformers import PretrainedConfig
+
+from ..data.chat import marked
+from ..data.columns import ANSWERS, LABELS
+from ..data.formats import CHAT, RAW
+from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_marked, read_pairs
+from ..data.tables import Table
+from ..data.trained import TrainedFormat
+from ..errors import ConfigError
+from .base import Data, Defaults, Given, Options, Task, counts, padded
+
+
+class Preference(Task):
+    """A task that a trainer of TRL trains; its columns must be named by `task`, except for DPO's.
+
+    Attributes:
+        trainer: TRL's trainer is `<trainer>Trainer`.
+    """
+
+    trainer: ClassVar[str]
+    kinds = ()
+    auto_class = "AutoModelForCausalLM"
+    has_head = False
+    defaults = Defaults(5e-5, 8, 8, 1024)
+    files = {"train_file": "pairs.jsonl", "test_file": "test.jsonl"}
+    options: ClassVar[Mapping[str, Any]] = {"beta": 0.1, "use_chat_template": True, "max_length": 1024}
+
+    def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
+        return False
+
+    def read(self, tables: Mapping[str, Table], given: Given) -> Data:
+        try:
+            from datasets import Dataset
+            from trl.trainer.dpo_trainer import DPOTrainer  # noqa: F401  needed later
+        except ImportError as error:
+            raise ConfigError(
+                f"Training on preferences requires TRL, which could not be imported ({error}). Run: pip install "
+                '"hf_lora[chat]"'
+            ) from error
+        options, tokenizer, limit = given.options, padded(given.processor), self.defaults.max_length
+        data = Data(self, given.config, tokenizer, length=options.max_length or min(limit, given.window or limit))
+        as_chat = bool(options.use_chat_template)
+        rows = {split: self._rows(table, options, as_chat) for split, table in tables.items()}
+        chat = any(map(is_chat, rows.values()))
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"{self.name}: messages need a chat template, and the tokenizer has none. Start from a chat model, "
+                "set tokenizer.chat_template, or provide texts."
+            )
+        if self.trainer != "Reward":
+            data.trained = TrainedFormat(
+                CHAT if chat else RAW, PROMPT, self._answers(options), use_chat_template=chat,
+                separator=None if chat else "", max_length=data.length,
+            )  # fmt: skip
+        data.rows = {split: Dataset.from_list(self._finished(part)) for split, part in rows.items()}
+        how = "through the chat template" if chat else "without a chat template"
+        data.lines = [f"{self.name}: {counts(data.rows)} rows, {how}"]
+        return data
+
+    def _answers(self, options: Options) -> str:
+        return CHOSEN
+
+    def _rows(self, table: Table, options: Options, as_chat: bool) -> list[dict[str, Any]]:
+        return read_pairs(table, as_chat)
+
+    def _finished(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return rows
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        parts = {
+            name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in row.items()
+        }
+        wanted = (CHOSEN, "completion")
+        return "; ".join(f"{name}: {marked(text) if name in wanted else text}" for name, text in parts.items())
+
+    def compute_metrics(self, data: Data, split: str) -> Any:
+        return None  # TRL computes them
+
+
+class DPO(Preference):
+    """Direct preference optimization: the model learns to prefer the chosen answer more than its reference does."""
+
+    name = "dpo"
+    trainer = "DPO"
+    metrics = ("rewards/accuracies", "rewards/margins")
+
+    def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
+        return {CHOSEN, REJECTED} <= table.columns.keys()
+
+
+class KTO(Preference):
+    """Kahneman-Tversky optimization: answers are marked as good or bad, and need not be of the same prompt."""
+
+    name = "kto"
+    trainer = "KTO"
+    metrics = ("rewards/margins",)
+    options = {"completion_column": "completion", "label_column": "label", **Preference.options}
+
+    def _answers(self, options: Options) -> str:
+        return options.completion_column or ANSWERS[0]
+
+    def _rows(self, table: Table, options: Options, as_chat: bool) -> list[dict[str, Any]]:
+        return read_marked(table, self._answers(options), options.label_column or LABELS[0], as_chat)
+
+
+class Reward(Preference):
+    """A reward model: a head with one output, which is higher for the chosen answer."""
+
+    name = "reward"
+    auto_class = "AutoModelForSequenceClassification"
+    has_head = True
+    trainer = "Reward"
+    defaults = Defaults(1e-4, 8, 8, 1024)
+    metrics = ("accuracy", "margin")
+    options = {"use_chat_template": True, "max_length": 1024}
+
+    def settings(self, data: Data) -> dict[str, Any]:
+        return {"num_labels": 1}
+
+    def _finished(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [joined(row) for row in rows]
