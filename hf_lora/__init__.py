@@ -57,7 +57,7 @@ _WHERE = {
     "LoraRLOOTrainer": "train.preference",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
-    "evaluate": "evaluation.run",
+    "evaluate": "tasks.run",
     "build_compute_metrics": "evaluation.metrics",
     "register_adapter_hooks": "train.checkpoint.state_hooks",
     "LoraError": "errors",
@@ -169,7 +169,6 @@ if TYPE_CHECKING:
         VersionError,
     )
     from .evaluation.metrics import build_compute_metrics
-    from .evaluation.run import evaluate
     from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
     from .files.convert import convert_adapter
@@ -187,6 +186,7 @@ if TYPE_CHECKING:
     from .layers.storages import STORAGES
     from .model import LoraModel
     from .pipelines import pipeline
+    from .tasks.run import evaluate
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
     from .train.preference import (
