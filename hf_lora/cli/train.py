@@ -148,7 +148,9 @@ def _summary(result: RunResult) -> str:
             lines.append(f"{name}: {value:,.4g}")
     lines += [f"pushed: {result.pushed}"] if result.pushed else []
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
-    use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
-    lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
-    lines.append(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
+    task = result.task
+    if task is None or task.commands:
+        use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
+        lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
+    lines.append(f'Load it with: {task.loader if task else "LoraModel.from_pretrained"}("{result.output_dir}")')
     return "\n".join(lines)
