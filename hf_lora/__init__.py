@@ -55,6 +55,10 @@ _WHERE = {
     "LoraGRPOTrainer": "train.preference",
     "LoraRLOOConfig": "train.preference",
     "LoraRLOOTrainer": "train.preference",
+    "LoraCrossEncoderTrainer": "train.embedding",
+    "LoraCrossEncoderTrainingArguments": "train.embedding",
+    "LoraSentenceTransformerTrainer": "train.embedding",
+    "LoraSentenceTransformerTrainingArguments": "train.embedding",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
     "evaluate": "tasks.run",
@@ -99,6 +103,8 @@ __all__ = [
     "DataError",
     "HubError",
     "LoraConfig",
+    "LoraCrossEncoderTrainer",
+    "LoraCrossEncoderTrainingArguments",
     "LoraDPOConfig",
     "LoraDPOTrainer",
     "LoraError",
@@ -113,6 +119,8 @@ __all__ = [
     "LoraRewardTrainer",
     "LoraSFTConfig",
     "LoraSFTTrainer",
+    "LoraSentenceTransformerTrainer",
+    "LoraSentenceTransformerTrainingArguments",
     "LoraSeq2SeqTrainer",
     "LoraSeq2SeqTrainingArguments",
     "LoraTrainer",
@@ -189,6 +197,12 @@ if TYPE_CHECKING:
     from .tasks.run import evaluate
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.embedding import (
+        LoraCrossEncoderTrainer,
+        LoraCrossEncoderTrainingArguments,
+        LoraSentenceTransformerTrainer,
+        LoraSentenceTransformerTrainingArguments,
+    )
     from .train.preference import (
         LoraDPOConfig,
         LoraDPOTrainer,

@@ -147,8 +147,12 @@ def _summary(result: RunResult) -> str:
     lines += _table(result.metrics)
     lines += [f"pushed: {result.pushed}"] if result.pushed else []
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
-    use = "chat {}" if _chats(result.model) else "eval {} --file FILE"
-    lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
+    task = result.task
+    if task is None or task.commands:
+        use = "chat {}" if _chats(result.model) else "eval {} --file FILE"
+        lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
+    else:
+        lines.append(f'Load it with: {task.loader}("{result.output_dir}")')
     return "\n".join(lines)
 
 

@@ -146,6 +146,10 @@ class Task:
     more: ClassVar[tuple[str, ...]] = ()
     has_head: ClassVar[bool] = True
     """Whether its models have a head that is trained for the data, also where the checkpoint has one."""
+    commands: ClassVar[bool] = True
+    """Whether `hf-lora eval`, or `chat`, uses its adapters."""
+    loader: ClassVar[str] = "LoraModel.from_pretrained"
+    """What loads its adapters."""
     generates: ClassVar[bool] = False
     """Whether there are metrics of generated texts, which `score` makes, and not Trainer."""
     metrics_of_rows: ClassVar[bool] = False

@@ -115,6 +115,7 @@ class Reward(Preference):
     """A reward model: a head with one output, which is higher for the chosen answer."""
 
     name = "reward"
+    commands = False
     auto_class = "AutoModelForSequenceClassification"
     has_head = True
     trainer = "Reward"

@@ -17,6 +17,7 @@ from transformers import ProgressCallback, set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.inner import adapted_part
 from ..adapt.match import holder, matcher
 from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.state import require_state, set_trained_format
@@ -25,8 +26,9 @@ from ..compat import held_load_report
 from ..data.chat import show_batch
 from ..errors import HubError
 from ..tasks.base import Asked, Data, Task
+from ..tasks.embedding import is_scored
 from ..tasks.preference import Preference
-from ..tasks.registry import CAUSAL_LM, PREFERENCES
+from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES
 from .base_model import load_base
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
@@ -60,6 +62,7 @@ class RunResult:
     adapter_bytes: int
     loss: str = ""
     pushed: str = ""
+    task: Task | None = None
 
 
 def finetune(
@@ -107,7 +110,7 @@ def finetune(
         trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed)
+    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed, data.task)
 
 
 def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
@@ -149,11 +152,12 @@ def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], obj
     if trainer.callback_handler.pop_callback(ProgressCallback) is not None:  # none without a progress bar
         trainer.add_callback(Progress(*_size(data)))
     if trainer.is_world_process_zero():
-        lines = [summary_line(trainer.model, data, steps)]
+        model = adapted_part(trainer.model)
+        lines = [summary_line(model, data, steps)]
         if report is not None:  # the trainer logs them too
-            start = start_lines(trainer.model, trainer.accelerator, parsed.training.optim)
+            start = start_lines(model, trainer.accelerator, parsed.training.optim)
             lines += start if parsed.run.verbose else start[-1:]
-        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
+        lines += [adapter_table(model)] if parsed.run.verbose else []
         lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
         (report or logger.info)("\n".join([*data.lines, *lines]))
 
@@ -197,7 +201,7 @@ def first_batch(parsed: Parsed) -> str:
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    builders = {CAUSAL_LM: _language_model, **dict.fromkeys(PREFERENCES, _preference)}
+    builders = {CAUSAL_LM: _language_model, EMBEDDING: _embedding, **dict.fromkeys(PREFERENCES, _preference)}
     trainer = builders.get(data.task.name, _model)(parsed, data)
     if data.trained is not None:
         set_trained_format(trainer._bare_model, data.trained)
@@ -256,6 +260,31 @@ def _preference(parsed: Parsed, data: Data) -> Any:
         more["train_sampling_strategy"] = order
         data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
     return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
+
+
+def _embedding(parsed: Parsed, data: Data) -> Any:
+    """The Trainer of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    from . import embedding
+
+    run, training, rows = parsed.run, parsed.training, data.rows
+    set_seed(training.seed)
+    kwargs = {"dtype": run.dtype} if run.dtype else {}
+    options = {"revision": run.model_revision, "device": str(training.device), "model_kwargs": kwargs}
+    model = load_base(SentenceTransformer, str(run.model), str(run.model), **options)
+    model.max_seq_length = min(data.length, model.max_seq_length or data.length)
+    arguments = embedding.LoraSentenceTransformerTrainingArguments.of(training)
+    if is_scored(rows["train"]):
+        loss: nn.Module = losses.CoSENTLoss(model)  # which compares similarities of any scale
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model)
+        arguments.batch_sampler = "no_duplicates"  # the other rows of a batch are the negatives
+    return embedding.LoraSentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows.get("eval", rows.get("test")),
+        loss=loss,
+    )  # fmt: skip
 
 
 def _common(data: Data) -> dict[str, Any]:
