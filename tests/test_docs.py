@@ -52,6 +52,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"the {thing} was {how},{label}" for thing in ("film", "book", "song") for how, label in verdicts.items()]
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    positives = ["the film was fine,a good film", "the song was bad,a poor song", "a very good book,the book was fine"]
+    (folder / "pairs.csv").write_text("\n".join(["anchor,positive", *positives]) + "\n", encoding="utf-8")
     _language_model(folder)
     _other_tasks(folder)
     return folder
@@ -178,10 +180,22 @@ def test_every_name_of_the_package_in_a_page_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
-    spec: Any = importlib.util.spec_from_file_location("make_structure", ROOT / "docs" / "make_structure.py")
+def script(name: str) -> Any:
+    """A script of the documentation as a module."""
+    spec: Any = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_what_can_be_combined_is_that_of_the_code() -> None:
+    module = script("make_support")
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), "run docs/make_support.py"
+    assert "| `alora` | unmerged (3) |" in module.page()
+
+
+def test_the_picture_of_the_structure_is_that_of_the_code() -> None:
+    module = script("make_structure")
     assert module.PICTURE.read_text(encoding="utf-8") == module.draw(), "run docs/make_structure.py"
     rows = module.rows(module.graph())
     assert rows[0] == ["cli"]

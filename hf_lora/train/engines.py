@@ -184,6 +184,8 @@ def optimizer_state(optimizer: Any, groups: Groups) -> dict[str, Any]:
         whole = {i: {**values, **ranks.gather(tensors[i])} for i, values in state["state"].items()}
         return {"state": whole, "param_groups": state["param_groups"]}
     keys, single = _kinds(inner.optimizer, parts)
+    if keys:
+        link_states(inner)  # DeepSpeed links those of further groups too early, before their first step
     whole, numbered, count = {}, [], 0
     found = _live_groups(inner, groups)
     live = iter(found)

@@ -13,19 +13,22 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.utils import logging
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.inner import adapted_part
 from ..adapt.match import holder, matcher
-from ..adapt.report import adapter_table
-from ..adapt.state import set_trained_format
+from ..adapt.report import adapter_table, trainable_parameters
+from ..adapt.state import require_state, set_trained_format
+from ..adapt.walk import adapter_layers
 from ..compat import held_load_report
 from ..data.chat import show_batch
-from ..errors import ConfigError, HubError
+from ..errors import HubError
 from ..tasks.base import Asked, Data, Task
+from ..tasks.embedding import is_scored
 from ..tasks.preference import Preference
-from ..tasks.registry import CAUSAL_LM, PREFERENCES
+from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES
 from .base_model import load_base
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
@@ -34,10 +37,13 @@ from .quantize import bits_of, load_quantized
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
+from .watch.progress import Progress
 from .watch.rise import LossRise
 from .watch.slowdown import Slowdown
 
 logger = logging.get_logger(__name__)
+SHOWN = 3
+"""How many rows or documents `--show-batch` shows."""
 
 
 @dataclass
@@ -56,6 +62,7 @@ class RunResult:
     adapter_bytes: int
     loss: str = ""
     pushed: str = ""
+    task: Task | None = None
 
 
 def finetune(
@@ -103,7 +110,7 @@ def finetune(
         trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed)
+    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed, data.task)
 
 
 def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
@@ -142,27 +149,59 @@ def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], obj
     set_warmup(trainer.args, steps, parsed.given)
     for watch in (LossRise(), Slowdown()):
         trainer.add_callback(watch)
+    if trainer.callback_handler.pop_callback(ProgressCallback) is not None:  # none without a progress bar
+        trainer.add_callback(Progress(*_size(data)))
     if trainer.is_world_process_zero():
-        lines = start_lines(trainer.model, trainer.accelerator, parsed.training.optim) if report is not None else []
-        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
-        lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+        model = adapted_part(trainer.model)
+        lines = [summary_line(model, data, steps)]
+        if report is not None:  # the trainer logs them too
+            start = start_lines(model, trainer.accelerator, parsed.training.optim)
+            lines += start if parsed.run.verbose else start[-1:]
+        lines += [adapter_table(model)] if parsed.run.verbose else []
         lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
-        (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
+        (report or logger.info)("\n".join([*data.lines, *lines]))
+
+
+def summary_line(model: Any, data: Data, steps: int | None) -> str:
+    """What a run trains in one line: the data, the adapter, and the steps."""
+    trained, total = trainable_parameters(model)
+    state = require_state(model, "train")
+    name = next(iter(state.activity.active))
+    record = state.adapters[name]
+    layers = sum(name in layer._lora.names for layer in adapter_layers(model).values())
+    method = {"lora": "LoRA", "dora": "DoRA"}.get(record.config.method, record.config.method)
+    adapter = f"{method} r={record.config.r} on {layers} layer{'s' * (layers != 1)}"
+    adapter += f" and {', '.join(record.heads)}" if record.heads else ""
+    rows = f"{len(data.rows['train']):,} rows"
+    parts = [f"{data.kind}, {rows}" if data.kind else rows]
+    parts.append(f"{adapter}, {trained:,} trained ({100 * trained / max(1, total):.2g}%)")
+    parts += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+    return " · ".join(parts)
+
+
+def _size(data: Data) -> tuple[int, str]:
+    """What an epoch holds, and its unit, for the speed."""
+    rows = data.rows["train"]
+    if "input_ids" not in rows[0]:
+        return len(rows), "rows"
+    ids = rows["input_ids"] if data.length else [row["input_ids"] for row in rows]
+    return sum(map(len, ids)), "tokens"
 
 
 def first_batch(parsed: Parsed) -> str:
-    """The first training batch of a causal language model as text that shows which tokens are trained."""
+    """The first rows of the training as text that shows what is trained."""
     data = read_data(parsed, writes=False)
     if data.task.name != CAUSAL_LM:
-        raise ConfigError("--show-batch is for language models; a classifier is trained on each row's label.")
+        set_seed(parsed.training.seed)  # for random masks
+        return "\n".join([*data.lines, data.task.show(data, SHOWN)])
     trainer = build_trainer(parsed, data)
     batch = next(iter(trainer.get_train_dataloader()))
-    return "\n".join([*data.lines, show_batch(trainer.processing_class, batch)])
+    return "\n".join([*data.lines, show_batch(trainer.processing_class, batch, SHOWN)])
 
 
 def build_trainer(parsed: Parsed, data: Data) -> Any:
     """The Trainer of a run, with the model and its adapter."""
-    builders = {CAUSAL_LM: _language_model, **dict.fromkeys(PREFERENCES, _preference)}
+    builders = {CAUSAL_LM: _language_model, EMBEDDING: _embedding, **dict.fromkeys(PREFERENCES, _preference)}
     trainer = builders.get(data.task.name, _model)(parsed, data)
     if data.trained is not None:
         set_trained_format(trainer._bare_model, data.trained)
@@ -221,6 +260,31 @@ def _preference(parsed: Parsed, data: Data) -> Any:
         more["train_sampling_strategy"] = order
         data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
     return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
+
+
+def _embedding(parsed: Parsed, data: Data) -> Any:
+    """The Trainer of sentence-transformers."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import losses
+
+    from . import embedding
+
+    run, training, rows = parsed.run, parsed.training, data.rows
+    set_seed(training.seed)
+    kwargs = {"dtype": run.dtype} if run.dtype else {}
+    options = {"revision": run.model_revision, "device": str(training.device), "model_kwargs": kwargs}
+    model = load_base(SentenceTransformer, str(run.model), str(run.model), **options)
+    model.max_seq_length = min(data.length, model.max_seq_length or data.length)
+    arguments = embedding.LoraSentenceTransformerTrainingArguments.of(training)
+    if is_scored(rows["train"]):
+        loss: nn.Module = losses.CoSENTLoss(model)  # which compares similarities of any scale
+    else:
+        loss = losses.MultipleNegativesRankingLoss(model)
+        arguments.batch_sampler = "no_duplicates"  # the other rows of a batch are the negatives
+    return embedding.LoraSentenceTransformerTrainer(
+        model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows.get("eval", rows.get("test")),
+        loss=loss,
+    )  # fmt: skip
 
 
 def _common(data: Data) -> dict[str, Any]:

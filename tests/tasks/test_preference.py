@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_the_command_trains_on_preferences(
     if task != "reward":  # the model answers prompts as it was trained
         answer = run_command("generate", out, "--prompt", "was it good", "--max-new-tokens", "3").stdout
         assert answer.strip()
+
+
+def test_rows_are_shown_and_there_is_no_forecast(base: str, files: Path, tmp_path: Path) -> None:
+    words = ("--model", base, "--train-file", files / "pairs.jsonl", "--output-dir", tmp_path / "out")
+    shown = run_command("train", *words, "--show-batch").stdout
+    assert shown.count("chosen: ⟦") == 3
+    assert "rejected: [" in shown
+    error = run_command("train", *words, "--dry-run", code=2).stderr
+    command = shlex.split(error.partition("Omit --dry-run; ")[2].partition(" lists")[0])
+    assert command == ["hf-lora", "targets", base, "--task", "dpo"]
+    assert "layers" in run_command(*command[1:]).stdout
 
 
 @pytest.mark.parametrize(
