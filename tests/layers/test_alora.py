@@ -261,3 +261,25 @@ def test_a_layer_that_gets_tokens_in_another_arrangement_is_refused() -> None:
     model = apply_lora(tiny_bert(), settings(target_modules=["query", "dense"], modules_to_save=[]))
     with pytest.raises(StateError, match=r"inputs of the shape \(4, 32\) in a call with \(4, 8\) tokens"):
         model(IDS)  # its pooler gets the first token of each row
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16", "autocast"])
+def test_other_dtypes_and_quantized_bases(kind: str, tmp_path: Path) -> None:
+    """Tokens before the invocation are the base's to the bit, and those after it differ."""
+    from quantized_bases import load, save_base
+
+    folder = save_base(tmp_path)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    base = load(folder, "nf4" if kind == "nf4" else "dense", dtype)
+    model: Any = randomize(apply_lora(base, settings(target_modules=TARGETS[:4]))).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found = model(IDS).logits
+        with model.disable_adapter():
+            expected = model(IDS).logits
+        assert found.dtype == expected.dtype
+        for row, start in enumerate(START):
+            assert torch.equal(found[row, :start], expected[row, :start])
+            assert start == 8 or relative_error(found[row, start:], expected[row, start:]) > 0.01
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        model.train()(IDS, labels=IDS).loss.backward()
+    assert all(torch.isfinite(g).all() and g.any() for g in adapter_gradients(model).values())
