@@ -138,7 +138,7 @@ def test_a_wrong_run_is_one_message_before_the_model_is_loaded(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("hf_lora.train.run.load_base", loaded)
+    monkeypatch.setattr("hf_lora.train.build.load_base", loaded)
     before = {path: path.read_bytes() for path in Path(places["adapter"]).iterdir()}
     error = run(*shlex.split(words.format(**places)), "--use-cpu", code=2).stderr
     for part in message.format(**places).split("|"):
