@@ -55,9 +55,13 @@ _WHERE = {
     "LoraGRPOTrainer": "train.preference",
     "LoraRLOOConfig": "train.preference",
     "LoraRLOOTrainer": "train.preference",
+    "LoraCrossEncoderTrainer": "train.embedding",
+    "LoraCrossEncoderTrainingArguments": "train.embedding",
+    "LoraSentenceTransformerTrainer": "train.embedding",
+    "LoraSentenceTransformerTrainingArguments": "train.embedding",
     "LoraTrainingArguments": "train.arguments",
     "LoraSeq2SeqTrainingArguments": "train.arguments",
-    "evaluate": "evaluation.run",
+    "evaluate": "tasks.run",
     "build_compute_metrics": "evaluation.metrics",
     "register_adapter_hooks": "train.checkpoint.state_hooks",
     "LoraError": "errors",
@@ -99,6 +103,8 @@ __all__ = [
     "DataError",
     "HubError",
     "LoraConfig",
+    "LoraCrossEncoderTrainer",
+    "LoraCrossEncoderTrainingArguments",
     "LoraDPOConfig",
     "LoraDPOTrainer",
     "LoraError",
@@ -113,6 +119,8 @@ __all__ = [
     "LoraRewardTrainer",
     "LoraSFTConfig",
     "LoraSFTTrainer",
+    "LoraSentenceTransformerTrainer",
+    "LoraSentenceTransformerTrainingArguments",
     "LoraSeq2SeqTrainer",
     "LoraSeq2SeqTrainingArguments",
     "LoraTrainer",
@@ -169,7 +177,6 @@ if TYPE_CHECKING:
         VersionError,
     )
     from .evaluation.metrics import build_compute_metrics
-    from .evaluation.run import evaluate
     from .export import inspect_adapter, merge_to_folder
     from .file_merge.stream import merge_files
     from .files.convert import convert_adapter
@@ -187,8 +194,15 @@ if TYPE_CHECKING:
     from .layers.storages import STORAGES
     from .model import LoraModel
     from .pipelines import pipeline
+    from .tasks.run import evaluate
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
+    from .train.embedding import (
+        LoraCrossEncoderTrainer,
+        LoraCrossEncoderTrainingArguments,
+        LoraSentenceTransformerTrainer,
+        LoraSentenceTransformerTrainingArguments,
+    )
     from .train.preference import (
         LoraDPOConfig,
         LoraDPOTrainer,

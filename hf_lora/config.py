@@ -132,8 +132,7 @@ class LoraConfig:
             of another package (docs/extending.md). Files contain the name only of methods that PEFT does not have.
         parts: kind of part that another package registered -> JSON values for that kind. Files contain it only if it
             is not empty.
-        ensure_weight_tying: refuse what would give modules with one weight different values: factors or whole copies
-            of one of them, and different tokens.
+        ensure_weight_tying: train tied embeddings whole with one weight; factors and other tokens of one are refused.
 
     Raises:
         ConfigError: lists every field with a wrong value.
@@ -165,7 +164,7 @@ class LoraConfig:
     alora_invocation_tokens: list[int] | None = None
     method: str = "lora"
     parts: dict[str, Any] = field(default_factory=dict)
-    ensure_weight_tying: bool = False
+    ensure_weight_tying: bool | None = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
@@ -177,7 +176,6 @@ class LoraConfig:
         self.rank_pattern = dict(self.rank_pattern or {})
         self.alpha_pattern = dict(self.alpha_pattern or {})
         self.parts = {} if self.parts is None else self.parts
-        self.ensure_weight_tying = False if self.ensure_weight_tying is None else self.ensure_weight_tying
         faults = Faults("LoraConfig(…)")
         self._settle_inits(faults)
         self._resolve_method(faults)
@@ -247,15 +245,14 @@ class LoraConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 _check_regex(faults, name, key)
-                if name == "rank_pattern" and (not _is_int(value) or value <= 0):
-                    faults.add(f"{name}[{key!r}]={value!r} must be a positive integer")
-                elif not _is_number(value):
-                    faults.add(f"{name}[{key!r}]={value!r} must be a number")
+                is_rank = name == "rank_pattern"
+                if not (_is_int(value) and value > 0 if is_rank else _is_number(value)):
+                    faults.add(f"{name}[{key!r}]={value!r} must be a {'positive integer' if is_rank else 'number'}")
         if self.bias not in ("none", "all", "lora_only"):
             faults.add(f"bias={self.bias!r} must be 'none', 'all' or 'lora_only'")
         if not isinstance(self.init_lora_weights, (bool, str)):
             faults.add(f"init_lora_weights={self.init_lora_weights!r} must be True, False or a name")
-        if not isinstance(self.ensure_weight_tying, bool):
+        if not isinstance(self.ensure_weight_tying, bool | None):
             faults.add(f"ensure_weight_tying={self.ensure_weight_tying!r} must be True or False")
         if not isinstance(self.parts, Mapping) or not all(isinstance(kind, str) for kind in self.parts):
             faults.add(f"parts={self.parts!r} must be a mapping from kinds of parts to their values")

@@ -52,6 +52,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"the {thing} was {how},{label}" for thing in ("film", "book", "song") for how, label in verdicts.items()]
     for name in ("train.csv", "test.csv"):
         (folder / name).write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    positives = ["the film was fine,a good film", "the song was bad,a poor song", "a very good book,the book was fine"]
+    (folder / "pairs.csv").write_text("\n".join(["anchor,positive", *positives]) + "\n", encoding="utf-8")
     _language_model(folder)
     _other_tasks(folder)
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,3 +116,24 @@ def texts_of_three() -> Rows:
 
 def adapter_values(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+TEXTS = ["a man plays guitar", "the cat sits on mat", "dog runs in park", "sun is hot"] * 2
+OTHERS = ["a woman plays guitar", "the dog sits on mat", "cat runs in park", "moon is cold"] * 2
+
+
+def bert_of_texts(folder: Path) -> str:
+    """The folder of a BERT without a head, whose tokenizer knows the words of `TEXTS` and `OTHERS`."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True)
+    words = dict.fromkeys(" ".join(TEXTS + OTHERS).split())
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)

@@ -2,7 +2,7 @@
 
 In: a module and a `LoraConfig`. Out: the module, changed in place, with the parts of adapters.
 
-- `targets`, `select`, `match`, `patterns`, `bypass`, `heads`: which modules a configuration selects.
+- `request`, `targets`, `select`, `match`, `patterns`, `bypass`, `heads`: what a configuration selects.
 - `inject`, `statistics`: adding, reinitializing and removing an adapter. `undo`: every change is all or nothing.
 - `state`, `walk`: the adapters of a model and everything that they own. `activation`: which of them act.
 - `merge`, `folding`, `dequantize`, `ties`, `check`, `mixing`: folding adapters into weights, and scaling them.

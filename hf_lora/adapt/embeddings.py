@@ -42,19 +42,28 @@ def vocabulary_of(model: nn.Module) -> int | None:
 
 def checkpoint_vocabulary(model: nn.Module) -> int | None:
     """Rows of the input embedding in the model's checkpoint, if its config is on this machine."""
-    from transformers.utils.hub import cached_file
-
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    if not name:
-        return None
+    file = checkpoint_file(model, "config.json")
     try:
-        file = cached_file(
-            name, "config.json", local_files_only=True,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        values = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        values = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
         return None
     inner = values.get("text_config")
     size = values.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
     return size if isinstance(size, int) else None
+
+
+def checkpoint_file(model: nn.Module, name: str) -> Path | None:
+    """A file of the checkpoint that a model was loaded from, if it is on this machine."""
+    from transformers.utils.hub import cached_file
+
+    where = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not where:
+        return None
+    try:
+        found = cached_file(
+            where, name, local_files_only=True,
+            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+    except (OSError, ValueError):
+        return None
+    return Path(found) if found else None

@@ -23,7 +23,7 @@ from .inner import end_models
 from .state import AdapterRecord, LoraState, Task, base_task, require_state, state_of
 from .statistics import informed
 from .targets import Explanation, resolve
-from .ties import untie_all
+from .ties import has_broken_ties, tie_copies, untie_all
 from .undo import all_or_nothing, gc_paused
 from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, places_of, put
 
@@ -84,6 +84,7 @@ def inject(
             instead = part.attach(state.activity, planned)
             if instead is not None:
                 put(model, part.path, instead, places)
+        tie_copies(model, plan.tied, name)
         state.adapters[name] = record
         if trainable:
             keep_differentiable(module for _, module in original_modules(model))
@@ -170,13 +171,12 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
     with all_or_nothing(model):
         owned = list(parts(model))
         active = state.activity.active if keep_heads and state.activity.enabled else ()
-        swapped = {f"{part.path}." for part in owned if part.whole_module and part.adapter in active}
-        ties = getattr(model, "all_tied_weights_keys", None) or {}
+        swapped = any(part.whole_module and part.adapter in active for part in owned)
         if not active:
             switch(model, state, active=())
         _remove(model, owned, active)
-        if any(key.startswith(p) != source.startswith(p) for p in swapped for key, source in ties.items()):
-            untie_all(model)  # the copy is not tied as its original was
+        if swapped and has_broken_ties(model):
+            untie_all(model)  # a copy is not tied as its original was
         state.activity.set(merged=())
         end_differentiable(module for _, module in original_modules(model))
         for name in state.borrowed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ def resizing(model: PreTrainedModel) -> Iterator[None]:
     state.refuse_merged("resize_token_embeddings")
     _refuse_joined(model)
     embeddings = {id(m): m for m in (model.get_input_embeddings(), output_embedding(model)) if m is not None}
-    _refuse_parts(model, {id(m.weight) for m in embeddings.values()})
+    _refuse_parts(model, {id(_weight(m)) for m in embeddings.values()})
     keep_frozen(model, state)
     wrapped = {p: r for p, r in replacements(model).items() if any(id(m) in embeddings for m in r.modules())}
     with all_or_nothing(model):
@@ -70,9 +71,14 @@ def _refuse_parts(model: PreTrainedModel, weights: set[int]) -> None:
     """Refuse to resize an embedding with a part that cannot be resized."""
     faults = Faults("resize_token_embeddings")
     for part in parts(model):
-        if id(getattr(part.module, "weight", None)) in weights and (why := part.refuse_resizing()) is not None:
+        if id(_weight(part.module)) in weights and (why := part.refuse_resizing()) is not None:
             faults.add(f"{part.name}: {why}")
     faults.check(StateError, "Nothing was changed. Resize the vocabulary before apply_lora.")
+
+
+def _weight(module: Any) -> Any:
+    """The weight of the base's module."""
+    return getattr(getattr(module, "base_layer", module), "weight", None)
 
 
 def _matrices(model: PreTrainedModel) -> list[nn.Linear | nn.Embedding]:

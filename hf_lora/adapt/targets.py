@@ -17,7 +17,7 @@ from ..config import LoraConfig
 from ..errors import ConfigError, Faults, TargetError, nearest
 from ..layers.contract import FactorSpec, Method, Shape, Storage
 from ..layers.hosts import is_offloaded
-from ..layers.inits import INITS, Init, find_init, init_name
+from ..layers.inits import INITS, Init, find_init
 from ..layers.methods import METHODS
 from ..layers.parts import PARTS, Planned, TokenRows
 from ..layers.site import LayerAdapter
@@ -26,8 +26,9 @@ from ..layers.views import View
 from .bypass import uncalled_embeddings
 from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
+from .request import check_alphas, check_names, check_pair, requested_parts, settings_of
 from .select import Selection, all_names, last_names
-from .ties import parted_by
+from .ties import parted_by, tied_with_embedding
 from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
 
@@ -92,6 +93,8 @@ class Explanation:
     saved: dict[str, str] = field(default_factory=dict)
     """Name -> why it is trained and saved whole."""
     biases: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
+    """Those that are trained whole with one weight."""
     others: list[Planned] = field(default_factory=list)
     """The parts of kinds from other packages."""
     notes: list[str] = field(default_factory=list)
@@ -106,11 +109,28 @@ class Explanation:
     def parted(self, model: nn.Module) -> list[str]:
         """The modules with the weight of the input embedding that would get other values than the rest of them.
 
+        Those of `tied` are not among them.
+
         As in PEFT, rows of tokens count only if several of these modules are named with different ones.
         """
         rows = [each.path for each in self.others if issubclass(each.kind, TokenRows) and each.options[2]]
         layers = [target.path for target in self.layers]
-        return parted_by(model, layers, self.saved, rows if len(rows) > 1 else ())
+        parted = parted_by(model, layers, self.saved, rows if len(rows) > 1 else ())
+        return [name for name in parted if name not in self.tied]
+
+    def tie(self, model: nn.Module) -> list[str]:
+        """Train whole with one weight what has that of the input embedding, if one of these modules is trained whole.
+
+        Not if nothing calls one of them: a copy of it would never run.
+
+        Returns:
+            the modules that get other values in spite of that.
+        """
+        users, uncalled = tied_with_embedding(model), uncalled_embeddings(model)
+        if any(name in self.saved for name in users) and not any(name in uncalled for name in users):
+            self.saved |= {name: f"tied to {users[0]}" for name in users if name not in self.saved}
+            self.tied = users
+        return self.parted(model)
 
     def __str__(self) -> str:
         from .report import explanation_table
@@ -151,19 +171,21 @@ def resolve(
     faults = Faults(call)
     check_names(config, faults)
     if not from_file:
-        _check_alphas(config, faults)
+        check_alphas(config, faults)
     faults.check(ConfigError, "Correct the configuration, or import the package that registers these names.")
     plan, method = Explanation(), METHODS[config.method]
     init, options = cast(tuple[Init, str], find_init(config.init_lora_weights))
-    init = init.with_settings(_settings(config, options))
+    init = init.with_settings(settings_of(config, options))
     init = (init.of_file() if from_file else None) or init  # a file whose product is lost was refused when it was read
-    _check_pair(config, init, method, faults)
+    check_pair(config, init, method, faults)
     if (refused := method.refuse_model(model)) is not None:
         faults.add(f"method={config.method!r}: {refused}")
     faults.check(ConfigError, "Choose another initialization, or another method.")
     modules = dict(original_modules(model))
     whole = _saved_modules(model, modules, config, faults) if saved is None else saved
     plan.saved = _called(whole, modules, faults)
+    if config.ensure_weight_tying and not from_file:
+        plan.tie(model)
     _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
@@ -173,7 +195,8 @@ def resolve(
     if config.ensure_weight_tying and not from_file and (parted := plan.parted(model)):
         faults.add(
             f"ensure_weight_tying=True: {', '.join(parted)} would be trained apart from the modules with the same "
-            "weight; leave it out for that, or train rows of tokens, which they share (trainable_token_indices)"
+            "weight; leave it out for that, train them whole (modules_to_save), or rows of tokens "
+            "(trainable_token_indices)"
         )
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
@@ -256,54 +279,6 @@ def _excess(targets: list[Target]) -> str | None:
         f"r={first.r} is above the highest rank that an update of {first.name}{more} can have ({limits[first.name]}, "
         "the smaller of its numbers of inputs and outputs): a lower r does the same with fewer parameters"
     )
-
-
-def requested_parts(config: LoraConfig) -> dict[str, Any]:
-    """Kind of part -> what a configuration asks for, in `parts` or in a field of PEFT."""
-    rows = {"token_rows": config.trainable_token_indices} if config.trainable_token_indices else {}
-    return rows | config.parts
-
-
-def check_names(config: LoraConfig, faults: Faults) -> None:
-    """Add a fault for each method, initialization or kind of part that is not registered."""
-    if config.method not in METHODS:
-        faults.add(f"method={config.method!r}: {METHODS.why_unknown(config.method)}")
-    name, found = init_name(config.init_lora_weights), find_init(config.init_lora_weights)
-    if found is None:
-        faults.add(f"init_lora_weights={name!r} is not supported: {INITS.why_unknown(name)}")
-    elif (instead := found[0].refuse_options(found[1])) is not None:
-        faults.add(f"init_lora_weights={name!r}: {instead}")
-    elif (wrong := found[0].refuse_settings(settings := _settings(config, found[1]))) is not None and settings:
-        faults.add(f"{name}_config: {wrong}")
-    for kind in config.parts:
-        if kind not in PARTS:
-            faults.add(f"parts: {PARTS.why_unknown(kind)}")
-
-
-def _settings(config: LoraConfig, options: str) -> dict[str, Any]:
-    """The settings of a configuration's initialization. `options` are the end of its name, after an underscore."""
-    name = init_name(config.init_lora_weights)
-    stem = name.removesuffix(f"_{options}") if options else name
-    return getattr(config, f"{stem}_config", None) or {}
-
-
-def _check_pair(config: LoraConfig, init: Init, method: Method, faults: Faults) -> None:
-    if (refused := init.refuse_method(method)) is not None:
-        faults.add(f"init_lora_weights={config.init_lora_weights!r} with method={config.method!r}: {refused}")
-
-
-def _check_alphas(config: LoraConfig, faults: Faults) -> None:
-    """Refuse to train with an alpha that is not positive; a file of PEFT may have one."""
-    given = {"lora_alpha": config.alpha} | {f"alpha_pattern[{k!r}]": v for k, v in config.alpha_pattern.items()}
-    for name, alpha in given.items():
-        if alpha <= 0:
-            faults.add(f"{name}={alpha!r} must be positive: 0 trains nothing, and a sign is not needed")
-
-
-def scalings(config: LoraConfig) -> Callable[[str, str], float]:
-    """(original name of an adapted weight, that of its module) -> the scaling of B A there."""
-    ranks, alphas = PatternTable(config.rank_pattern), PatternTable(config.alpha_pattern)
-    return lambda name, path: config.scaling(ranks.of(name, path, config.r), alphas.of(name, path, config.alpha))
 
 
 def _saved_modules(

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -54,6 +54,20 @@ def tensor_users(model: nn.Module) -> dict[int, list[str]]:
     return users
 
 
+def tied_with_embedding(model: nn.Module) -> list[str]:
+    """The modules with the weight of the input embedding, if there are several."""
+    found = tensor_users(model).get(id(getattr(input_embedding(model), "weight", None)), [])
+    return found if len(found) > 1 else []
+
+
+def tie_copies(model: nn.Module, paths: Iterable[str], adapter: str) -> None:
+    """Give an adapter's copies of some modules one weight, that of the first."""
+    copies = [cast(Replacement, placed(model, path)) for path in paths]
+    for each in copies:
+        each.tied.add(adapter)
+        each.copies[adapter]._parameters["weight"] = copies[0].copies[adapter]._parameters["weight"]
+
+
 def parted_by(model: nn.Module, adapted: Iterable[str], whole: Iterable[str], rows: Iterable[str]) -> list[str]:
     """The modules with the weight of the input embedding to which an adapter gives other values than to the rest.
 
@@ -62,10 +76,8 @@ def parted_by(model: nn.Module, adapted: Iterable[str], whole: Iterable[str], ro
         rows: names of the modules with rows of tokens of their own.
     """
     whole, given = list(whole), {*adapted, *rows}
-    weight = getattr(input_embedding(model), "weight", None)
-    users = tensor_users(model).get(id(weight), [])
-    parted = [name for name in users if name in given or holder(name, whole) is not None]
-    return parted if len(users) > 1 else []
+    users = tied_with_embedding(model)
+    return [name for name in users if name in given or holder(name, whole) is not None]
 
 
 def join_embeddings(model: Any, name: str) -> None:

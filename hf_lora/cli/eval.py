@@ -69,7 +69,7 @@ def eval_(
     Rows become tokens as in training, which is recorded with the adapter. Options override that.
     """
     with threads_for_free_cores():
-        from ..evaluation.run import evaluate
+        from ..tasks.run import evaluate
 
     found = evaluate(
         source, file, generate=generate, predictions=predictions, limit=limit, text_column=text_column,

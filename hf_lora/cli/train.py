@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -25,6 +25,7 @@ Example: hf-lora train --model MODEL --train-file train.csv --test-file test.csv
 """
 
 
+_NOT_SHOWN = ("runtime", "per_second", "preparation_time", "epoch")
 _OF_THE_COMMAND = ("config", "show_batch", "dry_run", "print_config", "all_options")
 """Options of the command itself, which are not arguments of a run."""
 
@@ -76,7 +77,7 @@ def train(
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace the adapter of an earlier run in that folder."),
     verbose: bool = typer.Option(False, "--verbose", help="Also list every adapted layer before training."),
     show_batch: bool = typer.Option(
-        False, "--show-batch", help="Show the trained tokens of the first batch and exit."
+        False, "--show-batch", help="Show three rows, with marks around what is trained, and exit."
     ),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Show what would be trained, and a forecast of memory and disk, and exit."
@@ -143,12 +144,30 @@ def _continued(argv: list[str]) -> str:
 
 def _summary(result: RunResult) -> str:
     lines = [result.loss] if result.loss else []
-    for name, value in result.metrics.items():
-        if not name.endswith(("runtime", "per_second", "preparation_time", "epoch")):
-            lines.append(f"{name}: {value:,.4g}")
+    lines += _table(result.metrics)
     lines += [f"pushed: {result.pushed}"] if result.pushed else []
     lines.append(f"trained in {result.seconds:,.0f} s; adapter of {result.adapter_bytes / 1e6:,.2f} MB")
-    use = "chat {}" if result.model.can_generate() else "eval {} --file FILE"
-    lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
-    lines.append(f'Load it with: LoraModel.from_pretrained("{result.output_dir}")')
+    task = result.task
+    if task is None or task.commands:
+        use = "chat {}" if _chats(result.model) else "eval {} --file FILE"
+        lines.append(f"Use it with: hf-lora {use.format(shlex.quote(str(result.output_dir)))}")
+    else:
+        lines.append(f'Load it with: {task.loader}("{result.output_dir}")')
     return "\n".join(lines)
+
+
+def _table(metrics: dict[str, float]) -> list[str]:
+    """The metrics, with a column for each split; without metrics, no lines."""
+    kept = {name: v for name, v in metrics.items() if not name.endswith(_NOT_SHOWN)}
+    splits = list(dict.fromkeys(name.partition("_")[0] for name in kept))
+    names = list(dict.fromkeys(name.partition("_")[2] for name in kept))
+    width = max(map(len, names), default=0)
+    lines = [" " * width + "".join(f"{split:>10}" for split in splits)] if names else []
+    for name in names:
+        cells = (kept.get(f"{split}_{name}") for split in splits)
+        lines.append(f"{name:<{width}}" + "".join(f"{'' if v is None else f'{v:,.4g}':>10}" for v in cells))
+    return lines
+
+
+def _chats(model: Any) -> bool:
+    return bool(model.can_generate() and not model.config.is_encoder_decoder)

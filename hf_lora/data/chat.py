@@ -256,12 +256,13 @@ def _warn(table: Table, template: Template, rows: list[dict[str, list[int]]], sp
         )
 
 
-def show_batch(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str:
+def show_batch(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any], limit: int | None = None) -> str:
     """A training batch as text: each document with its ⟦trained text⟧, special tokens and token counts.
 
     Args:
         batch: `input_ids` and `labels`, (B, T); with `attention_mask`, padding is omitted; with `position_ids`, a row
             is divided where they restart.
+        limit: how many documents are shown; default: all.
     """
     lines = []
     pad = tokenizer.pad_token_id
@@ -278,11 +279,18 @@ def show_batch(tokenizer: PreTrainedTokenizerBase, batch: dict[str, Any]) -> str
             trained = [labels[t] != IGNORED for t in document]
             name = f"row {r}" if len(documents) == 1 else f"row {r}, document {d}"
             lines.append(f"{name}: trained {sum(trained):,} of {len(trained):,} tokens")
-            lines.append(_marked(tokenizer, [ids[t] for t in document], trained))
-    return "\n".join(lines)
+            lines.append(marked_tokens(tokenizer, [ids[t] for t in document], trained))
+    return "\n".join(lines[: None if limit is None else 2 * limit])
 
 
-def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
+def marked(text: str) -> str:
+    """A text that is trained, in its marks."""
+    return f"{TRAINED_MARKS[0]}{text}{TRAINED_MARKS[1]}"
+
+
+def marked_tokens(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bool]) -> str:
+    """The text of tokens, in which the trained ones have marks."""
+
     def decoded(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -292,6 +300,6 @@ def _marked(tokenizer: PreTrainedTokenizerBase, ids: list[int], trained: list[bo
         # Sliced from the whole text, since a piece decoded alone may lose its leading space.
         upto = len(text) if end == len(ids) else len(decoded(ids[:end]))
         piece = text[at:upto]
-        parts.append(f"{TRAINED_MARKS[0]}{piece}{TRAINED_MARKS[1]}" if trained[begin] else piece)
+        parts.append(marked(piece) if trained[begin] else piece)
         at = upto
     return "".join(parts)

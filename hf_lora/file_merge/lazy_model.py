@@ -59,6 +59,11 @@ class Shell:
     owners: dict[str, str] = field(default_factory=dict)
     ties: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def tied(self) -> set[str]:
+        """The names of all tensors that are tied to another one."""
+        return {*self.ties, *self.ties.values()}
+
 
 def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other_base: bool) -> Shell:
     """The adapter's model over the files of the base, with all checks of `load_adapter`.

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
+from ..adapt.embeddings import checkpoint_file
 from ..errors import ConfigError, Faults
 from .ranges import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint
 
@@ -35,23 +34,11 @@ def weights_of_checkpoint(model: nn.Module, call: str) -> Callable[[str], Tensor
 
 
 def _open(model: nn.Module, call: str) -> Checkpoint:
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    files = [_cached(name, file) for file in (SINGLE_NAME, INDEX_NAME)] if name else []
-    found = next((Path(file) for file in files if file), None)
+    found = checkpoint_file(model, SINGLE_NAME) or checkpoint_file(model, INDEX_NAME)
     if found is None:
+        name = getattr(getattr(model, "config", None), "_name_or_path", "")
         raise ConfigError(f"{call}: the safetensors files of {name or 'this model'} are not here. {_INSTEAD}")
     faults = Faults(call)
     checkpoint = open_checkpoint(found.parent, faults)
     faults.check(ConfigError, _INSTEAD)
     return checkpoint
-
-
-def _cached(name: str, file: str) -> str | None:
-    try:
-        found: str | None = cached_file(
-            name, file, local_files_only=True,
-            _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-    except OSError:
-        return None
-    return found

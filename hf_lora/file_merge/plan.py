@@ -143,7 +143,7 @@ def _replacements(plan: Plan) -> dict[str, tuple[Tensor, torch.dtype]]:
     for name in sorted(shell.names.held):
         alike.setdefault(shell.owners.get(name, name), []).append(name)
     for part in parts(shell.model, NAME):
-        stays_tied = not part.whole_module and not plan.untied
+        stays_tied = (part.is_tied or not part.whole_module) and not plan.untied
         for name, own, base in part.replaced():
             owner = shell.owners.get(name, name)
             for each in alike.get(owner, [owner]) if stays_tied else [name]:
@@ -157,8 +157,8 @@ def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, s
     A config has one flag for all ties, so removing one tie removes them all.
     """
     shell = plan.shell
-    whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module)
-    tied = {name for pair in shell.ties.items() for name in pair if name in shell.owners}
+    whole = tuple(f"{part.path}." for part in parts(shell.model, NAME) if part.whole_module and not part.is_tied)
+    tied = shell.tied & shell.owners.keys()
     adapted = untie and any(fold.name in tied for fold in tied_folds(shell.model, folds))
     parted = any(key.startswith(p) != source.startswith(p) for p in whole for key, source in shell.ties.items())
     plan.untied = adapted or parted
@@ -172,7 +172,7 @@ def _plan_folds(plan: Plan, folds: Sequence[Fold], replaced: Collection[str], fa
         name = fold.name
         if name in replaced:
             faults.add(f"{name}: the adapter both replaces and updates it, which only works in memory. {IN_MEMORY}")
-        if fold.holders is None and plan.untied and name in {each for pair in shell.ties.items() for each in pair}:
+        if fold.holders is None and plan.untied and name in shell.tied:
             faults.add(f"{name}: rows of a weight that is untied can only be merged in memory. {IN_MEMORY}")
         if name in shell.misshapen or (name not in shell.owners and name not in shell.names.held):
             continue  # reported separately

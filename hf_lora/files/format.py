@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from ..adapt.targets import check_names
+from ..adapt.request import check_names
 from ..config import ALL_LINEAR, LoraConfig
 from ..errors import AdapterFileError, ConfigError, Faults, nearest
 from ..layers.contract import FactorSpec

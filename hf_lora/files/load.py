@@ -16,8 +16,9 @@ from ..adapt.bypass import uncalled_embeddings
 from ..adapt.inject import inject
 from ..adapt.labels import model_on_meta, new_head, with_task_of_class
 from ..adapt.match import ancestors, holder
+from ..adapt.request import scalings
 from ..adapt.state import LoraState, Task, base_task, require_state, state_of
-from ..adapt.targets import Explanation, resolve, scalings
+from ..adapt.targets import Explanation, resolve
 from ..adapt.ties import join_embeddings
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
@@ -41,7 +42,7 @@ from .identity import differs, identify, is_absent, renewed
 from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
-from .tied import reject_tied_products, with_all_targets, with_plain_rows
+from .tied import check_tied_copies, reject_tied_products, with_all_targets, with_plain_rows
 from .vocabulary import whole_embeddings
 
 logger = logging.get_logger(__name__)
@@ -76,7 +77,7 @@ def load_adapter(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
     file, plan, frozen = _plan(model, file, call)
-    if file.config.ensure_weight_tying and (parted := plan.parted(model)):
+    if file.config.ensure_weight_tying and (parted := plan.tie(model)):
         if is_trainable:
             raise AdapterFileError(
                 f"{call}: with ensure_weight_tying, {', '.join(parted)} are trained as one, which is not supported. "
@@ -97,6 +98,7 @@ def load_adapter(
     expected |= {key: whole_shape(base_bias(module_at(model, path))) for path, key in keys.items()}
     task = task or _task_by_shape(model, plan, file)
     other = _model_on_meta(model, plan, task)
+    check_tied_copies(plan, tensors, faults)
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
         head = module_at(model, path) if other is None else other.get_submodule(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -82,6 +82,13 @@ def reject_tied_products(model: nn.Module, plan: Explanation, call: str) -> None
         if target.adapter.takes_out and others:
             faults.add(f"{target.path}: its initialization changed {', '.join(others)}, which has the same weight")
     faults.check(AdapterFileError, "Nothing was changed. Load the adapter with PEFT.")
+
+
+def check_tied_copies(plan: Explanation, tensors: Mapping[str, Tensor], faults: Faults) -> None:
+    """Add a fault if modules that are trained whole with one weight have different ones in the file."""
+    keys = [key for path in plan.tied if (key := key_of(path, "weight")) in tensors]
+    if any(not torch.equal(tensors[key], tensors[keys[0]]) for key in keys):
+        faults.add(f"ensure_weight_tying: {' and '.join(keys)} are one weight in the model, but differ in the file")
 
 
 def _each_once(key: str, rows: Tensor, ids: Sequence[int], faults: Faults) -> Tensor:

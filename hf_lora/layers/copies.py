@@ -43,6 +43,8 @@ class Replacement(nn.Module):
         self.base_layer = base_layer
         self.copies = Copies()
         self._names: tuple[str, ...] = ()
+        self.tied: set[str] = set()
+        """The adapters whose copy has its weight in common with a copy of another module."""
         self._activity = activity
         activity.watch(())
         self.train(base_layer.training)
@@ -68,6 +70,7 @@ class Replacement(nn.Module):
 
     def remove_copy(self, name: str) -> None:
         del self.copies[name]
+        self.tied.discard(name)
         self._rename(tuple(n for n in self._names if n != name))
 
     def _rename(self, names: tuple[str, ...]) -> None:

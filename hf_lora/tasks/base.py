@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PretrainedConfig
 
+from ..data.chat import marked
 from ..data.prompts import AnswerFile
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
@@ -145,6 +146,10 @@ class Task:
     more: ClassVar[tuple[str, ...]] = ()
     has_head: ClassVar[bool] = True
     """Whether its models have a head that is trained for the data, also where the checkpoint has one."""
+    commands: ClassVar[bool] = True
+    """Whether `hf-lora eval`, or `chat`, uses its adapters."""
+    loader: ClassVar[str] = "LoraModel.from_pretrained"
+    """What loads its adapters."""
     generates: ClassVar[bool] = False
     """Whether there are metrics of generated texts, which `score` makes, and not Trainer."""
     metrics_of_rows: ClassVar[bool] = False
@@ -172,6 +177,15 @@ class Task:
     def metrics_of(self, options: Options) -> tuple[str, ...]:
         """The metrics of a run; names of `--metric-for-best-model`."""
         return self.metrics
+
+    def show(self, data: Data, count: int) -> str:
+        """The first rows of the training as text, in which what is trained has marks."""
+        rows = [data.rows["train"][i] for i in range(min(count, len(data.rows["train"])))]
+        return "\n".join(f"row {i}: {self.show_row(data, row)}" for i, row in enumerate(rows, 1))
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        """One row as text: its input, then its label."""
+        return f"{decoded(data.processor, row['input_ids'])} → {marked(label_of(data, row['labels']))}"
 
     def collator(self, data: Data) -> Collator:
         """What makes batches of rows, for training and evaluation."""
@@ -274,6 +288,16 @@ def _arrays(parts: Sequence[Any]) -> Any:
     flat = [p for part in parts for p in (part if isinstance(part, tuple) else (part,))]
     arrays = [part.float().cpu().numpy() if part.is_floating_point() else part.cpu().numpy() for part in flat]
     return arrays[0] if len(arrays) == 1 else tuple(arrays)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, with special ones."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def label_of(data: Data, label: Any) -> str:
+    """The name of a class, or a number."""
+    return data.labels[label] if data.labels is not None else f"{label:g}"
 
 
 def padded(tokenizer: Any) -> Any:

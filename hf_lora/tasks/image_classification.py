@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PretrainedConfig, default_data_collator
 
 from ..data import classes
+from ..data.chat import marked
 from ..data.classes import column_of
 from ..data.columns import IMAGES, LABELS
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, Faults
 from ..evaluation.metrics import build_compute_metrics
-from .base import Collator, Data, Defaults, Given, Options, Task, from_columns
+from .base import Collator, Data, Defaults, Given, Options, Task, from_columns, label_of
 
 
 class ImageClassification(Task):
@@ -47,6 +48,10 @@ class ImageClassification(Task):
         data.trained = TrainedFormat(self.kinds[0], image, label_column=label)
         data.lines = [from_columns(self.name, (image, label), data.rows, data.kind)]
         return data
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        size = " × ".join(map(str, row["pixel_values"].shape))
+        return f"{size} numbers → {marked(label_of(data, row['labels']))}"
 
     def collator(self, data: Data) -> Collator:
         return default_data_collator

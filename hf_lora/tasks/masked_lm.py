@@ -8,8 +8,10 @@ from typing import Any
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, PretrainedConfig
 
 from ..data import classes
+from ..data.chat import marked
 from ..data.classes import TokenRows
 from ..data.columns import TEXTS
+from ..data.spans import IGNORED
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, Faults
@@ -46,6 +48,14 @@ class MaskedLM(Task):
         data.lines = [from_columns(self.name, (text,), data.rows, "")]
         data.lines += truncation(sum(rows.cut for rows in data.rows.values()), "texts")
         return data
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        batch = self.collator(data)([dict(row)])
+        pieces, tokens = zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True), data.processor
+        names = [(tokens.convert_ids_to_tokens(token), label) for token, label in pieces]
+        return " ".join(
+            name + ("" if label == IGNORED else marked(tokens.convert_ids_to_tokens(label))) for name, label in names
+        )
 
     def collator(self, data: Data) -> Collator:
         return MaskingCollator(data.processor)

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from ..adapt.labels import generates
 from ..data import classes
+from ..data.chat import marked
 from ..data.classes import MULTI_LABEL, LabelFinder, TokenRows, column_of
 from ..data.columns import CHATS, CLASSIFIED, LABELS, TOKENS
 from ..data.formats import parsed, read_list
@@ -17,7 +18,7 @@ from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import DataError, Faults
 from ..evaluation.classes import f1
-from .base import Collected, Data, Given, Options, from_columns, truncation
+from .base import Collected, Data, Given, Options, decoded, from_columns, truncation
 from .text_classification import TextClassification, holds_lists
 
 
@@ -77,6 +78,10 @@ class MultiLabel(TextClassification):
 
     def settings(self, data: Data) -> dict[str, Any]:
         return {**super().settings(data), "problem_type": MULTI_LABEL}
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        chosen = [name for name, value in zip(data.labels or (), row["labels"], strict=True) if value]
+        return f"{decoded(data.processor, row['input_ids'])} → {marked(', '.join(chosen))}"
 
     def metrics_of(self, options: Options) -> tuple[str, ...]:
         return self.metrics

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
+from ..data.chat import marked
 from ..data.columns import ANSWERS, LABELS
 from ..data.formats import CHAT, RAW
 from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_marked, read_pairs
@@ -72,6 +74,13 @@ class Preference(Task):
     def _finished(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return rows
 
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        parts = {
+            name: cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False) for name, cell in row.items()
+        }
+        wanted = (CHOSEN, "completion")
+        return "; ".join(f"{name}: {marked(text) if name in wanted else text}" for name, text in parts.items())
+
     def compute_metrics(self, data: Data, split: str) -> Any:
         return None  # TRL computes them
 
@@ -106,6 +115,7 @@ class Reward(Preference):
     """A reward model: a head with one output, which is higher for the chosen answer."""
 
     name = "reward"
+    commands = False
     auto_class = "AutoModelForSequenceClassification"
     has_head = True
     trainer = "Reward"

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import DataCollatorWithPadding, EvalPrediction, PretrainedConfig
 
+from ..data.chat import marked_tokens
 from ..data.classes import TokenRows, column_of
 from ..data.columns import ANSWER_SPANS, CONTEXTS, QUESTIONS
 from ..data.tables import Table
@@ -94,6 +95,10 @@ class QuestionAnswering(Task):
     def settings(self, data: Data) -> dict[str, Any]:
         names = {0: "LABEL_0", 1: "LABEL_1"}  # the logits of the first and of the last token
         return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        ids, first, last = row["input_ids"], row["start_positions"], row["end_positions"]
+        return marked_tokens(data.processor, ids, [first <= i <= last for i in range(len(ids))])
 
     def collator(self, data: Data) -> Collator:
         return DataCollatorWithPadding(data.processor)

@@ -15,6 +15,7 @@ from ..data.trained import TrainedFormat
 from ..errors import DataError
 from .base import Options, Task
 from .causal_lm import CausalLM
+from .embedding import Embedding
 from .image_classification import ImageClassification
 from .masked_lm import MaskedLM
 from .multi_label import MultiLabel
@@ -24,10 +25,10 @@ from .seq2seq_lm import Seq2SeqLM
 from .text_classification import TextClassification
 from .token_classification import TokenClassification
 
-TEXT_CLASSIFICATION, CAUSAL_LM = TextClassification.name, CausalLM.name
+TEXT_CLASSIFICATION, CAUSAL_LM, EMBEDDING = TextClassification.name, CausalLM.name, Embedding.name
 _ALL = (
     TextClassification(), MultiLabel(), TokenClassification(), QuestionAnswering(), ImageClassification(),
-    MaskedLM(), Seq2SeqLM(), CausalLM(), DPO(), KTO(), Reward(),
+    MaskedLM(), Seq2SeqLM(), CausalLM(), DPO(), KTO(), Reward(), Embedding(),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
 """Name -> task."""

@@ -9,6 +9,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PretrainedConfig
 
 from ..data import classes
+from ..data.chat import marked
 from ..data.classes import TokenRows
 from ..data.columns import PAIRS, SEQUENCES, TRANSLATION, pair_of, with_more
 from ..data.tables import Table
@@ -18,7 +19,7 @@ from ..evaluation.language import compare
 from ..evaluation.result import Evaluation
 from ..evaluation.similarity import chrf, rouge_l
 from ..generate.texts import answering, collect_answers, sampling
-from .base import Asked, Collator, Data, Defaults, Given, Options, Task, from_columns, padded, truncation
+from .base import Asked, Collator, Data, Defaults, Given, Options, Task, decoded, from_columns, padded, truncation
 
 LONGEST_TARGET = 128
 """Default limit in tokens of the texts that are learned."""
@@ -70,6 +71,9 @@ class Seq2SeqLM(Task):
         data.lines = [from_columns(self.name, (source, target), data.rows, "")]
         data.lines += truncation(sum(rows.cut for rows in data.rows.values()), "texts")
         return data
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        return f"{decoded(data.processor, row['input_ids'])} → {marked(decoded(data.processor, row['labels']))}"
 
     def collator(self, data: Data) -> Collator:
         return DataCollatorForSeq2Seq(data.processor)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import DataCollatorForTokenClassification, PretrainedConfig
 
 from ..data import classes
+from ..data.chat import marked
 from ..data.classes import LabelFinder, TokenRows, column_of
 from ..data.columns import TAGS, TOKENS
 from ..data.formats import parsed, read_list
@@ -16,7 +17,7 @@ from ..data.tables import Table, is_unicode
 from ..data.trained import TrainedFormat
 from ..errors import DataError, Faults
 from ..evaluation.tags import score_tags
-from .base import Collator, Collected, Data, Defaults, Given, Options, Task, from_columns, padded, truncation
+from .base import Collator, Collected, Data, Defaults, Given, Options, Task, from_columns, label_of, padded, truncation
 from .text_classification import holds_lists
 
 
@@ -51,6 +52,11 @@ class TokenClassification(Task):
         data.lines = [from_columns(self.name, (text, tags), data.rows, data.kind)]
         data.lines += truncation(sum(rows.cut for rows in data.rows.values()), "texts")
         return data
+
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        pieces = zip(row["input_ids"], row["labels"], strict=True)
+        tokens = [(data.processor.convert_ids_to_tokens(token), label) for token, label in pieces]
+        return " ".join(token + ("" if i == IGNORED else marked(label_of(data, i))) for token, i in tokens)
 
     def collator(self, data: Data) -> Collator:
         return DataCollatorForTokenClassification(data.processor)

@@ -17,7 +17,7 @@ import torch
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.utils import logging
 
-from ..adapt.targets import check_names
+from ..adapt.request import check_alphas, check_names
 from ..config import OF_INITS, PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
@@ -168,6 +168,17 @@ class LoraArguments:
                 "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=9223372036854775807 (glibc)."
             )
 
+    @classmethod
+    def of(cls, arguments: TrainingArguments, **more: Any) -> Self:
+        """The same arguments as those of another Trainer.
+
+        Args:
+            more: further fields, or other values.
+        """
+        known = {f.name for f in fields(cls) if f.init}
+        given = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name in known}
+        return cls(**{**given, **more})
+
     def lora_config(self) -> LoraConfig:
         """The `LoraConfig` that the fields describe.
 
@@ -202,6 +213,9 @@ class LoraArguments:
         config = None
         try:
             config = LoraConfig(**values)
+            alphas = Faults("")
+            check_alphas(config, alphas)
+            faults.found += [_as_flag(fault) for fault in alphas.found]
         except ConfigError as error:
             faults.found += [_as_flag(fault) for fault in error.faults]
         faults.check(ConfigError, "Correct these fields; they are LoraConfig's fields with the prefix lora_.")
@@ -262,17 +276,6 @@ class TrlArguments(LoraArguments):
         if vars(self)["bf16"] is None and not torch.accelerator.is_available():  # a field of TRL's class
             vars(self)["bf16"] = False
         super().__post_init__()
-
-    @classmethod
-    def of(cls, arguments: TrainingArguments, **more: Any) -> Self:
-        """The same arguments as those of another Trainer.
-
-        Args:
-            more: further fields, or other values.
-        """
-        known = {f.name for f in fields(cls) if f.init}
-        given = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name in known}
-        return cls(**{**given, **more})
 
 
 def _as_flag(fault: str) -> str:

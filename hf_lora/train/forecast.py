@@ -23,6 +23,7 @@ from ..compat import is_own_model
 from ..errors import ConfigError, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
 from ..tasks.base import Data
+from ..tasks.preference import Preference
 from ..tasks.registry import CAUSAL_LM, TASKS
 from .base_model import check_name, load_base, read_config
 from .parsing import Parsed
@@ -90,6 +91,11 @@ def forecast(parsed: Parsed) -> Forecast:
         ConfigError, DataError, TargetError: what `finetune` would raise before it loads the model.
     """
     data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
+    if isinstance(data.task, Preference):
+        raise ConfigError(
+            f"hf-lora train: there is no forecast of memory for {data.task.name}. Omit --dry-run; hf-lora targets "
+            f"{run.model} --task {data.task.name} lists the layers that would be adapted."
+        )
     for name, value in data.task.settings(data).items():
         setattr(data.config, name, value)
     model = empty_model(data.config, str(run.model), data.task.name).to(dtype_of(run.dtype, data.config))

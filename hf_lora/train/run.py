@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import time
@@ -11,33 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-from torch import nn
-from transformers import set_seed
+from transformers import ProgressCallback, set_seed
 from transformers.utils import logging
 
-from ..adapt.heads import find_heads, outside_backbone
-from ..adapt.match import holder, matcher
-from ..adapt.report import adapter_table
-from ..adapt.state import set_trained_format
-from ..compat import held_load_report
+from ..adapt.inner import adapted_part
+from ..adapt.report import adapter_table, trainable_parameters
+from ..adapt.state import require_state
+from ..adapt.walk import adapter_layers
 from ..data.chat import show_batch
-from ..errors import ConfigError, HubError
+from ..errors import HubError
 from ..tasks.base import Asked, Data, Task
 from ..tasks.preference import Preference
-from ..tasks.registry import CAUSAL_LM, PREFERENCES
-from .base_model import load_base
+from ..tasks.registry import CAUSAL_LM
+from .build import build_trainer
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
-from .quantize import bits_of, load_quantized
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
+from .watch.progress import Progress
 from .watch.rise import LossRise
 from .watch.slowdown import Slowdown
 
 logger = logging.get_logger(__name__)
+SHOWN = 3
+"""How many rows or documents `--show-batch` shows."""
 
 
 @dataclass
@@ -56,6 +54,7 @@ class RunResult:
     adapter_bytes: int
     loss: str = ""
     pushed: str = ""
+    task: Task | None = None
 
 
 def finetune(
@@ -103,7 +102,7 @@ def finetune(
         trainer.create_model_card(**card)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
-    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed)
+    return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed, data.task)
 
 
 def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
@@ -142,93 +141,54 @@ def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], obj
     set_warmup(trainer.args, steps, parsed.given)
     for watch in (LossRise(), Slowdown()):
         trainer.add_callback(watch)
+    if trainer.callback_handler.pop_callback(ProgressCallback) is not None:  # none without a progress bar
+        trainer.add_callback(Progress(*_size(data)))
     if trainer.is_world_process_zero():
-        lines = start_lines(trainer.model, trainer.accelerator, parsed.training.optim) if report is not None else []
-        lines += [adapter_table(trainer.model)] if parsed.run.verbose else []
-        lines += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+        model = adapted_part(trainer.model)
+        lines = [summary_line(model, data, steps)]
+        if report is not None:  # the trainer logs them too
+            start = start_lines(model, trainer.accelerator, parsed.training.optim)
+            lines += start if parsed.run.verbose else start[-1:]
+        lines += [adapter_table(model)] if parsed.run.verbose else []
         lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))
-        (report or logger.info)("\n".join([*data.lines, *lines]))  # the trainer logs the other lines
+        (report or logger.info)("\n".join([*data.lines, *lines]))
+
+
+def summary_line(model: Any, data: Data, steps: int | None) -> str:
+    """What a run trains in one line: the data, the adapter, and the steps."""
+    trained, total = trainable_parameters(model)
+    state = require_state(model, "train")
+    name = next(iter(state.activity.active))
+    record = state.adapters[name]
+    layers = sum(name in layer._lora.names for layer in adapter_layers(model).values())
+    method = {"lora": "LoRA", "dora": "DoRA"}.get(record.config.method, record.config.method)
+    adapter = f"{method} r={record.config.r} on {layers} layer{'s' * (layers != 1)}"
+    adapter += f" and {', '.join(record.heads)}" if record.heads else ""
+    rows = f"{len(data.rows['train']):,} rows"
+    parts = [f"{data.kind}, {rows}" if data.kind else rows]
+    parts.append(f"{adapter}, {trained:,} trained ({100 * trained / max(1, total):.2g}%)")
+    parts += [f"{steps:,} step{'s' * (steps > 1)}"] if steps is not None else []
+    return " · ".join(parts)
+
+
+def _size(data: Data) -> tuple[int, str]:
+    """What an epoch holds, and its unit, for the speed."""
+    rows = data.rows["train"]
+    if "input_ids" not in rows[0]:
+        return len(rows), "rows"
+    ids = rows["input_ids"] if data.length else [row["input_ids"] for row in rows]
+    return sum(map(len, ids)), "tokens"
 
 
 def first_batch(parsed: Parsed) -> str:
-    """The first training batch of a causal language model as text that shows which tokens are trained."""
+    """The first rows of the training as text that shows what is trained."""
     data = read_data(parsed, writes=False)
     if data.task.name != CAUSAL_LM:
-        raise ConfigError("--show-batch is for language models; a classifier is trained on each row's label.")
+        set_seed(parsed.training.seed)  # for random masks
+        return "\n".join([*data.lines, data.task.show(data, SHOWN)])
     trainer = build_trainer(parsed, data)
     batch = next(iter(trainer.get_train_dataloader()))
-    return "\n".join([*data.lines, show_batch(trainer.processing_class, batch)])
-
-
-def build_trainer(parsed: Parsed, data: Data) -> Any:
-    """The Trainer of a run, with the model and its adapter."""
-    builders = {CAUSAL_LM: _language_model, **dict.fromkeys(PREFERENCES, _preference)}
-    trainer = builders.get(data.task.name, _model)(parsed, data)
-    if data.trained is not None:
-        set_trained_format(trainer._bare_model, data.trained)
-    return trainer
-
-
-def _model(parsed: Parsed, data: Data) -> Any:
-    """The Trainer of every task but causal language modeling."""
-    from .trainer import LoraTrainer
-
-    training, task = parsed.training, data.task
-    model = _with_head(parsed, data)
-    training.label_names = list(task.targets)
-    return LoraTrainer(model, training, task.collator(data), **_common(data))
-
-
-def _with_head(parsed: Parsed, data: Data) -> Any:
-    """The base model with a head for the task."""
-    training, task = parsed.training, data.task
-    # A head for another task is replaced.
-    options = {**task.settings(data), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with held_load_report() as release:
-        model, found = _load(parsed, data, options)
-        heads = find_heads(model)
-        if any(holder(key, heads) is None for key in found["missing_keys"]):
-            release()  # a new head is not missing; the adapter's line names it
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
-    if training.lora_modules_to_save is None and (head := _whole(parsed, task, model)):
-        training.lora_modules_to_save = head  # its labels may be others, although it has this number
-    return model
-
-
-def _language_model(parsed: Parsed, data: Data) -> Any:
-    from .sft import LoraSFTConfig, LoraSFTTrainer
-
-    run, training = parsed.run, parsed.training
-    return LoraSFTTrainer(
-        _load(parsed, data, {}),
-        LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
-        **_common(data),
-    )
-
-
-def _preference(parsed: Parsed, data: Data) -> Any:
-    """TRL's Trainer of a task on preferences."""
-    from . import preference
-
-    run, training, task = parsed.run, parsed.training, data.task
-    assert isinstance(task, Preference)
-    model = _with_head(parsed, data) if task.has_head else _load(parsed, data, {})
-    config, trainer = (getattr(preference, f"Lora{task.trainer}{kind}") for kind in ("Config", "Trainer"))
-    more: dict[str, Any] = {"beta": run.beta} if run.beta is not None else {}
-    order = config.__dataclass_fields__["train_sampling_strategy"].default
-    if order == "sequential" and "train_sampling_strategy" not in parsed.given:  # KTO compares neighbors of a batch
-        more["train_sampling_strategy"] = order
-        data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
-    return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
-
-
-def _common(data: Data) -> dict[str, Any]:
-    """Arguments that both Trainers take."""
-    split = "eval" if "eval" in data.rows else "test"
-    compute_metrics = data.task.compute_metrics(data, split) if split in data.rows else None
-    return {"train_dataset": data.rows["train"], "eval_dataset": data.rows.get(split),
-            "processing_class": data.processor, "compute_metrics": compute_metrics}  # fmt: skip
+    return "\n".join([*data.lines, show_batch(trainer.processing_class, batch, SHOWN)])
 
 
 def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | None]:
@@ -240,27 +200,3 @@ def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | No
     if file:
         return {"dataset": Path(file).name}
     return {"dataset": run.dataset, "dataset_tags": run.dataset, "dataset_args": split} if run.dataset else {}
-
-
-def _load(parsed: Parsed, data: Data, options: dict[str, Any]) -> Any:
-    """The base model of a run, with the random weights of a new head by the seed."""
-    run, name = parsed.run, str(parsed.run.model)
-    own = {"revision": run.model_revision, **({"dtype": run.dtype} if run.dtype else {}), **options}
-
-    def load(more: dict[str, Any]) -> Any:
-        set_seed(parsed.training.seed)
-        auto_class = getattr(transformers, data.task.auto_class)
-        return load_base(auto_class.from_pretrained, name, name, **{**own, **more})
-
-    if bits_of(run) is None:
-        return load({})
-    return load_quantized(load, run, data.config, parsed.training.device, functools.partial(_whole, parsed, data.task))
-
-
-def _whole(parsed: Parsed, task: Task, model: nn.Module) -> list[str]:
-    """The modules of a base that are trained whole: those that the user named, else a head that the checkpoint has."""
-    named = parsed.training.lora_config().modules_to_save
-    if named is not None:
-        hits = matcher(named)
-        return [name for name, _ in model.named_modules() if hits(name)]
-    return outside_backbone(model) if task.has_head and not find_heads(model) else []

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_lora import ConfigError, LoraModel, finetune
 from hf_lora.train.parsing import DEFAULTS, PACKED, TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
+from hf_lora.train.watch import progress
 
 run = functools.partial(run_command, "train")
 
@@ -34,7 +36,7 @@ def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path:
     assert re.search(r"query +32 -> 32 +4 +8 +256\n", result.output)
     assert f"Use it with: hf-lora eval {tmp_path / 'out'} --file FILE\n" in result.output
     assert "MISSING" not in result.output
-    assert re.search(r"eval_accuracy: (\S+)\n(.*\n)*test_accuracy: \1\n", result.output)
+    assert re.search(r"\n {8,}eval +test\n(.*\n)*accuracy +(\S+) +\2\n", result.output)
     assert (tmp_path / "out" / "eval_results.json").is_file()
     model = LoraModel.from_pretrained(tmp_path / "out")
     assert model.config.id2label == {0: "no", 1: "yes"}
@@ -58,7 +60,12 @@ def test_the_function_behind_the_command(
     assert result.output_dir == tmp_path / "out"
     assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].r == 3
     [block] = said  # once, before the first step
-    for part in ("text-classification from the columns", "trainable params", "'default': r=3", "precision: "):
+    for part in (
+        "text-classification from the columns",
+        "2 labels, 24 rows · LoRA r=3 on 4 layers",
+        " trained (",
+        "%) · 1 step\n",
+    ):
         assert part in block
     assert "trainable" not in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"finetune\(…\):\n  - lora_rank is not an argument"):
@@ -99,8 +106,7 @@ def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp
     )  # fmt: skip
     assert "prompt+completion: 24 pairs from 'prompt' and 'completion', without a chat template" in result.output
     assert "loss: over the frozen lm_head" in result.output
-    assert "test_perplexity" in result.output
-    assert "test_accuracy" in result.output
+    assert re.search(r"\n +test\n(.*\n)*accuracy +\S+\nperplexity +\S+\n", result.output)
     with torch.no_grad():
         assert LoraModel.from_pretrained(tmp_path)(torch.tensor([[3, 4]])).logits.shape[:2] == (1, 2)
 
@@ -251,3 +257,43 @@ def test_the_listed_defaults_are_those_of_a_run(
 def _of_tasks(part: str) -> list[tuple[str, str]]:
     value, _, tasks = part.partition(" for ")
     return [(value, task) for task in tasks.split(", ")]
+
+
+def test_the_progress_bar_has_the_loss_and_the_speed(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    """The speed is that of the tokens of the rows: all of them in each epoch."""
+    rows = texts_folder / "rows.csv"
+    words = (
+        "--model",
+        bert_folder,
+        "--train-file",
+        rows,
+        "--output-dir",
+        tmp_path,
+        "--use-cpu",
+        "--save-strategy",
+        "no",
+    )
+    bar = run(*words, "--num-train-epochs", 2, "--per-device-train-batch-size", 8).stderr
+    assert re.findall(r"6/6 \[.*, loss 0\.\d+, [\d,]+ tokens/s\]", bar.replace("\r", "\n"))
+    assert (
+        "loss"
+        not in run(
+            *words, "--overwrite", "--max-steps", 2, "--disable-tqdm", "true", "--logging-strategy", "no"
+        ).stderr
+    )
+
+
+def test_the_speed_is_counted_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, state = progress.Progress(1000, "tokens"), SimpleNamespace(
+        is_world_process_zero=True, global_step=0, max_steps=10, epoch=1.0
+    )  # fmt: skip
+    now = [5.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    watch.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    shown: list[str] = []
+    monkeypatch.setattr(watch.training_bar, "set_postfix_str", shown.append)
+    for step in range(1, 11):
+        now[0], state.global_step, state.epoch = 5.0 + step / 4, step, 1.0 + step / 5
+        watch.before_step(None, None, torch.tensor(step / 100), step)  # type: ignore[arg-type]
+        watch.on_step_end(None, state, None)  # type: ignore[arg-type]
+    assert shown == [f"loss {step / 100:.3g}, 800 tokens/s" for step in (1, 3, 5, 7, 9, 10)]

@@ -8,6 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from helpers import assert_near, batch_for, randomize, tiny_bert, tiny_gpt2, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,10 +19,12 @@ from hf_lora import (
     LoraConfig,
     LoraModel,
     MergeError,
+    StateError,
     TargetError,
     apply_lora,
     merge_files,
 )
+from hf_lora.adapt.walk import adapter_layers
 from hf_lora.files.format import WEIGHTS_NAME
 
 
@@ -145,3 +148,69 @@ def test_pefts_copy_of_a_head_whose_initialization_reduced_it_is_not_compared(in
     assert any("lm_head.base_layer" in key for key in load_file(tmp_path / "adapter" / WEIGHTS_NAME))
     loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base")
     assert_near(logits(loaded), logits(theirs), torch.float32, 256)
+
+
+def test_adapters_that_take_turns_on_one_base_in_memory(tmp_path: Path) -> None:
+    """Each computes what it does on a base of its own, and what one leaves behind does not reach the next."""
+    kinds: dict[str, dict[str, Any]] = {
+        "factors": {"target_modules": ["q_proj"]},
+        "a head": {"target_modules": ["v_proj"], "modules_to_save": ["lm_head"]},
+        "an embedding": {"target_modules": ["embed_tokens"], "r": 2},
+    }
+    for name, config in kinds.items():
+        randomize(apply_lora(tiny_llama(), LoraConfig(**config))).save_pretrained(tmp_path / name)
+    alone = {name: logits(LoraModel.from_pretrained(tmp_path / name, base_model=tiny_llama())) for name in kinds}
+    base = tiny_llama()
+    plain = logits(base)
+    for name in (*kinds, *reversed(kinds)):
+        model = LoraModel.from_pretrained(tmp_path / name, base_model=base)
+        assert torch.equal(logits(model), alone[name])
+        with pytest.raises(StateError, match=r"unload\(\) first"):
+            LoraModel.from_pretrained(tmp_path / name, base_model=base)
+        base = model.unload()
+        assert torch.equal(logits(base), plain)
+
+
+def test_a_target_whose_factors_the_file_lacks(tmp_path: Path) -> None:
+    """Some tools name the output layer in the configuration and write full names with a rank for each."""
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.embed_tokens", "lm_head"]
+    ranks = dict(zip(names, (2, 3, 4, 5), strict=True))
+    theirs = peft.get_peft_model(
+        tiny_llama(),
+        peft.LoraConfig(
+            r=8, target_modules=names, rank_pattern=ranks, alpha_pattern=dict(ranks), init_lora_weights=False
+        ),
+    )
+    theirs.save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
+    assert_near(logits(loaded), logits(theirs), torch.float32, 64)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    kept = {key: tensor for key, tensor in tensors.items() if "lm_head.lora_B" not in key}
+    save_file(kept, tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})
+    with pytest.raises(AdapterFileError, match=r"missing: \S*lm_head\.lora_B"):
+        LoraModel.from_pretrained(tmp_path, base_model=tiny_llama())
+
+
+def test_a_model_of_two_kinds_of_attention(tmp_path: Path) -> None:
+    """Linear and full attention by turns, with twelve names of layers, loaded and merged in both ways."""
+    kind = transformers.Qwen3_5ForCausalLM
+    torch.manual_seed(0)
+    config = transformers.Qwen3_5TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    kind(config).save_pretrained(tmp_path / "base")
+    names = (
+        "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj in_proj_qkv in_proj_z in_proj_a in_proj_b out_proj"
+    )
+    settings = peft.LoraConfig(r=4, target_modules=names.split(), init_lora_weights=False)
+    theirs = peft.get_peft_model(kind.from_pretrained(tmp_path / "base"), settings)
+    theirs.save_pretrained(tmp_path / "adapter")
+    y = logits(theirs)
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base")
+    assert {layer.rpartition(".")[2] for layer in adapter_layers(loaded)} == {*names.split()}
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    assert_near(logits(loaded), y, torch.float32, 64)
+    assert_near(logits(loaded.merge_and_unload()), y, torch.float32, 512)
+    assert_near(logits(kind.from_pretrained(tmp_path / "merged")), y, torch.float32, 512)

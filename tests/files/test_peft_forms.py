@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from helpers import assert_near, batch_for, randomize, relative_error, tiny_llama, tiny_t5
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_lora import (
     AdapterFileError,
@@ -21,11 +23,14 @@ from hf_lora import (
     LoraConfig,
     LoraModel,
     MergeError,
+    StateError,
     TargetError,
     apply_lora,
+    merge_files,
 )
 from hf_lora.files.format import CONFIG_NAME, WEIGHTS_NAME
 
+ENDS = ["model.embed_tokens", "lm_head"]
 Edit = Callable[[str, Tensor], tuple[str, Tensor]]
 ROWS = "token_adapter.trainable_tokens_delta"
 
@@ -284,13 +289,13 @@ TYING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("case", TYING)
 def test_tying_that_is_ensured(case: str, is_tied: bool, tmp_path: Path) -> None:
-    """Files hold the values of each module, so they are read as they are. Training them as one is not supported."""
+    """Factors of tied modules are in the file for each of them, and are read so. Training them as one is refused."""
     make = tied if is_tied else tiny_llama
     settings = {"target_modules": ["q_proj"], **TYING[case]}
     write(tmp_path / "theirs", make(), ensure_weight_tying=True, **settings)
     model = assert_read_alike(tmp_path / "theirs", make, tmp_path / "ours")
     config = LoraConfig(r=4, ensure_weight_tying=True, **settings)
-    if is_tied and not case.startswith(("nothing", "rows")):
+    if is_tied and case.startswith("factors"):
         assert not model.lora_configs["default"].ensure_weight_tying, "they are apart here"
         with pytest.raises(AdapterFileError, match="trained as one, which is not supported"):
             LoraModel.from_pretrained(tmp_path / "theirs", base_model=make(), is_trainable=True)
@@ -300,6 +305,69 @@ def test_tying_that_is_ensured(case: str, is_tied: bool, tmp_path: Path) -> None
     else:
         LoraModel.from_pretrained(tmp_path / "theirs", base_model=make(), is_trainable=True)
     apply_lora(make(), config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+def test_copies_of_tied_modules_are_trained_as_one(whole: list[str], dtype: torch.dtype, tmp_path: Path) -> None:
+    """The gradient is that of the tied weight of a plain model, and every verb keeps one weight."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=whole, ensure_weight_tying=True)
+    tied().to(dtype).save_pretrained(tmp_path / "base")
+
+    def base() -> Any:
+        return type(tied()).from_pretrained(tmp_path / "base", dtype=dtype)
+
+    model: Any = apply_lora(base(), config)
+    assert list(model._hf_lora.adapters["default"].heads) in (ENDS, ENDS[::-1])
+
+    def weights(one: Any) -> list[nn.Parameter]:
+        return [one.get_submodule(end).copies["default"].weight for end in ENDS]
+
+    moved = copy.deepcopy(model).to(torch.float16).to(dtype)
+    for one in (model, moved, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert weights(one)[0] is weights(one)[1]
+        assert weights(one)[0].dtype == torch.float32
+    batch = batch_for(model)
+    if dtype == torch.float32:
+        plain = tied()
+        plain(**batch).loss.backward()
+        model(**batch).loss.backward()
+        assert_near(weights(model)[0].grad, plain.lm_head.weight.grad, torch.float32, 64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(**batch).loss.backward()
+        optimizer.step()
+    before = logits(model)
+    model.save_pretrained(tmp_path / "adapter")
+    again = LoraModel.from_pretrained(tmp_path / "adapter", is_trainable=True, dtype=dtype)
+    assert weights(again)[0] is weights(again)[1]
+    assert torch.equal(logits(again), before)
+    assert_near(logits(peft.PeftModel.from_pretrained(base(), tmp_path / "adapter")), before, dtype, 64)
+    with pytest.raises(StateError, match="its copy and that of another module have one weight"):
+        model.resize_token_embeddings(70)
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    files = type(tied()).from_pretrained(tmp_path / "merged", dtype=dtype)
+    merged = again.merge_and_unload()
+    for found in (files, merged):
+        assert found.lm_head.weight is found.model.embed_tokens.weight
+        assert found.config.tie_word_embeddings
+        assert_near(logits(found), before, dtype, 64)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model.unload()), logits(base()))
+
+
+def test_copies_are_not_tied_to_an_embedding_that_nothing_calls() -> None:
+    """Neither does PEFT, whose model cannot run then."""
+    config = LoraConfig(r=4, target_modules=["q"], modules_to_save=["lm_head"], ensure_weight_tying=True)
+    with pytest.raises(TargetError, match="lm_head would be trained apart from the modules with the same weight"):
+        apply_lora(tiny_t5(tie_word_embeddings=True), config)
+
+
+def test_copies_of_tied_modules_that_differ_in_the_file(tmp_path: Path) -> None:
+    write(tmp_path, tied(), modules_to_save=["lm_head"], ensure_weight_tying=True)
+    edit_tensors(tmp_path, lambda k, t: (k, t + 1 if "lm_head" in k else t))
+    with pytest.raises(AdapterFileError, match="are one weight in the model, but differ in the file"):
+        LoraModel.from_pretrained(tmp_path, base_model=tied())
 
 
 @pytest.mark.parametrize("init", ["olora", "pissa"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_the_command_trains_on_preferences(
     run_command(
         "train", "--model", base, "--train-file", rows, "--test-file", rows, "--output-dir", out, *named, *FAST
     )
+    shown = run_command("train", "--model", base, "--train-file", rows, "--show-batch", *named, *FAST).stdout
+    assert "row 3: " in shown
+    assert "was it good" in shown
     results = json.loads((out / "test_results.json").read_text())
     assert results[f"test_{metric}"] > 0
     state = json.loads((out / "trainer_state.json").read_text())
@@ -131,6 +135,17 @@ def test_the_command_trains_on_preferences(
     if task != "reward":  # the model answers prompts as it was trained
         answer = run_command("generate", out, "--prompt", "was it good", "--max-new-tokens", "3").stdout
         assert answer.strip()
+
+
+def test_rows_are_shown_and_there_is_no_forecast(base: str, files: Path, tmp_path: Path) -> None:
+    words = ("--model", base, "--train-file", files / "pairs.jsonl", "--output-dir", tmp_path / "out")
+    shown = run_command("train", *words, "--show-batch").stdout
+    assert shown.count("chosen: ⟦") == 3
+    assert "rejected: [" in shown
+    error = run_command("train", *words, "--dry-run", code=2).stderr
+    command = shlex.split(error.partition("Omit --dry-run; ")[2].partition(" lists")[0])
+    assert command == ["hf-lora", "targets", base, "--task", "dpo"]
+    assert "layers" in run_command(*command[1:]).stdout
 
 
 @pytest.mark.parametrize(
@@ -148,7 +163,7 @@ def test_mistakes_are_one_message_before_the_model_is_loaded(
     words: list[str], message: str, base: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
-    monkeypatch.setattr("hf_lora.train.run.load_base", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_lora.train.build.load_base", lambda *args, **options: pytest.fail("loaded"))
     result = run_command("train", "--model", base, "--output-dir", tmp_path / "out", *words, code=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr

@@ -366,6 +366,9 @@ def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
 def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> None:
     run = run_of(task)
     assert run.said.startswith(f"{task} from the columns ")
+    assert re.search(
+        r"(24|\d\d|18) rows · LoRA r=8 on \d+ layers?( and .*)?, [\d,]+ trained \(\S+%\) · \d+ steps", run.said
+    )
     assert "24 train, 24 test" in run.said or "18 train, 18 test" in run.said
     names = set(TASKS[task].metrics)
     assert names <= run.trained.keys()
@@ -373,6 +376,25 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     format_ = json.loads((run.out / "hf_lora.json").read_text())["training_format"]
     assert format_["kind"] in TASKS[task].kinds
     assert TASK_DEFAULTS.keys() > TASKS.keys()
+
+
+SHOWN = {
+    "token-classification": r"row 1: \[CLS\] \w+⟦(O|[BI]-\w+)⟧ (##\w+ )?.*\[SEP\]\n",
+    "question-answering": r"row 1: ⟦?\[CLS\].*\?.*\[SEP\]\n",
+    "seq2seq-lm": r"row 1: \w.*</s> → ⟦\w.*</s>⟧\n",
+    "multi-label-classification": r"row 1: \[CLS\].*\[SEP\] → ⟦(\w|, )*⟧\n",
+    "masked-lm": r"row 1: \[CLS\](.*\n)*.*\S⟦\S+⟧",
+    "image-classification": r"row 1: 3 × 16 × 16 numbers → ⟦bright⟧\n",
+}
+
+
+@pytest.mark.parametrize("task", FILES)
+def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    words = (*run_of(task).words, "--output-dir", tmp_path / "out", "--use-cpu")
+    said = run_command("train", *words, "--show-batch").stdout
+    assert re.search(SHOWN[task], said), said
+    assert [line[:6] for line in said.splitlines()[-3:]] == ["row 1:", "row 2:", "row 3:"]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("task", FILES)

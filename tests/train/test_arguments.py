@@ -120,6 +120,13 @@ def test_every_fault_is_listed() -> None:
         assert part in text, part
 
 
+def test_an_alpha_that_trains_nothing_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"lora_alpha=0 must be positive"):
+        LoraTrainingArguments(output_dir="out", use_cpu=True, lora_alpha=0)
+    with pytest.raises(ConfigError, match=r"lora_alpha_pattern\['q_proj'\]=-1 must be positive"):
+        LoraTrainingArguments(output_dir="out", use_cpu=True, lora_alpha_pattern='{"q_proj": -1}')
+
+
 def test_round_trip_through_training_args(tmp_path: Path) -> None:
     before = parse(LoraTrainingArguments, *FLAGS)
     torch.save(before, tmp_path / "training_args.bin")

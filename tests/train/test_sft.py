@@ -238,6 +238,19 @@ def test_the_assistant_alone_is_learned_by_default(tokenizer: Any, chats: Any, t
         sft(llama(), tokenizer, silent, tmp_path)
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_end_of_an_answer_is_learned_where_rows_are_filled_up_with_it(
+    packing: bool, chats: Any, tmp_path: Path
+) -> None:
+    """`pad_token = eos_token`: what is filled up must not be found by its token."""
+    tokenizer = byte_tokenizer(PLAIN["chatml"])
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
+    trainer = sft(llama(), tokenizer, chats, tmp_path, packing=packing, per_device_train_batch_size=3)
+    labels = [batch["labels"] for batch in trainer.get_train_dataloader()]
+    assert sum(int((each == end).sum()) for each in labels) == len(chats)
+
+
 def test_texts_are_prepared_by_trl(tokenizer: Any, tmp_path: Path) -> None:
     data = datasets.Dataset.from_dict({"prompt": ["abc", "d"], "completion": ["ef", "g"]})
     trainer = sft(llama(), tokenizer, data, tmp_path, packing=False)

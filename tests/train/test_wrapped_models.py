@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same_tensors, snapshot
-from tiny import tiny_bert
+from tiny import OTHERS, TEXTS, bert_of_texts, tiny_bert
 from torch import Tensor, nn
 from transformers import BertForSequenceClassification, Trainer
 
@@ -116,26 +116,9 @@ def test_wrappers_of_torch_are_refused_as_before(base: Path, arguments: Callable
                 PlainLoraTrainer(wrap(model), arguments(), train_dataset=ROWS)
 
 
-TEXTS = ["a man plays guitar", "the cat sits on mat", "dog runs in park", "sun is hot"] * 2
-OTHERS = ["a woman plays guitar", "the dog sits on mat", "cat runs in park", "moon is cold"] * 2
-
-
 @pytest.fixture(scope="module")
 def texts_base(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("texts") / "bert"
-    folder.mkdir()
-    words = dict.fromkeys(" ".join(TEXTS + OTHERS).split())
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
-    )
-    BertModel(config).save_pretrained(folder)
-    return str(folder)
+    return bert_of_texts(tmp_path_factory.mktemp("texts") / "bert")
 
 
 @pytest.mark.slow

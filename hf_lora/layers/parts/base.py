@@ -67,6 +67,8 @@ class Part(ABC):
     """Whether its tensors replace whole tensors of the base, rather than being added to them."""
     whole_module = False
     """Whether it is a module trained whole, such as a task head."""
+    is_tied = False
+    """Whether it holds a weight that another part at another module holds too."""
     keys: Sequence[str] = ()
     """Names of its tensors in files, relative to the module's path, unless a shape or method declares them."""
 

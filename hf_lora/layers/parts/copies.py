@@ -47,6 +47,13 @@ class Copy(Part):
     def folds(self, others: Sequence[Part]) -> Iterator[Fold]:
         return iter(())
 
+    @property
+    def is_tied(self) -> bool:  # type: ignore[override]
+        return self.adapter in self.module.tied
+
+    def refuse_resizing(self) -> str | None:
+        return "its copy and that of another module have one weight" if self.is_tied else None
+
     def fit(self) -> None:
         fit_module(self._copy, self.module.base_layer)
 

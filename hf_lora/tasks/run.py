@@ -10,10 +10,10 @@ from typing import Any, Unpack
 from ..data.prompts import AnswerFile
 from ..data.tables import read_table
 from ..errors import ConfigError, StateError
+from ..evaluation.result import Evaluation
 from ..generate.loading import Loading, loaded, recorded_format
-from ..tasks.base import Asked, Given, Options
-from ..tasks.registry import task_of_model
-from .result import Evaluation
+from .base import Asked, Given, Options
+from .registry import task_of_model
 
 
 def evaluate(
