@@ -196,7 +196,7 @@ def test_an_initialization_that_looks_at_batches_wants_some() -> None:
     model = net()
     before = snapshot(model)
     for init in ("directions", "downhill"):
-        with pytest.raises(ConfigError, match=r"Pass batches="):
+        with pytest.raises(ConfigError, match=r"Call apply_lora\(model, config, name, batches=\[…\]\)"):
             inject(model, LoraConfig(target_modules=LAYERS, init_lora_weights=init))
     assert_same_tensors(snapshot(model), before)
     assert all(p.requires_grad for p in model.parameters())

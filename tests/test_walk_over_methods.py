@@ -18,7 +18,7 @@ import torch
 from helpers import assert_same_tensors, relative_error, snapshot, tiny_llama
 from torch import Tensor, nn
 
-from hf_lora import LoraConfig, LoraModel, apply_lora, share_inputs
+from hf_lora import LoraConfig, LoraModel, TargetError, apply_lora, share_inputs
 from hf_lora.errors import LoraError
 from hf_lora.files.save import save_adapter
 
@@ -36,7 +36,14 @@ CONFIGS: list[dict[str, Any]] = [
     dict(trainable_token_indices=[3, 9]),
     dict(trainable_token_indices=[4, 5, 60], target_modules=["embed_tokens", "q_proj"]),
     dict(trainable_token_indices={"lm_head": [7]}, target_modules=["lm_head"]),
+    dict(init_lora_weights="mica", target_modules=["embed_tokens", "down_proj"]),
+    dict(init_lora_weights="eva", eva_config={"use_label_mask": False}, exclude_modules=["o_proj"]),
+    dict(init_lora_weights="corda", target_modules=["q_proj", "v_proj"]),
+    dict(init_lora_weights="lora_ga", use_dora=True, target_modules=["q_proj", "lm_head"]),
+    dict(alora_invocation_tokens=[9, 3]),
 ]
+BATCHES = [dict(input_ids=ids[None], labels=ids[None]) for ids in torch.arange(1, 49).view(3, 16)]
+"""For initializations that look at some."""
 
 
 class Walk:
@@ -47,7 +54,11 @@ class Walk:
         self.tied = self.random.random() < 0.5
         torch.manual_seed(seed)
         self.base = tiny_llama(tied=self.tied, attention_bias=True)
-        self.model = apply_lora(copy.deepcopy(self.base), self.config(), "first").eval()
+        self.model = copy.deepcopy(self.base)
+        try:
+            apply_lora(self.model, self.config(), "first", batches=BATCHES).eval()
+        except TargetError:  # rows and factors of one tied weight
+            apply_lora(self.model, LoraConfig(r=4), "first").eval()
         self.train()
 
     def config(self) -> LoraConfig:
@@ -74,7 +85,7 @@ class Walk:
 
     def add(self) -> None:
         self.count += 1
-        self.model.add_adapter(f"more{self.count}", self.config())
+        apply_lora(self.model, self.config(), f"more{self.count}", batches=BATCHES)
         self.model.eval()
 
     def switch(self) -> None:

@@ -97,8 +97,9 @@ def collect(
     first = next(batches, None)
     if first is None:
         raise ConfigError(
-            f"{call}: the initialization {type(init).__name__} needs {init.needs}. Pass batches=[…], such as a few "
-            "batches of the training data, or use LoraTrainer, which takes them from its data."
+            f"{call}: the initialization {type(init).__name__} needs {init.needs}. Call apply_lora(model, config, "
+            "name, batches=[…]) with a few batches of the training data, or pass the configuration to LoraTrainer, "
+            "which takes them from its data."
         )
     calls = {target.name: _call(target) for target in targets}
     weights = {name: found.layer.weight for name, found in calls.items()}

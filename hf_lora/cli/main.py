@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..data.tables import is_unicode
 from ..errors import LoraError
 from ..versions import check_versions
 from . import env, files, generate, hub, init, targets, train
@@ -26,6 +27,16 @@ INTERRUPTED = 130
 
 class _Commands(TyperGroup):
     """Prints an error in a few lines; a traceback only with `--debug`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        wrong = [word for word in args if not is_unicode(word)]
+        if wrong:
+            shown = ", ".join(map(repr, wrong[:5]))
+            typer.echo(
+                f"Error: {shown} is not valid UTF-8. Type it again, or set the encoding of the terminal.", err=True
+            )
+            raise typer.Exit(2)
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -61,6 +61,9 @@ class Embedding(Task):
         data.lines = [f"{self.name}: {what} from {', '.join(map(repr, columns))}: {counts(data.rows)}"]
         return data
 
+    def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
+        return "\n  ".join(f"{name}: {cell}" for name, cell in row.items())
+
     def compute_metrics(self, data: Data, split: str) -> Any:
         return None
 

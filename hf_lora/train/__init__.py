@@ -5,7 +5,7 @@ In: a model and rows. Out: an adapter, and checkpoints that contain only the ada
 - `trainer`: `LoraTrainer` and the mixin for any Trainer; `sft` and `preference` for TRL's, with `reference`;
   `embedding` for those of sentence-transformers.
 - `arguments`, `parsing`: command-line flags and YAML.
-- `run`: from text files to a saved adapter; runs `hf-lora train`. `rows`: what the adapter records about its rows.
+- `run`: from text files to a saved adapter; runs `hf-lora train`. `build`: its trainer.
 - `check`, `base_model`, `output`: what a run checks before it loads the model; `schedule`: its steps and warm-up.
 - `run_data`, `forecast`, `template`: its rows; what it would train and need, without weights; its options as YAML.
 - `new_tokens`: rows for tokens that were added to the tokenizer.

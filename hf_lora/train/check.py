@@ -142,6 +142,11 @@ def _check_values(parsed: Parsed, faults: Faults) -> None:
     backends, backend = [entry.value.lower() for entry in DynamoBackend], training.torch_compile_backend
     if backend is not None and backend.lower() not in backends:
         faults.add(f"--torch-compile-backend {backend} is unknown{nearest(backend, backends)}")
+    if training.torch_compile_mode is not None:
+        try:
+            torch.compile(torch.nn.Identity(), mode=training.torch_compile_mode)
+        except RuntimeError as error:
+            faults.add(f"--torch-compile-mode {training.torch_compile_mode}: {str(error).splitlines()[0]}")
     known_loggers = get_available_reporting_integrations()
     for name in training.report_to or ():
         if name not in known_loggers:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import time
@@ -11,29 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
-from torch import nn
 from transformers import ProgressCallback, set_seed
 from transformers.utils import logging
 
-from ..adapt.heads import find_heads, outside_backbone
 from ..adapt.inner import adapted_part
-from ..adapt.match import holder, matcher
 from ..adapt.report import adapter_table, trainable_parameters
-from ..adapt.state import require_state, set_trained_format
+from ..adapt.state import require_state
 from ..adapt.walk import adapter_layers
-from ..compat import held_load_report
 from ..data.chat import show_batch
 from ..errors import HubError
 from ..tasks.base import Asked, Data, Task
-from ..tasks.embedding import is_scored
 from ..tasks.preference import Preference
-from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES
-from .base_model import load_base
+from ..tasks.registry import CAUSAL_LM
+from .build import build_trainer
 from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
-from .quantize import bits_of, load_quantized
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .start import start_lines
@@ -199,102 +191,6 @@ def first_batch(parsed: Parsed) -> str:
     return "\n".join([*data.lines, show_batch(trainer.processing_class, batch, SHOWN)])
 
 
-def build_trainer(parsed: Parsed, data: Data) -> Any:
-    """The Trainer of a run, with the model and its adapter."""
-    builders = {CAUSAL_LM: _language_model, EMBEDDING: _embedding, **dict.fromkeys(PREFERENCES, _preference)}
-    trainer = builders.get(data.task.name, _model)(parsed, data)
-    if data.trained is not None:
-        set_trained_format(trainer._bare_model, data.trained)
-    return trainer
-
-
-def _model(parsed: Parsed, data: Data) -> Any:
-    """The Trainer of every task but causal language modeling."""
-    from .trainer import LoraTrainer
-
-    training, task = parsed.training, data.task
-    model = _with_head(parsed, data)
-    training.label_names = list(task.targets)
-    return LoraTrainer(model, training, task.collator(data), **_common(data))
-
-
-def _with_head(parsed: Parsed, data: Data) -> Any:
-    """The base model with a head for the task."""
-    training, task = parsed.training, data.task
-    # A head for another task is replaced.
-    options = {**task.settings(data), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    with held_load_report() as release:
-        model, found = _load(parsed, data, options)
-        heads = find_heads(model)
-        if any(holder(key, heads) is None for key in found["missing_keys"]):
-            release()  # a new head is not missing; the adapter's line names it
-    if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
-    if training.lora_modules_to_save is None and (head := _whole(parsed, task, model)):
-        training.lora_modules_to_save = head  # its labels may be others, although it has this number
-    return model
-
-
-def _language_model(parsed: Parsed, data: Data) -> Any:
-    from .sft import LoraSFTConfig, LoraSFTTrainer
-
-    run, training = parsed.run, parsed.training
-    return LoraSFTTrainer(
-        _load(parsed, data, {}),
-        LoraSFTConfig.of(training, packing=run.packing, max_length=data.length),
-        **_common(data),
-    )
-
-
-def _preference(parsed: Parsed, data: Data) -> Any:
-    """TRL's Trainer of a task on preferences."""
-    from . import preference
-
-    run, training, task = parsed.run, parsed.training, data.task
-    assert isinstance(task, Preference)
-    model = _with_head(parsed, data) if task.has_head else _load(parsed, data, {})
-    config, trainer = (getattr(preference, f"Lora{task.trainer}{kind}") for kind in ("Config", "Trainer"))
-    more: dict[str, Any] = {"beta": run.beta} if run.beta is not None else {}
-    order = config.__dataclass_fields__["train_sampling_strategy"].default
-    if order == "sequential" and "train_sampling_strategy" not in parsed.given:  # KTO compares neighbors of a batch
-        more["train_sampling_strategy"] = order
-        data.rows["train"] = data.rows["train"].shuffle(seed=training.seed)
-    return trainer(model, args=config.of(training, max_length=data.length, **more), **_common(data))
-
-
-def _embedding(parsed: Parsed, data: Data) -> Any:
-    """The Trainer of sentence-transformers."""
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer import losses
-
-    from . import embedding
-
-    run, training, rows = parsed.run, parsed.training, data.rows
-    set_seed(training.seed)
-    kwargs = {"dtype": run.dtype} if run.dtype else {}
-    options = {"revision": run.model_revision, "device": str(training.device), "model_kwargs": kwargs}
-    model = load_base(SentenceTransformer, str(run.model), str(run.model), **options)
-    model.max_seq_length = min(data.length, model.max_seq_length or data.length)
-    arguments = embedding.LoraSentenceTransformerTrainingArguments.of(training)
-    if is_scored(rows["train"]):
-        loss: nn.Module = losses.CoSENTLoss(model)  # which compares similarities of any scale
-    else:
-        loss = losses.MultipleNegativesRankingLoss(model)
-        arguments.batch_sampler = "no_duplicates"  # the other rows of a batch are the negatives
-    return embedding.LoraSentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=rows["train"], eval_dataset=rows.get("eval", rows.get("test")),
-        loss=loss,
-    )  # fmt: skip
-
-
-def _common(data: Data) -> dict[str, Any]:
-    """Arguments that both Trainers take."""
-    split = "eval" if "eval" in data.rows else "test"
-    compute_metrics = data.task.compute_metrics(data, split) if split in data.rows else None
-    return {"train_dataset": data.rows["train"], "eval_dataset": data.rows.get(split),
-            "processing_class": data.processor, "compute_metrics": compute_metrics}  # fmt: skip
-
-
 def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | None]:
     """Arguments of the card about the data; with two evaluations, their names stand for the data."""
     test = evaluated == ["test"]
@@ -304,27 +200,3 @@ def _data_of_card(run: RunArguments, evaluated: list[str]) -> dict[str, str | No
     if file:
         return {"dataset": Path(file).name}
     return {"dataset": run.dataset, "dataset_tags": run.dataset, "dataset_args": split} if run.dataset else {}
-
-
-def _load(parsed: Parsed, data: Data, options: dict[str, Any]) -> Any:
-    """The base model of a run, with the random weights of a new head by the seed."""
-    run, name = parsed.run, str(parsed.run.model)
-    own = {"revision": run.model_revision, **({"dtype": run.dtype} if run.dtype else {}), **options}
-
-    def load(more: dict[str, Any]) -> Any:
-        set_seed(parsed.training.seed)
-        auto_class = getattr(transformers, data.task.auto_class)
-        return load_base(auto_class.from_pretrained, name, name, **{**own, **more})
-
-    if bits_of(run) is None:
-        return load({})
-    return load_quantized(load, run, data.config, parsed.training.device, functools.partial(_whole, parsed, data.task))
-
-
-def _whole(parsed: Parsed, task: Task, model: nn.Module) -> list[str]:
-    """The modules of a base that are trained whole: those that the user named, else a head that the checkpoint has."""
-    named = parsed.training.lora_config().modules_to_save
-    if named is not None:
-        hits = matcher(named)
-        return [name for name, _ in model.named_modules() if hits(name)]
-    return outside_backbone(model) if task.has_head and not find_heads(model) else []

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -102,6 +103,7 @@ WRONG: list[tuple[str, str]] = [
     ),
     (MODEL + TO + "--learning-rate=-1e-3 --dtype int8", "--learning-rate -0.001 must be greater than 0|--dtype int8"),
     (MODEL + TO + "--optim nonsense", "nonsense"),
+    (MODEL + TO + "--torch-compile-mode fast", "--torch-compile-mode fast: Unrecognized mode=fast, should be one of"),
     (MODEL + TO + "--metric-for-best-model acuracy", "acuracy is not computed (did you mean 'accuracy'?)"),
     (MODEL + TO + "--lora-rank-pattern " + "[" * 5000, "--lora-rank-pattern '[[["),
     # The data.
@@ -136,7 +138,7 @@ def test_a_wrong_run_is_one_message_before_the_model_is_loaded(
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("hf_lora.train.run.load_base", loaded)
+    monkeypatch.setattr("hf_lora.train.build.load_base", loaded)
     before = {path: path.read_bytes() for path in Path(places["adapter"]).iterdir()}
     error = run(*shlex.split(words.format(**places)), "--use-cpu", code=2).stderr
     for part in message.format(**places).split("|"):
@@ -177,6 +179,15 @@ def test_a_wrong_call_of_another_command_is_one_message(
     assert message.format(**places) in error
     assert "Traceback" not in error
     assert not Path(places["dir"], "merged").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["generate", "x", "--prompt", "\udcff"], ["train", "--model=\udcff"], ["\udcff"], ["inspect", "a", "\udcff"]],
+)
+def test_bytes_that_are_not_text_are_one_message(words: list[str]) -> None:
+    error = run_command(*words, code=2).stderr
+    assert re.fullmatch(r"Error: '\S*\\udcff' is not valid UTF-8\. .*\n", error)
 
 
 def test_labels_with_signs_are_classes(places: dict[str, Any]) -> None:

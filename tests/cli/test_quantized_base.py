@@ -15,8 +15,8 @@ from helpers import run_command, tiny_bert, tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from hf_lora import LoraModel
+from hf_lora.train.build import build_trainer
 from hf_lora.train.parsing import parse_arguments
-from hf_lora.train.run import build_trainer
 from hf_lora.train.run_data import read_data
 
 pytest.importorskip("bitsandbytes")

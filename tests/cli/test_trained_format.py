@@ -29,8 +29,8 @@ from hf_lora.data.formats import recognize_format
 from hf_lora.data.tables import read_table
 from hf_lora.evaluation import language as evaluation
 from hf_lora.generate import texts
+from hf_lora.train.build import build_trainer
 from hf_lora.train.parsing import parse_arguments
-from hf_lora.train.run import build_trainer
 from hf_lora.train.run_data import read_data
 
 SYSTEM = {"role": "system", "content": "please red"}

@@ -13,7 +13,7 @@ from helpers import adapter_gradients, randomize, relative_error, snapshot, tiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_lora import ConfigError, LoraConfig, LoraModel, MergeError, StateError, TargetError, apply_lora
+from hf_lora import ConfigError, LoraConfig, LoraError, LoraModel, StateError, TargetError, apply_lora, merge_files
 from hf_lora.layers.calls import carried
 
 EPS = torch.finfo(torch.float32).eps
@@ -207,26 +207,53 @@ def test_inner_models_find_the_tokens_themselves() -> None:
         assert relative_error(last, model(IDS).logits[:, -2:]) < 32 * EPS
 
 
+def where_it_acts(model: Any, *args: Any, **kwargs: Any) -> list[bool]:
+    """On which tokens of the first row of a call."""
+    layer, seen = model.model.layers[0].mlp.down_proj, {}
+    hook = layer.register_forward_hook(lambda m, given, y: seen.update(x=given[0], y=y))
+    with torch.no_grad():
+        model(*args, **kwargs)
+        acts: Tensor = (seen["y"] - layer.product(seen["x"])).abs().amax(-1)[0] > 0
+    hook.remove()
+    return acts.tolist()
+
+
 def test_documents_of_a_row_have_invocations_of_their_own() -> None:
     """Of rows that hold several documents, as packing makes them; what lies across two of them is none."""
-    model = adapted(target_modules=["down_proj"])  # no attention from one document to another matters here
+    model = adapted(target_modules=["down_proj"])
     ids = torch.tensor([[11, 7, 8, 12, 7, 8, 13, 14, 7, 8]])
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4]])
-    seen = {}
-    layer = model.model.layers[0].mlp.down_proj
-    layer.register_forward_hook(lambda m, given, y: seen.update(x=given[0], y=y))
-    with torch.no_grad():
-        model(ids, position_ids=positions)
-        acts = (seen["y"] - layer.product(seen["x"])).abs().amax(-1)[0] > 0
-    assert acts.tolist() == [False, True, True, True, True, False, False, False, True, True]
+    acts = where_it_acts(model, ids, position_ids=positions)
+    assert acts == [False, True, True, True, True, False, False, False, True, True]
+    assert where_it_acts(model, ids) == [False] * 8 + [True] * 2
 
 
-def test_merging_is_refused_by_name_and_other_methods_beside_it() -> None:
+def test_a_further_turn_has_its_own_invocation() -> None:
+    """As in the prompt that ends with it: the last one counts."""
+    model = adapted(target_modules=["down_proj"])
+    turns = torch.tensor([[11, 7, 8, 12]]), torch.tensor([[13, 14]]), torch.tensor([[15, 7, 8, 16]])
+    cache, found = None, []
+    for turn in turns:
+        found.append(where_it_acts(model, turn, past_key_values=copy.deepcopy(cache), use_cache=True))
+        with torch.no_grad():
+            cache = model(turn, past_key_values=cache, use_cache=True).past_key_values
+    assert found == [[False, True, True, True], [True, True], [False, True, True, True]]
+
+
+def test_merging_is_refused_by_name_and_other_methods_beside_it(tmp_path: Path) -> None:
     model = adapted()
     before = snapshot(model)
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match="aLoRA acts only from its invocation tokens on"):
+    model.save_pretrained(tmp_path / "adapter")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    for merge in (
+        model.merge_adapter,
+        model.merge_and_unload,
+        lambda: LoraModel.from_pretrained(tmp_path / "adapter", base_model=tiny_llama(), merge=True),
+        lambda: merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False),
+    ):
+        with pytest.raises(LoraError, match="aLoRA acts only from its invocation tokens on"):
             merge()
+    assert not (tmp_path / "merged").exists()
     assert all(torch.equal(t, before[n]) for n, t in snapshot(model).items())
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(StateError, match="methods alora, lora cannot act on one layer together"):
@@ -261,3 +288,25 @@ def test_a_layer_that_gets_tokens_in_another_arrangement_is_refused() -> None:
     model = apply_lora(tiny_bert(), settings(target_modules=["query", "dense"], modules_to_save=[]))
     with pytest.raises(StateError, match=r"inputs of the shape \(4, 32\) in a call with \(4, 8\) tokens"):
         model(IDS)  # its pooler gets the first token of each row
+
+
+@pytest.mark.parametrize("kind", ["nf4", "bf16", "autocast"])
+def test_other_dtypes_and_quantized_bases(kind: str, tmp_path: Path) -> None:
+    """Tokens before the invocation are the base's to the bit, and those after it differ."""
+    from quantized_bases import load, save_base
+
+    folder = save_base(tmp_path)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    base = load(folder, "nf4" if kind == "nf4" else "dense", dtype)
+    model: Any = randomize(apply_lora(base, settings(target_modules=TARGETS[:4]))).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        found = model(IDS).logits
+        with model.disable_adapter():
+            expected = model(IDS).logits
+        assert found.dtype == expected.dtype
+        for row, start in enumerate(START):
+            assert torch.equal(found[row, :start], expected[row, :start])
+            assert start == 8 or relative_error(found[row, start:], expected[row, start:]) > 0.01
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        model.train()(IDS, labels=IDS).loss.backward()
+    assert all(torch.isfinite(g).all() and g.any() for g in adapter_gradients(model).values())

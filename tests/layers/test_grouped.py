@@ -8,12 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from helpers import assert_near, assert_same_tensors, randomize, snapshot
 from safetensors.torch import load_file, save_file
 from shapes_under_test import Holder
 from torch import Tensor, nn
 
-from hf_lora import AdapterFileError, LoraConfig, TargetError, inspect_adapter
+from hf_lora import AdapterFileError, LoraConfig, LoraModel, TargetError, apply_lora, inspect_adapter, merge_files
 from hf_lora.adapt.inject import inject
 from hf_lora.adapt.merge import merge, unmerge
 from hf_lora.files.format import WEIGHTS_NAME
@@ -117,3 +118,27 @@ def test_a_file_that_crosses_the_groups_is_refused_with_a_way_out(tmp_path: Path
 def test_ranks_are_divided_by_the_groups() -> None:
     with pytest.raises(TargetError, match="its rank 6 must be divisible by the convolution's 4 groups"):
         inject(base("conv2d"), LoraConfig(r=6, target_modules=["layer"], method="lora_grouped"))
+
+
+def test_depthwise_layers_of_a_model_are_merged_in_memory_and_by_files(tmp_path: Path) -> None:
+    config = transformers.ConvNextConfig(
+        hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, image_size=16, num_labels=3
+    )
+    torch.manual_seed(0)
+    transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path / "base")
+    load = transformers.ConvNextForImageClassification.from_pretrained
+    model: Any = apply_lora(
+        load(tmp_path / "base"),
+        LoraConfig(r=16, target_modules=["dwconv"], method="lora_grouped", modules_to_save=[]),
+    )
+    randomize(model).eval().save_pretrained(tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", progress=False)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = model(pixels).logits
+        again = LoraModel.from_pretrained(tmp_path / "adapter", base_model=load(tmp_path / "base"))
+        assert torch.equal(again(pixels).logits, expected)
+        by_files = load(tmp_path / "merged")
+        merged = model.merge_and_unload()
+        assert_same_tensors(dict(by_files.state_dict()), dict(merged.state_dict()))
+        assert_near(merged(pixels).logits, expected, torch.float32, 32)

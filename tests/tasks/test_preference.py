@@ -120,6 +120,9 @@ def test_the_command_trains_on_preferences(
     run_command(
         "train", "--model", base, "--train-file", rows, "--test-file", rows, "--output-dir", out, *named, *FAST
     )
+    shown = run_command("train", "--model", base, "--train-file", rows, "--show-batch", *named, *FAST).stdout
+    assert "row 3: " in shown
+    assert "was it good" in shown
     results = json.loads((out / "test_results.json").read_text())
     assert results[f"test_{metric}"] > 0
     state = json.loads((out / "trainer_state.json").read_text())
@@ -160,7 +163,7 @@ def test_mistakes_are_one_message_before_the_model_is_loaded(
     words: list[str], message: str, base: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
-    monkeypatch.setattr("hf_lora.train.run.load_base", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_lora.train.build.load_base", lambda *args, **options: pytest.fail("loaded"))
     result = run_command("train", "--model", base, "--output-dir", tmp_path / "out", *words, code=2)
     assert message in result.stderr
     assert "Traceback" not in result.stderr

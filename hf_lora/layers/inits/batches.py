@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from ...errors import StateError, listed
 
+T = TypeVar("T")
 GROUP_BYTES = 1 << 30
 """The statistics of as many layers are held at a time as fit in this many bytes."""
 
@@ -43,9 +44,9 @@ class Run:
         self.batches = batches = list(self.batches)
         return batches
 
-    def shown(self, batches: Iterable[object]) -> Iterator[object]:
-        """The batches, with a progress bar in a terminal."""
-        yield from tqdm(batches, desc=self.title, disable=None, leave=False)
+    def shown(self, items: Iterable[T]) -> Iterator[T]:
+        """Batches or names of sites, with a progress bar in a terminal."""
+        yield from tqdm(items, desc=self.title, disable=None, leave=False)
 
     def groups(self, sizes: Mapping[str, int]) -> list[list[str]]:
         """The names of `sizes`, in groups whose statistics take at most `GROUP_BYTES` together."""

@@ -70,9 +70,9 @@ class Corda(Init):
             for batch in run.shown(batches):
                 with run.watching(group, partial(add, masks=marked_rows(batch))):
                     run.forward(batch, [])
-            for name, leader in leaders.items():
-                if leader in covariances:
-                    found[name] = self._factors(run.calls[name], covariances[leader] / samples[leader], name)
+            for name in run.shown([name for name, leader in leaders.items() if leader in covariances]):
+                leader = leaders[name]
+                found[name] = self._factors(run.calls[name], covariances[leader] / samples[leader], name)
         return found
 
     def _factors(self, call: InitCall, covariance: Tensor, name: str) -> dict[str, Tensor]:

@@ -67,10 +67,10 @@ class Alora(Additive):
         before = ids[:, :0] if former is None else former.last.to(ids.device)
         seen, offset = torch.cat([before, ids], 1), past - before.shape[1]
         documents = _documents(inputs.positions, seen.shape)
-        starts = _starts(seen, tokens, documents) + offset
+        starts = _starts(seen, tokens, documents)
+        starts = (starts + offset).where(starts < NEVER, NEVER)
         if former is not None:
-            own = former.start.to(ids.device)[:, None]
-            starts = torch.where(own < NEVER, own, starts)
+            starts = starts.where(starts < NEVER, former.start.to(ids.device)[:, None])
         places = torch.arange(past, past + ids.shape[1], device=ids.device)
         last = seen[:, seen.shape[1] - min(len(tokens) - 1, seen.shape[1]) :]
         return places >= starts[:, before.shape[1] :], Progress(starts[:, -1], past + ids.shape[1], last)
