@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..adapt.inject import reinitialize
 from ..adapt.state import require_state
 from ..config import OF_INITS, LoraConfig
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, LoraError, StateError
 from ..files.format import read_config
 from ..layers.distributed import is_partitioned
 from ..layers.hosts import is_offloaded
@@ -70,7 +70,15 @@ def initialize(trainer: Trainer, model: nn.Module, checkpoint: str | None) -> No
     assert found is not None
     with kept_random_states():
         if checkpoint is None:
-            reinitialize(model, name, config, batches=_batches(trainer, model), call=call)
+            try:
+                reinitialize(model, name, config, batches=_batches(trainer, model), call=call)
+            except LoraError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{call}: the initialization {config.init_lora_weights!r} calls the model with the batches of the "
+                    f"training data, which are not arguments of its forward ({error}). With such arguments, {before}."
+                ) from error
         elif found[0].takes_out:
             reinitialize(model, name, config, call=call)
         else:  # it may have chosen the ranks

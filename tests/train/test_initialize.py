@@ -130,6 +130,18 @@ def test_a_process_without_the_whole_base_is_refused_with_a_way_out(arguments: M
     assert_same_tensors(snapshot(again.model), snapshot(model))
 
 
+def test_batches_that_the_model_does_not_take_are_refused_with_a_way_out(arguments: Make) -> None:
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {f"chosen_{name}": torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    args = arguments(max_steps=1, **flags("eva"))
+    trainer = LoraTrainer(model=tiny_bert(), args=args, train_dataset=sentences(), data_collator=collate)
+    with pytest.raises(
+        ConfigError, match=r"exactly one of input_ids.*call apply_lora\(model, config, batches=\[…\]\) before"
+    ):
+        trainer.train()
+
+
 def test_wrong_flags_are_named(arguments: Make) -> None:
     for values, match in (
         (dict(lora_init="pissa", lora_init_config={"rho": 2}), "the initialization 'pissa' has no settings"),
