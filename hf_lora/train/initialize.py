@@ -20,9 +20,10 @@ from transformers.utils import logging
 from ..adapt.inject import reinitialize
 from ..adapt.state import require_state
 from ..config import OF_INITS, LoraConfig
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, LoraError, StateError
 from ..files.format import read_config
 from ..layers.distributed import is_partitioned
+from ..layers.hosts import is_offloaded
 from ..layers.inits import find_init
 from ..layers.ops import kept_random_states
 from .arguments import LoraArguments
@@ -43,7 +44,7 @@ def initialize(trainer: Trainer, model: nn.Module, checkpoint: str | None) -> No
 
     Raises:
         ConfigError: an optimizer for the former tensors exists already.
-        StateError: ZeRO-3 has partitioned the base.
+        StateError: this process does not hold the whole base.
     """
     call = f"{type(trainer).__name__}.train"
     state = require_state(model, call)
@@ -58,16 +59,26 @@ def initialize(trainer: Trainer, model: nn.Module, checkpoint: str | None) -> No
             f"{call}: the initialization {config.init_lora_weights!r} looks at batches when training starts, but the "
             f"optimizer was made for the tensors before. Let the trainer make the optimizer, or {before}."
         )
-    if any(is_partitioned(parameter) for parameter in model.parameters()):
+    absent = any(parameter.is_meta for parameter in model.parameters()) and not is_offloaded(model)
+    if absent or any(is_partitioned(parameter) for parameter in model.parameters()):
         raise StateError(
-            f"{call}: the initialization {config.init_lora_weights!r} looks at batches, and ZeRO-3 has partitioned "
-            f"the base. In a run of one process, {before} and save the adapter; then train with lora_adapter=folder."
+            f"{call}: the initialization {config.init_lora_weights!r} looks at batches, and this process does not "
+            "hold the whole base (ZeRO-3 partitioned it, or FSDP's cpu_ram_efficient_loading left it out). In a run "
+            f"of one process, {before} and save the adapter; then train with lora_adapter=folder."
         )
     found = find_init(config.init_lora_weights)
     assert found is not None
     with kept_random_states():
         if checkpoint is None:
-            reinitialize(model, name, config, batches=_batches(trainer), call=call)
+            try:
+                reinitialize(model, name, config, batches=_batches(trainer, model), call=call)
+            except LoraError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{call}: the initialization {config.init_lora_weights!r} calls the model with the batches of the "
+                    f"training data, which are not arguments of its forward ({error}). With such arguments, {before}."
+                ) from error
         elif found[0].takes_out:
             reinitialize(model, name, config, call=call)
         else:  # it may have chosen the ranks
@@ -76,8 +87,8 @@ def initialize(trainer: Trainer, model: nn.Module, checkpoint: str | None) -> No
     state.waiting = None
 
 
-def _batches(trainer: Trainer) -> Iterator[dict[str, Any]]:
-    """Batches of the training data, the same on every process."""
+def _batches(trainer: Trainer, model: nn.Module) -> Iterator[dict[str, Any]]:
+    """Batches of the training data, the same on every process, where the model is: an engine moves it later."""
     args: Any = trainer.args
     count = args.lora_init_batches if isinstance(args, LoraArguments) else DEFAULT_BATCHES
     loader: Any = trainer.get_train_dataloader()
@@ -87,5 +98,6 @@ def _batches(trainer: Trainer) -> Iterator[dict[str, Any]]:
         sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(args.seed))
     logger.info(f"The initialization looks at up to {count} batches of the training data.")
     plain: Any = DataLoader(dataset, args.train_batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+    device = next((p.device for p in model.parameters() if not p.is_meta), args.device)
     for batch in islice(plain, count):
-        yield send_to_device(batch, args.device)
+        yield send_to_device(batch, device)

@@ -12,8 +12,9 @@ from helpers import assert_same_tensors, snapshot
 from tiny import Rows, adapter_values, sentences, texts, tiny_bert, tiny_llama
 from torch.utils.data import DataLoader, RandomSampler
 
-from hf_lora import ConfigError, LoraConfig, LoraTrainer, LoraTrainingArguments, apply_lora
+from hf_lora import ConfigError, LoraConfig, LoraTrainer, LoraTrainingArguments, StateError, apply_lora
 from hf_lora.adapt.walk import adapter_layers
+from hf_lora.train.initialize import initialize
 
 Make = Callable[..., Any]
 INITS = {
@@ -112,6 +113,33 @@ def test_a_start_that_is_cut_off_can_be_repeated(arguments: Make) -> None:
     assert_same_tensors(snapshot(trainer.model), before)
     trainer.train()
     assert any("lora_A0" in name for name in snapshot(trainer.model))
+
+
+def test_a_process_without_the_whole_base_is_refused_with_a_way_out(arguments: Make, tmp_path: Path) -> None:
+    trainer = LoraTrainer(model=tiny_llama(), args=arguments(max_steps=1, **flags("eva")), train_dataset=texts())
+    weight = trainer.model.lm_head.weight
+    trainer.model.lm_head.weight = torch.nn.Parameter(weight.to("meta"), requires_grad=False)
+    with pytest.raises(StateError, match=r"does not hold the whole base.*then train with lora_adapter=folder"):
+        initialize(trainer, trainer.model, None)
+    batches = [{name: value[None] for name, value in row.items()} for row in texts().rows]
+    model = apply_lora(tiny_llama(), LoraConfig(r=2, init_lora_weights="eva"), batches=batches)
+    model.save_pretrained(tmp_path / "first")
+    args = arguments(max_steps=1, learning_rate=0.0, lora_adapter=str(tmp_path / "first"))
+    again = LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts())
+    again.train()
+    assert_same_tensors(snapshot(again.model), snapshot(model))
+
+
+def test_batches_that_the_model_does_not_take_are_refused_with_a_way_out(arguments: Make) -> None:
+    def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {f"chosen_{name}": torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    args = arguments(max_steps=1, **flags("eva"))
+    trainer = LoraTrainer(model=tiny_bert(), args=args, train_dataset=sentences(), data_collator=collate)
+    with pytest.raises(
+        ConfigError, match=r"exactly one of input_ids.*call apply_lora\(model, config, batches=\[…\]\) before"
+    ):
+        trainer.train()
 
 
 def test_wrong_flags_are_named(arguments: Make) -> None:

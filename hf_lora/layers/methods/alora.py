@@ -69,7 +69,7 @@ class Alora(Additive):
         # Tokens at whose end a cached row may have the beginning of an invocation.
         before = ids[:, :0] if former is None else former.last.to(ids.device)
         seen, offset = torch.cat([before, ids], 1), past - before.shape[1]
-        documents = _documents(inputs.positions, seen.shape)
+        documents = _documents(inputs.positions, seen)
         starts = _starts(seen, tokens, documents)
         starts = (starts + offset).where(starts < NEVER, NEVER)
         if former is not None:
@@ -107,11 +107,11 @@ def _starts(ids: Tensor, tokens: Tensor, documents: Tensor) -> Tensor:
     return starts.where(last < 0, last)
 
 
-def _documents(positions: Tensor | None, shape: torch.Size) -> Tensor:
+def _documents(positions: Tensor | None, ids: Tensor) -> Tensor:
     """(B, T) the number of the document of each token: one begins at each position 0."""
-    if positions is None or positions.shape != shape:  # further tokens of a cached document
-        return torch.zeros(shape, dtype=torch.long, device=None if positions is None else positions.device)
-    return (positions == 0).cumsum(1)
+    if positions is None or positions.shape != ids.shape:  # further tokens of a cached document
+        return torch.zeros_like(ids)
+    return (positions.to(ids.device) == 0).cumsum(1)
 
 
 def _fitting(former: Progress | None, ids: Tensor, past: int) -> Progress | None:
