@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling
 
 from hf_lora import DataError, LoraModel
-from hf_lora.data.tables import Table, read_table
+from hf_lora.data.tables import Table, read_table, table_of
 from hf_lora.evaluation.tags import entities
 from hf_lora.tasks.base import Given, Options
 from hf_lora.tasks.registry import TASKS, choose_task
@@ -37,6 +37,11 @@ FILES = {
     "seq2seq-lm": ("encoder_decoder", "pairs.jsonl"), "multi-label-classification": ("encoder", "lists.jsonl"),
     "masked-lm": ("encoder", "texts.jsonl"), "image-classification": ("vision", ""),
 }  # fmt: skip
+
+
+def fast(*tasks: str) -> list[Any]:
+    """All tasks, of which only these are tested fast."""
+    return [pytest.param(task, marks=[] if task in tasks else [pytest.mark.slow]) for task in FILES]
 
 
 class Run:
@@ -359,6 +364,22 @@ def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
     assert (run.out / "preprocessor_config.json").is_file()
 
 
+def test_images_of_a_dataset_stay_encoded(pictures: Path, vision: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = sorted(str(path) for path in pictures.glob("*/*.png"))[:4]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = table_of(datasets.Dataset.from_dict({"image": paths, "label": [0, 1, 1, 0]}, features=features), "made")
+    assert all(isinstance(cell, dict) for cell in made.columns["image"])
+    processor = transformers.AutoImageProcessor.from_pretrained(vision)
+    data = TASKS["image-classification"].read({"train": made}, Given(AutoConfig.from_pretrained(vision), processor))
+    assert data.labels == ["no", "yes"]
+    plain = table(image=paths, label=["no", "yes", "yes", "no"])
+    other = TASKS["image-classification"].read({"train": plain}, Given(data.config, processor))
+    for row, same in zip(data.rows["train"], other.rows["train"], strict=True):
+        assert torch.equal(row["pixel_values"], same["pixel_values"])
+        assert row["labels"] == same["labels"]
+
+
 # All tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +409,15 @@ SHOWN = {
 }
 
 
+@pytest.mark.parametrize("task", fast("token-classification", "seq2seq-lm"))
+def test_a_merged_model_is_evaluated_as_its_adapter(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    run = run_of(task)
+    run_command("merge", run.out, "--out", tmp_path / "merged")
+    words = ("--completion-column", "summary", "--max-new-tokens", 6) if task == "seq2seq-lm" else ()
+    found = json.loads(run_command("eval", tmp_path / "merged", "--file", run.file, "--json", *words).stdout)
+    assert found == pytest.approx(run.found, rel=1e-5)
+
+
 @pytest.mark.parametrize("task", FILES)
 def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
     words = (*run_of(task).words, "--output-dir", tmp_path / "out", "--use-cpu")
@@ -397,7 +427,10 @@ def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", FILES)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.slow] * (t not in ("seq2seq-lm", "image-classification"))) for t in FILES],
+)
 def test_a_dry_run_and_a_template_are_of_the_same_task(
     task: str, run_of: Callable[[str], Run], tmp_path: Path
 ) -> None:
