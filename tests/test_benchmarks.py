@@ -187,6 +187,7 @@ def test_the_report_replaces_what_stands_below_a_command(load: Any) -> None:
         report.put_into("# P\n", report.sections([table]))
 
 
+@pytest.mark.slow
 def test_load_merge(load: Any) -> None:
     load_merge = load("load_merge")
     table = load_merge.measure(

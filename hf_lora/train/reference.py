@@ -85,7 +85,9 @@ class Reference(nn.Module):
         return _bare(self.trainer).state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(_bare(vars(self)["trainer"]), name)
+        if "trainer" not in vars(self):  # a copy that is being made
+            raise AttributeError(name)
+        return getattr(_bare(self.trainer), name)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Drop the attribute."""
@@ -140,11 +142,14 @@ def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
     faults = Faults(f"{type(trainer).__name__}(…)")
     reference: Any = getattr(trainer, "ref_model", None)
     wants_sync = getattr(trainer.args, "sync_ref_model", False)
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if reference is None and getattr(trainer, "precompute_ref_logps", False) and not sharded:
+        trainer.ref_model = Reference(trainer)  # for data that are evaluated after training
     if reference is not None:
         reference = trainer.accelerator.unwrap_model(reference, keep_torch_compile=False)
     if isinstance(reference, Reference):
         trainer.ref_model = reference  # without the wrapper of a compiler
-        if reference.kept is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        if reference.kept is not None and sharded:
             faults.add("the reference needs the first values of the adapter, which this engine shards")
         elif wants_sync:
             for callback in [c for c in trainer.callback_handler.callbacks if hasattr(c, "sync_target_model")]:

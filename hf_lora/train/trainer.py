@@ -60,8 +60,7 @@ class LoraTrainerMixin(_Trainer):
         lora_config: a `LoraConfig`, a mapping with its fields or a `peft.LoraConfig`. Default: the LoRA fields of the
             training arguments (`LoraTrainingArguments`), else LoraConfig's defaults. Also applied to the result of
             `model_init`. A model that already has adapters is trained unchanged. `peft_config` is the same.
-        accept_ddp_fallback: train even if FSDP or DeepSpeed was requested but Accelerate runs another engine, as on a
-            CPU; also a training argument.
+        accept_ddp_fallback: train even if Accelerate runs another engine than requested; also a training argument.
 
     Raises:
         StateError: `lora_config` is given but the model already has adapters, or the model is already sharded.
@@ -76,14 +75,13 @@ class LoraTrainerMixin(_Trainer):
     ) -> None:
         kwargs = start.trainer_arguments(type(self), kwargs)
         self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
-        self._accept_ddp_fallback = accept_ddp_fallback
+        self._accept_ddp_fallback, self._tokenizer = accept_ddp_fallback, tokenizer_of(args, kwargs)
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
         self._first_batch, self._packing = FirstBatch(), Packing()
         self._own_optimizer: Optimizer | None = None
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
         self._step_loss: Tensor | None = None
-        self._tokenizer = tokenizer_of(args, kwargs)
         with one_base(self, (*args, *kwargs.values())):
             super().__init__(*args, **kwargs)
         self._base_dtype = start.base_dtype(self.model)

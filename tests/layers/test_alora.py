@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from helpers import adapter_gradients, randomize, relative_error, snapshot, tiny_bert, tiny_llama
+from tiny import tiny_t5
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -268,6 +269,12 @@ def test_merging_is_refused_by_name_and_other_methods_beside_it(tmp_path: Path) 
     assert relative_error(both[0], tiny_llama()(IDS).logits[0]) > 0.01
 
 
+def tiny_mamba() -> Any:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, state_size=8, num_hidden_layers=2))
+
+
 @pytest.mark.parametrize(
     ("make", "config", "match"),
     [
@@ -276,7 +283,9 @@ def test_merging_is_refused_by_name_and_other_methods_beside_it(tmp_path: Path) 
         (tiny_llama, dict(use_dora=True), "ask for dora, alora, but a layer has one method"),
         (tiny_llama, dict(target_modules=["embed_tokens"]), r"aLoRA \(alora_invocation_tokens\) is for linear layers"),
         (tiny_llama, dict(init_lora_weights="pissa"), "it subtracts a product from the base, on all tokens"),
-        (lambda: nn.Sequential(nn.Linear(4, 4)), dict(target_modules=["0"]), "needs a transformers model of text"),
+        (tiny_mamba, dict(target_modules=["in_proj"]), "this model has a state of another kind"),
+        (tiny_t5, dict(target_modules=["q"]), "a transformers model of text with one sequence per row"),
+        (lambda: nn.Sequential(nn.Linear(4, 4)), dict(target_modules=["0"]), "of a transformers model of text"),
     ],
 )
 def test_what_it_cannot_do_is_refused(make: Any, config: dict[str, Any], match: str) -> None:

@@ -149,6 +149,23 @@ def test_a_trained_adapter_is_its_own_reference(
     assert starts_at_its_reference(subject)
 
 
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_other_data_are_evaluated_after_training_with_precomputed_references(
+    start: str, base: str, adapter: str, trainer: Callable[..., Any]
+) -> None:
+    """The loss is the one that is computed with a reference at each step."""
+    more = datasets.Dataset.from_list([{"prompt": "a b", "chosen": " yes good", "rejected": " no"}] * 4)
+    found = []
+    for precompute in (True, False):
+        options: dict[str, Any] = {} if start == "adapter" else {"lora_config": CONFIG}
+        model = adapter if start == "adapter" else base
+        subject = trainer(model, precompute_ref_log_probs=precompute, max_steps=3, seed=1, **options)
+        subject.train()
+        found.append(subject.evaluate(more)["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[0] != pytest.approx(math.log(2), abs=1e-4)
+
+
 def test_the_other_ways_to_continue_start_at_the_adapter_too(
     adapter: str, trainer: Callable[..., Any], tmp_path: Path
 ) -> None:

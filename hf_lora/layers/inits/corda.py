@@ -77,7 +77,10 @@ class Corda(Init):
 
     def _factors(self, call: InitCall, covariance: Tensor, name: str) -> dict[str, Tensor]:
         if not torch.isfinite(covariance).all():
-            raise StateError(f"CorDA: the inputs of {name} are not finite, or all zero, in one of the batches.")
+            raise StateError(
+                f"CorDA: the inputs of {name} are not finite, or all zero, in one of the batches. Name it in "
+                "exclude_modules, or pass other batches."
+            )
         weight = call.read()
         weight = weight.t() if call.shape.by_input else weight
         damped, inverse = _inverted(covariance.to(weight.device))

@@ -5,6 +5,7 @@ What comes before them is computed by the base alone, so a cache of it serves th
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -48,9 +49,11 @@ class Alora(Additive):
     def refuse_model(self, model: nn.Module) -> str | None:
         config = getattr(model, "config", None)
         is_text = isinstance(model, PreTrainedModel) and model.main_input_name == "input_ids"
-        if is_text and not getattr(config, "is_encoder_decoder", False):
-            return None
-        return "it looks for its tokens in input_ids, so it needs a transformers model of text with one sequence a row"
+        if not is_text or getattr(config, "is_encoder_decoder", False):
+            return "it looks for its tokens in input_ids of a transformers model of text with one sequence per row"
+        if hasattr(model, "generate") and "past_key_values" not in inspect.signature(model.forward).parameters:
+            return "it notes its tokens on the cache of generation, and this model has a state of another kind"
+        return None
 
     def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         return "aLoRA acts only from its invocation tokens on, and a merged weight would act on all tokens"
@@ -80,7 +83,7 @@ class Alora(Additive):
         y = layer.product(x if state.storage.quantized else inner)
         trains = (layer.training or torch.is_grad_enabled()) and can_use_functions() and y.dtype == inner.dtype
         for name in names:
-            chosen = inner * _like(known(state.activity, name), inner)
+            chosen = inner * _like(known(state.activity, name), inner, state.shape.features(layer))
             if trains:
                 a, b = layer.factor("lora_A", name), layer.factor("lora_B", name)
                 added = Operand(y, None, a, b, state.adapters[name].scaling)
@@ -126,7 +129,7 @@ def _fitting(former: Progress | None, ids: Tensor, past: int) -> Progress | None
     return Progress(start, past, last if former.length == past else last[:, :0])
 
 
-def _like(mask: Tensor, x: Tensor) -> Tensor:
+def _like(mask: Tensor, x: Tensor, features: tuple[int, int]) -> Tensor:
     """A mask (B, T) for an input (B, T', I) with the last T' tokens.
 
     Raises:
@@ -134,7 +137,8 @@ def _like(mask: Tensor, x: Tensor) -> Tensor:
     """
     if x.dim() != 3 or len(x) != len(mask) or x.shape[1] > mask.shape[1]:
         raise StateError(
-            f"aLoRA: an adapted layer gets inputs of the shape {tuple(x.shape)} in a call with {tuple(mask.shape)} "
-            "tokens, so it is not known on which of them it acts. Name the layer in exclude_modules."
+            f"aLoRA: an adapted layer with {features[0]} inputs and {features[1]} outputs gets inputs of the shape "
+            f"{tuple(x.shape)} in a call with {tuple(mask.shape)} tokens, so it is not known where it acts. "
+            "Name the layer in exclude_modules."
         )
     return mask[:, mask.shape[1] - x.shape[1] :, None].to(x.device, x.dtype)
