@@ -16,7 +16,7 @@ from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import DataError, Faults
 from ..evaluation.spans import best_span, score_spans
-from .base import Collator, Data, Defaults, Given, Options, Task, from_columns, padded
+from .base import Collator, Data, Defaults, Given, Options, Task, counts, from_columns, padded
 
 STRIDE = 128
 """Tokens that two windows of a long context share."""
@@ -87,9 +87,8 @@ class QuestionAnswering(Task):
             self.kinds[0], question, pair_column=context, label_column=answers, max_length=limit
         )
         questions = {split: rows.answers for split, rows in data.rows.items()}
-        windows = sum(map(len, data.rows.values()))
-        data.kind = f"{windows:,} windows of at most {limit:,} tokens"
-        data.lines = [from_columns(self.name, columns, questions, data.kind)]
+        windows = f"{counts(data.rows)} windows of at most {limit:,} tokens"
+        data.lines = [f"{from_columns(self.name, columns, questions, '')} questions in {windows}"]
         return data
 
     def settings(self, data: Data) -> dict[str, Any]:
