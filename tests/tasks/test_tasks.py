@@ -20,8 +20,10 @@ from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModel
 
 from hf_lora import DataError, LoraModel
 from hf_lora.data.tables import Table, read_table, table_of
+from hf_lora.evaluation.spans import score_spans
 from hf_lora.evaluation.tags import entities
 from hf_lora.tasks.base import Given, Options
+from hf_lora.tasks.question_answering import SpanMetrics
 from hf_lora.tasks.registry import TASKS, choose_task
 from hf_lora.train.parsing import TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
@@ -230,6 +232,43 @@ def test_answers_are_the_best_spans_of_a_merged_model(run_of: Callable[[str], Ru
     assert run.found == pytest.approx({"rows": 24, "exact_match": np.mean(exact), "f1": np.mean(shared)})
     assert 0 < run.found["f1"] < 1
     run.check("exact_match", "f1")
+
+
+def test_questions_without_an_answer_and_the_files_of_squad(rows: Path, encoder: str, tmp_path: Path) -> None:
+    """As `postprocess_qa_predictions` with version_2_with_negative; nested files are the same rows."""
+    columns, task = read_table(rows / "spans.jsonl").columns, TASKS["question-answering"]
+    given = Given(AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder))
+    answers = [a if i % 3 else {"text": [], "answer_start": []} for i, a in enumerate(columns["answers"])]
+    flat = task.read({"train": table(**{**columns, "answers": answers})}, given).rows["train"]
+    nested = [
+        {"title": "t", "paragraphs": [{"context": c, "qas": [{"id": q, "question": q, "answers": pairs(a)}]}]}
+        for q, c, a in zip(columns["question"], columns["context"], answers, strict=True)
+    ]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "v2.0", "data": nested}))
+    data = read_table(file)
+    assert choose_task(data).name == task.name
+    assert task.read({"train": data}, given).rows["train"] == flat
+    generator = np.random.default_rng(0)
+    starts, ends = ([generator.normal(size=len(row["input_ids"])) for row in flat] for _ in range(2))
+    best, null = [(-np.inf, "")] * 24, [np.inf] * 24
+    for window, s, e in zip(flat.windows, starts, ends, strict=True):
+        i = window.example
+        null[i] = min(null[i], s[0] + e[0])
+        for a in np.argsort(s)[-1:-21:-1]:
+            for b in np.argsort(e)[-1:-21:-1]:
+                first, last = window.offsets[a], window.offsets[b]
+                if first is not None and last is not None and a <= b < a + 30 and s[a] + e[b] > best[i][0]:
+                    best[i] = (s[a] + e[b], columns["context"][i][first[0] : last[1]])
+    expected = ["" if null[i] > score else text for i, (score, text) in enumerate(best)]
+    found = SpanMetrics(flat).answers(starts, ends)
+    assert found == expected
+    right = [float(squad(a) == squad((t["text"] or [""])[0])) for a, t in zip(found, answers, strict=True)]
+    assert score_spans(found, flat.answers)["exact_match"] == pytest.approx(np.mean(right))
+
+
+def pairs(answers: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)]
 
 
 # Sequence to sequence ------------------------------------------------------------------------------------------------
@@ -534,6 +573,11 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             "1 texts, but 0 values",
             "line 3, column",
         ],
+    ),
+    "articles": (
+        "encoder",
+        [{"paragraphs": [{"context": "a"}]}],
+        ["line 1, column 'paragraphs': it is not in the form"],
     ),
     "a long question": (
         "encoder",
