@@ -46,7 +46,7 @@ def method(bits: int, **more: Any) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_language_model_is_trained_over_few_bits(
     bits: int, bases: dict[str, str], texts_folder: Path, tmp_path: Path, messages: list[str]
 ) -> None:
@@ -76,8 +76,8 @@ def test_a_language_model_is_trained_over_few_bits(
     assert run_command("generate", out, "--prompt", "open the door", "--max-new-tokens", 3).exit_code == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("has_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_modules_that_are_trained_whole_stay_dense(
     bits: int, has_head: bool, bases: dict[str, str], texts_folder: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +128,7 @@ def test_what_cannot_be_quantized_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_forecast_counts_few_bits(bases: dict[str, str], texts_folder: Path, tmp_path: Path) -> None:
     words = ("--model", bases["llama"], "--train-file", texts_folder / "pairs.jsonl", "--output-dir", tmp_path / "out")
     weights = []

@@ -19,9 +19,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling
 
 from hf_lora import DataError, LoraModel
-from hf_lora.data.tables import Table, read_table
+from hf_lora.data.tables import Table, read_table, table_of
+from hf_lora.evaluation.spans import score_spans
 from hf_lora.evaluation.tags import entities
 from hf_lora.tasks.base import Given, Options
+from hf_lora.tasks.question_answering import SpanMetrics
 from hf_lora.tasks.registry import TASKS, choose_task
 from hf_lora.train.parsing import TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
@@ -37,6 +39,11 @@ FILES = {
     "seq2seq-lm": ("encoder_decoder", "pairs.jsonl"), "multi-label-classification": ("encoder", "lists.jsonl"),
     "masked-lm": ("encoder", "texts.jsonl"), "image-classification": ("vision", ""),
 }  # fmt: skip
+
+
+def fast(*tasks: str) -> list[Any]:
+    """All tasks, of which only these are tested fast."""
+    return [pytest.param(task, marks=[] if task in tasks else [pytest.mark.slow]) for task in FILES]
 
 
 class Run:
@@ -227,6 +234,43 @@ def test_answers_are_the_best_spans_of_a_merged_model(run_of: Callable[[str], Ru
     run.check("exact_match", "f1")
 
 
+def test_questions_without_an_answer_and_the_files_of_squad(rows: Path, encoder: str, tmp_path: Path) -> None:
+    """As `postprocess_qa_predictions` with version_2_with_negative; nested files are the same rows."""
+    columns, task = read_table(rows / "spans.jsonl").columns, TASKS["question-answering"]
+    given = Given(AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder))
+    answers = [a if i % 3 else {"text": [], "answer_start": []} for i, a in enumerate(columns["answers"])]
+    flat = task.read({"train": table(**{**columns, "answers": answers})}, given).rows["train"]
+    nested = [
+        {"title": "t", "paragraphs": [{"context": c, "qas": [{"id": q, "question": q, "answers": pairs(a)}]}]}
+        for q, c, a in zip(columns["question"], columns["context"], answers, strict=True)
+    ]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "v2.0", "data": nested}))
+    data = read_table(file)
+    assert choose_task(data).name == task.name
+    assert task.read({"train": data}, given).rows["train"] == flat
+    generator = np.random.default_rng(0)
+    starts, ends = ([generator.normal(size=len(row["input_ids"])) for row in flat] for _ in range(2))
+    best, null = [(-np.inf, "")] * 24, [np.inf] * 24
+    for window, s, e in zip(flat.windows, starts, ends, strict=True):
+        i = window.example
+        null[i] = min(null[i], s[0] + e[0])
+        for a in np.argsort(s)[-1:-21:-1]:
+            for b in np.argsort(e)[-1:-21:-1]:
+                first, last = window.offsets[a], window.offsets[b]
+                if first is not None and last is not None and a <= b < a + 30 and s[a] + e[b] > best[i][0]:
+                    best[i] = (s[a] + e[b], columns["context"][i][first[0] : last[1]])
+    expected = ["" if null[i] > score else text for i, (score, text) in enumerate(best)]
+    found = SpanMetrics(flat).answers(starts, ends)
+    assert found == expected
+    right = [float(squad(a) == squad((t["text"] or [""])[0])) for a, t in zip(found, answers, strict=True)]
+    assert score_spans(found, flat.answers)["exact_match"] == pytest.approx(np.mean(right))
+
+
+def pairs(answers: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)]
+
+
 # Sequence to sequence ------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +403,22 @@ def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
     assert (run.out / "preprocessor_config.json").is_file()
 
 
+def test_images_of_a_dataset_stay_encoded(pictures: Path, vision: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = sorted(str(path) for path in pictures.glob("*/*.png"))[:4]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = table_of(datasets.Dataset.from_dict({"image": paths, "label": [0, 1, 1, 0]}, features=features), "made")
+    assert all(isinstance(cell, dict) for cell in made.columns["image"])
+    processor = transformers.AutoImageProcessor.from_pretrained(vision)
+    data = TASKS["image-classification"].read({"train": made}, Given(AutoConfig.from_pretrained(vision), processor))
+    assert data.labels == ["no", "yes"]
+    plain = table(image=paths, label=["no", "yes", "yes", "no"])
+    other = TASKS["image-classification"].read({"train": plain}, Given(data.config, processor))
+    for row, same in zip(data.rows["train"], other.rows["train"], strict=True):
+        assert torch.equal(row["pixel_values"], same["pixel_values"])
+        assert row["labels"] == same["labels"]
+
+
 # All tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +448,15 @@ SHOWN = {
 }
 
 
+@pytest.mark.parametrize("task", fast("token-classification", "seq2seq-lm"))
+def test_a_merged_model_is_evaluated_as_its_adapter(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    run = run_of(task)
+    run_command("merge", run.out, "--out", tmp_path / "merged")
+    words = ("--completion-column", "summary", "--max-new-tokens", 6) if task == "seq2seq-lm" else ()
+    found = json.loads(run_command("eval", tmp_path / "merged", "--file", run.file, "--json", *words).stdout)
+    assert found == pytest.approx(run.found, rel=1e-5)
+
+
 @pytest.mark.parametrize("task", FILES)
 def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
     words = (*run_of(task).words, "--output-dir", tmp_path / "out", "--use-cpu")
@@ -397,7 +466,10 @@ def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", FILES)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.slow] * (t not in ("seq2seq-lm", "image-classification"))) for t in FILES],
+)
 def test_a_dry_run_and_a_template_are_of_the_same_task(
     task: str, run_of: Callable[[str], Run], tmp_path: Path
 ) -> None:
@@ -501,6 +573,11 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             "1 texts, but 0 values",
             "line 3, column",
         ],
+    ),
+    "articles": (
+        "encoder",
+        [{"paragraphs": [{"context": "a"}]}],
+        ["line 1, column 'paragraphs': it is not in the form"],
     ),
     "a long question": (
         "encoder",
