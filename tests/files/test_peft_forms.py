@@ -231,8 +231,14 @@ def test_repeated_tokens(tmp_path: Path) -> None:
     assert own.get_input_embeddings().lora_token_rows["default"].weight.shape == (2, 32)
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["with the embeddings", "without"])
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("is_tied", "whole"),
+    [
+        (True, True),
+        (False, False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in ((True, False), (False, True))),
+    ],
+)
 def test_rows_of_a_vocabulary_that_grew(is_tied: bool, whole: bool, tmp_path: Path) -> None:
     """PEFT writes the rows of a tied head once more. In a file without the embeddings, the tokens are the new rows."""
     base = tiny_llama(tied=is_tied)
@@ -286,7 +292,7 @@ TYING: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("is_tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
 @pytest.mark.parametrize("case", TYING)
 def test_tying_that_is_ensured(case: str, is_tied: bool, tmp_path: Path) -> None:
     """Factors of tied modules are in the file for each of them, and are read so. Training them as one is refused."""
@@ -307,8 +313,15 @@ def test_tying_that_is_ensured(case: str, is_tied: bool, tmp_path: Path) -> None
     apply_lora(make(), config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]], ids=str)
+@pytest.mark.parametrize(
+    ("whole", "dtype"),
+    [
+        (["lm_head"], torch.float32),
+        (["embed_tokens"], torch.bfloat16),
+        pytest.param(["embed_tokens", "lm_head"], torch.float32, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_copies_of_tied_modules_are_trained_as_one(whole: list[str], dtype: torch.dtype, tmp_path: Path) -> None:
     """The gradient is that of the tied weight of a plain model, and every verb keeps one weight."""
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=whole, ensure_weight_tying=True)

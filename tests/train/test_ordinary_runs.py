@@ -98,7 +98,12 @@ class OwnLoss(LoraTrainer):
 
 
 @pytest.mark.parametrize(
-    ("cls", "more"), [(OwnLoss, {}), (LoraTrainer, {"compute_loss_func": smoothed}), (LoraTrainer, {"smoothing": 0.1})]
+    ("cls", "more"),
+    [
+        (OwnLoss, {}),
+        (LoraTrainer, {"compute_loss_func": smoothed}),
+        pytest.param(LoraTrainer, {"smoothing": 0.1}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_loss_of_ones_own_gets_the_logits(cls: Any, more: dict[str, Any], arguments: Make) -> None:
     """The loss over the frozen head, which makes no logits, is not computed then."""
