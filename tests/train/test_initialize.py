@@ -152,6 +152,15 @@ def test_another_adapter_is_left_alone(arguments: Make) -> None:
     assert_same_tensors(snapshot(trainer.model), before)
 
 
+def test_a_rate_for_a_frozen_factor_is_refused(arguments: Make) -> None:
+    args = arguments(max_steps=1, lora_init="mica", loraplus_lr_ratio=4.0)
+    trainer = LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts())
+    with pytest.raises(ConfigError, match=r"have no effect: they are for factors B .* Omit them"):
+        trainer.train()
+    args = arguments(max_steps=1, lora_init="mica")
+    LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts()).train()
+
+
 def test_wrong_flags_are_named(arguments: Make) -> None:
     for values, match in (
         (dict(lora_init="pissa", lora_init_config={"rho": 2}), "the initialization 'pissa' has no settings"),
