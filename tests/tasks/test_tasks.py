@@ -511,6 +511,11 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"id": [1], "question": ["a"], "context": ["a"], "answers": SPANS}, {}, "question-answering"),
     ({"question": ["a"], "context": ["a"], "answers": [json.dumps(SPANS[0])]}, {}, "question-answering"),
     ({"image": ["a.png"], "label": [1]}, {}, "image-classification"),
+    ({"image": ["", {"bytes": b"x"}], "label": [1, 0]}, {}, "image-classification"),
+    ({"image": ["a.png"], "kind": [1]}, {"label_column": "kind"}, "image-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "text"}, "text-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "image"}, "image-classification"),
+    ({"file_name": ["a.txt"], "text": ["a"], "label": [1]}, {}, "text-classification"),
     ({"messages": [[{"role": "user", "content": "a"}]], "category": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"], "context": ["x"]}, {}, "causal-lm"),
@@ -548,6 +553,8 @@ def test_pairs_are_for_encoder_decoders(
 
 
 def test_columns_for_several_tasks_name_them() -> None:
+    with pytest.raises(DataError, match=r"task='text-classification' or task='image-classification'\."):
+        choose_task(table(image=["a.png"], text=["a"], label=["x"]))
     with pytest.raises(DataError, match=r"Choose one with task='text-classification' or task='causal-lm'\."):
         choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
