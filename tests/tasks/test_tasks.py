@@ -438,6 +438,26 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     assert TASK_DEFAULTS.keys() > TASKS.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FILES)
+def test_the_options_of_a_long_run_go_together(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    """The best checkpoint, workers, several batches a step, half precision; then a run that goes on."""
+    run = run_of(task)
+    words = (
+        *run.words, "--eval-file", run.file, "--output-dir", tmp_path, "--use-cpu", "--disable-tqdm", "true",
+        "--eval-strategy", "epoch", "--save-strategy", "epoch", "--load-best-model-at-end", "--metric-for-best-model",
+        TASKS[task].metrics[0], "--dataloader-num-workers", 2, "--gradient-accumulation-steps", 2, "--dtype",
+        "bfloat16", "--per-device-train-batch-size", 4, "--save-total-limit", 3, "--num-train-epochs",
+    )  # fmt: skip
+    run_command("train", *words, 2)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["best_metric"] is not None
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert TASKS[task].metrics[0] in {name.removeprefix("eval_") for name in results}
+    run_command("train", *words, 3, "--resume-from-checkpoint", "True")
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
+
+
 SHOWN = {
     "token-classification": r"row 1: \[CLS\] \w+⟦(O|[BI]-\w+)⟧ (##\w+ )?.*\[SEP\]\n",
     "question-answering": r"row 1: ⟦?\[CLS\].*\?.*\[SEP\]\n",
