@@ -31,7 +31,7 @@ class TextClassification(Task):
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         label = options.label_column or next((name for name in LABELS if name in table.columns), None)
-        if label is None or holds_lists(table, label):
+        if label is None or options.label_columns or holds_lists(table, label):
             return False
         image, text = classes.image_column(table), options.text_column
         if image is not None and text is None:

@@ -524,6 +524,8 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"text": ["a"], "label": [["x", "y"]]}, {}, "multi-label-classification"),
     ({"text": ["a"], "label": ['["x"]']}, {}, "multi-label-classification"),
     ({"text": ["a", "b"], "rude": [0, 1], "late": ["1", "0"]}, {}, "multi-label-classification"),
+    ({"text": ["a"], "label": ["x"], "late": [1]}, {"label_columns": ["late"]}, "multi-label-classification"),
+    ({"tokens": ["a"], "ner_tags": ["O"]}, {}, "token-classification"),
     ({"text": ["a"], "kind": ["x"]}, {"problem_type": "multi_label_classification"}, "multi-label-classification"),
     ({"tokens": [["a"]], "ner_tags": [[0]], "id": ["1"]}, {}, "token-classification"),
     ({"words": ['["a"]'], "labels": ['["O"]']}, {}, "token-classification"),
@@ -619,6 +621,12 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         ["none.png does not exist", "is not an image"],
     ),
     "a summary": ("encoder_decoder", [{"document": "door", "summary": ""}], ["column 'summary': the text is empty"]),
+    "three languages": (
+        "encoder_decoder",
+        [{"translation": {"en": "a", "de": "b", "fr": "c"}}],
+        ["It has 'translation', 'en', 'de', 'fr'; usual names"],
+    ),
+    "no lists": ("encoder", [{"tokens": "the door", "ner_tags": "O O"}], ["column 'ner_tags': not valid JSON"]),
     "one text": ("encoder_decoder", [{"text": "door"}], ["Name them with --text-column and --completion-column."]),
     "no form": ("encoder", [{"text": "door"}], ["--task masked-lm"]),
     "another model": (
