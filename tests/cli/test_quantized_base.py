@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_command, tiny_bert, tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
-from hf_lora import LoraModel
+from hf_lora import ConfigError, LoraModel
 from hf_lora.train.build import build_trainer
 from hf_lora.train.parsing import parse_arguments
+from hf_lora.train.quantize import load_quantized
 from hf_lora.train.run_data import read_data
 
 pytest.importorskip("bitsandbytes")
@@ -126,6 +133,13 @@ def test_what_cannot_be_quantized_is_one_message(
     error = run_command("train", *words, "--load-in-4bit", code=2).stderr
     assert '--load-in-4bit: it needs bitsandbytes, which is not installed. Run: pip install "hf_lora[quant]"' in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_linear_layers(bases: dict[str, str]) -> None:
+    config, cpu = AutoConfig.from_pretrained(bases["bert"]), torch.device("cpu")
+    run, plain = parse_arguments(["--load-in-4bit"]).run, torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))
+    with pytest.raises(ConfigError, match="--load-in-4bit: Sequential has no linear layer that can be quantized"):
+        load_quantized(lambda _: plain, run, config, cpu, lambda _: [])
 
 
 @pytest.mark.slow

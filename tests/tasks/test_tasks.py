@@ -438,6 +438,26 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     assert TASK_DEFAULTS.keys() > TASKS.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FILES)
+def test_the_options_of_a_long_run_go_together(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    """The best checkpoint, workers, several batches a step, half precision; then a run that goes on."""
+    run = run_of(task)
+    words = (
+        *run.words, "--eval-file", run.file, "--output-dir", tmp_path, "--use-cpu", "--disable-tqdm", "true",
+        "--eval-strategy", "epoch", "--save-strategy", "epoch", "--load-best-model-at-end", "--metric-for-best-model",
+        TASKS[task].metrics[0], "--dataloader-num-workers", 2, "--gradient-accumulation-steps", 2, "--dtype",
+        "bfloat16", "--per-device-train-batch-size", 4, "--save-total-limit", 3, "--num-train-epochs",
+    )  # fmt: skip
+    run_command("train", *words, 2)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["best_metric"] is not None
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert TASKS[task].metrics[0] in {name.removeprefix("eval_") for name in results}
+    run_command("train", *words, 3, "--resume-from-checkpoint", "True")
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
+
+
 SHOWN = {
     "token-classification": r"row 1: \[CLS\] \w+⟦(O|[BI]-\w+)⟧ (##\w+ )?.*\[SEP\]\n",
     "question-answering": r"row 1: ⟦?\[CLS\].*\?.*\[SEP\]\n",
@@ -504,6 +524,8 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"text": ["a"], "label": [["x", "y"]]}, {}, "multi-label-classification"),
     ({"text": ["a"], "label": ['["x"]']}, {}, "multi-label-classification"),
     ({"text": ["a", "b"], "rude": [0, 1], "late": ["1", "0"]}, {}, "multi-label-classification"),
+    ({"text": ["a"], "label": ["x"], "late": [1]}, {"label_columns": ["late"]}, "multi-label-classification"),
+    ({"tokens": ["a"], "ner_tags": ["O"]}, {}, "token-classification"),
     ({"text": ["a"], "kind": ["x"]}, {"problem_type": "multi_label_classification"}, "multi-label-classification"),
     ({"tokens": [["a"]], "ner_tags": [[0]], "id": ["1"]}, {}, "token-classification"),
     ({"words": ['["a"]'], "labels": ['["O"]']}, {}, "token-classification"),
@@ -511,6 +533,11 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"id": [1], "question": ["a"], "context": ["a"], "answers": SPANS}, {}, "question-answering"),
     ({"question": ["a"], "context": ["a"], "answers": [json.dumps(SPANS[0])]}, {}, "question-answering"),
     ({"image": ["a.png"], "label": [1]}, {}, "image-classification"),
+    ({"image": ["", {"bytes": b"x"}], "label": [1, 0]}, {}, "image-classification"),
+    ({"image": ["a.png"], "kind": [1]}, {"label_column": "kind"}, "image-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "text"}, "text-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "image"}, "image-classification"),
+    ({"file_name": ["a.txt"], "text": ["a"], "label": [1]}, {}, "text-classification"),
     ({"messages": [[{"role": "user", "content": "a"}]], "category": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"], "context": ["x"]}, {}, "causal-lm"),
@@ -548,6 +575,8 @@ def test_pairs_are_for_encoder_decoders(
 
 
 def test_columns_for_several_tasks_name_them() -> None:
+    with pytest.raises(DataError, match=r"task='text-classification' or task='image-classification'\."):
+        choose_task(table(image=["a.png"], text=["a"], label=["x"]))
     with pytest.raises(DataError, match=r"Choose one with task='text-classification' or task='causal-lm'\."):
         choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
@@ -592,6 +621,12 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         ["none.png does not exist", "is not an image"],
     ),
     "a summary": ("encoder_decoder", [{"document": "door", "summary": ""}], ["column 'summary': the text is empty"]),
+    "three languages": (
+        "encoder_decoder",
+        [{"translation": {"en": "a", "de": "b", "fr": "c"}}],
+        ["It has 'translation', 'en', 'de', 'fr'; usual names"],
+    ),
+    "no lists": ("encoder", [{"tokens": "the door", "ner_tags": "O O"}], ["column 'ner_tags': not valid JSON"]),
     "one text": ("encoder_decoder", [{"text": "door"}], ["Name them with --text-column and --completion-column."]),
     "no form": ("encoder", [{"text": "door"}], ["--task masked-lm"]),
     "another model": (
