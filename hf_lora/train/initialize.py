@@ -31,6 +31,8 @@ from .checkpoint.store import adapter_folder
 
 logger = logging.get_logger(__name__)
 DEFAULT_BATCHES = 64
+NAME = "default"
+"""Of the adapter that a trainer adds."""
 
 
 def looks_at_batches(config: LoraConfig) -> bool:
@@ -50,7 +52,10 @@ def initialize(trainer: Trainer, model: nn.Module, checkpoint: str | None) -> No
     state = require_state(model, call)
     if state.waiting is None:
         return
-    name, record = next(iter(state.adapters.items()))
+    name, record = NAME, state.adapters.get(NAME)
+    if record is None:  # deleted meanwhile
+        state.waiting = None
+        return
     own = {field: getattr(state.waiting, field) for field in ("init_lora_weights", *OF_INITS)}
     config = replace(record.config, **own)
     before = f"call apply_lora(model, config, batches=[…]) before {type(trainer).__name__}(…)"

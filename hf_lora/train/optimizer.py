@@ -97,7 +97,13 @@ def set_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, w
             "loraplus_lr_ratio and head_learning_rate set the optimizer's parameter groups, but an optimizer was "
             "passed to the Trainer. Use one or the other."
         )
-    split_by_rate(optimizer, learning_rates(model, args.learning_rate, ratio, head_rate))
+    rates = learning_rates(model, args.learning_rate, ratio, head_rate)
+    if not rates:
+        raise ConfigError(
+            "loraplus_lr_ratio and head_learning_rate have no effect: they are for factors B and modules trained "
+            "whole, and none of these is trained here. Omit them."
+        )
+    split_by_rate(optimizer, rates)
     return True
 
 
@@ -112,7 +118,7 @@ def learning_rates(
     rates: dict[int, float] = {}
     for part in parts(model):
         for spec, tensor in part.tensors():
-            if loraplus_lr_ratio is not None and spec.axes == "OR":
+            if loraplus_lr_ratio is not None and spec.axes == "OR" and spec.trainable:
                 rates[id(tensor)] = learning_rate * loraplus_lr_ratio
             if head_learning_rate is not None and part.whole_module and spec.trainable:
                 rates[id(tensor)] = head_learning_rate

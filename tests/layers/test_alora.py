@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_pefts(theirs: Any, tmp_path: Path) -> None:
     expected = with_mask(model, IDS, START)
     with torch.no_grad():
         assert relative_error(model(IDS).logits, expected) < 32 * EPS
-        assert torch.equal(model(input_ids=IDS).logits, model(IDS).logits)
+        assert torch.equal(model(input_ids=IDS.int()).logits, model(IDS).logits)
         assert torch.equal(model(IDS).logits[2], tiny_llama()(IDS).logits[2])
         assert relative_error(theirs(input_ids=IDS).logits, expected) < 32 * EPS
     theirs.save_pretrained(tmp_path)
@@ -160,6 +160,10 @@ def test_a_cache_for_other_rows_is_refused_and_repeated_rows_are_known() -> None
         cache.batch_repeat_interleave(2)
         with pytest.raises(StateError, match="The cache is that of 2 rows, and this call has 3"):
             model(IDS[:3, 6:], past_key_values=cache)
+        cut = model(torch.tensor([[11, 12, 7, 15]]), use_cache=True).past_key_values
+        cut.crop(-1)  # as assisted generation does, within an invocation
+        acts = where_it_acts(adapted(target_modules=["down_proj"]), torch.tensor([[8, 13]]), past_key_values=cut)
+        assert acts == [True, True]
         cropped = model(IDS[:1, :6], use_cache=True).past_key_values
         cropped.crop(-5)  # before the invocation
         again = model(IDS[:1, 1:], past_key_values=cropped).logits

@@ -80,6 +80,11 @@ def test_eva_has_the_components_and_ranks_of_peft(name: str, settings: dict[str,
     batch = some_batches()[0]
     with torch.no_grad():
         assert torch.equal(model(**batch).logits, base(**batch).logits)
+    for each in (model, theirs.eval()):
+        each(**batch).loss.backward()
+    for path, layer in adapter_layers(model).items():
+        grad = theirs.base_model.model.get_submodule(path).lora_B["default"].weight.grad
+        assert relative_error(getattr(layer, "lora_B")["default"].weight.grad, grad) < 64 * EPS  # noqa: B009
     model.save_pretrained(tmp_path)
     again = LoraModel.from_pretrained(tmp_path, base_model=make())
     read = peft.PeftModel.from_pretrained(make(), tmp_path)

@@ -65,6 +65,7 @@ def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Pat
 
     assert results["test_spearman" if kind == "scores" else "test_accuracy@1"] == pytest.approx(score(model), abs=1e-6)
     assert score(model) > score(before) or score(model) == 1
+    assert "use its evaluators on SentenceTransformer" in run_command("eval", out, "--file", file, code=2).stderr
     assert torch.tensor(model.encode(TEXTS)).std() > 0
 
 

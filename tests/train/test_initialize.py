@@ -142,6 +142,25 @@ def test_batches_that_the_model_does_not_take_are_refused_with_a_way_out(argumen
         trainer.train()
 
 
+def test_another_adapter_is_left_alone(arguments: Make) -> None:
+    args = arguments(max_steps=1, learning_rate=0.0, **flags("eva"))
+    trainer = LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts())
+    trainer.model.add_adapter("more", LoraConfig(r=3))
+    trainer.model.delete_adapter("default")
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert_same_tensors(snapshot(trainer.model), before)
+
+
+def test_a_rate_for_a_frozen_factor_is_refused(arguments: Make) -> None:
+    args = arguments(max_steps=1, lora_init="mica", loraplus_lr_ratio=4.0)
+    trainer = LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts())
+    with pytest.raises(ConfigError, match=r"have no effect: they are for factors B .* Omit them"):
+        trainer.train()
+    args = arguments(max_steps=1, lora_init="mica")
+    LoraTrainer(model=tiny_llama(), args=args, train_dataset=texts()).train()
+
+
 def test_wrong_flags_are_named(arguments: Make) -> None:
     for values, match in (
         (dict(lora_init="pissa", lora_init_config={"rho": 2}), "the initialization 'pissa' has no settings"),

@@ -6,9 +6,10 @@ What comes before them is computed by the base alone, so a cache of it serves th
 from __future__ import annotations
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,20 +22,8 @@ from .additive import Additive, dropout_of, plain_update
 
 NEVER = 1 << 60
 """The start of a row without invocation tokens."""
-
-
-class Progress(NamedTuple):
-    """What a cache has of the rows of former calls.
-
-    Args:
-        start: (B,) position of the invocation tokens in the cache.
-        length: the number of positions in the cache.
-        last: (B, n) the last tokens, in which an invocation may begin.
-    """
-
-    start: Tensor
-    length: int
-    last: Tensor
+UNKNOWN = -1
+"""A token in a cache that was computed elsewhere, such as by the base."""
 
 
 class Alora(Additive):
@@ -58,25 +47,16 @@ class Alora(Additive):
     def refuse_folding(self, layer: AdaptedLayer) -> str | None:
         return "aLoRA acts only from its invocation tokens on, and a merged weight would act on all tokens"
 
-    def before(self, config: LoraConfig, inputs: Inputs, former: Any) -> tuple[Tensor, Progress]:
-        """(B, T) which tokens of a call the adapter acts on, and the progress of the rows after the call.
+    def before(self, config: LoraConfig, inputs: Inputs, former: Any) -> tuple[Tensor, Tensor]:
+        """(B, T) which tokens of a call the adapter acts on, and (B, past + T) all tokens so far.
 
         In rows of several documents, each of which begins at position 0, each document has its own invocation.
         """
         ids, past = inputs.ids, inputs.past
         tokens = torch.tensor(config.alora_invocation_tokens, device=ids.device)
-        former = _fitting(former, ids, past)
-        # Tokens at whose end a cached row may have the beginning of an invocation.
-        before = ids[:, :0] if former is None else former.last.to(ids.device)
-        seen, offset = torch.cat([before, ids], 1), past - before.shape[1]
-        documents = _documents(inputs.positions, seen)
-        starts = _starts(seen, tokens, documents)
-        starts = (starts + offset).where(starts < NEVER, NEVER)
-        if former is not None:
-            starts = starts.where(starts < NEVER, former.start.to(ids.device)[:, None])
-        places = torch.arange(past, past + ids.shape[1], device=ids.device)
-        last = seen[:, seen.shape[1] - min(len(tokens) - 1, seen.shape[1]) :]
-        return places >= starts[:, before.shape[1] :], Progress(starts[:, -1], past + ids.shape[1], last)
+        seen = torch.cat([_cached(former, ids, past), ids], 1)
+        starts = _starts(seen, tokens, _documents(inputs.positions, seen))
+        return (torch.arange(seen.shape[1], device=ids.device) >= starts)[:, past:], seen
 
     def forward(self, layer: AdaptedLayer, x: Tensor, names: tuple[str, ...]) -> Tensor:
         state, inner = layer._lora, to_compute_dtype(x)
@@ -109,24 +89,22 @@ def _starts(ids: Tensor, tokens: Tensor, documents: Tensor) -> Tensor:
 
 def _documents(positions: Tensor | None, ids: Tensor) -> Tensor:
     """(B, T) the number of the document of each token: one begins at each position 0."""
-    if positions is None or positions.shape != ids.shape:  # further tokens of a cached document
-        return torch.zeros_like(ids)
+    if positions is None or positions.shape != ids.shape:  # such as further tokens of a cached document
+        return torch.zeros_like(ids, dtype=torch.long)
     return (positions.to(ids.device) == 0).cumsum(1)
 
 
-def _fitting(former: Progress | None, ids: Tensor, past: int) -> Progress | None:
-    """The progress of a cache for the present rows. A cache may have been cropped, or its rows repeated."""
+def _cached(former: Tensor | None, ids: Tensor, past: int) -> Tensor:
+    """(B, past) the tokens in the cache. It may have been cropped or continued elsewhere, or its rows repeated."""
     if former is None or not past:
-        return None
-    if len(ids) % len(former.start):
+        return ids.new_full((len(ids), past), UNKNOWN)
+    if len(ids) % len(former):
         raise StateError(
-            f"The cache is that of {len(former.start)} rows, and this call has {len(ids)}, so it is not known from "
-            "which token on the adapter acts in each. Compute the cache of these rows again."
+            f"The cache is that of {len(former)} rows, and this call has {len(ids)}, so it is not known from which "
+            "token on the adapter acts in each. Compute the cache of these rows again."
         )
-    times = len(ids) // len(former.start)
-    start, last = (tensor.repeat_interleave(times, 0) for tensor in (former.start, former.last))
-    start = start.where(start < past, NEVER)
-    return Progress(start, past, last if former.length == past else last[:, :0])
+    found = former[:, :past].to(ids.device).repeat_interleave(len(ids) // len(former), 0)
+    return F.pad(found, (0, past - found.shape[1]), value=UNKNOWN)
 
 
 def _like(mask: Tensor, x: Tensor, features: tuple[int, int]) -> Tensor:
