@@ -220,8 +220,15 @@ def _read_lines(path: Path) -> Table:
 
 
 def _read_images(folder: Path) -> Table | None:
-    """The images in the folders of a folder, whose names are the labels; None if there are none."""
+    """The images in the folders of a folder, whose names are the labels; None if there are none.
+
+    Raises:
+        DataError: the images are not in folders.
+    """
     files = sorted(path for path in folder.glob("[!.]*/[!.]*") if path.suffix.lower() in IMAGE_FILES)
+    is_flat = not files and any(path.suffix.lower() in IMAGE_FILES for path in folder.glob("*"))
+    if is_flat and not any(folder.glob("metadata.*")):  # with which `datasets` knows the labels
+        raise DataError(f"{folder} holds images, but no folder for each label, such as {folder}/cat/1.png.")
     columns = {"image": [str(path.absolute()) for path in files], "label": [path.parent.name for path in files]}
     return Table(str(folder), columns, list(range(1, len(files) + 1)), "image") if files else None
 

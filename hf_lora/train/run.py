@@ -114,11 +114,25 @@ def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
         logged = trainer.state.log_history[-1]
         values |= {f"{split}_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
     if data.task.generates:
-        asked = Asked(trainer.args.per_device_eval_batch_size)
-        scores = data.task.score(trainer._bare_model, data, split, asked).metrics
+        hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
+        with logging.tqdm(total=len(data.rows[split]), desc=split, disable=hidden, leave=False, delay=1) as bar:
+            asked = Asked(trainer.args.per_device_eval_batch_size, progress=_advance(bar))
+            scores = data.task.score(trainer._bare_model, data, split, asked).metrics
         values |= {f"{split}_{name}": value for name, value in scores.items()}
         trainer.state.log_history[-1].update(values)  # for the card
     return values
+
+
+def _advance(bar: Any) -> Callable[[int], None]:
+    """Shows the number of finished rows in a progress bar."""
+    shown = 0
+
+    def show(done: int) -> None:
+        nonlocal shown
+        bar.update(done - shown)
+        shown = done
+
+    return show
 
 
 def _push(trainer: Any, card: Mapping[str, Any]) -> str:

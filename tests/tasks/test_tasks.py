@@ -403,6 +403,14 @@ def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
     assert (run.out / "preprocessor_config.json").is_file()
 
 
+def test_images_without_a_folder_for_each_label(pictures: Path, vision: str, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for path in pictures.glob("*/*.png"):
+        (tmp_path / "flat" / path.name).write_bytes(path.read_bytes())
+    words = ("--model", vision, "--train-file", tmp_path / "flat", "--output-dir", tmp_path / "out", "--use-cpu")
+    assert "holds images, but no folder for each label, such as" in run_command("train", *words, code=2).stderr
+
+
 def test_images_of_a_dataset_stay_encoded(pictures: Path, vision: str) -> None:
     datasets = pytest.importorskip("datasets")
     paths = sorted(str(path) for path in pictures.glob("*/*.png"))[:4]
