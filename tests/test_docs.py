@@ -74,10 +74,8 @@ def _other_tasks(folder: Path) -> None:
     )
     ViTModel(config).save_pretrained(folder / "vit-base")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder / "vit-base")
-    text, answer = "the film was good", {"text": ["good"], "answer_start": [13]}
+    text = "the film was good"
     write_lines(folder / "tags.jsonl", [{"tokens": text.split(), "ner_tags": ["O", "B-ART", "O", "O"]}] * 8)
-    write_lines(folder / "squad.jsonl", [{"question": "is it good", "context": text, "answers": answer}] * 8)
-    write_lines(folder / "topics.jsonl", [{"text": text, "labels": ["film", "praise"][: i % 3]} for i in range(8)])
     write_lines(folder / "summaries.jsonl", [{"document": text, "summary": "good film"}] * 8)
     for i in range(8):
         (folder / "images" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ All decisions are made and all faults found before the model is changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, cast
@@ -118,16 +118,19 @@ class Explanation:
         parted = parted_by(model, layers, self.saved, rows if len(rows) > 1 else ())
         return [name for name in parted if name not in self.tied]
 
-    def tie(self, model: nn.Module) -> list[str]:
-        """Train whole with one weight what has that of the input embedding, if one of these modules is trained whole.
+    def tie(self, model: nn.Module, enough: Callable[[Iterable[bool]], bool]) -> list[str]:
+        """Train whole with one weight what has that of the input embedding, if `enough` of it is trained whole.
 
-        Not if nothing calls one of them: a copy of it would never run.
+        Not if nothing calls one of these modules: a copy of it would never run.
+
+        Args:
+            enough: `any`, and the others are added, or `all`.
 
         Returns:
             the modules that get other values in spite of that.
         """
         users, uncalled = tied_with_embedding(model), uncalled_embeddings(model)
-        if any(name in self.saved for name in users) and not any(name in uncalled for name in users):
+        if users and enough(name in self.saved for name in users) and not any(name in uncalled for name in users):
             self.saved |= {name: f"tied to {users[0]}" for name in users if name not in self.saved}
             self.tied = users
         return self.parted(model)
@@ -185,7 +188,7 @@ def resolve(
     whole = _saved_modules(model, modules, config, faults) if saved is None else saved
     plan.saved = _called(whole, modules, faults)
     if config.ensure_weight_tying and not from_file:
-        plan.tie(model)
+        plan.tie(model, any)
     _refuse_packed(modules, plan.saved, faults)
     selection = Selection(modules, config, plan.saved, faults, allow_bypassed=allow_bypassed, from_file=from_file)
     chosen, plan.skipped = selection.chosen, selection.skipped
@@ -201,7 +204,7 @@ def resolve(
     unsaved = None if from_file else why_unsaved(model, plan.saved, planned_rows(plan.others))
     if unsaved is not None and not explain:
         faults.add(unsaved)
-    faults.check(TargetError, NEXT_STEP)
+    faults.check(TargetError, "Load the adapter with the library that wrote it." if from_file else NEXT_STEP)
     plan.notes = [*_notes(modules, plan), *([unsaved] if unsaved else [])]
     excess = None if from_file else _excess(plan.layers)
     if excess is not None:

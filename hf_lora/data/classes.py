@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import DataError, Faults, nearest
-from .columns import CLASSIFIED, LABELS
-from .tables import Table
+from .columns import CLASSIFIED, IMAGES, LABELS
+from .tables import IMAGE_FILES, Table
 from .trained import TrainedFormat
 
 logger = logging.get_logger(__name__)
@@ -101,6 +102,15 @@ def column_of(
         table.column(named)
         return named
     return recorded if recorded in table.columns and recorded else find_column(table, usual, option, what, skip)
+
+
+def image_column(table: Table) -> str | None:
+    """The column of images, by its name and its first cell: the path of an image, or no text."""
+    for name in IMAGES:
+        cell = next((value for value in table.columns.get(name, ()) if value not in (None, "")), None)
+        if cell is not None and (not isinstance(cell, str) or Path(cell).suffix.lower() in IMAGE_FILES):
+            return name
+    return None
 
 
 def suggest_columns(table: Table) -> tuple[str, str]:

@@ -247,6 +247,9 @@ def table_of(data: Any, source: str) -> Table:
     """
     import datasets
 
+    for key, feature in data.features.items():
+        if isinstance(feature, datasets.Image):  # decoded, all of them would fill the memory
+            data = data.cast_column(key, datasets.Image(decode=False))
     inner = {key: getattr(feature, "feature", feature) for key, feature in data.features.items()}  # that of a list
     names = {key: list(f.names) for key, f in inner.items() if isinstance(f, datasets.ClassLabel)}
     columns = {key: list(data[key]) for key in data.column_names}

@@ -10,7 +10,10 @@ from typing import Any
 
 LANGUAGE = ("chat", "pair", "raw", "text")
 """The kinds of `Format`, for language models."""
-KINDS = (*LANGUAGE, "classes", "several classes", "tags", "spans", "images", "masked", "source and target")
+KINDS = (
+    *LANGUAGE, "classes", "several classes", "tags", "spans", "images", "masked", "source and target", "ranked",
+    "embedded",
+)  # fmt: skip
 """Also those of the other tasks, see `hf_lora.tasks`."""
 
 MAX_PROSE = 2**14

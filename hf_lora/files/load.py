@@ -77,8 +77,8 @@ def load_adapter(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
     file, plan, frozen = _plan(model, file, call)
-    if file.config.ensure_weight_tying and (parted := plan.tie(model)):
-        if is_trainable:
+    if file.config.ensure_weight_tying and (parted := plan.tie(model, all)):
+        if is_trainable and len(parted) > 1:
             raise AdapterFileError(
                 f"{call}: with ensure_weight_tying, {', '.join(parted)} are trained as one, which is not supported. "
                 "Load the adapter without is_trainable=True, or go on training it with PEFT."

@@ -19,7 +19,7 @@ from .keys import key_of, split_key
 
 def with_all_targets(file: AdapterFile) -> AdapterFile:
     """The file with each module that it has factors of among the targets: PEFT leaves tied ones out of their list."""
-    if not file.config.ensure_weight_tying:
+    if file.extras or not file.config.ensure_weight_tying:
         return file
     layers = {path for path, role in map(split_key, file.tensors) if role not in ("copy", "bias")}
     config = replace(

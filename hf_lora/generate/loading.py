@@ -63,7 +63,7 @@ def load_for_generation(
         dtype: `"float32"`, `"bfloat16"` or `"float16"`; default: the checkpoint's.
         device: such as `"cuda:1"`; default: the accelerator if there is one, else the CPU.
         token: for the Hub.
-        any_task: also accept an adapter for another task, such as classification.
+        any_task: also accept an adapter or a model for another task, such as classification.
 
     Returns:
         (model, tokenizer). The model is in eval mode: a `LoraModel`, or a plain one if merged. The tokenizer is the
@@ -89,7 +89,7 @@ def load_for_generation(
                 f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge do not apply. Omit them."
             )
         base = source
-        model = _load_whole(call, source, folder, revision, dtype, token)
+        model = _load_whole(call, source, folder, revision, dtype, token, any_task)
     if not model.can_generate() and not any_task:
         task = PIPELINES.get(task_type_of(model) or "")
         what = f"a {task} model" if task else f"a {type(model).__name__}"
@@ -132,8 +132,12 @@ def _load_whole(
     revision: str | None,
     dtype: str | None,
     token: str | None,
+    any_task: bool,
 ) -> Any:
-    """A full model, if the class of its checkpoint generates text; another class would get a random output head."""
+    """A full model of the class of its checkpoint, if that generates text or with `any_task`.
+
+    Another class would get a random output head.
+    """
     if Path(source).is_dir() and not (folder / "config.json").is_file():
         read_config(folder)  # its error names what is there instead
     given = {k: v for k, v in {"revision": revision, "token": token}.items() if v is not None}
@@ -142,6 +146,8 @@ def _load_whole(
         for name in config.architectures or []:
             cls = getattr(transformers, name, None)
             if cls is not None and not cls.can_generate():
+                if any_task:
+                    return cls.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))
                 raise StateError(
                     f"{call}: this is a {name}, which does not generate text. Name a language model or its adapter."
                 )

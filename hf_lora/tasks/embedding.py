@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.tables import Table
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, Faults
 from ..evaluation.result import Evaluation
 from .base import Asked, Data, Defaults, Given, Options, Task, counts
@@ -27,7 +28,7 @@ class Embedding(Task):
     """Trained with the classes of sentence-transformers; it must be named, because others have such columns too."""
 
     name = "embedding"
-    kinds = ()
+    kinds = ("embedded",)
     auto_class = "AutoModel"
     has_head = False
     defaults = Defaults(1e-4, 32, 64, 256)
@@ -57,6 +58,10 @@ class Embedding(Task):
         columns = _columns(next(iter(tables.values())), given.options)
         for split, table in tables.items():
             data.rows[split] = Dataset.from_dict(_cells(table, columns))
+        data.trained = TrainedFormat(
+            self.kinds[0], columns[0], pair_column=columns[1], label_column=next(iter(columns[2:]), None),
+            max_length=data.length,
+        )  # fmt: skip
         what = "pairs" if len(columns) < 3 else "triplets" if columns[2] in NEGATIVES else "pairs with a similarity"
         data.lines = [f"{self.name}: {what} from {', '.join(map(repr, columns))}: {counts(data.rows)}"]
         return data
@@ -66,6 +71,12 @@ class Embedding(Task):
 
     def compute_metrics(self, data: Data, split: str) -> Any:
         return None
+
+    def evaluate(self, model: Any, table: Table, given: Given, asked: Asked) -> Evaluation:
+        raise ConfigError(
+            "evaluate: embeddings are made by sentence-transformers, with the modules in the adapter's folder. Pass "
+            "the file as --test-file to hf-lora train, or use its evaluators on SentenceTransformer(folder)."
+        )
 
     def score(self, model: Any, data: Data, split: str, asked: Asked) -> Evaluation:
         return Evaluation(metrics_of_embeddings(model, data.rows[split], asked.batch_size))

@@ -31,7 +31,8 @@ class ImageClassification(Task):
     options = {"text_column": "image", "label_column": "label"}
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
-        return options.completion_column is None and any(name in table.columns for name in IMAGES)
+        image = classes.image_column(table)
+        return options.completion_column is None and image is not None and options.text_column in (None, image)
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
         _require_pillow(self.name)

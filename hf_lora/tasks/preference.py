@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..data.chat import marked
@@ -15,7 +17,9 @@ from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_m
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError
-from .base import Data, Defaults, Given, Options, Task, counts, padded
+from ..evaluation.result import Evaluation
+from ..generate.texts import evaluating
+from .base import Asked, Data, Defaults, Given, Options, Task, counts, padded
 
 
 class Preference(Task):
@@ -26,7 +30,7 @@ class Preference(Task):
     """
 
     trainer: ClassVar[str]
-    kinds = ()
+    kinds: ClassVar[tuple[str, ...]] = ()
     auto_class = "AutoModelForCausalLM"
     has_head = False
     defaults = Defaults(5e-5, 8, 8, 1024)
@@ -55,11 +59,10 @@ class Preference(Task):
                 f"{self.name}: messages need a chat template, and the tokenizer has none. Start from a chat model, "
                 "set tokenizer.chat_template, or provide texts."
             )
-        if self.trainer != "Reward":
-            data.trained = TrainedFormat(
-                CHAT if chat else RAW, PROMPT, self._answers(options), use_chat_template=chat,
-                separator=None if chat else "", max_length=data.length,
-            )  # fmt: skip
+        data.trained = TrainedFormat(
+            next(iter(self.kinds), CHAT if chat else RAW), PROMPT, self._answers(options), use_chat_template=chat,
+            separator=None if chat else "", max_length=data.length,
+        )  # fmt: skip
         data.rows = {split: Dataset.from_list(self._finished(part)) for split, part in rows.items()}
         how = "through the chat template" if chat else "without a chat template"
         data.lines = [f"{self.name}: {counts(data.rows)} rows, {how}"]
@@ -115,7 +118,8 @@ class Reward(Preference):
     """A reward model: a head with one output, which is higher for the chosen answer."""
 
     name = "reward"
-    commands = False
+    kinds = ("ranked",)
+    more = ("use_chat_template",)
     auto_class = "AutoModelForSequenceClassification"
     has_head = True
     trainer = "Reward"
@@ -128,3 +132,32 @@ class Reward(Preference):
 
     def _finished(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [joined(row) for row in rows]
+
+    def evaluate(self, model: Any, table: Table, given: Given, asked: Asked) -> Evaluation:
+        tokenizer, trained = padded(given.processor), given.trained
+        wanted = given.options.use_chat_template
+        as_chat = bool(trained.use_chat_template if wanted is None and trained is not None else wanted)
+        rows = [joined(row) for row in read_pairs(table, as_chat)]
+        chosen, rejected = (
+            _rewards(model, tokenizer, [row[name] for row in rows], given.options.max_length, asked.batch_size)
+            for name in (CHOSEN, REJECTED)
+        )
+        margins = chosen - rejected
+        return Evaluation({"accuracy": float((margins > 0).double().mean()), "margin": float(margins.mean())})
+
+
+@torch.no_grad()
+def _rewards(model: Any, tokenizer: Any, texts: list[Any], limit: int | None, batch_size: int) -> Tensor:
+    """The output of a reward model for texts or chats, as TRL makes tokens of them."""
+    found = []
+    with evaluating(model):
+        for start in range(0, len(texts), batch_size):
+            part = [
+                tokenizer.apply_chat_template(text, return_dict=True)["input_ids"]
+                if isinstance(text, list)
+                else tokenizer(text.removesuffix(tokenizer.eos_token or "") + (tokenizer.eos_token or ""))["input_ids"]
+                for text in texts[start : start + batch_size]
+            ]
+            batch = tokenizer.pad({"input_ids": [ids[:limit] for ids in part]}, return_tensors="pt").to(model.device)
+            found.append(model(**batch).logits[:, 0].double().cpu())
+    return torch.cat(found)

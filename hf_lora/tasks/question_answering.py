@@ -16,10 +16,12 @@ from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import DataError, Faults
 from ..evaluation.spans import best_span, score_spans
-from .base import Collator, Data, Defaults, Given, Options, Task, from_columns, padded
+from .base import Collator, Data, Defaults, Given, Options, Task, counts, from_columns, padded
 
 STRIDE = 128
 """Tokens that two windows of a long context share."""
+PARAGRAPHS = "paragraphs"
+"""A column of the files of SQuAD."""
 
 
 @dataclass
@@ -49,7 +51,10 @@ class SpanRows(TokenRows):
 
 
 class QuestionAnswering(Task):
-    """`answers` is {"text": […], "answer_start": […]}; empty lists if the context has no answer."""
+    """`answers` is {"text": […], "answer_start": […]} or a list of {"text", "answer_start"}; empty without an answer.
+
+    The files of SQuAD, whose rows are articles with `paragraphs`, are read too.
+    """
 
     name = "question-answering"
     kinds = ("spans",)
@@ -63,11 +68,14 @@ class QuestionAnswering(Task):
     metrics_of_rows = True
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
+        if PARAGRAPHS in table.columns:
+            return True
         named = (options.text_column, QUESTIONS), (options.pair_column, CONTEXTS), (options.label_column, ANSWER_SPANS)
         found = [name or next((usual for usual in known if usual in table.columns), None) for name, known in named]
         return None not in found and _holds_spans(table, str(found[-1]))
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
+        tables = {split: _questions(table) for split, table in tables.items()}
         train, options, tokenizer = next(iter(tables.values())), given.options, padded(given.processor)
         known = given.trained or TrainedFormat()
         columns = [
@@ -87,9 +95,8 @@ class QuestionAnswering(Task):
             self.kinds[0], question, pair_column=context, label_column=answers, max_length=limit
         )
         questions = {split: rows.answers for split, rows in data.rows.items()}
-        windows = sum(map(len, data.rows.values()))
-        data.kind = f"{windows:,} windows of at most {limit:,} tokens"
-        data.lines = [from_columns(self.name, columns, questions, data.kind)]
+        windows = f"{counts(data.rows)} windows of at most {limit:,} tokens"
+        data.lines = [f"{from_columns(self.name, columns, questions, '')} questions in {windows}"]
         return data
 
     def settings(self, data: Data) -> dict[str, Any]:
@@ -142,6 +149,29 @@ class SpanMetrics:
         return ["" if may_be_empty and none[i] > score else text for i, (score, text) in enumerate(best)]
 
 
+def _questions(table: Table) -> Table:
+    """A table of questions, from one of articles with paragraphs as in the files of SQuAD.
+
+    Raises:
+        DataError: lists every article that does not have that form.
+    """
+    if PARAGRAPHS not in table.columns:
+        return table
+    columns: dict[str, list[Any]] = {name: [] for name in (*QUESTIONS, *CONTEXTS, *ANSWER_SPANS)}
+    positions, faults = [], Faults(f"reading {table.source}")
+    for row, paragraphs in enumerate(table.columns[PARAGRAPHS]):
+        try:
+            found = [(part["context"], each) for part in paragraphs for each in part["qas"]]
+            for context, each in found:
+                for name, cell in zip(columns, (each["question"], context, each.get("answers") or []), strict=True):
+                    columns[name].append(cell)
+                positions.append(table.positions[row])
+        except (TypeError, KeyError, AttributeError) as error:
+            faults.add(f"{table.at(row)}, column {PARAGRAPHS!r}: it is not in the form of SQuAD ({error!r})")
+    faults.check(DataError, 'A paragraph is {"context": …, "qas": [{"question": …, "answers": […]}]}.')
+    return Table(table.source, columns, positions, table.unit)
+
+
 def _holds_spans(table: Table, column: str) -> bool:
     cell = next((value for value in table.columns.get(column, []) if value not in (None, "")), None)
     return isinstance(_spans(cell), dict)
@@ -153,7 +183,10 @@ def _spans(cell: object) -> Any:
             cell = json.loads(cell)
         except (ValueError, RecursionError):
             return None
-    return cell if isinstance(cell, dict) and {"text", "answer_start"} <= cell.keys() else None
+    keys = ("text", "answer_start")
+    if isinstance(cell, list) and all(isinstance(each, dict) and {*keys} <= each.keys() for each in cell):
+        return {key: [each[key] for each in cell] for key in keys}
+    return cell if isinstance(cell, dict) and {*keys} <= cell.keys() else None
 
 
 def _answers(table: Table, column: str, contexts: Sequence[str], faults: Faults) -> list[list[tuple[str, int]]]:

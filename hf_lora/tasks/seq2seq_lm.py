@@ -118,11 +118,11 @@ def _columns(table: Table, options: Options, trained: TrainedFormat | None) -> t
         for named, known, name in zip((options.text_column, options.completion_column), recorded, usual, strict=True)
     )
     if source is None or target is None:
+        columns = ", ".join(map(repr, [*table.columns, *_languages(table)]))
         pairs = " or ".join(f"{a!r} and {b!r}" for a, b in SEQUENCES)
         raise DataError(
             f"{table.source}: cannot determine which columns hold the texts and what is to be written for them. It "
-            f"has {', '.join(map(repr, table.columns))}; usual names are {pairs}. Name them with text_column and "
-            "completion_column."
+            f"has {columns}; usual names are {pairs}. Name them with text_column and completion_column."
         )
     return source, target
 

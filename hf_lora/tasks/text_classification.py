@@ -9,7 +9,7 @@ from transformers import DataCollatorWithPadding, PretrainedConfig
 
 from ..data import classes
 from ..data.classes import REGRESSION, Columns
-from ..data.columns import CHATS, IMAGES, LABELS
+from ..data.columns import CHATS, CLASSIFIED, LABELS
 from ..data.formats import parsed
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
@@ -30,10 +30,14 @@ class TextClassification(Task):
     more = ("pair_column",)
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
-        if options.label_column is not None:
-            return not holds_lists(table, options.label_column)
-        others = {*CHATS, *IMAGES} & table.columns.keys()
-        return not others and any(name in table.columns and not holds_lists(table, name) for name in LABELS)
+        label = options.label_column or next((name for name in LABELS if name in table.columns), None)
+        if label is None or options.label_columns or holds_lists(table, label):
+            return False
+        image, text = classes.image_column(table), options.text_column
+        if image is not None and text is None:
+            return any(name in table.columns for name in CLASSIFIED)
+        chats = options.label_column is None and any(name in table.columns for name in CHATS)
+        return not chats and (image is None or text != image)
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
         train, options, tokenizer = next(iter(tables.values())), given.options, given.processor

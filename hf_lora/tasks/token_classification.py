@@ -10,7 +10,7 @@ from transformers import DataCollatorForTokenClassification, PretrainedConfig
 from ..data import classes
 from ..data.chat import marked
 from ..data.classes import LabelFinder, TokenRows, column_of
-from ..data.columns import TAGS, TOKENS
+from ..data.columns import LABELS, TAGS, TOKENS
 from ..data.formats import parsed, read_list
 from ..data.spans import IGNORED
 from ..data.tables import Table, is_unicode
@@ -34,7 +34,10 @@ class TokenClassification(Task):
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         text = options.text_column or next((name for name in TOKENS if name in table.columns), None)
         tags = options.label_column or next((name for name in TAGS if name in table.columns), None)
-        return None not in (text, tags) and all(holds_lists(table, str(name)) for name in (text, tags))
+        if text is None or tags is None:
+            return False
+        named = text in TOKENS and tags in TAGS and tags not in LABELS  # cells that are no lists are then a fault
+        return named or all(holds_lists(table, name) for name in (text, tags))
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
         train, options, tokenizer = next(iter(tables.values())), given.options, padded(given.processor)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import set_seed
 
 from ..adapt.heads import find_heads, outside_backbone
+from ..adapt.inner import adapted_part
 from ..adapt.match import holder, matcher
 from ..adapt.state import set_trained_format
 from ..compat import held_load_report
@@ -27,7 +28,7 @@ def build_trainer(parsed: Parsed, data: Data) -> Any:
     builders = {CAUSAL_LM: _language_model, EMBEDDING: _embedding, **dict.fromkeys(PREFERENCES, _preference)}
     trainer = builders.get(data.task.name, _model)(parsed, data)
     if data.trained is not None:
-        set_trained_format(trainer._bare_model, data.trained)
+        set_trained_format(adapted_part(trainer._bare_model), data.trained)
     return trainer
 
 

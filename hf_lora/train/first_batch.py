@@ -95,8 +95,11 @@ def may_share_inputs(trainer: Trainer, model: nn.Module) -> bool:
 def find_shared_inputs(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """`share_inputs` on a batch as passed to the model; if that forward fails, log a warning and continue.
 
-    Each layer then computes its input's product separately: slower, with the same result.
+    Each layer then computes its input's product separately: slower, with the same result. So it does for a trainer
+    whose batches are not the inputs of its model, such as those that generate completions.
     """
+    if getattr(model, "main_input_name", None) not in (None, *batch):
+        return
     try:
         with kept_random_states():
             share_inputs(model, **batch)

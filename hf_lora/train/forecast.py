@@ -22,8 +22,7 @@ from ..apply import apply_lora
 from ..compat import is_own_model
 from ..errors import ConfigError, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
-from ..tasks.base import Data
-from ..tasks.preference import Preference
+from ..tasks.base import Data, Task
 from ..tasks.registry import CAUSAL_LM, TASKS
 from .base_model import check_name, load_base, read_config
 from .parsing import Parsed
@@ -91,7 +90,7 @@ def forecast(parsed: Parsed) -> Forecast:
         ConfigError, DataError, TargetError: what `finetune` would raise before it loads the model.
     """
     data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
-    if isinstance(data.task, Preference):
+    if data.task.name != CAUSAL_LM and type(data.task).collator is Task.collator:  # another library's batches
         raise ConfigError(
             f"hf-lora train: there is no forecast of memory for {data.task.name}. Omit --dry-run; hf-lora targets "
             f"{run.model} --task {data.task.name} lists the layers that would be adapted."

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from ..adapt.embeddings import output_embedding
 from ..adapt.heads import find_heads
-from ..errors import Faults
+from ..errors import ConfigError, Faults
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.storages.loading import BITS, quantized_loading, why_not_loadable
 from .parsing import RunArguments
@@ -67,6 +67,11 @@ def load_quantized(
 
     result = loaded(None)
     model: nn.Module = result[0] if isinstance(result, tuple) else result
+    if not any(map(is_packed, model.parameters())):
+        raise ConfigError(
+            f"hf-lora train: --load-in-{bits}bit: {type(model).__name__} has no linear layer that can be quantized. "
+            "Omit it."
+        )
     dense = list(dict.fromkeys([*whole(model), *find_heads(model)]))
     if not any(_is_quantized(model.get_submodule(name)) for name in dense):
         return result

@@ -194,7 +194,7 @@ def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
             faults.add(f"{name!r}: {unsaved}")
     faults.check(
         TrainingError,
-        "Load the base again, and apply LoRA so.",
+        "Load the base again, and call apply_lora with these settings.",
     )
     check_labels(trainer, model, call)
     check_same_adapters(model, call)

@@ -15,7 +15,7 @@ FAST = ("--num-train-epochs", "2", "--per-device-train-batch-size", "12", "--use
         "--logging-strategy", "no")  # fmt: skip
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("fails", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_is_pushed_as_one_commit(fails: bool, bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
     rows, out = texts_folder / "rows.csv", tmp_path / "out"
     words = ("--model", bert_folder, "--train-file", rows, "--test-file", rows, "--output-dir", out)

@@ -12,11 +12,18 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_command, tiny_bert, tiny_llama
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 
-from hf_lora import LoraModel
+from hf_lora import ConfigError, LoraModel
 from hf_lora.train.build import build_trainer
 from hf_lora.train.parsing import parse_arguments
+from hf_lora.train.quantize import load_quantized
 from hf_lora.train.run_data import read_data
 
 pytest.importorskip("bitsandbytes")
@@ -46,7 +53,7 @@ def method(bits: int, **more: Any) -> BitsAndBytesConfig:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_language_model_is_trained_over_few_bits(
     bits: int, bases: dict[str, str], texts_folder: Path, tmp_path: Path, messages: list[str]
 ) -> None:
@@ -76,8 +83,8 @@ def test_a_language_model_is_trained_over_few_bits(
     assert run_command("generate", out, "--prompt", "open the door", "--max-new-tokens", 3).exit_code == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("has_head", [False, True])
+@pytest.mark.parametrize("bits", [pytest.param(4, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("has_head", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_modules_that_are_trained_whole_stay_dense(
     bits: int, has_head: bool, bases: dict[str, str], texts_folder: Path, tmp_path: Path
 ) -> None:
@@ -128,6 +135,14 @@ def test_what_cannot_be_quantized_is_one_message(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_linear_layers(bases: dict[str, str]) -> None:
+    config, cpu = AutoConfig.from_pretrained(bases["bert"]), torch.device("cpu")
+    run, plain = parse_arguments(["--load-in-4bit"]).run, torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))
+    with pytest.raises(ConfigError, match="--load-in-4bit: Sequential has no linear layer that can be quantized"):
+        load_quantized(lambda _: plain, run, config, cpu, lambda _: [])
+
+
+@pytest.mark.slow
 def test_the_forecast_counts_few_bits(bases: dict[str, str], texts_folder: Path, tmp_path: Path) -> None:
     words = ("--model", bases["llama"], "--train-file", texts_folder / "pairs.jsonl", "--output-dir", tmp_path / "out")
     weights = []

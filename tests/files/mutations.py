@@ -136,7 +136,7 @@ def _of_json() -> dict[str, Mutation]:
 BOMB = r"(((.*)*)*)*x"
 BAD_VALUES: dict[str, list[Any]] = {
     "r": ["8", 0, -1, 1.5, True, None, [], {}, 2**21, 2**62, 10**400, 7],
-    "lora_alpha": ["16", 0, -2, [], True, 1e300, 10**400, -(10**400)],
+    "lora_alpha": ["16", [], True, 1e300, 10**400, -(10**400)],
     "lora_dropout": [1, -0.1, "0", [], None, 10**400],
     "target_modules": [[], 5, {}, [1], [None], "(", "(" * 5000, BOMB, r"(a+)+(b|c)\1", "a{99999999999}",
                        ".*" * 300, "x" * 100_000, "no_such_module", ["../q_proj"], ["no_such_module"]],
@@ -144,7 +144,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "rank_pattern": [[1], "x", 5, {"q": 0}, {"q": "3"}, {"q": 2**40}, {"q": None}, {"q": 10**400}, {"(": 2},
                      {"(?i)q_proj": 2}, {"a{99999999999}": 1}, {"(?:^){4294967294}": 1}, {"a)|(b": 1},
                      {f"m{i}": 1 for i in range(30_000)}, {f"m{i}.*": 1 for i in range(1000)}, {".*": 2**20}],
-    "alpha_pattern": [[1], {"q": 0}, {"q": "3"}, {"q": -1}, {"q": 10**400}, {"(": 2}, {"(?x)q": 2}],
+    "alpha_pattern": [[1], {"q": "3"}, {"q": 10**400}, {"(": 2}, {"(?x)q": 2}],
     "bias": ["some", 3, None, ["none"]],
     "modules_to_save": [3, [3], "x", {"x": 1}],
     "layers_to_transform": ["1", [1.5], 10**400, {}, [None], [999_999]],
@@ -175,7 +175,8 @@ GOOD_VALUES: dict[str, list[Any]] = {
     "peft_version": ["9.9.9", 5],
     "trust_remote_code": [False],
     "lora_dropout": [0.5],
-    "lora_alpha": [1, 0.5, None],
+    "lora_alpha": [1, 0.5, None, 0, -2],
+    "alpha_pattern": [{"q": 0}, {"q": -1}],
     "revision": [None, "main", "refs/pr/1"],
     "base_model_name_or_path": ["../../../etc", "/etc/passwd", "nobody/nothing", None],
     "exclude_modules": [BOMB, r"(a+)+$"],

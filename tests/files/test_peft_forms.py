@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import assert_near, batch_for, randomize, relative_error, tiny_llama, tiny_t5
+from helpers import assert_near, batch_for, randomize, relative_error, tiny_gpt2, tiny_llama, tiny_t5
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -361,6 +361,16 @@ def test_copies_are_not_tied_to_an_embedding_that_nothing_calls() -> None:
     config = LoraConfig(r=4, target_modules=["q"], modules_to_save=["lm_head"], ensure_weight_tying=True)
     with pytest.raises(TargetError, match="lm_head would be trained apart from the modules with the same weight"):
         apply_lora(tiny_t5(tie_word_embeddings=True), config)
+
+
+def test_tying_that_peft_did_not_do(tmp_path: Path) -> None:
+    """It knows embeddings by two names, and leaves others apart."""
+    config = {"target_modules": ["c_attn"], "modules_to_save": ["wte"], "ensure_weight_tying": True}
+    write(tmp_path / "theirs", tiny_gpt2(), **config)
+    assert not any("lm_head" in key for key in load_file(tmp_path / "theirs" / WEIGHTS_NAME))
+    model = assert_read_alike(tmp_path / "theirs", tiny_gpt2, tmp_path / "ours")
+    assert not model.lora_configs["default"].ensure_weight_tying
+    LoraModel.from_pretrained(tmp_path / "theirs", base_model=tiny_gpt2(), is_trainable=True)
 
 
 def test_copies_of_tied_modules_that_differ_in_the_file(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Pat
     assert {"pairs": "pairs from", "triplets": "triplets from", "scores": "with a similarity"}[kind] in said.stdout
     shown = run_command("train", "--model", texts_base, "--train-file", file, "--show-batch", *FAST).stdout
     assert f"row 1: {next(iter(rows[0]))}: {TEXTS[0]}" in shown
+    plan = ("train", "--model", texts_base, "--train-file", file, "--dry-run", *FAST)
+    assert "--task embedding lists the layers" in run_command(*plan, code=2).stderr
     results = json.loads((out / "test_results.json").read_text())
     assert not (out / "model.safetensors").exists()
     model, before = (st.SentenceTransformer(str(folder), device="cpu") for folder in (out, texts_base))
@@ -63,6 +65,7 @@ def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Pat
 
     assert results["test_spearman" if kind == "scores" else "test_accuracy@1"] == pytest.approx(score(model), abs=1e-6)
     assert score(model) > score(before) or score(model) == 1
+    assert "use its evaluators on SentenceTransformer" in run_command("eval", out, "--file", file, code=2).stderr
     assert torch.tensor(model.encode(TEXTS)).std() > 0
 
 

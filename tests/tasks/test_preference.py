@@ -132,7 +132,11 @@ def test_the_command_trains_on_preferences(
         assert first == pytest.approx(0.693147, abs=1e-5)
     model = LoraModel.from_pretrained(out)
     assert model.config.num_labels == (1 if task == "reward" else 2)
-    if task != "reward":  # the model answers prompts as it was trained
+    if task == "reward":
+        found = json.loads(run_command("eval", out, "--file", rows, "--json").stdout)
+        expected = {name: results[f"test_{name}"] for name in ("accuracy", "margin")}
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    else:  # the model answers prompts as it was trained
         answer = run_command("generate", out, "--prompt", "was it good", "--max-new-tokens", "3").stdout
         assert answer.strip()
 

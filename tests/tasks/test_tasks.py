@@ -19,9 +19,11 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoConfig, AutoTokenizer, DataCollatorForLanguageModeling
 
 from hf_lora import DataError, LoraModel
-from hf_lora.data.tables import Table, read_table
+from hf_lora.data.tables import Table, read_table, table_of
+from hf_lora.evaluation.spans import score_spans
 from hf_lora.evaluation.tags import entities
 from hf_lora.tasks.base import Given, Options
+from hf_lora.tasks.question_answering import SpanMetrics
 from hf_lora.tasks.registry import TASKS, choose_task
 from hf_lora.train.parsing import TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
@@ -37,6 +39,11 @@ FILES = {
     "seq2seq-lm": ("encoder_decoder", "pairs.jsonl"), "multi-label-classification": ("encoder", "lists.jsonl"),
     "masked-lm": ("encoder", "texts.jsonl"), "image-classification": ("vision", ""),
 }  # fmt: skip
+
+
+def fast(*tasks: str) -> list[Any]:
+    """All tasks, of which only these are tested fast."""
+    return [pytest.param(task, marks=[] if task in tasks else [pytest.mark.slow]) for task in FILES]
 
 
 class Run:
@@ -227,6 +234,43 @@ def test_answers_are_the_best_spans_of_a_merged_model(run_of: Callable[[str], Ru
     run.check("exact_match", "f1")
 
 
+def test_questions_without_an_answer_and_the_files_of_squad(rows: Path, encoder: str, tmp_path: Path) -> None:
+    """As `postprocess_qa_predictions` with version_2_with_negative; nested files are the same rows."""
+    columns, task = read_table(rows / "spans.jsonl").columns, TASKS["question-answering"]
+    given = Given(AutoConfig.from_pretrained(encoder), AutoTokenizer.from_pretrained(encoder))
+    answers = [a if i % 3 else {"text": [], "answer_start": []} for i, a in enumerate(columns["answers"])]
+    flat = task.read({"train": table(**{**columns, "answers": answers})}, given).rows["train"]
+    nested = [
+        {"title": "t", "paragraphs": [{"context": c, "qas": [{"id": q, "question": q, "answers": pairs(a)}]}]}
+        for q, c, a in zip(columns["question"], columns["context"], answers, strict=True)
+    ]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"version": "v2.0", "data": nested}))
+    data = read_table(file)
+    assert choose_task(data).name == task.name
+    assert task.read({"train": data}, given).rows["train"] == flat
+    generator = np.random.default_rng(0)
+    starts, ends = ([generator.normal(size=len(row["input_ids"])) for row in flat] for _ in range(2))
+    best, null = [(-np.inf, "")] * 24, [np.inf] * 24
+    for window, s, e in zip(flat.windows, starts, ends, strict=True):
+        i = window.example
+        null[i] = min(null[i], s[0] + e[0])
+        for a in np.argsort(s)[-1:-21:-1]:
+            for b in np.argsort(e)[-1:-21:-1]:
+                first, last = window.offsets[a], window.offsets[b]
+                if first is not None and last is not None and a <= b < a + 30 and s[a] + e[b] > best[i][0]:
+                    best[i] = (s[a] + e[b], columns["context"][i][first[0] : last[1]])
+    expected = ["" if null[i] > score else text for i, (score, text) in enumerate(best)]
+    found = SpanMetrics(flat).answers(starts, ends)
+    assert found == expected
+    right = [float(squad(a) == squad((t["text"] or [""])[0])) for a, t in zip(found, answers, strict=True)]
+    assert score_spans(found, flat.answers)["exact_match"] == pytest.approx(np.mean(right))
+
+
+def pairs(answers: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    return [{"text": t, "answer_start": s} for t, s in zip(answers["text"], answers["answer_start"], strict=True)]
+
+
 # Sequence to sequence ------------------------------------------------------------------------------------------------
 
 
@@ -359,6 +403,22 @@ def test_images_in_folders(run_of: Callable[[str], Run], vision: str) -> None:
     assert (run.out / "preprocessor_config.json").is_file()
 
 
+def test_images_of_a_dataset_stay_encoded(pictures: Path, vision: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    paths = sorted(str(path) for path in pictures.glob("*/*.png"))[:4]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["no", "yes"])})
+    made = table_of(datasets.Dataset.from_dict({"image": paths, "label": [0, 1, 1, 0]}, features=features), "made")
+    assert all(isinstance(cell, dict) for cell in made.columns["image"])
+    processor = transformers.AutoImageProcessor.from_pretrained(vision)
+    data = TASKS["image-classification"].read({"train": made}, Given(AutoConfig.from_pretrained(vision), processor))
+    assert data.labels == ["no", "yes"]
+    plain = table(image=paths, label=["no", "yes", "yes", "no"])
+    other = TASKS["image-classification"].read({"train": plain}, Given(data.config, processor))
+    for row, same in zip(data.rows["train"], other.rows["train"], strict=True):
+        assert torch.equal(row["pixel_values"], same["pixel_values"])
+        assert row["labels"] == same["labels"]
+
+
 # All tasks -----------------------------------------------------------------------------------------------------------
 
 
@@ -378,6 +438,26 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     assert TASK_DEFAULTS.keys() > TASKS.keys()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("task", FILES)
+def test_the_options_of_a_long_run_go_together(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    """The best checkpoint, workers, several batches a step, half precision; then a run that goes on."""
+    run = run_of(task)
+    words = (
+        *run.words, "--eval-file", run.file, "--output-dir", tmp_path, "--use-cpu", "--disable-tqdm", "true",
+        "--eval-strategy", "epoch", "--save-strategy", "epoch", "--load-best-model-at-end", "--metric-for-best-model",
+        TASKS[task].metrics[0], "--dataloader-num-workers", 2, "--gradient-accumulation-steps", 2, "--dtype",
+        "bfloat16", "--per-device-train-batch-size", 4, "--save-total-limit", 3, "--num-train-epochs",
+    )  # fmt: skip
+    run_command("train", *words, 2)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["best_metric"] is not None
+    results = json.loads((tmp_path / "eval_results.json").read_text())
+    assert TASKS[task].metrics[0] in {name.removeprefix("eval_") for name in results}
+    run_command("train", *words, 3, "--resume-from-checkpoint", "True")
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["epoch"] == 3
+
+
 SHOWN = {
     "token-classification": r"row 1: \[CLS\] \w+⟦(O|[BI]-\w+)⟧ (##\w+ )?.*\[SEP\]\n",
     "question-answering": r"row 1: ⟦?\[CLS\].*\?.*\[SEP\]\n",
@@ -386,6 +466,15 @@ SHOWN = {
     "masked-lm": r"row 1: \[CLS\](.*\n)*.*\S⟦\S+⟧",
     "image-classification": r"row 1: 3 × 16 × 16 numbers → ⟦bright⟧\n",
 }
+
+
+@pytest.mark.parametrize("task", fast("token-classification", "seq2seq-lm"))
+def test_a_merged_model_is_evaluated_as_its_adapter(task: str, run_of: Callable[[str], Run], tmp_path: Path) -> None:
+    run = run_of(task)
+    run_command("merge", run.out, "--out", tmp_path / "merged")
+    words = ("--completion-column", "summary", "--max-new-tokens", 6) if task == "seq2seq-lm" else ()
+    found = json.loads(run_command("eval", tmp_path / "merged", "--file", run.file, "--json", *words).stdout)
+    assert found == pytest.approx(run.found, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", FILES)
@@ -397,7 +486,10 @@ def test_three_rows_are_shown_with_what_is_trained(task: str, run_of: Callable[[
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("task", FILES)
+@pytest.mark.parametrize(
+    "task",
+    [pytest.param(t, marks=[pytest.mark.slow] * (t not in ("seq2seq-lm", "image-classification"))) for t in FILES],
+)
 def test_a_dry_run_and_a_template_are_of_the_same_task(
     task: str, run_of: Callable[[str], Run], tmp_path: Path
 ) -> None:
@@ -432,6 +524,8 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"text": ["a"], "label": [["x", "y"]]}, {}, "multi-label-classification"),
     ({"text": ["a"], "label": ['["x"]']}, {}, "multi-label-classification"),
     ({"text": ["a", "b"], "rude": [0, 1], "late": ["1", "0"]}, {}, "multi-label-classification"),
+    ({"text": ["a"], "label": ["x"], "late": [1]}, {"label_columns": ["late"]}, "multi-label-classification"),
+    ({"tokens": ["a"], "ner_tags": ["O"]}, {}, "token-classification"),
     ({"text": ["a"], "kind": ["x"]}, {"problem_type": "multi_label_classification"}, "multi-label-classification"),
     ({"tokens": [["a"]], "ner_tags": [[0]], "id": ["1"]}, {}, "token-classification"),
     ({"words": ['["a"]'], "labels": ['["O"]']}, {}, "token-classification"),
@@ -439,6 +533,11 @@ TOLD: list[tuple[dict[str, list[Any]], dict[str, Any], str]] = [
     ({"id": [1], "question": ["a"], "context": ["a"], "answers": SPANS}, {}, "question-answering"),
     ({"question": ["a"], "context": ["a"], "answers": [json.dumps(SPANS[0])]}, {}, "question-answering"),
     ({"image": ["a.png"], "label": [1]}, {}, "image-classification"),
+    ({"image": ["", {"bytes": b"x"}], "label": [1, 0]}, {}, "image-classification"),
+    ({"image": ["a.png"], "kind": [1]}, {"label_column": "kind"}, "image-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "text"}, "text-classification"),
+    ({"image": ["a.png"], "text": ["a"], "label": [1]}, {"text_column": "image"}, "image-classification"),
+    ({"file_name": ["a.txt"], "text": ["a"], "label": [1]}, {}, "text-classification"),
     ({"messages": [[{"role": "user", "content": "a"}]], "category": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"]}, {}, "causal-lm"),
     ({"question": ["a"], "answer": ["x"], "context": ["x"]}, {}, "causal-lm"),
@@ -476,6 +575,8 @@ def test_pairs_are_for_encoder_decoders(
 
 
 def test_columns_for_several_tasks_name_them() -> None:
+    with pytest.raises(DataError, match=r"task='text-classification' or task='image-classification'\."):
+        choose_task(table(image=["a.png"], text=["a"], label=["x"]))
     with pytest.raises(DataError, match=r"Choose one with task='text-classification' or task='causal-lm'\."):
         choose_task(table(prompt=["a"], answer=["b"], label=["x"]))
 
@@ -502,6 +603,11 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
             "line 3, column",
         ],
     ),
+    "articles": (
+        "encoder",
+        [{"paragraphs": [{"context": "a"}]}],
+        ["line 1, column 'paragraphs': it is not in the form"],
+    ),
     "a long question": (
         "encoder",
         [{"question": "door " * 40, "context": "the door", "answers": {"text": ["door"], "answer_start": [4]}}],
@@ -515,6 +621,12 @@ WRONG: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
         ["none.png does not exist", "is not an image"],
     ),
     "a summary": ("encoder_decoder", [{"document": "door", "summary": ""}], ["column 'summary': the text is empty"]),
+    "three languages": (
+        "encoder_decoder",
+        [{"translation": {"en": "a", "de": "b", "fr": "c"}}],
+        ["It has 'translation', 'en', 'de', 'fr'; usual names"],
+    ),
+    "no lists": ("encoder", [{"tokens": "the door", "ner_tags": "O O"}], ["column 'ner_tags': not valid JSON"]),
     "one text": ("encoder_decoder", [{"text": "door"}], ["Name them with --text-column and --completion-column."]),
     "no form": ("encoder", [{"text": "door"}], ["--task masked-lm"]),
     "another model": (

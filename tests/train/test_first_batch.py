@@ -13,7 +13,7 @@ from tiny import Rows, adapter_values, sentences, texts, texts_of_three, tiny_be
 from torch import nn
 
 from hf_lora import ConfigError, LoraConfig, LoraTrainer, TrainingError, apply_lora
-from hf_lora.train.first_batch import divides_by_items
+from hf_lora.train.first_batch import divides_by_items, find_shared_inputs
 
 Make = Callable[..., Any]
 
@@ -147,3 +147,14 @@ def test_an_overridden_create_optimizer_is_checked(arguments: Make) -> None:
     Own(tiny_bert(), arguments(max_steps=1), train_dataset=sentences()).train()
     with pytest.raises(ConfigError, match="create_optimizer is overridden"):
         Own(tiny_bert(), arguments(max_steps=1, loraplus_lr_ratio=4.0), train_dataset=sentences()).train()
+
+
+def test_batches_that_are_not_the_inputs_of_the_model_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainers that generate completions have batches of prompts; only a real input may fail with a warning."""
+    warnings: list[str] = []
+    monkeypatch.setattr("hf_lora.train.first_batch.logger.warning_once", warnings.append)
+    model = apply_lora(tiny_gpt2(), LoraConfig(r=2))
+    find_shared_inputs(model, {"prompts": ["a", "b"]})
+    assert warnings == []
+    find_shared_inputs(model, {"input_ids": "a"})
+    assert len(warnings) == 1

@@ -279,7 +279,8 @@ def scores_given(results: Mapping[str, Any] | Iterable[EvalResult], data: str | 
 
 def title(metric: str) -> str:
     """The display name of a metric."""
-    return {"f1": "F1"}.get(metric, metric.replace("_", " ").capitalize() if metric.islower() else metric)
+    names = {"f1": "F1", "macro_f1": "Macro F1", "rouge_l": "ROUGE-L", "chrf": "chrF", "mse": "MSE", "mae": "MAE"}
+    return names.get(metric, metric.replace("_", " ").capitalize() if metric.islower() else metric)
 
 
 def is_repository(name: str | os.PathLike[str] | None) -> bool:
