@@ -28,7 +28,7 @@ def flags(init: str) -> dict[str, Any]:
     return {"lora_r": 2, "lora_init": init, "lora_init_config": INITS[init], "lora_init_batches": 3}
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["eva", "corda", pytest.param("lora_ga", marks=pytest.mark.slow)])
 def test_the_trainer_gives_an_adapter_its_first_values(init: str, arguments: Make) -> None:
     """As `apply_lora` with the same batches; the run is otherwise the same."""
     args = arguments(max_steps=1, learning_rate=0.0, seed=5, **flags(init))
