@@ -27,7 +27,7 @@ from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.ops import kept_random_states
-from ..layers.parts import Bias, bias_key
+from ..layers.parts import Bias, Copy, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
 from .biases import biases_in, is_of_base, modules_called_bias
@@ -113,10 +113,16 @@ def load_adapter(
     uncalled = uncalled_embeddings(model)
     lending = [path for path in dict.fromkeys((*adapted, *plan.saved)) if path in uncalled]
 
+    unnamed = whole_embeddings(model, file).keys() & plan.saved.keys()
+
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings
         state.adapters[name].trained_format = TrainedFormat.from_json(file.extras.get("training_format"))
         assign(model, name, tensors)
+        for part in parts(model, name) if unnamed else ():
+            if isinstance(part, Copy) and part.path in unnamed:  # saved with a new vocabulary, and not trained
+                for _, tensor in part.tensors():
+                    tensor.requires_grad_(False)
         if file.extras:  # they were one module in training, because its script had resized the vocabulary
             for path in lending:
                 join_embeddings(model, path)

@@ -104,7 +104,7 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    joined = joined_embeddings(model, [part.path for part in parts(model, name)])
+    joined = joined_embeddings(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
     extras |= {"joined": joined} if joined else {}
     return write_adapter(folder, config, under_called_names(tensors, joined), extras, allow_nonfinite)

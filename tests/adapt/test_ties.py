@@ -375,6 +375,20 @@ def test_the_patterns_of_embeddings_that_resizing_made_one_module(targets: Any, 
         LoraModel.from_pretrained(tmp_path / "again", base_model=tmp_path / "base")
 
 
+@pytest.mark.parametrize("rows", [[*range(VOCABULARY, MORE)], {"shared": [3, *range(VOCABULARY, MORE)]}])
+def test_rows_of_joined_embeddings_do_not_make_them_targets(rows: Any, tmp_path: Path) -> None:
+    """Resizing joined them; their rows are saved under the first name, and no other names are written."""
+    base = quiet_t5()
+    base.save_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    config = LoraConfig(r=4, target_modules=["q", "v"], trainable_token_indices=rows)
+    model = randomize(apply_lora(base, config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    assert set(json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]) == {"q", "v"}
+    loaded = LoraModel.from_pretrained(tmp_path / "adapter", base_model=tmp_path / "base").eval()
+    assert_near(logits(loaded), logits(model), torch.float32, 16)
+
+
 def test_embeddings_with_adapters_of_their_own_are_not_joined(tmp_path: Path) -> None:
     base = quiet_t5()
     base.resize_token_embeddings(MORE, mean_resizing=False)

@@ -271,6 +271,34 @@ def test_rows_of_a_vocabulary_that_grew(is_tied: bool, whole: bool, tmp_path: Pa
         assert len(refused.value.faults) == 1
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("rows", [None, [64, 65, 66]])
+def test_embeddings_that_are_saved_with_a_new_vocabulary_stay_frozen(
+    is_tied: bool, rows: list[int] | None, tmp_path: Path
+) -> None:
+    """PEFT saves them whole, since the base's files lack the new rows, and trains only what its config names."""
+    base = tiny_llama(tied=is_tied)
+    base.save_pretrained(tmp_path / "base")
+
+    def grown() -> Any:
+        model = type(base).from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(67, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[64:] = model.get_output_embeddings().weight[64:] = 0.1
+        return model
+
+    write(tmp_path / "theirs", grown(), trainable_token_indices=rows)
+    theirs = peft.PeftModel.from_pretrained(grown(), tmp_path / "theirs", is_trainable=True)
+    ours = LoraModel.from_pretrained(tmp_path / "theirs", base_model=tmp_path / "base", is_trainable=True)
+    found, expected = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (ours, theirs))
+    assert found == expected
+    ours.disable_adapters()
+    ours.enable_adapters()
+    ours.set_adapter("default")
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == expected
+    assert_near(logits(ours), logits(theirs), torch.float32, 64)
+
+
 def test_tokens_that_do_not_name_all_new_rows_are_not_enough(tmp_path: Path) -> None:
     base = tied()
     base.save_pretrained(tmp_path / "base")
