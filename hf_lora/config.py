@@ -35,7 +35,8 @@ _OF_OTHERS = {
     "qalora_group_size": "inputs are averaged in groups, for bases of GPTQ that are not supported either (QA-LoRA)",
     "use_bdlora": "a factor is block-diagonal, which saves time only if layers are split over devices (BD-LoRA)",
     "layer_replication": "layers of the base are repeated",
-    "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor",
+    "target_parameters": "parameters are adapted that are not the weight of a layer, such as experts in one tensor "
+    "(PEFT sets this field by itself for the experts and routers of a mixture of experts)",
     "megatron_config": "the layers are those of Megatron",
     "arrow_config": "a router selects adapters for each token, so there is no adapter to train or to merge (Arrow)",
     "velora_config": "gradients are computed from compressed inputs, so they are not those of the loss (VeLoRA)",
