@@ -43,7 +43,7 @@ from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
 from .renamed import with_present_names
 from .tied import check_tied_copies, reject_tied_products, with_all_targets, with_plain_rows
-from .vocabulary import whole_embeddings
+from .vocabulary import HELD, whole_embeddings
 
 logger = logging.get_logger(__name__)
 
@@ -113,7 +113,7 @@ def load_adapter(
     uncalled = uncalled_embeddings(model)
     lending = [path for path in dict.fromkeys((*adapted, *plan.saved)) if path in uncalled]
 
-    unnamed = whole_embeddings(model, file).keys() & plan.saved.keys()
+    unnamed = {path for path, why in plan.saved.items() if why == HELD}
 
     def fill(state: LoraState) -> None:
         state.identity, state.settings = identity, settings

@@ -38,13 +38,17 @@ def fit_vocabulary(model: nn.Module, file: AdapterFile, allow_other_base: bool) 
         )
 
 
+HELD = "the file holds it whole"
+"""Why an embedding is kept whole that the file's config does not name."""
+
+
 def whole_embeddings(model: nn.Module, file: AdapterFile) -> dict[str, str]:
     """Embeddings that another library's file holds whole without naming them, as PEFT's do for a new vocabulary."""
     if file.extras:
         return {}
     ends = {id(m) for m in (input_embedding(model), output_embedding(model)) if m is not None}
     named = [path for path, m in original_modules(model) if id(m) in ends]
-    return {p: "the file holds it whole" for p in named if key_of(p, "weight") in file.tensors}
+    return {p: HELD for p in named if key_of(p, "weight") in file.tensors}
 
 
 def vocabulary_in(model: nn.Module, file: AdapterFile) -> tuple[int | None, Tensor | None]:
