@@ -52,7 +52,7 @@ class Reference(nn.Module):
     def __init__(self, trainer: Any, mixed: bool = False) -> None:
         super().__init__()
         changes_nothing = trainer.adapter_is_new and not mixed
-        kept = None if changes_nothing else _first_values(adapted_part(_bare(trainer)), mixed)
+        kept = None if changes_nothing else _first_values(adapted_part(trainer._bare_model), mixed)
         vars(self).update(trainer=trainer, kept=kept)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class Reference(nn.Module):
     @contextlib.contextmanager
     def _as_before(self) -> Iterator[None]:
         if self.kept is None:
-            with disabled(adapted_part(_bare(self.trainer))):
+            with disabled(adapted_part(self.trainer._bare_model)):
                 yield
             return
         now = [parameter.data for parameter, _ in self.kept]
@@ -82,12 +82,12 @@ class Reference(nn.Module):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """That of the model in training, whose hash is the key of a cache."""
-        return _bare(self.trainer).state_dict(*args, **kwargs)
+        return self.trainer._bare_model.state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if "trainer" not in vars(self):  # a copy that is being made
             raise AttributeError(name)
-        return getattr(_bare(self.trainer), name)
+        return getattr(self.trainer._bare_model, name)
 
     def __setattr__(self, name: str, value: object) -> None:
         """Drop the attribute."""
@@ -120,7 +120,7 @@ def one_base(trainer: Any, given: Iterable[object]) -> Iterator[None]:
 
     def load(own: Callable[..., Any], source: str, *args: Any, **options: Any) -> Any:
         model = getattr(trainer, "model", None)
-        if isinstance(model, nn.Module) and source == name_or_path(_bare(trainer)):
+        if isinstance(model, nn.Module) and source == name_or_path(trainer._bare_model):
             return Reference(trainer, bool(getattr(trainer.args, "sync_ref_model", False)))
         if model is None and Path(source, CONFIG_NAME).is_file():
             return LoraModel.from_pretrained(source, is_trainable=True, **_for_adapter(options))
@@ -138,7 +138,7 @@ def _for_adapter(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
-    model = adapted_part(_bare(trainer))
+    model = adapted_part(trainer._bare_model)
     faults = Faults(f"{type(trainer).__name__}(…)")
     reference: Any = getattr(trainer, "ref_model", None)
     wants_sync = getattr(trainer.args, "sync_ref_model", False)
@@ -162,11 +162,6 @@ def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
             for reason in _differences(model, reference):
                 faults.add(f"the reference model, which is the base loaded again, is not the model to train: {reason}")
     faults.check(ConfigError, INSTEAD)
-
-
-def _bare(trainer: Any) -> nn.Module:
-    model: nn.Module = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    return model
 
 
 def _first_values(model: nn.Module, always: bool) -> list[tuple[Tensor, Tensor]] | None:

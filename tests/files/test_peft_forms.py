@@ -231,6 +231,21 @@ def test_repeated_tokens(tmp_path: Path) -> None:
     assert own.get_input_embeddings().lora_token_rows["default"].weight.shape == (2, 32)
 
 
+def growing(is_tied: bool, folder: Path) -> Callable[[], Any]:
+    """Saves a base, and returns what makes the base with three more tokens."""
+    base = tiny_llama(tied=is_tied)
+    base.save_pretrained(folder)
+
+    def grown() -> Any:
+        model = type(base).from_pretrained(folder)
+        model.resize_token_embeddings(67, mean_resizing=False)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[64:] = model.get_output_embeddings().weight[64:] = 0.1
+        return model
+
+    return grown
+
+
 @pytest.mark.parametrize(
     ("is_tied", "whole"),
     [
@@ -241,16 +256,7 @@ def test_repeated_tokens(tmp_path: Path) -> None:
 )
 def test_rows_of_a_vocabulary_that_grew(is_tied: bool, whole: bool, tmp_path: Path) -> None:
     """PEFT writes the rows of a tied head once more. In a file without the embeddings, the tokens are the new rows."""
-    base = tiny_llama(tied=is_tied)
-    base.save_pretrained(tmp_path / "base")
-
-    def grown() -> Any:
-        model = type(base).from_pretrained(tmp_path / "base")
-        model.resize_token_embeddings(67, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[64:] = model.get_output_embeddings().weight[64:] = 0.1
-        return model
-
+    grown = growing(is_tied, tmp_path / "base")
     new = [64, 65, 66]
     rows = new if is_tied else {"embed_tokens": new, "lm_head": new}
     write(tmp_path / "theirs", grown(), trainable_token_indices=rows)
@@ -277,16 +283,7 @@ def test_embeddings_that_are_saved_with_a_new_vocabulary_stay_frozen(
     is_tied: bool, rows: list[int] | None, tmp_path: Path
 ) -> None:
     """PEFT saves them whole, since the base's files lack the new rows, and trains only what its config names."""
-    base = tiny_llama(tied=is_tied)
-    base.save_pretrained(tmp_path / "base")
-
-    def grown() -> Any:
-        model = type(base).from_pretrained(tmp_path / "base")
-        model.resize_token_embeddings(67, mean_resizing=False)
-        with torch.no_grad():
-            model.get_input_embeddings().weight[64:] = model.get_output_embeddings().weight[64:] = 0.1
-        return model
-
+    grown = growing(is_tied, tmp_path / "base")
     write(tmp_path / "theirs", grown(), trainable_token_indices=rows)
     theirs = peft.PeftModel.from_pretrained(grown(), tmp_path / "theirs", is_trainable=True)
     ours = LoraModel.from_pretrained(tmp_path / "theirs", base_model=tmp_path / "base", is_trainable=True)
