@@ -97,7 +97,9 @@ def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> An
 
 
 def is_adapted(model: Any) -> bool:
-    return isinstance(model, (LoraModel, peft.PeftModel)) or Path(str(model), "adapter_config.json").is_file()
+    if isinstance(model, str):
+        return Path(model, "adapter_config.json").is_file()
+    return isinstance(model, (LoraModel, peft.PeftModel))
 
 
 def losses(trainer: Any) -> list[float]:
