@@ -43,7 +43,7 @@ from .format import (
     write_adapter,
 )
 from .identity import is_absent, renewed
-from .joined import joined_embeddings, names_in_config, under_called_names
+from .joined import joined_modules, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -104,10 +104,10 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    joined = joined_embeddings(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
+    joined = joined_modules(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
-    extras |= {"joined": joined} if joined else {}
-    return write_adapter(folder, config, under_called_names(tensors, joined), extras, allow_nonfinite)
+    tensors = under_called_names(tensors, joined)
+    return write_adapter(folder, config, tensors, extras | {"joined": joined}, allow_nonfinite)
 
 
 def save_adapters(

@@ -19,8 +19,11 @@ from .keys import key_of, split_key
 
 def with_all_targets(file: AdapterFile) -> AdapterFile:
     """The file with each module that it has factors of among the targets: PEFT leaves tied ones out of their list."""
-    if file.extras or not file.config.ensure_weight_tying:
-        return file
+    return file if file.extras or not file.config.ensure_weight_tying else with_its_targets(file)
+
+
+def with_its_targets(file: AdapterFile) -> AdapterFile:
+    """The file with the modules that it has factors of as its targets."""
     layers = {path for path, role in map(split_key, file.tensors) if role not in ("copy", "bias")}
     config = replace(
         file.config,
