@@ -18,7 +18,7 @@ from ..adapt.match import ancestors, holder
 from ..adapt.request import scalings
 from ..adapt.state import LoraState, require_state, state_of
 from ..adapt.targets import Explanation, resolve
-from ..adapt.ties import join_embeddings
+from ..adapt.ties import join_embeddings, tensor_users
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
 from ..data.trained import TrainedFormat
@@ -42,7 +42,7 @@ from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
 from .places import apart, without_uncalled
 from .renamed import with_present_names
-from .tied import check_tied_copies, reject_tied_products, with_all_targets, with_plain_rows
+from .tied import check_tied_copies, left_apart, reject_tied_products, with_all_targets, with_plain_rows
 from .vocabulary import HELD, whole_embeddings
 
 logger = logging.get_logger(__name__)
@@ -85,7 +85,9 @@ def _load(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
     file, plan, frozen = _plan(model, file, call)
-    if file.config.ensure_weight_tying and (parted := plan.tie(model, all)):
+    if left_apart(model, file):
+        file = replace(file, config=replace(file.config, ensure_weight_tying=False))
+    elif file.config.ensure_weight_tying and (parted := plan.tie(model, all)):
         if is_trainable and len(parted) > 1:
             raise AdapterFileError(
                 f"{call}: with ensure_weight_tying, {', '.join(parted)} are trained as one, which is not supported. "
@@ -281,12 +283,13 @@ def _other_biases(
     """Plan the parameters called `bias` that PEFT trained in other modules than layers.
 
     Returns:
-        the keys of buffers called `bias` and of frozen tensors that PEFT saved for their names, and those of second
-        names of a bias of the plan, with equal values.
+        the keys of buffers called `bias` and of frozen tensors that PEFT saved for their names, and those that have no
+        effect: of second names of a bias of the plan, with equal values, or of a module that is trained whole.
     """
     buffers, seconds = set[str](), set[str]()
     modules = dict(original_modules(model)) if config.bias == "all" else {}
     planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
+    users = tensor_users(model) if modules else {}
     for key in tensors:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         if path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
@@ -299,6 +302,8 @@ def _other_biases(
         bias = modules[path]._parameters.get("bias")
         if bias is None and "bias" in modules[path]._buffers:
             buffers.add(key)
+        elif bias is not None and any(holder(name, plan.saved) is not None for name in users[id(bias)]):
+            seconds.add(key)  # the module that uses it is trained whole, with a bias of its own
         elif bias is not None and id(bias) not in planned:
             plan.biases.append(path)
             planned[id(bias)] = path

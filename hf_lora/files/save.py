@@ -37,6 +37,7 @@ from ..layers.inits import Init, find_init
 from ..layers.parts import Bias, TokenRows
 from ..layers.storages import is_packed
 from .base_config import changed_settings
+from .foreign import with_biases_of_rows
 from .format import (
     FULL_MODEL_FILES,
     stored,
@@ -104,9 +105,10 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
+    rows = [part.path for part in parts(model, name) if isinstance(part, TokenRows)]
     joined = joined_modules(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
-    tensors = under_called_names(tensors, joined)
+    tensors = with_biases_of_rows(under_called_names(tensors, joined), rows)
     return write_adapter(folder, config, tensors, extras | {"joined": joined}, allow_nonfinite)
 
 
