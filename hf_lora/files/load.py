@@ -40,7 +40,7 @@ from .heads import head_source, new_heads, task_by_shape, task_in
 from .identity import differs, identify, is_absent, renewed
 from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
-from .places import apart, without_uncalled
+from .places import apart, called_tensors, without_uncalled
 from .renamed import with_present_names
 from .tied import check_tied_copies, left_apart, reject_tied_products, with_all_targets, with_plain_rows
 from .vocabulary import HELD, whole_embeddings
@@ -169,7 +169,7 @@ def load_adapter_weights(
     else:
         state.require(name)
         file = with_plain_rows(model, with_present_names(model, read_adapter(source), call), call)
-        tensors = _own_tensors(model, name, file.tensors)
+        tensors = _own_tensors(model, name, called_tensors(model, file, stored(parts(model, name))))
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
             raise BaseMismatchError(

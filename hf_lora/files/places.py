@@ -6,11 +6,11 @@ this library, unless they say that the module was one in training (`joined`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
@@ -74,14 +74,20 @@ def without_uncalled(model: nn.Module, file: AdapterFile, plan: Explanation, cal
         return file
     plan.layers = [target for target in plan.layers if target.path not in left]
     plan.saved = {path: why for path, why in plan.saved.items() if path not in left}
-    own = {
-        key: tensor
-        for key, tensor in file.tensors.items()
-        if is_row(key) or left.keys().isdisjoint(ancestors(key.removeprefix(PREFIX)))
-    }
+    own = {key: tensor for key, tensor in file.tensors.items() if not _is_of(key, left)}
     says = f"{call}: what the file has for {', '.join(left)} has no effect, as in PEFT"
     why = "; ".join(dict.fromkeys(left.values()))
     if not own:
         raise AdapterFileError(f"{says}, and it has nothing else: {why}.")
     logger.warning(f"{says}, and is left out: {why}.")
     return replace(file, tensors=own)
+
+
+def called_tensors(model: nn.Module, file: AdapterFile, own: Container[str]) -> dict[str, Tensor]:
+    """The tensors of a file without those that are left out of its adapter, which has the keys `own`."""
+    reasons = uncalled_embeddings(model, once=False) if not file.extras else {}
+    return {key: tensor for key, tensor in file.tensors.items() if key in own or not _is_of(key, reasons)}
+
+
+def _is_of(key: str, paths: Mapping[str, object]) -> bool:
+    return not is_row(key) and not paths.keys().isdisjoint(ancestors(key.removeprefix(PREFIX)))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, TargetError, apply_lora
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
-from hf_lora.files.load import load_adapter
+from hf_lora.files.load import load_adapter, load_adapter_weights
 from hf_lora.files.save import save_adapter
 
 MORE = VOCABULARY + 3
@@ -140,6 +140,9 @@ def test_what_nothing_calls_is_left_out(
     expected = logits(in_peft(make(), tmp_path / "theirs"))
     model = LoraModel.from_pretrained(tmp_path / "theirs", base_model=make())
     assert "what the file has for shared has no effect, as in PEFT, and is left out" in caplog.text
+    assert_near(logits(model), expected, torch.float32, 16)
+    randomize(model, 5)
+    load_adapter_weights(model, tmp_path / "theirs")
     assert_near(logits(model), expected, torch.float32, 16)
     model.save_pretrained(tmp_path / "ours")
     for other in (plain, joined) if base != "grown" else (make,):
