@@ -81,7 +81,7 @@ def names_to_write(
     further = _further_modules(model, whole, None)
     if _further_modules(model, whole, task_type) != further:
         task_type = None
-    names = [path for path, _ in original_modules(model) if path]
+    names = [path for path, _ in original_modules(model, once=False) if path]
     fields: dict[str, Any] = {
         "task_type": task_type,
         "modules_to_save": list(heads) or None,

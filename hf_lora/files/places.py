@@ -51,10 +51,11 @@ def _names_apart(model: nn.Module, file: AdapterFile) -> list[str]:
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
     whole = held.intersection(whole_modules(model, file.config, own=bool(file.extras), once=False))
     named = whole.union(path for path, role in map(split_key, file.tensors) if role not in ("copy", "bias"))
+    rows = {path for key in filter(is_row, file.tensors) for path in ancestors(key.removeprefix(PREFIX))}
     uncalled = uncalled_embeddings(model, once=False)
     found: list[str] = []
     for first, names in by_place.items():
-        touched = [name for name in names if name in named and name not in uncalled]
+        touched = [name for name in names if (name in named and name not in uncalled) or name in rows - {first}]
         is_one = first in joined if joined is not None else bool(file.extras) and first in named
         if not is_one:
             found += touched if len(touched) < len(names) else touched[1:]

@@ -80,9 +80,10 @@ def with_plain_rows(model: nn.Module, file: AdapterFile, call: str) -> AdapterFi
 def _in_other_orders(
     groups: Sequence[RowGroup], named: Mapping[str, Sequence[int]], tensors: dict[str, Tensor]
 ) -> dict[str, list[int]]:
-    """Give modules that are named with the same tokens, and have different rows in the file, another order each.
+    """Give modules with one weight, the same tokens and rows of their own another order of the tokens each.
 
-    To PEFT, and to this library, modules with one weight have rows of their own if their tokens are not the same list.
+    To PEFT, and to this library, they have rows of their own if their lists of tokens differ. The file shows it where
+    each has other values.
 
     Args:
         tensors: those of the file, whose rows are put in the new orders.
@@ -90,17 +91,22 @@ def _in_other_orders(
     Returns:
         module -> its tokens in the new order.
     """
-    found: dict[str, list[int]] = {}
+    alone: dict[tuple[int, ...], list[str]] = {}
+    sets: list[list[str]] = []
     for group in groups:
-        names = [name for name in (group.path, *group.followers) if name in named]
-        keys = {name: key for name in names if (key := key_of(name, TokenRows.keys[0])) in tensors}
-        rows = [tensors[key] for key in keys.values()]
-        if all(torch.equal(each, rows[0]) for each in rows):
-            continue
-        for first, (name, key) in enumerate(keys.items()):
-            ids = named[name]
+        names = [group.path, *group.followers]
+        rows = [tensors.get(key_of(name, TokenRows.keys[0])) for name in names]
+        held = [each for each in rows if each is not None]
+        if group.alone:
+            alone.setdefault(tuple(group.ids), []).append(group.path)
+        elif len(held) == len(rows) and named.keys() >= set(names) and any(not torch.equal(r, held[0]) for r in held):
+            sets.append(names)
+    found: dict[str, list[int]] = {}
+    for names in (*sets, *alone.values()):
+        for first, name in enumerate(names):
+            key, ids = key_of(name, TokenRows.keys[0]), named[name]
             order = [(first + i) % len(ids) for i in range(len(ids))]
-            if len(tensors[key]) == len(ids):
+            if first and key in tensors and len(tensors[key]) == len(ids):
                 found[name], tensors[key] = [ids[i] for i in order], tensors[key][order]
     return found
 

@@ -236,3 +236,31 @@ def test_a_second_name_of_a_module_is_answered_with_its_first(field: str, tmp_pa
         )
     randomize(apply_lora(model, LoraConfig(**settings | {field: ["shared"]}))).save_pretrained(tmp_path)
     assert torch.equal(logits(LoraModel.from_pretrained(tmp_path, base_model=plain())), logits(model))
+
+
+@pytest.mark.parametrize("base", ["plain", "joined"])
+@pytest.mark.parametrize(
+    "rows", [{"embed_tokens": [3, 6]}, {"decoder.embed_tokens": [3, 11], "lm_head": [3, 7]}], ids=str
+)
+def test_rows_of_each_name(rows: dict[str, list[int]], base: str, tmp_path: Path) -> None:
+    """As for modules that are trained whole, PEFT takes every module whose name ends so."""
+    make = BASES[base]
+    trained(make(), tmp_path / "theirs", target_modules=["q"], trainable_token_indices=rows)
+    expected = logits(in_peft(make(), tmp_path / "theirs"))
+    model = LoraModel.from_pretrained(tmp_path / "theirs", base_model=make())
+    assert_near(logits(model), expected, torch.float32, 16)
+    model.save_pretrained(tmp_path / "ours")
+    for other in (plain, joined):
+        assert torch.equal(logits(LoraModel.from_pretrained(tmp_path / "ours", base_model=other())), logits(model))
+        assert_near(logits(in_peft(other(), tmp_path / "ours")), expected, torch.float32, 16)
+    assert_near(logits(model.merge_and_unload(untie=True)), expected, torch.float32, 64)
+
+
+def test_a_name_that_matched_nothing_is_not_written_if_it_matches_in_a_loaded_base(tmp_path: Path) -> None:
+    trained(joined(), tmp_path / "theirs", target_modules=["q", "decoder.embed_tokens"])
+    assert not any("embed" in key for key in load_file(tmp_path / "theirs" / WEIGHTS_NAME))
+    model = LoraModel.from_pretrained(tmp_path / "theirs", base_model=joined())
+    model.save_pretrained(tmp_path / "ours")
+    again = LoraModel.from_pretrained(tmp_path / "ours", base_model=plain())
+    assert torch.equal(logits(again), logits(model))
+    assert_near(logits(in_peft(plain(), tmp_path / "ours")), logits(model), torch.float32, 16)
