@@ -204,6 +204,15 @@ def untie_all(model: Any, ties: Ties | None = None) -> None:
             ties.configs.append(config)
 
 
+def part_embeddings(model: nn.Module) -> None:
+    """Give each name of an embedding a module and a weight of its own, as files of a model without ties have them."""
+    for first, names in names_by_place(model).items():
+        if isinstance(module_at(model, first), nn.Embedding):
+            part_modules(model, names[1:], "merge")
+            for name in names[1:]:
+                _copy_parameter(module_at(model, name), "weight", Ties())
+
+
 def has_broken_ties(model: nn.Module) -> bool:
     """Whether weights that transformers treats as tied are separate, as quantized ones are once they are dense."""
     ties: dict[str, str] = getattr(model, _KEYS, None) or {}

@@ -22,8 +22,9 @@ from helpers import (
 from round_trip import in_peft, output
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
 
-from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, TargetError, apply_lora
+from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
 from hf_lora.files.load import load_adapter, load_adapter_weights
 from hf_lora.files.save import save_adapter
@@ -264,3 +265,33 @@ def test_a_name_that_matched_nothing_is_not_written_if_it_matches_in_a_loaded_ba
     again = LoraModel.from_pretrained(tmp_path / "ours", base_model=plain())
     assert torch.equal(logits(again), logits(model))
     assert_near(logits(in_peft(plain(), tmp_path / "ours")), logits(model), torch.float32, 16)
+
+
+def tiny_bart() -> Any:
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32, init_std=0.2,
+    )  # fmt: skip
+    return BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("make", [plain, pytest.param(tiny_bart, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("part", UNCALLED)
+def test_a_joined_embedding_is_merged_under_all_its_names(part: str, make: Any, tmp_path: Path) -> None:
+    """Its output layer is not tied to it any more, so a model that is loaded has no tie to fill the others from."""
+    base = make()
+    base.resize_token_embeddings(MORE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
+    query = "q_proj" if make is tiny_bart else "q"
+    targets = [query, "shared"] if part == "factors" else [query]
+    config = LoraConfig(r=4, target_modules=targets, modules_to_save=[] if part == "factors" else ["shared"])
+    model = randomize(apply_lora(base, config))
+    expected, untie = logits(model), part == "factors"
+    model.save_pretrained(tmp_path / "adapter")
+    merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "files", untie=untie, progress=False)
+    merged = model.merge_and_unload(untie=untie)
+    assert_near(logits(merged), expected, torch.float32, 64)
+    merged.save_pretrained(tmp_path / "memory")
+    for folder in ("files", "memory"):
+        assert_near(logits(type(make()).from_pretrained(tmp_path / folder)), expected, torch.float32, 64)
