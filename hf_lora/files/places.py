@@ -55,7 +55,9 @@ def _names_apart(model: nn.Module, file: AdapterFile) -> list[str]:
     uncalled = uncalled_embeddings(model, once=False)
     found: list[str] = []
     for first, names in by_place.items():
-        touched = [name for name in names if (name in named and name not in uncalled) or name in rows - {first}]
+        with_rows = rows.intersection(names)
+        alone = set() if with_rows <= {first} else with_rows  # rows of the first name are those of all
+        touched = [name for name in names if (name in named and name not in uncalled) or name in alone]
         is_one = first in joined if joined is not None else bool(file.extras) and first in named
         if not is_one:
             found += touched if len(touched) < len(names) else touched[1:]
