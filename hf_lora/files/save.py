@@ -46,7 +46,7 @@ from .format import (
     write_adapter,
 )
 from .identity import is_absent, renewed
-from .joined import joined_modules, names_in_config, under_called_names
+from .joined import Joined, joined_modules, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -109,9 +109,21 @@ def save_adapter(
         )
     rows = _modules_with_rows(model, name)
     joined = joined_modules(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
+    _warn_of_places(model, name, joined)
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
     tensors = with_biases_of_rows(under_called_names(tensors, joined), rows)
     return write_adapter(folder, config, tensors, extras | {"joined": joined}, allow_nonfinite)
+
+
+def _warn_of_places(model: nn.Module, name: str, joined: Joined) -> None:
+    """Warn of modules at which an adapter acts at several places, and in PEFT at one."""
+    acting = adapted_modules(model, name).union(require_state(model, "save_adapter").adapters[name].heads)
+    if alone := [first for first, called in joined.items() if called == [first] and first in acting]:
+        warnings.warn(
+            f"PEFT uses this adapter in part: the model has {listed(alone)} at several places, and PEFT adapts the "
+            "first alone. hf_lora uses all of it. For PEFT, merge the adapter.",
+            stacklevel=4,
+        )
 
 
 def _modules_with_rows(model: nn.Module, name: str) -> list[str]:
