@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -129,8 +130,9 @@ class Task:
         processor: the class that loads what makes inputs of rows.
         metrics: the names of what is computed at evaluations, beside the loss.
         outputs, targets: the outputs of the model that the metrics need, and the columns of labels.
-        files, options: of `hf-lora init`.
-        more: options of `evaluate` that have an effect on it.
+        files: of `hf-lora init`.
+        options: the options of a run that have an effect on it and not on all tasks, each with an example.
+        packages: the modules that its training imports, each with what to install.
     """
 
     name: ClassVar[str]
@@ -143,7 +145,9 @@ class Task:
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     files: ClassVar[Mapping[str, str]] = {"train_file": "train.jsonl", "test_file": "test.jsonl"}
     options: ClassVar[Mapping[str, Any]] = {}
-    more: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    has_system: ClassVar[bool] = False
+    """Whether a system message has an effect on `evaluate`."""
     has_head: ClassVar[bool] = True
     """Whether its models have a head that is trained for the data, also where the checkpoint has one."""
     commands: ClassVar[bool] = True
@@ -211,9 +215,30 @@ class Task:
         Raises:
             ConfigError: lists them.
         """
-        values = {name: getattr(options, name) for name in ("use_chat_template", "last_turn_only")}
-        values |= {"system": asked.system, "pair_column": options.pair_column}
-        refuse_options(self.name, {name: value for name, value in values.items() if name not in self.more})
+        values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in self.options}
+        values["completion_column"] = values.pop("label_column", None) or values.get("completion_column")
+        refuse_options(self.name, values | ({} if self.has_system else {"system": asked.system}))
+
+    def length_of(self, given: Given) -> int:
+        """The maximum tokens of a row of a language model."""
+        limit = self.defaults.max_length
+        return given.options.max_length or min(limit, given.window or limit)
+
+
+def check_packages(task: Task) -> None:
+    """Check that what the training of a task imports is installed.
+
+    Raises:
+        ConfigError: a package could not be imported.
+    """
+    for module, source in task.packages.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"{task.name} requires {module.partition('.')[0]}, which could not be imported ({error}). Run: "
+                f"pip install {source}"
+            ) from error
 
 
 def refuse_options(what: str, values: Mapping[str, object]) -> None:

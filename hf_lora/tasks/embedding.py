@@ -37,7 +37,8 @@ class Embedding(Task):
     commands = False
     loader = "SentenceTransformer"
     files = {"train_file": "pairs.csv", "test_file": "test.csv"}
-    options = {"text_column": "anchor", "pair_column": "positive", "max_length": 256}
+    options = {"text_column": "anchor", "pair_column": "positive", "label_column": "score", "max_length": 256}
+    packages = {"datasets": "datasets", "sentence_transformers": "sentence-transformers"}
 
     def claims(self, table: Table, options: Options, config: Any) -> bool:
         return False
@@ -46,14 +47,8 @@ class Embedding(Task):
         return ("spearman",) if options.label_column is not None else ("accuracy@1", "mrr", "spearman")
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
-        try:
-            from datasets import Dataset
-            from sentence_transformers import SentenceTransformer  # noqa: F401  needed later
-        except ImportError as error:
-            raise ConfigError(
-                f"Training embeddings requires sentence-transformers and datasets, which could not be imported "
-                f"({error}). Run: pip install sentence-transformers datasets"
-            ) from error
+        from datasets import Dataset
+
         data = Data(self, given.config, given.processor, length=given.options.max_length or self.defaults.max_length)
         columns = _columns(next(iter(tables.values())), given.options)
         for split, table in tables.items():

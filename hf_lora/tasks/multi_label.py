@@ -28,7 +28,10 @@ class MultiLabel(TextClassification):
     name = "multi-label-classification"
     kinds = ("several classes",)
     metrics: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
-    options = {"text_column": "text", "label_columns": ["angry", "happy"], "max_length": classes.MOST_TOKENS}
+    options = {
+        "text_column": "text", "pair_column": "second", "label_column": "labels", "label_columns": ["angry", "happy"],
+        "problem_type": MULTI_LABEL, "max_length": classes.MOST_TOKENS,
+    }  # fmt: skip
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         if options.label_columns:

@@ -47,7 +47,6 @@ class Seq2SeqLM(Task):
         "text_column": "document", "completion_column": "summary", "max_length": 512,
         "max_target_length": LONGEST_TARGET,
     }  # fmt: skip
-    more = ("use_chat_template",)
     generates = True
     has_head = False
 

@@ -25,9 +25,9 @@ class TextClassification(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
     files = {"train_file": "train.csv", "test_file": "test.csv"}
     options = {
-        "text_column": "text", "label_column": "label", "problem_type": REGRESSION, "max_length": classes.MOST_TOKENS,
+        "text_column": "text", "pair_column": "second", "label_column": "label", "problem_type": REGRESSION,
+        "max_length": classes.MOST_TOKENS,
     }  # fmt: skip
-    more = ("pair_column",)
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         label = options.label_column or next((name for name in LABELS if name in table.columns), None)

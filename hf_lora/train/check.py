@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -57,6 +58,12 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
+    for option in ("dataset_config", "train_split", "eval_split", "test_split"):
+        if option in parsed.given and not run.dataset:
+            faults.add(f"{as_flag(option)} needs --dataset")
+    evaluated = any((run.eval_file, run.eval_split, run.test_file, run.test_split))
+    if "eval_strategy" in parsed.given and training.eval_strategy != "no" and not evaluated:
+        faults.add("--eval-strategy needs data to evaluate on: pass --eval-file or --test-file")
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
         faults.add("--load-best-model-at-end needs separate evaluation data: pass --eval-file (not the test data)")
     _check_values(parsed, faults)
@@ -99,8 +106,7 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
     reason = why_not_quantizable(run, config)
     if reason is not None:
         raise ConfigError(f"hf-lora train: {reason}.")
-    if run.beta is not None and "beta" not in task.options:
-        raise ConfigError(f"hf-lora train: --beta has no effect on the task {task.name}. Omit it.")
+    check_options(parsed.given, task)
     wanted = training.metric_for_best_model
     known = ("loss", *task.metrics_of(Options.of(run)))
     if wanted is not None and wanted.removeprefix("eval_") not in known:
@@ -108,6 +114,23 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
             f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
             f"{', '.join(known)}."
         )
+
+
+def check_options(given: Collection[str], task: Task) -> None:
+    """Refuse options of other tasks.
+
+    Args:
+        given: the names of the options that the user set.
+
+    Raises:
+        ConfigError: lists them, each with the tasks that it is for.
+    """
+    faults = Faults("hf-lora train")
+    for name in dict.fromkeys(name for other in TASKS.values() for name in other.options):
+        if name in given and name not in task.options:
+            others = ", ".join(other.name for other in TASKS.values() if name in other.options)
+            faults.add(f"{as_flag(name)} has no effect on the task {task.name}; it is for {others}")
+    faults.check(ConfigError, "Omit these, or name the task with --task.")
 
 
 def as_word(name: str) -> str:

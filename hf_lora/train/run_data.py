@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from ..data.tables import Table, read_table
-from ..tasks.base import Data, Given, Options
+from ..tasks.base import Data, Given, Options, check_packages
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
 from .check import check_run, check_task
@@ -37,6 +37,7 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     if not {"eval", "test"} & set(tables):
         training.eval_strategy = "no"
     check_task(parsed, task, config, tables["train"])
+    check_packages(task)
     processor = read_processor(str(run.model), run.model_revision, task.processor)
     return task.read(tables, Given(config, processor, options))
 

@@ -159,7 +159,10 @@ def test_rows_are_shown_and_there_is_no_forecast(base: str, files: Path, tmp_pat
         (["--task", "reward", "--train-file", "chats.jsonl"], "pairs need the columns 'chosen' and 'rejected'"),
         (["--task", "kto", "--train-file", "good.jsonl"], "'label' is True in every row"),
         (["--train-file", "chats.jsonl", "--beta", "0.2"], "--beta has no effect on the task causal-lm"),
-        (["--task", "reward", "--train-file", "pairs.jsonl", "--beta", "0.2"], "--beta has no effect on the task rew"),
+        (
+            ["--task", "reward", "--train-file", "pairs.jsonl", "--beta", "0.2"],
+            "--beta has no effect on the task reward; it is for dpo, kto",
+        ),
         (["--train-file", "pairs.jsonl", "--metric-for-best-model", "accuracy"], "rewards/accuracies"),
     ],
 )
