@@ -27,7 +27,7 @@ from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report
-from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError
+from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError, VersionError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import AdapterFile, holds_adapter, read_adapter, read_config
 from .files.keys import PREFIX
@@ -39,6 +39,7 @@ from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import is_unanswered, scrub
 from .layers.ops import kept_random_states
+from .versions import why_missing
 
 logger = logging.get_logger(__name__)
 
@@ -148,8 +149,12 @@ def load_lora(
         return requantized(model, afterwards) if afterwards else model
 
 
-def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None) -> Any:
-    """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none."""
+def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None, needed: bool = False) -> Any:
+    """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none.
+
+    Raises:
+        VersionError: it is `needed`, and a package that it needs is not installed.
+    """
     names = {"AutoTokenizer": ("tokenizer_config.json", "tokenizer.json")}
     wanted = names.get(auto, ("preprocessor_config.json", "processor_config.json"))
     for source in (folder, base):
@@ -159,7 +164,12 @@ def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None)
             # The adapter's folder is untrusted: code in it is never run.
             return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
         except Exception as error:  # the files' parsers and missing packages raise any exception
-            if auto == "AutoTokenizer" and source and Path(source).is_dir():
+            reason = why_missing(error) if isinstance(error, ImportError) else None
+            if reason is not None and needed:
+                raise VersionError(f"{source}: {auto} could not be loaded: {reason}.") from error
+            if reason is not None:
+                logger.warning(f"{source}: {auto} could not be loaded: {reason}.")
+            elif auto == "AutoTokenizer" and source and Path(source).is_dir():
                 text = (str(error).splitlines() or [""])[0]
                 logger.warning(f"{source}: {auto} could not read its files ({type(error).__name__}: {text}).")
     return None

@@ -73,6 +73,7 @@ def load_for_generation(
         ConfigError: an argument is invalid.
         AdapterFileError: `source` could not be loaded, or it has no tokenizer.
         StateError: the model does not generate text, such as a classifier.
+        VersionError: a package that its tokenizer or image processor needs is not installed.
     """
     call = f"load_for_generation({os.fspath(source)!r})"
     place = _check_arguments(call, dtype, device)
@@ -96,7 +97,7 @@ def load_for_generation(
         use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
         raise StateError(f"{call}: this is an adapter of {what}, which does not generate text. Use {use}.")
     kind, auto = ("image processor", "AutoImageProcessor") if _reads_images(model) else ("tokenizer", "AutoTokenizer")
-    tokenizer = find_processor(auto, folder, base)
+    tokenizer = find_processor(auto, folder, base, needed=True)
     if tokenizer is None:
         raise AdapterFileError(
             f"{call}: there is no {kind} in {folder} or {str(base)!r}. Save the one used in training there: "

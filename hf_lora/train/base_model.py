@@ -18,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 from ..errors import ConfigError, LoraError, nearest
 from ..files.format import holds_adapter
 from ..hub.names import is_folder
+from ..versions import why_missing
 
 
 def check_name(name: str) -> str | None:
@@ -81,6 +82,9 @@ def _one_line(name: str, what: str) -> Iterator[None]:
     except (LoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the Hub, a proxy, the files' parsers and missing packages raise any exception
+        missing = why_missing(error) if isinstance(error, ImportError) else None
+        if missing is not None:
+            raise ConfigError(f"--model {name}: {what} could not be loaded: {missing}.") from error
         lines = str(error).strip().splitlines() or [""]
         where = (
             "" if is_folder(name) else f" Check the name{_siblings(name)} and, for a model on the Hub, the network."

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoProcessor
+from helpers import run_command
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, AutoProcessor
+from transformers.utils.import_utils import TORCHVISION_IMPORT_ERROR, VISION_IMPORT_ERROR
 
-from hf_lora import ConfigError
+from hf_lora import ConfigError, apply_lora
 from hf_lora.data.tables import Table, read_table
 from hf_lora.tasks.base import Given, Options, Task, check_packages
 from hf_lora.tasks.registry import TASKS
@@ -105,3 +109,40 @@ def test_a_missing_package_is_one_message_with_the_command_that_installs_it(monk
                     ConfigError, match=f"{task.name} requires .* Run: pip install {source}".replace("[", r"\[")
                 ):
                     check_packages(task)
+
+
+@pytest.mark.parametrize(
+    ("error", "package"), [(TORCHVISION_IMPORT_ERROR, "torchvision"), (VISION_IMPORT_ERROR, "pillow")]
+)
+def test_an_image_processor_that_needs_a_package_is_one_message(
+    error: str, package: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers says it: some versions load no image processor without torchvision."""
+    vision, pictures = (request.getfixturevalue(name) for name in ("vision", "pictures"))
+    words = ("--model", vision, "--train-file", pictures, "--output-dir", tmp_path / "out", "--use-cpu")
+    model = apply_lora(AutoModelForImageClassification.from_pretrained(vision, num_labels=2))
+    model.save_pretrained(tmp_path / "adapter")
+
+    def refuses(*_: object, **__: object) -> None:
+        raise ImportError(error.format("AutoImageProcessor"))
+
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", refuses)
+    step = f"it needs {package}, which is not installed. Run: pip install {package}.\n"
+    said = run_command("train", *words, code=2).stderr
+    assert said == f"Error: --model {vision}: its image processor could not be loaded: {step}"
+    said = run_command("eval", tmp_path / "adapter", "--file", pictures, code=2).stderr
+    assert said.endswith(f"Error: {vision}: AutoImageProcessor could not be loaded: {step}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_pillow_is_found_before_the_image_processor_is_read(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vision, pictures = (request.getfixturevalue(name) for name in ("vision", "pictures"))
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    words = ("--model", vision, "--train-file", pictures, "--output-dir", tmp_path / "out", "--use-cpu")
+    said = run_command("train", *words, code=2).stderr
+    assert re.fullmatch(
+        r"Error: image-classification requires PIL, which could not be imported \(.*\)\. Run: pip install pillow\n",
+        said,
+    )
