@@ -154,8 +154,8 @@ class Task:
     """Whether `hf-lora eval`, or `chat`, uses its adapters."""
     loader: ClassVar[str] = "LoraModel.from_pretrained"
     """What loads its adapters."""
-    generates: ClassVar[bool] = False
-    """Whether there are metrics of generated texts, which `score` makes, and not Trainer."""
+    scored: ClassVar[tuple[str, ...]] = ()
+    """The names of metrics that `score` makes, and not Trainer, such as those of generated texts."""
     metrics_of_rows: ClassVar[bool] = False
     """Whether `compute_metrics` reads the rows, so that each split has its own."""
 
@@ -178,9 +178,9 @@ class Task:
         names = dict(enumerate(data.labels))  # which sets num_labels too
         return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         """The metrics of a run; names of `--metric-for-best-model`."""
-        return self.metrics
+        return (*self.metrics, *self.scored)
 
     def show(self, data: Data, count: int) -> str:
         """The first rows of the training as text, in which what is trained has marks."""

@@ -33,7 +33,7 @@ class Embedding(Task):
     has_head = False
     defaults = Defaults(1e-4, 32, 64, 256)
     metrics = ()
-    generates = True
+    scored = ("accuracy@1", "mrr", "spearman")
     commands = False
     loader = "SentenceTransformer"
     files = {"train_file": "pairs.csv", "test_file": "test.csv"}
@@ -43,8 +43,9 @@ class Embedding(Task):
     def claims(self, table: Table, options: Options, config: Any) -> bool:
         return False
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
-        return ("spearman",) if options.label_column is not None else ("accuracy@1", "mrr", "spearman")
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
+        columns = _columns(table, options)
+        return self.scored[2:] if len(columns) > 2 and columns[2] not in NEGATIVES else self.scored[:2]
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
         from datasets import Dataset

@@ -86,7 +86,7 @@ class MultiLabel(TextClassification):
         chosen = [name for name, value in zip(data.labels or (), row["labels"], strict=True) if value]
         return f"{decoded(data.processor, row['input_ids'])} → {marked(', '.join(chosen))}"
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         return self.metrics
 
     def compute_metrics(self, data: Data, split: str) -> Any:

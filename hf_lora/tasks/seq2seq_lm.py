@@ -47,7 +47,7 @@ class Seq2SeqLM(Task):
         "text_column": "document", "completion_column": "summary", "max_length": 512,
         "max_target_length": LONGEST_TARGET,
     }  # fmt: skip
-    generates = True
+    scored = ("exact_match", "rouge_l", "chrf")
     has_head = False
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:

@@ -73,7 +73,7 @@ class TextClassification(Task):
             return super().settings(data)
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": REGRESSION}
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         return ("mse", "mae") if options.problem_type == REGRESSION else self.metrics
 
     def collator(self, data: Data) -> Collator:

@@ -108,7 +108,7 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
         raise ConfigError(f"hf-lora train: {reason}.")
     check_options(parsed.given, task)
     wanted = training.metric_for_best_model
-    known = ("loss", *task.metrics_of(Options.of(run)))
+    known = ("loss", *task.metrics_of(Options.of(run), table))
     if wanted is not None and wanted.removeprefix("eval_") not in known:
         raise ConfigError(
             f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
