@@ -36,6 +36,7 @@ class Options:
     completion_column: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
+    source_prefix: str | None = None
     problem_type: str | None = None
     use_chat_template: bool | None = None
     last_turn_only: bool | None = None

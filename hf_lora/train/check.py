@@ -16,6 +16,7 @@ from ..adapt.labels import generates
 from ..data.classes import PROBLEM_TYPES, suggest_columns
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
+from ..data.trained import is_prose
 from ..errors import ConfigError, DataError, Faults, nearest
 from ..tasks.base import Options, Task
 from ..tasks.masked_lm import MaskedLM
@@ -64,6 +65,8 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     evaluated = any((run.eval_file, run.eval_split, run.test_file, run.test_split))
     if "eval_strategy" in parsed.given and training.eval_strategy != "no" and not evaluated:
         faults.add("--eval-strategy needs data to evaluate on: pass --eval-file or --test-file")
+    if run.source_prefix is not None and not is_prose(run.source_prefix):
+        faults.add("--source-prefix must be a printable text, and not longer than a page")
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
         faults.add("--load-best-model-at-end needs separate evaluation data: pass --eval-file (not the test data)")
     _check_values(parsed, faults)

@@ -78,6 +78,9 @@ class RunArguments:
         "for causal-lm.",
     )
     max_target_length: int | None = flag(None, "Maximum tokens of the texts to write (seq2seq-lm). Default: 128.")
+    source_prefix: str | None = flag(
+        None, "Text before every source, such as 'summarize: ' (seq2seq-lm); kept with the adapter."
+    )
     packing: bool = flag(
         True, "Pack several texts into one row of max_length tokens, without attention between them (causal-lm)."
     )
