@@ -194,7 +194,7 @@ def _load_base(
     if not name:
         raise AdapterFileError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
-            "Pass base_model=: a model, its folder or its repository."
+            "Pass base_model=…: a model, its folder or its repository."
         )
     if holds_adapter(name):
         return _load_chain(model_class, file, str(name), kwargs)
@@ -224,7 +224,7 @@ def _load_base(
                     "whose weights are compared."
                 ) from error
             which = f"the adapter names the base {name!r}, which" if base is None else f"the base {str(name)!r}"
-            step = "Pass base_model=: a model, its folder or its repository."
+            step = "Pass base_model=…: a model, its folder or its repository."
             if "trust_remote_code" in str(error):
                 step = "If you trust its code, pass trust_remote_code=True."
             raise AdapterFileError(f"{call}: {which} could not be loaded ({why}). {step}") from error
@@ -257,7 +257,7 @@ def _load_chain(model_class: Any, file: AdapterFile, base: str, kwargs: Mapping[
         if inner in chain or len(chain) == MAX_CHAIN:
             raise AdapterFileError(
                 f"{call}: the base of {chain[-1]} is the adapter {inner}, and so on without end. Correct "
-                "base_model_name_or_path in its adapter_config.json, or pass base_model=: the folder of a full model."
+                "base_model_name_or_path in its adapter_config.json, or pass base_model=…: the folder of a full model."
             )
         chain.append(inner)
     logger.info(f"{file.path}: its base is an adapter, which is merged into its own base: {' -> '.join(chain)}.")

@@ -17,6 +17,7 @@ from ..errors import AdapterFileError, ConfigError, Faults, LoraError, StateErro
 from ..export import DTYPES
 from ..files.format import CONFIG_NAME, read_config, read_extras
 from ..hub.download import FullModelError, local_adapter
+from ..hub.names import check_base
 from ..load import find_processor
 from ..model import LoraModel
 
@@ -77,6 +78,8 @@ def load_for_generation(
     """
     call = f"load_for_generation({os.fspath(source)!r})"
     place = _check_arguments(call, dtype, device)
+    if isinstance(base_model, str):
+        check_base(base_model, None, call)
     try:
         folder = local_adapter(source, revision, token, subfolder=subfolder)
     except FullModelError:
@@ -87,7 +90,8 @@ def load_for_generation(
     else:
         if base_model is not None or merge:
             raise ConfigError(
-                f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge do not apply. Omit them."
+                f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge=True do not apply. Omit "
+                "them."
             )
         base = source
         model = _load_whole(call, source, folder, revision, dtype, token, any_task)

@@ -17,11 +17,12 @@ from ..data.classes import PROBLEM_TYPES, suggest_columns
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
 from ..data.trained import is_prose
-from ..errors import ConfigError, DataError, Faults, nearest
+from ..errors import ConfigError, DataError, Faults, HubError, nearest
+from ..hub.names import check_repository, is_folder
 from ..tasks.base import Options, Task
 from ..tasks.masked_lm import MaskedLM
 from ..tasks.registry import CAUSAL_LM, TASKS, why_not
-from .base_model import check_name
+from .base_model import check_adapter, check_name
 from .output import check_output
 from .parsing import Parsed, as_flag
 from .quantize import check_quantization, why_not_quantizable
@@ -30,10 +31,18 @@ _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "max_length": 1, "max_target_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
     "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0, "dataloader_num_workers": 0,
+    "save_total_limit": 1, "label_smoothing_factor": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
-_BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-_POSITIVE = ("learning_rate", "num_train_epochs")
+_BELOW: dict[str, float] = {
+    "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32,
+}  # fmt: skip
+_POSITIVE = ("learning_rate", "num_train_epochs", "eval_steps", "save_steps", "logging_steps")
+_WITHOUT_EFFECT = {
+    "do_train": "the command trains", "do_eval": "--eval-file is evaluated, if it is given",
+    "do_predict": "`hf-lora generate` and `eval` do", "label_names": "the task has its own",
+}  # fmt: skip
+"""Arguments of Trainer that a run does not read -> why."""
 
 
 def check_run(parsed: Parsed, writes: bool = True) -> None:
@@ -51,14 +60,26 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     if bool(run.train_file) == bool(run.dataset):
         faults.add("pass either --train-file or --dataset")
     for option, file in (("train", run.train_file), ("eval", run.eval_file), ("test", run.test_file)):
-        if file and Path(file).suffix.lower() in READERS and not Path(file).is_file():
-            faults.add(f"--{option}-file {file} does not exist")
+        if file and "://" in file:
+            faults.add(
+                f"--{option}-file {file} is an address: download it, or name a dataset of the Hub with --dataset"
+            )
+        elif file and Path(file).suffix.lower() in READERS and not Path(file).is_file():
+            faults.add(f"--{option}-file {file} {'is a folder' if Path(file).is_dir() else 'does not exist'}")
     for name, value, known in (("task", run.task, TASKS), ("problem-type", run.problem_type, PROBLEM_TYPES)):
         if value is not None and value not in known:
             faults.add(f"--{name} {value} is unknown{nearest(value, known)}; it is one of {', '.join(known)}")
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
+    if run.model_revision is not None and run.model is not None and is_folder(run.model):
+        faults.add(f"--model-revision {run.model_revision} has no effect, since {run.model} is a folder")
+    if training.lora_adapter and (reason := check_adapter(training.lora_adapter)):
+        faults.add(reason)
+    for option, why in _WITHOUT_EFFECT.items():
+        if option in parsed.given:
+            faults.add(f"{as_flag(option)} has no effect: {why}")
+    _check_push(parsed, faults)
     for option in ("dataset_config", "train_split", "eval_split", "test_split"):
         if option in parsed.given and not run.dataset:
             faults.add(f"{as_flag(option)} needs --dataset")
@@ -74,6 +95,22 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     if writes:
         check_output(str(training.output_dir), checkpoint_of(parsed), run.overwrite, faults)
     faults.check(ConfigError, "`hf-lora train --help` shows an example.")
+
+
+def _check_push(parsed: Parsed, faults: Faults) -> None:
+    """Whether what the user says about a repository has an effect, and its name is valid."""
+    training = parsed.training
+    if not training.push_to_hub:
+        faults.found += [
+            f"{as_flag(name)} needs --push-to-hub"
+            for name in ("hub_model_id", "hub_private_repo")
+            if name in parsed.given
+        ]
+    elif training.hub_model_id is not None:
+        try:
+            check_repository(str(training.hub_model_id), f"--hub-model-id {training.hub_model_id} is")
+        except HubError as error:
+            faults.add(str(error).rstrip("."))
 
 
 def checkpoint_of(parsed: Parsed) -> str | bool | None:

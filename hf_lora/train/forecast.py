@@ -20,12 +20,12 @@ from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
 from ..compat import is_own_model
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, Faults, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
 from ..tasks.base import Data, Task
-from ..tasks.registry import CAUSAL_LM, TASKS
+from ..tasks.registry import CAUSAL_LM, TASKS, why_not
 from .base_model import check_name, load_base, read_config
-from .parsing import Parsed
+from .parsing import Parsed, as_flag
 from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import read_data
 from .schedule import steps_of_rows
@@ -215,7 +215,14 @@ def targets_of(parsed: Parsed) -> Explanation:
         reason = f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is one of {', '.join(TASKS)}"
     if reason is not None:
         raise ConfigError(f"hf-lora targets: {reason}.")
+    faults = Faults("hf-lora targets")
+    for name in sorted(parsed.given - {"model", "model_revision", "task"}):
+        if not name.startswith("lora_"):
+            faults.add(f"{as_flag(name)} has no effect on the layers that are adapted")
+    faults.check(ConfigError, "Omit these. The options of `hf-lora train` that begin with --lora- have an effect.")
     config = read_config(str(run.model), run.model_revision)
+    if run.task is not None and (reason := why_not(TASKS[run.task], config)):
+        raise ConfigError(f"hf-lora targets: --model {run.model} is {reason}. Pass another --task.")
     return explain_targets(empty_model(config, str(run.model), run.task), parsed.training.lora_config())
 
 

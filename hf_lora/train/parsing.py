@@ -124,6 +124,7 @@ def known_arguments() -> frozenset[str]:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument --\w+/(?=--)", "argument ", message).rstrip(".")
         raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` describes every argument.")
 
 
@@ -193,7 +194,8 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
 
 def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        text = Path(config).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except OSError as error:
         raise ConfigError(f"--config {config} could not be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -202,6 +204,10 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {config} must consist of lines `name: value`.")
+    names = [str(key.value).replace("-", "_") for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--config {config} sets {', '.join(twice)} more than once. Keep one line of each.")
     return values
 
 

@@ -74,7 +74,7 @@ WRONG: list[tuple[str, str]] = [
     (f"--model {{dir}}/empty --train-file {{rows}} --output-dir {OUT}", "it has no config.json. It holds nothing"),
     (f"--model {{adapter}} --train-file {{rows}} --output-dir {OUT}", "it as --lora-adapter {adapter}"),
     (f"--model {{rows}} --train-file {{rows}} --output-dir {OUT}", "is a file. Name the folder of the model"),
-    (f"--model '' --train-file {{rows}} --output-dir {OUT}", "--model is empty"),
+    (f"--model '' --train-file {{rows}} --output-dir {OUT}", "--model: the name is empty"),
     (f"--model ~/x --train-file {{rows}} --output-dir {OUT}", "the shell did not expand ~"),
     # The output folder.
     (MODEL + "--output-dir {adapter}", "holds an adapter. Name another folder with --output-dir, continue"),
