@@ -20,6 +20,7 @@ from ..hub.download import FullModelError, local_adapter
 from ..hub.names import check_base
 from ..load import find_processor
 from ..model import LoraModel
+from ..pooled.model import class_named
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -149,7 +150,7 @@ def _load_whole(
     try:
         config = transformers.AutoConfig.from_pretrained(source, **given)
         for name in config.architectures or []:
-            cls = getattr(transformers, name, None)
+            cls = getattr(transformers, name, None) or class_named(name)
             if cls is not None and not cls.can_generate():
                 if any_task:
                     return cls.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))

@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from ..evaluation.metrics import build_compute_metrics
 from ..evaluation.result import Evaluation
 from ..generate.texts import evaluating
+from ..pooled.pooling import Pooling
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
@@ -86,6 +87,7 @@ class Data:
         labels: the classes; None if the task has none.
         length: tokens per row of a language model.
         trained: what the adapter records about its rows.
+        pooling: of a classifier; None if its class in transformers has its own way.
     """
 
     task: Task
@@ -97,6 +99,7 @@ class Data:
     labels: list[str] | None = None
     length: int = 0
     trained: TrainedFormat | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,10 @@ class Task:
     """What loads its adapters."""
     scored: ClassVar[tuple[str, ...]] = ()
     """The names of metrics that `score` makes, and not Trainer, such as those of generated texts."""
+    pools: ClassVar[bool] = False
+    """Whether its models classify a vector that is pooled from the tokens, which a checkpoint may declare."""
+    starts_at_means: ClassVar[bool] = False
+    """Whether a new head can start at the class means: each row has one class."""
     metrics_of_rows: ClassVar[bool] = False
     """Whether `compute_metrics` reads the rows, so that each split has its own."""
 

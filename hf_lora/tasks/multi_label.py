@@ -27,10 +27,11 @@ class MultiLabel(TextClassification):
 
     name = "multi-label-classification"
     kinds = ("several classes",)
+    starts_at_means = False
     metrics: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     options = {
         "text_column": "text", "pair_column": "second", "label_column": "labels", "label_columns": ["angry", "happy"],
-        "problem_type": MULTI_LABEL, "max_length": classes.MOST_TOKENS,
+        "problem_type": MULTI_LABEL, "max_length": classes.MOST_TOKENS, "pooling": "mean",
     }  # fmt: skip
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:

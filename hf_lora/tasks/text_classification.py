@@ -21,12 +21,13 @@ class TextClassification(Task):
     name = "text-classification"
     kinds = ("classes",)
     auto_class = "AutoModelForSequenceClassification"
+    pools = starts_at_means = True
     defaults = Defaults(1e-3, 16, 64, classes.MOST_TOKENS)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
     files = {"train_file": "train.csv", "test_file": "test.csv"}
     options = {
         "text_column": "text", "pair_column": "second", "label_column": "label", "problem_type": REGRESSION,
-        "max_length": classes.MOST_TOKENS,
+        "max_length": classes.MOST_TOKENS, "pooling": "mean", "head_init": "class-means",
     }  # fmt: skip
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:

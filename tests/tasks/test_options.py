@@ -36,7 +36,7 @@ ROWS: dict[str, dict[str, list[Any]]] = {
     "reward": {"chosen": ["the door"], "rejected": ["the light"]},
     "embedding": {"anchor": ["the door"], "positive": ["a door"]},
 }  # fmt: skip
-OF_BUILDERS = {"packing", "beta"}
+OF_BUILDERS = {"packing", "beta", "pooling", "head_init"}
 """Options that the trainer of a task reads, and not its rows."""
 touched: set[str] = set()
 
