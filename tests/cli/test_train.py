@@ -98,6 +98,12 @@ def test_the_head_of_another_task_is_trained_too(bert_folder: str, texts_folder:
     assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].modules_to_save == ["classifier"]
 
 
+def test_a_decoder_is_trained_as_a_classifier(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    words = ("--model", llama_folder, "--train-file", texts_folder / "rows.csv", "--output-dir", tmp_path / "out")
+    said = run(*words, *FAST, "--max-steps", 1).stdout
+    assert "the head starts at the class means: loss 0." in said
+
+
 def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
     rows = texts_folder / "pairs.jsonl"
     result = run(
