@@ -67,7 +67,7 @@ def load_adapter(
         BaseMismatchError: the adapter was trained on another base (`allow_other_base=True` loads it anyway).
     """
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
-    call = f"{call}({str(file.path)!r}, {name!r})"
+    call = call if call.endswith(")") else f"{call}({str(file.path)!r}, {name!r})"
     state = state_of(model)
     identity = renewed(state.identity, model) if state is not None else identify(model)
     settings = state.settings if state is not None else base_settings(model)

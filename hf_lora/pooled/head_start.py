@@ -147,21 +147,36 @@ def _first_of_each(labels: Tensor, count: int) -> Tensor:
     return torch.tensor(keep)
 
 
+def _of_the_row(features: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+    """What the head reads for each row: that of one token where the head reads all, as in decoders.
+
+    Args:
+        features, output: of the head, [B, width] or [B, T, width], and [B, C] or [B, T, C].
+        logits: of the model, [B, C].
+    """
+    if features.dim() == 2:
+        return features
+    taken = (output == logits[:, None]).all(-1)
+    if features.dim() != 3 or not taken.any(1).all():
+        raise ConfigError("start_head: the logits are not those of the last linear layer. Use another head_init.")
+    return features[torch.arange(len(features)), taken.int().argmax(1)]
+
+
 @torch.no_grad()
 def _features(
     model: Any, head: nn.Module, rows: Any, collator: Any, batch_size: int, label_column: str, progress: bool
 ) -> Iterator[Tensor]:
     """What the head reads, batch by batch, in float32 on the CPU."""
-    read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().float().cpu()))
+    read: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, args, output: read.append((args[0].detach(), output.detach())))
     training = {module: module.training for module in model.modules()}
     model.eval()
     batches: Any = DataLoader(rows, batch_size, collate_fn=collator)
     try:
         for batch in logging.tqdm(batches, desc="class means", disable=not progress, leave=False, delay=1):
             batch = {k: v.to(model.device) for k, v in batch.items() if k != label_column}
-            model(**batch)
-            yield read.pop()
+            logits = model(**batch).logits
+            yield _of_the_row(*read.pop(), logits).float().cpu()
             read.clear()
     finally:
         hook.remove()

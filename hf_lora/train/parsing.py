@@ -90,6 +90,9 @@ class RunArguments:
         "for causal-lm.",
     )
     max_target_length: int | None = flag(None, "Maximum tokens of the texts to write (seq2seq-lm). Default: 128.")
+    source_prefix: str | None = flag(
+        None, "Text before every source, such as 'summarize: ' (seq2seq-lm); kept with the adapter."
+    )
     packing: bool = flag(
         True, "Pack several texts into one row of max_length tokens, without attention between them (causal-lm)."
     )
@@ -149,6 +152,7 @@ def known_arguments() -> frozenset[str]:
 
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument --\w+/(?=--)", "argument ", message).rstrip(".")
         raise ConfigError(f"hf-lora train: {message}. `hf-lora train --all-options` describes every argument.")
 
 
@@ -242,7 +246,8 @@ def _with_search(words: Sequence[str]) -> list[str]:
 
 def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        text = Path(config).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except OSError as error:
         raise ConfigError(f"--config {config} could not be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -251,6 +256,10 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {config} must consist of lines `name: value`.")
+    names = [str(key.value).replace("-", "_") for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"--config {config} sets {', '.join(twice)} more than once. Keep one line of each.")
     return values
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from ..data.tables import Table, read_table
 from ..pooled.build import chosen_pooling
 from ..pooled.pooling import Pooling
-from ..tasks.base import Data, Given, Options, Task
+from ..tasks.base import Data, Given, Options, Task, check_packages
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
 from .check import check_run, check_task
@@ -41,6 +41,7 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     if not {"eval", "test"} & set(tables):
         training.eval_strategy = "no"
     check_task(parsed, task, config, tables["train"])
+    check_packages(task)
     processor = read_processor(str(run.model), run.model_revision, task.processor)
     data = task.read(tables, Given(config, processor, options))
     data.pooling = pooling_of(run, task, config)

@@ -98,6 +98,12 @@ def test_the_head_of_another_task_is_trained_too(bert_folder: str, texts_folder:
     assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].modules_to_save == ["classifier"]
 
 
+def test_a_decoder_is_trained_as_a_classifier(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    words = ("--model", llama_folder, "--train-file", texts_folder / "rows.csv", "--output-dir", tmp_path / "out")
+    said = run(*words, *FAST, "--max-steps", 1).stdout
+    assert "the head starts at the class means: loss 0." in said
+
+
 def test_causal_lm_learns_completions(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:
     rows = texts_folder / "pairs.jsonl"
     result = run(
@@ -244,7 +250,7 @@ def test_the_listed_defaults_are_those_of_a_run(
     text = re.sub(r"\s+", " ", run("--all-options").stdout)
     base, rows = (bert_folder, "rows.csv") if task == "text-classification" else (llama_folder, "pairs.jsonl")
     words = ["--model", base, "--train-file", str(texts_folder / rows), "--output-dir", str(tmp_path), "--use-cpu"]
-    parsed = parse_arguments([*words, "--packing", str(task != "causal-lm")])
+    parsed = parse_arguments([*words, *(["--packing", "false"] if task == "causal-lm" else [])])
     read_data(parsed)
     for name in ("learning_rate", "per_device_train_batch_size", "per_device_eval_batch_size"):
         listed = re.search(rf"--{name} .*?\(default: ([^)]*)\)", text)
