@@ -7,10 +7,13 @@ memory.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Sampler
 from transformers import AutoTokenizer, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -22,6 +25,7 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.utils import RepeatSampler
 
 from ..compat import name_or_path
 from ..errors import ConfigError
@@ -54,6 +58,33 @@ class LoraPreferenceMixin(LoraTrainerMixin):
                 given["processing_class"] = AutoTokenizer.from_pretrained(folder)
         given.pop("self")
         super().__init__(**given)
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        make: Callable[[], Any] = functools.partial(super()._get_train_sampler, *args, **kwargs)
+        sampler = make()
+        return OrderOfEpoch(make, self) if isinstance(sampler, RepeatSampler) else sampler
+
+
+class OrderOfEpoch(Sampler[int]):
+    """The order of the prompts of GRPO and RLOO, which depends on the seed and the epoch only.
+
+    TRL's sampler draws a new order each time, so a run that is resumed in a later epoch has the order of the first.
+
+    Args:
+        make: creates TRL's sampler.
+    """
+
+    def __init__(self, make: Callable[[], RepeatSampler], trainer: LoraTrainerMixin) -> None:
+        self.make, self.trainer = make, trainer
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self.make()
+        for _ in range(int(self.trainer.state.epoch or 0)):
+            next(iter(sampler), None)
+        return iter(sampler)
+
+    def __len__(self) -> int:
+        return len(self.make())
 
 
 @accepts_former_names
