@@ -134,7 +134,7 @@ class LoraTrainerMixin(_Trainer):
     def _adapt(self, model: nn.Module) -> None:
         what = self._lora_config, self.args, type(self).__name__, self._tokenizer
         self.adapter_is_new = start.adapt(adapted_part(model), *what)
-        self._adapted = model
+        self._adapted = self._checkpoints.whole = model
         start.disable_dropout(self.args, adapted_part(model))
         self._checkpoints.quantization = quantization(model)
 
@@ -267,7 +267,7 @@ class LoraTrainerMixin(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like `Trainer.save_model`, for the adapter; TrainingError if a trained tensor has NaN or infinite values."""
         folder = str(output_dir or self.args.output_dir)
-        check_finite(self._adapted_model, f"save_model({folder!r})")
+        check_finite(self._bare_model, f"save_model({folder!r})")
         if not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return
