@@ -222,7 +222,7 @@ def names_of_others(file: Path) -> set[str]:
     return found
 
 
-OWN = {"_lora", "_bare_model", "_parameters"}
+OWN = {"_lora", "_bare_model", "_dtypes", "_parameters"}
 """Of our own classes; and torch's `Module._parameters`, which has been there since its first release."""
 
 

@@ -6,6 +6,7 @@ In: a module whose transformers models have their extended class. Out: marks on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -86,8 +87,12 @@ def _saves_the_rest(module: nn.Module, inner: nn.Module, inside: set[int]) -> bo
 
 def outside(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model that are not those of its `adapted_part`, by their names."""
-    inside = {id(tensor) for tensor in adapted_part(model).state_dict(keep_vars=True).values()}
-    return {name: t for name, t in model.state_dict(keep_vars=True).items() if id(t) not in inside}
+    inner = adapted_part(model)
+    if inner is model:
+        return {}
+    inside = {id(tensor) for tensor in (*inner.parameters(), *inner.buffers())}
+    named: Iterator[tuple[str, Tensor]] = chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor for name, tensor in named if id(tensor) not in inside}
 
 
 def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> None:

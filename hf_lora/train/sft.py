@@ -45,7 +45,7 @@ from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .start import base_dtype, only_config, trainer_arguments
+from .start import only_config, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -102,9 +102,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
             # TRL requires marks in the template, and chats in all data.
             config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
-            with _keep_dtypes(given["model"]):
-                super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
-            self._base_dtype = base_dtype(self.model)  # before, it was TRL's
+            super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
         finally:
             vars(config).update(before)
         if self._trained is not None:
@@ -206,22 +204,6 @@ def _over_head(
         loss=outputs["loss"], log_probs=scores.log_probs[:, :-1], entropy=scores.entropy[:, :-1],
         is_top1=scores.hits[:, :-1], label_mask=scores.mask[:, :-1], aux_loss=outputs.get("aux_loss"),
     ), None  # fmt: skip
-
-
-@contextlib.contextmanager
-def _keep_dtypes(model: Any) -> Iterator[None]:
-    """Undo TRL's conversion of trainable parameters to bfloat16 in a model with a 4- or 8-bit base.
-
-    Adapters are float32 master weights, and trained norms keep the base's dtype.
-    """
-    quantized = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
-    kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantized else {}
-    try:
-        yield
-    finally:
-        for parameter, values in kept.items():
-            if parameter.dtype != values.dtype:
-                parameter.data = values
 
 
 def _config_of(arguments: TrainingArguments | None, model: Any) -> SFTConfig:

@@ -116,6 +116,7 @@ def adapt(
                 "model.add_adapter(name, config) to add another."
             )
     state.resumable = True
+    _disable_dropout(args, model)
     changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
     configs = [record.config for record in state.adapters.values()]
     if flags is not None and changed and flags.lora_config() not in configs:
@@ -153,7 +154,7 @@ def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given:
     return require_state(model, trainer)
 
 
-def disable_dropout(args: TrainingArguments, model: nn.Module) -> None:
+def _disable_dropout(args: TrainingArguments, model: nn.Module) -> None:
     """Disable the adapters' dropout, which has no module, where TRL's `disable_dropout` disables that of modules."""
     if getattr(args, "disable_dropout", False):
         for site in adapter_layers(model).values():
