@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import AutoTokenizer, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
@@ -27,11 +28,13 @@ from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
+from ..adapt.state import require_state, state_of
 from ..compat import name_or_path
 from ..errors import ConfigError
 from ..files.format import CONFIG_NAME
 from .arguments import TrlArguments
 from .former_names import accepts_former_names
+from .start import refuse_adapted_head
 from .trainer import LoraTrainerMixin
 
 
@@ -58,6 +61,13 @@ class LoraPreferenceMixin(LoraTrainerMixin):
                 given["processing_class"] = AutoTokenizer.from_pretrained(folder)
         given.pop("self")
         super().__init__(**given)
+        if "forward" in vars(self._bare_model):  # TRL's, with a loss over the head, is removed with the adapter
+            require_state(self._adapted_model, type(self).__name__).borrowed.append("forward")
+
+    def _adapt(self, model: nn.Module) -> None:
+        fresh = state_of(model) is None
+        super()._adapt(model)
+        refuse_adapted_head(model, fresh, type(self).__name__)
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
         make: Callable[[], Any] = functools.partial(super()._get_train_sampler, *args, **kwargs)

@@ -35,9 +35,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapt.state import require_state, set_trained_format, state_of
 from ..compat import name_or_path
-from ..errors import ConfigError, Faults, TargetError
+from ..errors import ConfigError, Faults
 from ..files.format import CONFIG_NAME
-from ..layers.base import LoraLayer
 from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
@@ -45,7 +44,7 @@ from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .start import only_config, trainer_arguments
+from .start import only_config, refuse_adapted_head, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -112,15 +111,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     def _adapt(self, model: nn.Module) -> None:
         fresh = state_of(model) is None
         super()._adapt(model)
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        if isinstance(head, LoraLayer):
-            if fresh:
-                model.unload()  # type: ignore[operator]  # after the error, the model is unchanged
-            raise TargetError(
-                f"{type(self).__name__}(…): the output head is adapted, but the loss over it reads only its weight, "
-                "so the adapter would not be trained. Exclude the head from target_modules, or train it whole with "
-                "modules_to_save."
-            )
+        refuse_adapted_head(model, fresh, type(self).__name__)
 
     # The data --------------------------------------------------------------------------------------------------------
 

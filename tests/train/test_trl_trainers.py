@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
 import hf_lora
-from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, apply_lora
+from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, TargetError, apply_lora
 
 trl = pytest.importorskip("trl", reason="the extra chat is not installed")
 peft = pytest.importorskip("peft")
@@ -45,6 +45,7 @@ DATA: dict[str, dict[str, Any]] = {
     "RLOO": {"prompt": ASKED},
 }
 REINFORCED = ("GRPO", "RLOO")
+HEAD = ["q_proj", "lm_head"]
 OF_REINFORCED = {"num_generations": 2, "max_completion_length": 6, "per_device_eval_batch_size": 4}
 
 
@@ -82,6 +83,8 @@ def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> An
     config, trainer = getattr(library, f"{prefix}{name}Config"), getattr(library, f"{prefix}{name}Trainer")
     if name == "SFT" and ours:  # LoraSFTTrainer trains other tokens
         config, trainer = trl.SFTConfig, type("OurTrainer", (LoraTrainerMixin, trl.SFTTrainer), {})
+    fields = {"target_modules": "all-linear", "modules_to_save": None}
+    fields |= {name: settings.pop(name) for name in fields.keys() & settings.keys()}
     args = config(
         str(folder), per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
         disable_tqdm=True,
@@ -89,7 +92,7 @@ def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> An
         **(OF_REINFORCED if name in REINFORCED else {}),
     )  # fmt: skip
     whole = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if name == "Reward" else {"task_type": "CAUSAL_LM"}
-    adapter = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **whole)
+    adapter = peft.LoraConfig(r=4, lora_alpha=8, **fields | whole)
     data = datasets.Dataset.from_dict(DATA[name])
     return trainer(
         model=model, args=args, train_dataset=data, eval_dataset=data,
@@ -215,6 +218,20 @@ def test_a_reward_model_with_the_task_type_of_trls_flags_keeps_its_head(base: st
     fresh.score.weight.data.zero_()
     theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     assert torch.allclose(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_an_adapted_head_is_refused_and_one_trained_whole_is_merged(name: str, base: str, tmp_path: Path) -> None:
+    """TRL's losses multiply by the weight of the head, so its adapter would stay untrained, as TRL says of PEFT's."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for call in (model, apply_lora(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=HEAD))):
+        with pytest.raises(TargetError, match="the output head is adapted"):
+            made(name, True, call, tmp_path, target_modules=HEAD)
+    assert not isinstance(model, LoraModel)
+    whole = made(name, True, model, tmp_path, max_steps=1, modules_to_save=["lm_head"])
+    assert [n for n, p in whole.model.named_parameters() if p.requires_grad][-1] == "lm_head.copies.default.weight"
+    assert "forward" in vars(whole.model)
+    assert "forward" not in vars(whole.model.merge_and_unload())
 
 
 class Prepares(Trainer):
