@@ -40,6 +40,9 @@ _WHERE = {
     "inspect_adapter": "export",
     "convert_adapter": "files.convert",
     "finetune": "train.run",
+    "build_classifier": "pooled.build",
+    "start_head": "pooled.head_start",
+    "save_as_sentence_transformer": "pooled.export",
     "LoraTrainer": "train.trainer",
     "LoraSeq2SeqTrainer": "train.trainer",
     "LoraTrainerMixin": "train.trainer",
@@ -133,6 +136,7 @@ __all__ = [
     "VersionError",
     "__version__",
     "apply_lora",
+    "build_classifier",
     "build_compute_metrics",
     "check_adapter",
     "convert_adapter",
@@ -152,7 +156,9 @@ __all__ = [
     "push",
     "register",
     "register_adapter_hooks",
+    "save_as_sentence_transformer",
     "share_inputs",
+    "start_head",
     "write_card",
 ]
 
@@ -194,6 +200,9 @@ if TYPE_CHECKING:
     from .layers.storages import STORAGES
     from .model import LoraModel
     from .pipelines import pipeline
+    from .pooled.build import build_classifier
+    from .pooled.export import save_as_sentence_transformer
+    from .pooled.head_start import start_head
     from .tasks.run import evaluate
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks

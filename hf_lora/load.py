@@ -39,6 +39,8 @@ from .hub.base import commit_in_training
 from .hub.download import local_adapter
 from .hub.network import is_unanswered, scrub
 from .layers.ops import kept_random_states
+from .pooled.model import class_named
+from .pooled.pooling import POOLING
 
 logger = logging.get_logger(__name__)
 
@@ -276,6 +278,8 @@ def _with_settings(base: Any, file: AdapterFile, kwargs: dict[str, Any]) -> tupl
 
     What the caller gives is preferred.
     """
+    if class_named(file.extras.get("architecture")) is not None:
+        kwargs = {**kwargs, POOLING: file.extras.get(POOLING)}
     if not file.extras.get("config") or "config" in kwargs:
         return kwargs, False
     config = transformers.AutoConfig.from_pretrained(base, **{k: kwargs[k] for k in _WHERE if k in kwargs})

@@ -89,6 +89,8 @@ def _task_types(model: nn.Module) -> Iterator[str]:
     import transformers
 
     cls, config = unwrap_class(type(model)), type(getattr(model, "config", None))
+    if isinstance(own := getattr(cls, "task_type", None), str):  # a class of hf_lora.pooled
+        yield own
     for task, auto in AUTO_CLASSES.items():
         mapping = getattr(transformers, auto)._model_mapping
         if config in mapping and cls in as_tuple(mapping[config]):

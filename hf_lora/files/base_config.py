@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..adapt.embeddings import vocabulary_of
 from ..errors import Faults
+from ..pooled.pooling import POOLING
 
 logger = logging.get_logger(__name__)
 
@@ -86,6 +87,7 @@ FIELDS: dict[str, Callable[[object], bool]] = {
         _is_switch,
     ),
     "vocab_size": _is_size,
+    "classifier_pooling": lambda value: value in ("cls", "mean"),
 }  # fmt: skip
 """Name of a field -> whether a value of it is safe."""
 
@@ -156,6 +158,8 @@ def set_settings(config: Any, extras: Mapping[str, Any]) -> None:
             setattr(inner, key, each)
         if not hasattr(inner, "to_dict"):
             setattr(config, name, value)
+    if extras.get(POOLING):
+        setattr(config, POOLING, extras[POOLING])
 
 
 def set_generation(model: Any, extras: Mapping[str, Any]) -> None:
@@ -190,6 +194,8 @@ def changed_json(values: dict[str, Any], extras: Mapping[str, Any]) -> dict[str,
             values[name] = value
         elif isinstance(values.get(name), dict):
             changed_json(values[name], {"config": value})
+    if extras.get(POOLING):
+        values[POOLING] = extras[POOLING]
     if "rope_parameters" in (extras.get("config") or {}):
         values.pop("rope_scaling", None)  # the older name would be preferred
     return values

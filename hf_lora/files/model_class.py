@@ -1,4 +1,4 @@
-"""The class of transformers that an adapter's file is for."""
+"""The class of transformers, or of `hf_lora.pooled`, that an adapter's file is for."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import transformers
 
 from ..adapt.labels import AUTO_CLASSES
 from ..compat import is_own_model
+from ..pooled.model import class_named
 from .format import AdapterFile
 
 _GENERATING = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
@@ -47,4 +48,6 @@ def auto_class(file: AdapterFile) -> Any:
 
 
 def _class_named(name: object) -> Any:
-    return getattr(transformers, name) if isinstance(name, str) and is_own_model(name) else None
+    if isinstance(name, str) and is_own_model(name):
+        return getattr(transformers, name)
+    return class_named(name)

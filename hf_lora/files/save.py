@@ -36,6 +36,7 @@ from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
 from ..layers.parts import Bias, TokenRows
 from ..layers.storages import is_packed
+from ..pooled.pooling import POOLING
 from .base_config import changed_settings
 from .format import (
     FULL_MODEL_FILES,
@@ -249,6 +250,7 @@ def extras_of(model: nn.Module, name: str) -> dict[str, Any]:
     return {
         "base": renewed(state.identity, model),
         "architecture": unwrap_class(type(model)).__name__,
+        **({"pooling": pooling} if (pooling := getattr(getattr(model, "config", None), POOLING, None)) else {}),
         "num_labels": task.num_labels,
         "id2label": {str(k): _label(v) for k, v in task.id2label.items()} if task.id2label else None,
         "problem_type": task.problem_type,

@@ -15,6 +15,7 @@ from ..adapt.patterns import as_text, table_pattern, why_invalid
 from ..config import PLAIN_IN_FILES, TASK_TYPES
 from ..data.trained import KINDS, is_prose, is_variables
 from ..errors import AdapterFileError, Faults
+from ..pooled.pooling import POOLING, check_pooling
 from ..safe_io.reading import REPAIR
 from .base_config import check_settings
 
@@ -91,6 +92,8 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
         faults.add("joined must map the name of a module to its other names")
     _check_labels(faults, values.get("id2label"))
     _check_format(faults, values.get("training_format"))
+    if values.get(POOLING) is not None:
+        check_pooling(faults, values[POOLING])
     check_settings(faults, values)
     faults.check(AdapterFileError, REPAIR)
 

@@ -19,6 +19,7 @@ from ..files.format import CONFIG_NAME, read_config, read_extras
 from ..hub.download import FullModelError, local_adapter
 from ..load import find_processor
 from ..model import LoraModel
+from ..pooled.model import class_named
 
 PIPELINES = {
     "SEQ_CLS": "text-classification",
@@ -144,7 +145,7 @@ def _load_whole(
     try:
         config = transformers.AutoConfig.from_pretrained(source, **given)
         for name in config.architectures or []:
-            cls = getattr(transformers, name, None)
+            cls = getattr(transformers, name, None) or class_named(name)
             if cls is not None and not cls.can_generate():
                 if any_task:
                     return cls.from_pretrained(source, **given, **({} if dtype is None else {"dtype": dtype}))

@@ -18,6 +18,7 @@ from ..errors import ConfigError
 from ..evaluation.metrics import build_compute_metrics
 from ..evaluation.result import Evaluation
 from ..generate.texts import evaluating
+from ..pooled.pooling import Pooling
 
 Batch = dict[str, Tensor]
 Collator = Callable[[list[Any]], Any]
@@ -84,6 +85,7 @@ class Data:
         labels: the classes; None if the task has none.
         length: tokens per row of a language model.
         trained: what the adapter records about its rows.
+        pooling: of a classifier; None if its class in transformers has its own way.
     """
 
     task: Task
@@ -95,6 +97,7 @@ class Data:
     labels: list[str] | None = None
     length: int = 0
     trained: TrainedFormat | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,10 @@ class Task:
     """Whether `hf-lora eval`, or `chat`, uses its adapters."""
     loader: ClassVar[str] = "LoraModel.from_pretrained"
     """What loads its adapters."""
+    pools: ClassVar[bool] = False
+    """Whether its models classify a vector that is pooled from the tokens, which a checkpoint may declare."""
+    starts_at_means: ClassVar[bool] = False
+    """Whether a new head can start at the class means: each row has one class."""
     generates: ClassVar[bool] = False
     """Whether there are metrics of generated texts, which `score` makes, and not Trainer."""
     metrics_of_rows: ClassVar[bool] = False

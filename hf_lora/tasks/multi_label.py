@@ -27,6 +27,7 @@ class MultiLabel(TextClassification):
 
     name = "multi-label-classification"
     kinds = ("several classes",)
+    starts_at_means = False
     metrics: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
     options = {"text_column": "text", "label_columns": ["angry", "happy"], "max_length": classes.MOST_TOKENS}
 

@@ -21,6 +21,7 @@ class TextClassification(Task):
     name = "text-classification"
     kinds = ("classes",)
     auto_class = "AutoModelForSequenceClassification"
+    pools = starts_at_means = True
     defaults = Defaults(1e-3, 16, 64, classes.MOST_TOKENS)
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
     files = {"train_file": "train.csv", "test_file": "test.csv"}

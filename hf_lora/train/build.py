@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import transformers
@@ -14,11 +15,14 @@ from ..adapt.inner import adapted_part
 from ..adapt.match import holder, matcher
 from ..adapt.state import set_trained_format
 from ..compat import held_load_report
+from ..pooled.build import load_pooled
+from ..pooled.head_start import start_head
 from ..tasks.base import Data, Task
 from ..tasks.embedding import is_scored
 from ..tasks.preference import Preference
 from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES
 from .base_model import load_base
+from .check import checkpoint_of
 from .parsing import Parsed
 from .quantize import bits_of, load_quantized
 
@@ -56,7 +60,24 @@ def _with_head(parsed: Parsed, data: Data) -> Any:
         model.config.pad_token_id = getattr(data.processor, "pad_token_id", None)
     if training.lora_modules_to_save is None and (head := _whole(parsed, task, model)):
         training.lora_modules_to_save = head  # its labels may be others, although it has this number
+    _start_head(parsed, data, model, list(heads))
     return model
+
+
+def _start_head(parsed: Parsed, data: Data, model: Any, heads: list[str]) -> None:
+    """Start a new head of a single-label classifier at its class means, unless an adapter or a checkpoint has it."""
+    run, training, task = parsed.run, parsed.training, data.task
+    known = training.lora_adapter is not None or checkpoint_of(parsed)
+    if run.head_init == "random" or not task.starts_at_means or data.labels is None or known or not heads:
+        return
+    if not (getattr(model, "is_quantized", False) or training.fsdp or training.deepspeed):
+        model.to(training.device)
+    loss = start_head(
+        model, data.rows["train"], collator=task.collator(data), batch_size=training.per_device_eval_batch_size,
+        progress=not training.disable_tqdm and training.process_index == 0,
+    )  # fmt: skip
+    chance = math.log(len(data.labels))
+    data.lines.append(f"the head starts at the class means: loss {loss:.2f} before training (chance: {chance:.2f})")
 
 
 def _language_model(parsed: Parsed, data: Data) -> Any:
@@ -126,8 +147,11 @@ def _load(parsed: Parsed, data: Data, options: dict[str, Any]) -> Any:
 
     def load(more: dict[str, Any]) -> Any:
         set_seed(parsed.training.seed)
+        options = {**own, **more}
+        if data.pooling is not None:
+            return load_base(load_pooled, name, name, data.config, data.pooling, options)
         auto_class = getattr(transformers, data.task.auto_class)
-        return load_base(auto_class.from_pretrained, name, name, **{**own, **more})
+        return load_base(auto_class.from_pretrained, name, name, **options)
 
     if bits_of(run) is None:
         return load({})

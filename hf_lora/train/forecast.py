@@ -22,12 +22,14 @@ from ..apply import apply_lora
 from ..compat import is_own_model
 from ..errors import ConfigError, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
+from ..pooled.build import pooled_for
+from ..pooled.pooling import Pooling
 from ..tasks.base import Data, Task
 from ..tasks.registry import CAUSAL_LM, TASKS
 from .base_model import check_name, load_base, read_config
 from .parsing import Parsed
 from .quantize import bits_of, dtype_of, quantized_bytes
-from .run_data import read_data
+from .run_data import pooling_of, read_data
 from .schedule import steps_of_rows
 
 ALLOCATOR = 1.4
@@ -97,7 +99,8 @@ def forecast(parsed: Parsed) -> Forecast:
         )
     for name, value in data.task.settings(data).items():
         setattr(data.config, name, value)
-    model = empty_model(data.config, str(run.model), data.task.name).to(dtype_of(run.dtype, data.config))
+    model = empty_model(data.config, str(run.model), data.task.name, data.pooling)
+    model = model.to(dtype_of(run.dtype, data.config))
     # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
     apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
     if training.gradient_checkpointing:
@@ -218,21 +221,25 @@ def targets_of(parsed: Parsed) -> Explanation:
     if reason is not None:
         raise ConfigError(f"hf-lora targets: {reason}.")
     config = read_config(str(run.model), run.model_revision)
-    return explain_targets(empty_model(config, str(run.model), run.task), parsed.training.lora_config())
+    pooling = None if run.task is None else pooling_of(run, TASKS[run.task], config)
+    return explain_targets(empty_model(config, str(run.model), run.task, pooling), parsed.training.lora_config())
 
 
-def empty_model(config: PretrainedConfig, name: str, task: str | None = None) -> Any:
+def empty_model(config: PretrainedConfig, name: str, task: str | None = None, pooling: Pooling | None = None) -> Any:
     """The model of a config on the meta device.
 
     Args:
         name: the base model, for messages.
         task: of `TASKS`. Default: the class that the config names.
+        pooling: of a classifier; default: its class in transformers has its own way.
     """
     named = next(iter(config.architectures or []), "")
     own = getattr(transformers, named) if task is None and is_own_model(named) else None
     with torch.device("meta"):
         if own is not None:
             return own(config)
+        if pooling is not None and (cls := pooled_for(config, pooling)) is not None:
+            return cls(config)
         auto: Any = AutoModel if task is None else getattr(transformers, TASKS[task].auto_class)
         return load_base(auto.from_config, name, config)
 

@@ -95,6 +95,17 @@ class RunArguments:
         "single_label_classification, multi_label_classification, or regression (the labels are numbers). Default: "
         "classification, if the labels look like classes.",
     )
+    pooling: str | None = flag(
+        None,
+        "How the tokens of a text become the vector that a classifier reads: mean, cls, max, last, or another mode of "
+        "sentence-transformers. Default: as the checkpoint declares, else as its class in transformers does.",
+    )
+    head_init: str = flag(
+        "class-means",
+        "How a new head of a single-label classifier starts: class-means (at the means of its feature over each "
+        "class, in one pass before training) or random.",
+        choices=["class-means", "random"],
+    )
     verbose: bool = flag(False, "Also list every adapted layer before training.")
     overwrite: bool = flag(
         False,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from transformers import PretrainedConfig
 
 from ..data.tables import Table, read_table
-from ..tasks.base import Data, Given, Options
+from ..pooled.build import chosen_pooling
+from ..pooled.pooling import Pooling
+from ..tasks.base import Data, Given, Options, Task
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
 from .check import check_run, check_task
@@ -38,7 +41,21 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
         training.eval_strategy = "no"
     check_task(parsed, task, config, tables["train"])
     processor = read_processor(str(run.model), run.model_revision, task.processor)
-    return task.read(tables, Given(config, processor, options))
+    data = task.read(tables, Given(config, processor, options))
+    data.pooling = pooling_of(run, task, config)
+    if data.pooling is not None:
+        why = "--pooling" if run.pooling else "declared by the checkpoint"
+        data.lines.append(f"the classifier reads the {data.pooling} of the tokens ({why})")
+    return data
+
+
+def pooling_of(run: RunArguments, task: Task, config: PretrainedConfig) -> Pooling | None:
+    """The pooling of a run's classifier; None if its class in transformers has its own way.
+
+    Raises:
+        ConfigError: --pooling is unknown.
+    """
+    return chosen_pooling(str(run.model), config, run.pooling, run.model_revision) if task.pools else None
 
 
 def _read_tables(run: RunArguments) -> dict[str, Table]:

@@ -1,0 +1,130 @@
+"""A classifier for a checkpoint: with the task's own class where that reads the right feature, else with ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import logging
+
+from ..errors import ConfigError
+from .declared import declared_pooling, dense_files
+from .model import body_of, class_for
+from .pooling import POOLING, Pooling
+
+logger = logging.get_logger(__name__)
+
+_OWN_SETTING = "classifier_pooling"
+"""The setting of the classes of transformers that can pool in several ways."""
+
+
+def build_classifier(
+    path: str | os.PathLike[str],
+    labels: Sequence[str] | int,
+    *,
+    pooling: str | Pooling | None = None,
+    revision: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A classifier of texts with a new head, on the sentence vector that its checkpoint was trained for.
+
+    Args:
+        path: a folder, or a repository on the Hub.
+        labels: the names of the classes, or their number.
+        pooling: `cls`, `mean`, `max`, `last`, another mode of sentence-transformers, or a `Pooling`. Default: what the
+            checkpoint declares in the files of sentence-transformers, else what its class in transformers reads.
+        revision: branch, tag or commit of the repository.
+        kwargs: of `from_pretrained`.
+
+    Returns:
+        A transformers model for sequence classification: of the task's own class if that reads this feature, else of
+        a class of hf_lora over the same body, whose head also pools.
+
+    Raises:
+        ConfigError: the pooling is unknown, or does not fit the model.
+    """
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+    options = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kwargs}
+    if revision is not None:
+        options["revision"] = revision
+    config = AutoConfig.from_pretrained(path, **({"revision": revision} if revision is not None else {}))
+    chosen = chosen_pooling(path, config, pooling, revision)
+    if chosen is None:
+        return AutoModelForSequenceClassification.from_pretrained(path, **options)
+    return load_pooled(path, config, chosen, options)
+
+
+def chosen_pooling(
+    path: str | os.PathLike[str], config: PretrainedConfig, pooling: str | Pooling | None, revision: str | None = None
+) -> Pooling | None:
+    """The pooling of a new classifier for a checkpoint; None: its class in transformers has its own way."""
+    if pooling is not None:
+        return Pooling.of(pooling)
+    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+        return None  # the checkpoint is a classifier already
+    return declared_pooling(path, revision)
+
+
+def load_pooled(path: str | os.PathLike[str], config: Any, pooling: Pooling, options: dict[str, Any]) -> Any:
+    """The classifier of a checkpoint with this pooling, by `from_pretrained` with `options`."""
+    cls = pooled_for(config, pooling)
+    if cls is None:
+        setting = _own_setting(config, pooling)
+        return AutoModelForSequenceClassification.from_pretrained(path, **{**(setting or {}), **options})
+    model = cls.from_pretrained(path, pooling=pooling, **options)
+    found = model[0] if isinstance(model, tuple) else model  # with output_loading_info
+    if pooling.dense:
+        _load_dense(found, dense_files(path, options.get("revision")))
+    return model
+
+
+def pooled_for(config: Any, pooling: Pooling) -> Any:
+    """Our class for a config with this pooling, which is set in it; None if the task's own class reads this feature.
+
+    Raises:
+        ConfigError: transformers has no body for it, or a dense layer does not fit.
+    """
+    if _own_setting(config, pooling) is not None:
+        return None
+    _check_width(config, pooling)
+    setattr(config, POOLING, pooling.to_json())
+    return class_for(config)
+
+
+def _own_setting(config: Any, pooling: Pooling) -> dict[str, Any] | None:
+    """The settings with which the task's own class reads this feature; None if it cannot, or empty if it does."""
+    if len(pooling.modes) > 1 or pooling.dense or pooling.normalize:
+        return None
+    mode, mapping = pooling.modes[0], AutoModelForSequenceClassification._model_mapping
+    if hasattr(config, _OWN_SETTING) and mode in ("cls", "mean"):
+        return {_OWN_SETTING: mode}
+    cls: Any = mapping.get(type(config), None)
+    reads_last = isinstance(cls, type) and issubclass(cls, GenericForSequenceClassification)
+    return {} if mode == "lasttoken" and reads_last else None
+
+
+def _check_width(config: Any, pooling: Pooling) -> None:
+    if body_of(config) is None:
+        raise ConfigError(f"pooling={str(pooling)!r}: transformers has no body for a {config.model_type}.")
+    width = config.get_text_config().hidden_size * len(pooling.modes)
+    for layer in pooling.dense:
+        if layer.in_features != width:
+            raise ConfigError(
+                f"pooling={str(pooling)!r}: a dense layer reads {layer.in_features} features, but there are {width}."
+            )
+        width = layer.out_features
+
+
+@torch.no_grad()
+def _load_dense(model: Any, files: Sequence[Path]) -> None:
+    """Load the declared dense layers. They are a part of the head, which an adapter saves whole."""
+    for layer, file in zip(model.pooled_classifier.dense, files, strict=True):
+        tensors = load_file(file)
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(tensors[f"linear.{name}"])

@@ -1,0 +1,411 @@
+"""Classifiers on a sentence vector: the feature is sentence-transformers' own, and nothing loses it on the way."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import randomize, write_lines
+from tiny import OTHERS, TEXTS, bert_of_texts
+
+import hf_lora
+from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, apply_lora, build_classifier
+from hf_lora.pooled.declared import declared_pooling
+from hf_lora.pooled.head_start import class_means
+from hf_lora.pooled.pooling import MODES, Dense, Pooling
+from hf_lora.testing import LocalHub
+
+st = pytest.importorskip("sentence_transformers")
+
+LABELS = ["music", "animals", "weather"]
+ALL = [*TEXTS[:4], *OTHERS[:4], "a"]
+DECLARED = {
+    "mean": Pooling(("mean",)),
+    "normalized": Pooling(("mean",), normalize=True),
+    "dense": Pooling(("cls", "max"), (Dense(64, 12, True, "Tanh"),), True),
+    "last": Pooling(("lasttoken",)),
+}
+
+
+def save_declared(base: str, folder: Path, pooling: Pooling) -> str:
+    """The folder of a sentence-transformers model with this pooling, written by that library."""
+    from sentence_transformers.sentence_transformer import modules
+
+    body = modules.Transformer(base)
+    behind: list[Any] = [modules.Pooling(body.get_embedding_dimension(), pooling.modes)]
+    torch.manual_seed(1)
+    behind += [modules.Dense(d.in_features, d.out_features, bias=d.bias) for d in pooling.dense]
+    behind += [modules.Normalize()] * pooling.normalize
+    st.SentenceTransformer(modules=[body, *behind], device="cpu").save(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bert_of_texts(tmp_path_factory.mktemp("texts") / "bert")
+
+
+@pytest.fixture(scope="module")
+def declared(base: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("declared")
+    return {name: save_declared(base, folder / name, pooling) for name, pooling in DECLARED.items()}
+
+
+def tokens(folder: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer, dict(tokenizer(ALL, padding=True, return_tensors="pt"))
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    found: torch.Tensor = model.eval()(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vector_is_that_of_sentence_transformers(mode: Any) -> None:
+    from sentence_transformers.sentence_transformer.modules import Pooling as Theirs
+
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 7, 6, dtype=torch.float64)
+    for left in (False, True):
+        mask = (torch.arange(7) < torch.tensor([[1], [7], [3], [4], [6]])).long()
+        mask = mask.flip(1) if left else mask
+        if mode == "cls" and left:  # theirs is then the vector of padding
+            expected = hidden[torch.arange(5), mask.argmax(1)]
+        else:
+            theirs = Theirs(6, mode)({"token_embeddings": hidden, "attention_mask": mask})
+            expected = theirs["sentence_embedding"]
+        torch.testing.assert_close(Pooling((mode,)).vector(hidden, mask), expected, rtol=1e-14, atol=1e-14)
+    whole = Pooling((mode,)).vector(hidden, None)
+    torch.testing.assert_close(whole, Pooling((mode,)).vector(hidden, torch.ones(5, 7).long()))
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_classifier_reads_the_vector_that_its_checkpoint_declares(name: str, declared: dict[str, str]) -> None:
+    folder = declared[name]
+    assert declared_pooling(folder) == DECLARED[name]
+    model = build_classifier(folder, LABELS).eval()
+    read: list[torch.Tensor] = []
+    model.pooled_classifier.out_proj.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    logits(model, tokens(folder)[1])
+    expected = st.SentenceTransformer(folder, device="cpu").encode(ALL, convert_to_tensor=True, batch_size=len(ALL))
+    torch.testing.assert_close(read[0], expected, rtol=1e-5, atol=1e-6)
+    assert list(model.config.label2id) == LABELS
+
+
+def test_a_named_pooling_is_preferred_and_a_checkpoint_that_declares_none_keeps_its_class(
+    base: str, declared: dict[str, str]
+) -> None:
+    assert build_classifier(declared["normalized"], 3, pooling="max").config.pooling["modes"] == ["max"]
+    assert type(build_classifier(base, 3)).__name__ == "BertForSequenceClassification"
+    with pytest.raises(ConfigError, match=r"'meen' is unknown \(did you mean 'mean'"):
+        build_classifier(base, 3, pooling="meen")
+
+
+def test_the_class_of_transformers_is_used_where_it_reads_the_same(tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel
+
+    common: dict[str, Any] = {
+        "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    LlamaModel(LlamaConfig(**common, pad_token_id=0)).save_pretrained(tmp_path / "last")
+    assert type(build_classifier(tmp_path / "last", 3, pooling="last")).__name__ == "LlamaForSequenceClassification"
+    ModernBertModel(ModernBertConfig(**common, pad_token_id=0)).save_pretrained(tmp_path / "both")
+    for mode in ("mean", "cls"):
+        model = build_classifier(tmp_path / "both", 3, pooling=mode)
+        assert type(model).__name__ == "ModernBertForSequenceClassification"
+        assert model.config.classifier_pooling == mode
+        folder = tmp_path / f"adapter-{mode}"
+        randomize(apply_lora(model, LoraConfig(r=2))).save_pretrained(folder)
+        ids = torch.randint(1, 40, (2, 6))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        again = LoraModel.from_pretrained(folder)
+        assert again.config.classifier_pooling == mode
+        torch.testing.assert_close(logits(again, batch), logits(model, batch))
+
+
+FRESH = """
+import sys, torch
+from hf_lora import LoraModel, pipeline
+folder, batch = sys.argv[1], torch.load(sys.argv[2])
+model = LoraModel.from_pretrained(folder).eval()
+with torch.no_grad():
+    torch.save(model(**batch).logits, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize("name", ["normalized", "dense"])
+def test_nothing_loses_the_vector(name: str, declared: dict[str, str], tmp_path: Path) -> None:
+    """Saved, loaded, merged in memory and by files, pickled, pushed and pulled, in PEFT, exported: equal logits."""
+    tokenizer, batch = tokens(declared[name])
+    model = randomize(apply_lora(build_classifier(declared[name], LABELS), LoraConfig(r=2)))
+    expected = logits(model, batch)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 60_000
+
+    def same(found: torch.Tensor) -> None:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    again = LoraModel.from_pretrained(folder)
+    same(logits(again, batch))
+    same(logits(pickle.loads(pickle.dumps(again)), batch))
+    merged = again.merge_and_unload()
+    same(logits(merged, batch))
+    merged.save_pretrained(tmp_path / "merged")
+    hf_lora.merge_files(declared[name], folder, tmp_path / "files")
+    for whole in ("merged", "files"):
+        tokenizer.save_pretrained(tmp_path / whole)
+        same(logits(hf_lora.load_for_generation(tmp_path / whole, any_task=True)[0], batch))
+    exported = hf_lora.save_as_sentence_transformer(merged, tokenizer, tmp_path / "exported")
+    theirs = st.SentenceTransformer(str(exported), device="cpu").encode(ALL, convert_to_tensor=True)
+    same(theirs)
+    rows = hf_lora.pipeline("text-classification", folder)(ALL, top_k=None)
+    for row, values in zip(rows, expected.softmax(-1), strict=True):
+        assert {r["label"]: pytest.approx(r["score"], abs=1e-5) for r in row} == dict(
+            zip(LABELS, values.tolist(), strict=True)
+        )
+    peft = pytest.importorskip("peft")
+    same(logits(peft.PeftModel.from_pretrained(build_classifier(declared[name], LABELS), folder), batch))
+    with LocalHub() as hub, hub.active(tmp_path / "home"):
+        hub.add_repo("user/base", declared[name])
+        hub.add_repo("user/ad", folder)
+        same(logits(LoraModel.from_pretrained("user/ad"), batch))
+        same(logits(LoraModel.from_pretrained("user/ad", base_model="user/base"), batch))
+        assert build_classifier("user/base", LABELS).config.pooling == model.config.pooling
+
+
+def test_a_fresh_process_gives_the_same_logits(declared: dict[str, str], tmp_path: Path) -> None:
+    _, batch = tokens(declared["normalized"])
+    model = randomize(apply_lora(build_classifier(declared["normalized"], LABELS), LoraConfig(r=2)))
+    model.save_pretrained(tmp_path / "adapter")  # type: ignore[operator]
+    torch.save(batch, tmp_path / "batch.pt")
+    words = [tmp_path / "adapter", tmp_path / "batch.pt", tmp_path / "logits.pt"]
+    subprocess.run([sys.executable, "-c", FRESH, *map(str, words)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, batch))
+
+
+def test_peft_does_not_open_the_adapter_over_another_class(declared: dict[str, str], tmp_path: Path) -> None:
+    """Its head has another name, so that it is not put over another feature silently."""
+    peft = pytest.importorskip("peft")
+    model = randomize(apply_lora(build_classifier(declared["normalized"], LABELS), LoraConfig(r=2)))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    with pytest.raises((KeyError, ValueError, RuntimeError)):
+        peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "mpnet", "t5", "gpt2", "llama"])
+def test_every_body_can_be_pooled(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    sizes = {
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    names = {
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2},
+        "gpt2": {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32},
+        "distilbert": {"dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 24},
+    }
+    kept = {"vocab_size", "pad_token_id"} if kind in names else set(sizes)
+    config = AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if k in kept}, **names.get(kind, {}))
+    AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    model = build_classifier(tmp_path / "base", 3, pooling="max")
+    ids = torch.randint(2, 40, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    randomize(apply_lora(model, LoraConfig(r=2)))
+    expected = logits(model, batch)
+    loss = model(**batch, labels=torch.tensor([0, 2])).loss
+    torch.testing.assert_close(loss.detach(), torch.nn.functional.cross_entropy(expected, torch.tensor([0, 2])))
+    model.save_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(logits(LoraModel.from_pretrained(tmp_path / "adapter"), batch), expected)
+
+
+def test_a_head_that_is_new_has_finite_weights_of_its_own_scale(declared: dict[str, str]) -> None:
+    weight = build_classifier(declared["normalized"], 500).pooled_classifier.out_proj.weight
+    assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.1)
+
+
+# The start of the head -----------------------------------------------------------------------------------------------
+
+
+def test_the_class_means_are_those_of_a_slow_computation() -> None:
+    torch.manual_seed(0)
+    classes, width = 5, 8
+    labels = torch.randint(0, classes, (60,))
+    features = torch.randn(classes, width).double()[labels] + torch.randn(60, width).double() * 0.7 + 3.0
+    weight, bias, loss = class_means(features, labels, classes)
+    means = torch.stack([features[labels == c].mean(0) for c in range(classes)])
+    # All differences of logits are those of -s/2 |f - m|^2, with one s.
+    found = features @ weight.T + bias
+    exact = -(features[:, None] - means).square().sum(-1) / 2
+    steps, expected = found - found[:, :1], exact - exact[:, :1]
+    scale = float((steps * expected).sum() / expected.square().sum())
+    torch.testing.assert_close(steps, scale * expected, rtol=1e-9, atol=1e-9)
+    total = 0.0
+    for i, (row, label) in enumerate(zip(features, labels, strict=True)):
+        others = means.clone()
+        others[label] = features[[j for j in range(60) if j != i and labels[j] == label]].mean(0)
+        values = -scale * (row - others).square().sum(-1) / 2
+        total -= float(values.log_softmax(0)[label])
+    assert loss == pytest.approx(total / 60, rel=1e-9)
+    assert loss < torch.log(torch.tensor(classes)).item()
+
+
+def test_useless_features_give_chance_and_a_lone_row_is_no_certainty() -> None:
+    torch.manual_seed(0)
+    features, labels = torch.randn(300, 4).double(), torch.randint(0, 3, (300,))
+    assert class_means(features, labels, 3)[2] < 1.1
+    weight, bias, loss = class_means(torch.randn(3, 4).double(), torch.arange(3), 3)
+    assert torch.isfinite(weight).all()
+    assert torch.isfinite(bias).all()
+    assert loss < 1.1
+    weight, bias, _ = class_means(
+        torch.ones(6, 4).double(), torch.arange(6) % 3, 4
+    )  # all equal, one class without rows
+    assert torch.isfinite(weight).all()
+    assert torch.isfinite(bias).all()
+
+
+def test_start_head_keeps_modes_and_random_numbers_and_refuses_what_it_cannot_do(declared: dict[str, str]) -> None:
+    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+
+    tokenizer, _ = tokens(declared["normalized"])
+    rows = [{**tokenizer(text), "labels": i % 3} for i, text in enumerate(TEXTS[:3] * 4)]
+    model = build_classifier(declared["normalized"], LABELS).train()
+    model.bert.encoder.eval()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    loss = hf_lora.start_head(model, rows, collator=DataCollatorWithPadding(tokenizer), progress=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training
+    assert not model.bert.encoder.training
+    assert not model.bert.encoder.layer[0].training
+    assert loss < 0.3
+    batch = {k: v for k, v in DataCollatorWithPadding(tokenizer)(rows[:3]).items() if k != "labels"}
+    assert logits(model, batch).argmax(1).tolist() == [0, 1, 2]
+    with pytest.raises(ConfigError, match="0 to 2"):
+        hf_lora.start_head(model, [{**row, "labels": 5} for row in rows])
+    own = AutoModelForSequenceClassification.from_pretrained(declared["normalized"], num_labels=3)
+    assert hf_lora.start_head(own, rows, collator=DataCollatorWithPadding(tokenizer), progress=False) < 1.1
+    own.classifier = torch.nn.Conv1d(1, 3, 1)
+    with pytest.raises(ConfigError, match="no new linear layer with 3 outputs"):
+        hf_lora.start_head(own, rows)
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = [{"text": text, "label": LABELS[(0, 1, 1, 2)[i % 4]]} for i, text in enumerate(TEXTS[:4] + OTHERS[:4])]
+    return Path(write_lines(tmp_path_factory.mktemp("rows") / "rows.jsonl", lines * 3))
+
+
+def run(folder: str, rows: Path, out: Path, **options: Any) -> Any:
+    lines: list[str] = []
+    result = hf_lora.finetune(
+        {
+            "model": folder, "train_file": str(rows), "test_file": str(rows), "output_dir": str(out), "use_cpu": True,
+            "disable_tqdm": True, "save_strategy": "no", "max_steps": 3, **options,
+        },
+        lines.append,
+    )  # fmt: skip
+    return result, "\n".join(lines)
+
+
+def test_training_takes_the_declared_vector_and_starts_at_the_means(
+    declared: dict[str, str], rows: Path, tmp_path: Path
+) -> None:
+    result, text = run(declared["normalized"], rows, tmp_path / "means", learning_rate=1e-9)
+    assert result.model.config.pooling == DECLARED["normalized"].to_json()
+    assert "the head starts at the class means: loss 0." in text
+    assert "(chance: 1.10)" in text
+    assert result.metrics["test_accuracy"] == 1.0  # before any step
+    plain, text = run(declared["normalized"], rows, tmp_path / "random", learning_rate=1e-9, head_init="random")
+    assert "class means" not in text
+    assert plain.metrics["test_loss"] > result.metrics["test_loss"] + 0.2
+    scored = hf_lora.evaluate(str(tmp_path / "means"), rows)
+    assert scored.metrics["accuracy"] == 1.0
+    own, _ = run(declared["normalized"], rows, tmp_path / "cls", pooling="cls")
+    assert own.model.config.pooling == Pooling(("cls",)).to_json()
+
+
+def test_a_pooling_that_cannot_be_used_is_refused(declared: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'meen' is unknown"):
+        run(declared["mean"], rows, tmp_path / "a", pooling="meen")
+    assert not (tmp_path / "a").exists()
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_odd_files_of_a_checkpoint_are_said_and_its_own_class_is_used(
+    declared: dict[str, str], tmp_path: Path, caplog: Any
+) -> None:
+    import shutil
+
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    changes: list[tuple[str, Any]] = [
+        ("modules.json", [{"type": "a.Transformer", "path": ""}, {"type": "a.WordWeights", "path": "1_Pooling"}]),
+        ("modules.json", {"type": "none"}),
+        ("1_Pooling/config.json", {"pooling_mode": "median"}),
+        ("1_Pooling/config.json", {"pooling_mode": "mean", "include_prompt": False}),
+        ("1_Pooling/config.json", None),
+    ]
+    try:
+        for i, (file, values) in enumerate(changes):
+            folder = Path(shutil.copytree(declared["normalized"], tmp_path / str(i)))
+            (folder / file).unlink() if values is None else (folder / file).write_text(json.dumps(values))
+            caplog.clear()
+            assert declared_pooling(folder) is None
+            assert "cannot be built here" in caplog.text
+    finally:
+        logging.disable_propagation()
+    (tmp_path / "0" / "modules.json").write_text("{")
+    assert declared_pooling(tmp_path / "0") is None
+    for old in ({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, {}):
+        (tmp_path / "1" / "modules.json").write_text(Path(declared["normalized"], "modules.json").read_text())
+        (tmp_path / "1" / "1_Pooling" / "config.json").write_text(json.dumps(old))
+        found = declared_pooling(tmp_path / "1")
+        assert found == replace(DECLARED["normalized"], modes=("cls", "max") if old else ("mean",))
+
+
+def test_a_broken_pooling_in_a_file_is_refused(declared: dict[str, str], tmp_path: Path) -> None:
+    model = randomize(apply_lora(build_classifier(declared["normalized"], LABELS), LoraConfig(r=2)))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    file = tmp_path / "hf_lora.json"
+    values = json.loads(file.read_text())
+    for wrong in ({"modes": ["mean"]}, {**values["pooling"], "modes": ["os"]}, {**values["pooling"], "dense": [1]}, 3):
+        file.write_text(json.dumps({**values, "pooling": wrong}))
+        with pytest.raises(AdapterFileError):
+            LoraModel.from_pretrained(tmp_path)
+    del values["pooling"]
+    file.write_text(json.dumps(values))
+    with pytest.raises((AdapterFileError, ConfigError), match="pooling"):
+        LoraModel.from_pretrained(tmp_path)
+
+
+def test_an_export_refuses_what_is_not_a_plain_classifier(declared: dict[str, str], tmp_path: Path) -> None:
+    model = build_classifier(declared["mean"], LABELS)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("kept")
+    with pytest.raises(ConfigError, match="not empty"):
+        hf_lora.save_as_sentence_transformer(model, tokens(declared["mean"])[0], tmp_path / "full")
+    apply_lora(model, LoraConfig(r=2))
+    with pytest.raises(StateError, match="merge_and_unload"):
+        hf_lora.save_as_sentence_transformer(model, None, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
