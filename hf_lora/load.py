@@ -27,7 +27,7 @@ from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report
-from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError
+from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError, VersionError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import AdapterFile, holds_adapter, read_adapter, read_config
 from .files.keys import PREFIX
@@ -41,6 +41,7 @@ from .hub.network import is_unanswered, scrub
 from .layers.ops import kept_random_states
 from .pooled.model import class_named
 from .pooled.pooling import POOLING
+from .versions import why_missing
 
 logger = logging.get_logger(__name__)
 
@@ -150,8 +151,12 @@ def load_lora(
         return requantized(model, afterwards) if afterwards else model
 
 
-def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None) -> Any:
-    """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none."""
+def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None, needed: bool = False) -> Any:
+    """The tokenizer or processor from an adapter's folder, otherwise from its base; None if there is none.
+
+    Raises:
+        VersionError: it is `needed`, and a package that it needs is not installed.
+    """
     names = {"AutoTokenizer": ("tokenizer_config.json", "tokenizer.json")}
     wanted = names.get(auto, ("preprocessor_config.json", "processor_config.json"))
     for source in (folder, base):
@@ -161,7 +166,12 @@ def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None)
             # The adapter's folder is untrusted: code in it is never run.
             return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
         except Exception as error:  # the files' parsers and missing packages raise any exception
-            if auto == "AutoTokenizer" and source and Path(source).is_dir():
+            reason = why_missing(error) if isinstance(error, ImportError) else None
+            if reason is not None and needed:
+                raise VersionError(f"{source}: {auto} could not be loaded: {reason}.") from error
+            if reason is not None:
+                logger.warning(f"{source}: {auto} could not be loaded: {reason}.")
+            elif auto == "AutoTokenizer" and source and Path(source).is_dir():
                 text = (str(error).splitlines() or [""])[0]
                 logger.warning(f"{source}: {auto} could not read its files ({type(error).__name__}: {text}).")
     return None
@@ -186,7 +196,7 @@ def _load_base(
     if not name:
         raise AdapterFileError(
             f"LoraModel.from_pretrained({str(file.path)!r}): the adapter's config names no base model. "
-            "Pass base_model=: a model, its folder or its repository."
+            "Pass base_model=…: a model, its folder or its repository."
         )
     if holds_adapter(name):
         return _load_chain(model_class, file, str(name), kwargs)
@@ -216,7 +226,7 @@ def _load_base(
                     "whose weights are compared."
                 ) from error
             which = f"the adapter names the base {name!r}, which" if base is None else f"the base {str(name)!r}"
-            step = "Pass base_model=: a model, its folder or its repository."
+            step = "Pass base_model=…: a model, its folder or its repository."
             if "trust_remote_code" in str(error):
                 step = "If you trust its code, pass trust_remote_code=True."
             raise AdapterFileError(f"{call}: {which} could not be loaded ({why}). {step}") from error
@@ -249,7 +259,7 @@ def _load_chain(model_class: Any, file: AdapterFile, base: str, kwargs: Mapping[
         if inner in chain or len(chain) == MAX_CHAIN:
             raise AdapterFileError(
                 f"{call}: the base of {chain[-1]} is the adapter {inner}, and so on without end. Correct "
-                "base_model_name_or_path in its adapter_config.json, or pass base_model=: the folder of a full model."
+                "base_model_name_or_path in its adapter_config.json, or pass base_model=…: the folder of a full model."
             )
         chain.append(inner)
     logger.info(f"{file.path}: its base is an adapter, which is merged into its own base: {' -> '.join(chain)}.")

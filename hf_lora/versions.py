@@ -49,6 +49,21 @@ def check_versions() -> None:
     faults.check(VersionError, f"Run: pip install -U {' '.join(wrong)}")
 
 
+def is_older(name: str, version: str) -> bool:
+    """Whether a package is installed in a version before this one."""
+    found = installed(name)
+    return found is not None and _numbers(found) < _numbers(version)
+
+
+def why_missing(error: ImportError) -> str | None:
+    """What to install for an error by which transformers says that a class needs a package; None for other errors."""
+    found = re.search(r"requires the ([\w-]+) library", str(error))
+    if found is None:
+        return None
+    package = {"pil": "pillow"}.get(found[1].lower(), found[1].lower())
+    return f"it needs {package}, which is not installed. Run: pip install {package}"
+
+
 def _numbers(version: str) -> list[int]:
     """The release of a version: 2.11.0+cpu -> [2, 11], without zeros at the end."""
     release = re.match(r"\d+(\.\d+)*", version)

@@ -246,3 +246,23 @@ def folded(layer: Any, names: tuple[str, ...]) -> Iterator[tuple[slice, Tensor]]
     fold = layer.folding(names)
     for rows, block in read_rows(layer._lora.storage, layer):
         yield rows, fold(block, rows)
+
+
+def needs_peft(version: str, reason: str) -> Any:
+    """A mark that skips a test with an older PEFT."""
+    import pytest
+
+    from hf_lora.versions import is_older
+
+    return pytest.mark.skipif(is_older("peft", version), reason=f"PEFT before {version} {reason}")
+
+
+def why_no_images(folder: Path) -> str | None:
+    """Why transformers cannot load the image processor in a folder: a package that this version needs is missing."""
+    import transformers
+
+    try:
+        transformers.AutoImageProcessor.from_pretrained(folder)
+    except ImportError as error:
+        return f"transformers {transformers.__version__}: {str(error).strip().splitlines()[0]}"
+    return None

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from helpers import why_no_images
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -136,12 +137,17 @@ def test_commands_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPat
     from hf_lora.cli.main import app
 
     monkeypatch.chdir(workplace)
+    no_images, left_out = why_no_images(workplace / "vit-base"), False
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
-            if words[:1] == ["hf-lora"]:
+            if no_images and "vit-base" in words:
+                left_out = True
+            elif words[:1] == ["hf-lora"]:
                 result = CliRunner().invoke(app, words[1:])
                 assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+    if left_out:
+        pytest.skip(f"all others run; {no_images}")
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -122,7 +122,7 @@ TEXTS = ["a man plays guitar", "the cat sits on mat", "dog runs in park", "sun i
 OTHERS = ["a woman plays guitar", "the dog sits on mat", "cat runs in park", "moon is cold"] * 2
 
 
-def bert_of_texts(folder: Path) -> str:
+def bert_of_texts(folder: Path, width: int = 32) -> str:
     """The folder of a BERT without a head, whose tokenizer knows the words of `TEXTS` and `OTHERS`."""
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -133,7 +133,8 @@ def bert_of_texts(folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
-    )
+        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=width * 3 // 2,
+    )  # fmt: skip
     BertModel(config).save_pretrained(folder)
     return str(folder)

@@ -20,6 +20,7 @@ from .generate import (
     SYSTEM,
     progress_line,
 )
+from .paths import path
 from .threads import threads_for_free_cores
 
 
@@ -32,7 +33,9 @@ def eval_(
     source: str = SOURCE,
     file: str = typer.Option(..., help="CSV, TSV, JSON, JSONL, parquet; folder of images.", show_default=False),
     generate: bool = typer.Option(False, "--generate", help="Generate the answers and compare them."),
-    predictions: Path | None = typer.Option(None, help="JSONL file for the rows with the generated answers."),
+    predictions: Path | None = typer.Option(
+        None, parser=path, metavar="PATH", help="JSONL file for the rows with the generated answers."
+    ),
     limit: int | None = typer.Option(None, help="Number of rows, from the start of the file (default: all)."),
     text_column: str | None = typer.Option(None, help="Column of inputs (default: as in training, or by name)."),
     completion_column: str | None = typer.Option(None, help="Column of answers or labels (default: likewise)."),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from .paths import path
 from .threads import threads_for_free_cores
 
 SUBFOLDER = typer.Option(None, help="Folder within ADAPTER that holds the adapter.")
@@ -27,7 +28,9 @@ def merge(
         help="ADAPTER with --out: load the model and merge. BASE ADAPTER OUT: merge file by file without loading the "
         "model. BASE and ADAPTER are folders or names on the Hub.",
     ),
-    out: Path | None = typer.Option(None, help="Folder for the full model.", show_default=False),
+    out: Path | None = typer.Option(
+        None, parser=path, metavar="PATH", help="Folder for the full model.", show_default=False
+    ),
     base: str | None = typer.Option(None, help="The base model; default: the one in the adapter's config."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; default: the base model's dtype."),
     untie: bool = typer.Option(False, "--untie", help="Untie an adapted layer whose weight is shared."),
@@ -68,8 +71,10 @@ def merge(
 
 
 def convert(
-    folder: Path = typer.Argument(..., help="A folder with adapter_model.bin.", show_default=False),
-    out: Path = typer.Option(..., help="Folder for the converted adapter.", show_default=False),
+    folder: Path = typer.Argument(..., parser=path, help="A folder with adapter_model.bin.", show_default=False),
+    out: Path = typer.Option(
+        ..., parser=path, metavar="PATH", help="Folder for the converted adapter.", show_default=False
+    ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Write to a folder that is not empty."),
 ) -> None:
     """Convert an old .bin adapter to safetensors.
@@ -84,7 +89,9 @@ def convert(
 
 def inspect(
     adapter: str = ADAPTER,
-    plot: Path | None = typer.Option(None, help="Image file for a plot of each layer's update norm."),
+    plot: Path | None = typer.Option(
+        None, parser=path, metavar="PATH", help="Image file for a plot of each layer's update norm."
+    ),
     revision: str | None = typer.Option(None, help="Branch, tag or commit of the adapter."),
     subfolder: str | None = SUBFOLDER,
 ) -> None:

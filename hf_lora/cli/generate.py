@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import LoraError, nearest
+from .paths import path
 from .threads import threads_for_free_cores
 
 if TYPE_CHECKING:
@@ -143,9 +144,14 @@ def generate(
     source: str = SOURCE,
     prompt: list[str] = typer.Option([], help="A prompt; can be repeated.", show_default=False),
     file: Path | None = typer.Option(
-        None, help="File of prompts: .txt with one per line, or CSV, TSV, JSON, JSONL or parquet."
+        None,
+        parser=path,
+        metavar="PATH",
+        help="File of prompts: .txt with one per line, or CSV, TSV, JSON, JSONL or parquet.",
     ),
-    out: Path | None = typer.Option(None, help="JSONL file for the rows with answers (default: print them)."),
+    out: Path | None = typer.Option(
+        None, parser=path, metavar="PATH", help="JSONL file for the rows with answers (default: print them)."
+    ),
     column: str | None = typer.Option(None, help="Column of prompts (default: found by name)."),
     base_model: str | None = BASE_MODEL,
     merge: bool = MERGE,

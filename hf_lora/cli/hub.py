@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from .paths import path
+
 
 def register(app: typer.Typer) -> None:
     """Add this file's commands to `app`."""
@@ -14,7 +16,7 @@ def register(app: typer.Typer) -> None:
 
 
 def push(
-    folder: Path = typer.Argument(..., help="The adapter's folder.", show_default=False),
+    folder: Path = typer.Argument(..., parser=path, help="The adapter's folder.", show_default=False),
     repo: str = typer.Argument(..., help="The repository, such as user/adapter.", show_default=False),
     private: bool | None = typer.Option(
         None, "--private/--public", help="Visibility of a new repository; default: the account's.", show_default=False
@@ -41,7 +43,7 @@ def push(
 def pull(
     repo: str = typer.Argument(..., help="The repository, such as user/adapter.", show_default=False),
     folder: Path | None = typer.Argument(
-        None, help="A new folder for the files; default: the cache.", show_default=False
+        None, parser=path, help="A new folder for the files; default: the cache.", show_default=False
     ),
     revision: str | None = typer.Option(None, help="Branch, tag, commit or refs/pr/1."),
     subfolder: str | None = typer.Option(None, help="Folder within the repository that holds the adapter."),

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from ..errors import ConfigError
+from .paths import path
 
 
 def register(app: typer.Typer) -> None:
@@ -16,7 +17,7 @@ def register(app: typer.Typer) -> None:
 
 def init(
     task: str = typer.Argument(..., help="A task of hf-lora train, such as text-classification.", show_default=False),
-    file: Path = typer.Argument(Path("run.yaml"), help="The file to write."),
+    file: Path = typer.Argument(Path("run.yaml"), parser=path, help="The file to write."),
     model: str | None = typer.Option(None, help="Base model to write into it.", show_default=False),
 ) -> None:
     """Write a commented YAML file for a task, to change and run with hf-lora train --config FILE."""

@@ -52,7 +52,7 @@ class _Commands(TyperGroup):
                 raise
             command = f"hf-lora {ctx.invoked_subcommand}"
             typer.echo(f"Error: {self._message(ctx, error, command)}", err=True)
-            raise typer.Exit(2 if isinstance(error, LoraError) else 1) from error
+            raise typer.Exit(2 if isinstance(error, (LoraError, ImportError)) else 1) from error
 
     def _message(self, ctx: Any, error: Exception, command: str) -> str:
         if isinstance(error, LoraError):
@@ -61,6 +61,9 @@ class _Commands(TyperGroup):
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in text:
             return f"{command}: memory is exhausted ({text}). Smaller batches or shorter rows need less."
         what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+        if isinstance(error, ImportError):
+            text = " ".join(str(error).split())
+            return f"{command}: a package is missing ({text}). Install it, or omit the option that needs it."
         if isinstance(error, OSError):
             return f"{command}: {text or what}"
         return (
@@ -72,8 +75,8 @@ class _Commands(TyperGroup):
         """The names of the options of the command that ran."""
         command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
         yield from (parameter.name for parameter in getattr(command, "params", ()))
-        parsing = sys.modules.get("hf_lora.train.parsing")  # the other options of `train`, if they were read
-        if parsing is not None and ctx.invoked_subcommand == "train":
+        parsing = sys.modules.get("hf_lora.train.parsing")  # the other options of these, if they were read
+        if parsing is not None and ctx.invoked_subcommand in ("train", "targets"):
             yield from parsing.known_arguments()
 
 

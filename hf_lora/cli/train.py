@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from .paths import path
 from .threads import threads_for_free_cores
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     ctx: typer.Context,
-    config: Path | None = typer.Option(None, help="YAML file of options."),
+    config: Path | None = typer.Option(None, parser=path, metavar="PATH", help="YAML file of options."),
     model: str | None = typer.Option(None, help="Base model: folder or Hub name."),
     task: str | None = typer.Option(
         None,

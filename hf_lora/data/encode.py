@@ -76,6 +76,8 @@ def as_in_training(
     texts = all(isinstance(prompt, str) for prompt in prompts)
     if trained is None:
         return prompts, system, use_chat_template
+    if use_chat_template is None and texts and trained.source_prefix:
+        prompts = [f"{trained.source_prefix}{prompt}" for prompt in prompts]
     if use_chat_template is None and system is None and texts and trained.use_chat_template is False:
         return [f"{prompt}{trained.separator or ''}" for prompt in prompts], None, False
     if use_chat_template is None and texts:

@@ -36,6 +36,7 @@ class TrainedFormat:
         system: the system message of all chats, if they had the same.
         variables: the further variables of the chat template, if all chats had the same.
         max_length: longer rows were truncated to this many tokens.
+        source_prefix: the text that was put before every source of an encoder-decoder.
         max_target_length: the same for the texts that an encoder-decoder learned to write.
     """
 
@@ -51,6 +52,7 @@ class TrainedFormat:
     variables: dict[str, Any] | None = None
     max_length: int | None = None
     max_target_length: int | None = None
+    source_prefix: str | None = None
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any] | None) -> TrainedFormat | None:
@@ -68,6 +70,8 @@ class TrainedFormat:
             parts.append("with the chat template" if self.use_chat_template else "without a chat template")
         if self.separator:
             parts.append(f"separator {self.separator!r}")
+        if self.source_prefix:
+            parts.append(f"source prefix {self.source_prefix!r}")
         if self.system is not None:
             parts.append(f"system message {self.system[:60]!r}{' …' if len(self.system) > 60 else ''}")
         if self.variables:

@@ -24,6 +24,7 @@ from ..config import as_tuple
 from ..errors import AdapterFileError, BaseMismatchError
 from ..files.base_config import set_generation, set_settings
 from ..files.format import AdapterFile
+from ..files.identity import differs
 from ..files.load import load_adapter
 from ..files.model_class import auto_class, class_in_config, class_in_file, class_named_in
 from ..files.renamed import with_present_names
@@ -73,6 +74,9 @@ def make_shell(checkpoint: Checkpoint, file: AdapterFile, call: str, allow_other
         BaseMismatchError: the adapter was trained on another base.
     """
     config, cls = _class_of(checkpoint.folder, file, call)
+    kind = {"model_type": (file.extras.get("base") or {}).get("model_type")}
+    if (difference := differs(kind, {"model_type": config.model_type})) and not allow_other_base:
+        raise BaseMismatchError(f"{call}: {difference}. Name the base that the adapter was trained on.")
     set_settings(config, file.extras)
     model = _on_meta(cls, config, call)
     file = with_present_names(model, file, call)

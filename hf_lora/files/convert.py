@@ -51,7 +51,11 @@ def convert_adapter(
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError …
-        raise AdapterFileError(f"{weights} could not be read as a file with only tensors ({error}).") from error
+        lines = str(error).splitlines() or [""]
+        why = next((line.strip() for line in lines if line.startswith("Unsupported")), lines[0].partition(". ")[0])
+        raise AdapterFileError(
+            f"{weights} could not be read as a file with only tensors ({type(error).__name__}: {why}). Copy it again."
+        ) from error
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise AdapterFileError(f"{weights} contains more than tensors.")
     values = read_json(path, CONFIG_NAME) or {}
@@ -67,6 +71,8 @@ def check_new_folder(folder: str | os.PathLike[str], overwrite: bool = False) ->
             written there.
     """
     path = Path(folder)
+    if not os.fspath(folder):
+        raise AdapterFileError("The name of the folder is empty. Name a folder.")
     if path.exists() and not path.is_dir():
         raise AdapterFileError(f"{path} is a file. Name a folder.")
     if (path / CONFIG_NAME).exists():

@@ -137,6 +137,10 @@ class AdapterSummary:
         axes.set_title(f"{self.path.name}: r={self.config.r}, {len(self.layers)} layers", fontsize="medium")
         axes.grid(alpha=0.3)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small", frameon=False)
+        if not Path(file).suffix:
+            raise AdapterFileError(
+                f"{file} does not end with a format of images. Name it {Path(file).name}.png, for instance."
+            )
         try:
             figure.savefig(file, dpi=150)
         except (OSError, ValueError) as error:

@@ -67,7 +67,7 @@ def load_adapter(
         BaseMismatchError: the adapter was trained on another base (`allow_other_base=True` loads it anyway).
     """
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
-    call = f"{call}({str(file.path)!r}, {name!r})"
+    call = call if call.endswith(")") else f"{call}({str(file.path)!r}, {name!r})"
     file = with_present_names(model, with_all_targets(file), call)
     with apart(model, file, call) as file:
         return _load(model, file, name, is_trainable, allow_other_base, call)

@@ -197,7 +197,7 @@ def _is_count(value: object) -> bool:
 _FORMAT: dict[str, Callable[[object], bool]] = {
     **dict.fromkeys(("text_column", "completion_column", "pair_column", "label_column"), is_text),
     **dict.fromkeys(("use_chat_template", "last_turn_only"), lambda value: isinstance(value, bool)),
-    **dict.fromkeys(("separator", "system"), is_prose),
+    **dict.fromkeys(("separator", "system", "source_prefix"), is_prose),
     "variables": is_variables,
     **dict.fromkeys(("max_length", "max_target_length"), _is_length),
 }

@@ -17,6 +17,7 @@ from ..errors import AdapterFileError, ConfigError, Faults, LoraError, StateErro
 from ..export import DTYPES
 from ..files.format import CONFIG_NAME, read_config, read_extras
 from ..hub.download import FullModelError, local_adapter
+from ..hub.names import check_base
 from ..load import find_processor
 from ..model import LoraModel
 from ..pooled.model import class_named
@@ -74,9 +75,12 @@ def load_for_generation(
         ConfigError: an argument is invalid.
         AdapterFileError: `source` could not be loaded, or it has no tokenizer.
         StateError: the model does not generate text, such as a classifier.
+        VersionError: a package that its tokenizer or image processor needs is not installed.
     """
     call = f"load_for_generation({os.fspath(source)!r})"
     place = _check_arguments(call, dtype, device)
+    if isinstance(base_model, str):
+        check_base(base_model, None, call)
     try:
         folder = local_adapter(source, revision, token, subfolder=subfolder)
     except FullModelError:
@@ -87,7 +91,8 @@ def load_for_generation(
     else:
         if base_model is not None or merge:
             raise ConfigError(
-                f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge do not apply. Omit them."
+                f"{call}: this is not an adapter (no {CONFIG_NAME}), so base_model and merge=True do not apply. Omit "
+                "them."
             )
         base = source
         model = _load_whole(call, source, folder, revision, dtype, token, any_task)
@@ -97,7 +102,7 @@ def load_for_generation(
         use = f'hf_lora.pipeline("{task}", {os.fspath(source)!r})' if task else "its forward"
         raise StateError(f"{call}: this is an adapter of {what}, which does not generate text. Use {use}.")
     kind, auto = ("image processor", "AutoImageProcessor") if _reads_images(model) else ("tokenizer", "AutoTokenizer")
-    tokenizer = find_processor(auto, folder, base)
+    tokenizer = find_processor(auto, folder, base, needed=True)
     if tokenizer is None:
         raise AdapterFileError(
             f"{call}: there is no {kind} in {folder} or {str(base)!r}. Save the one used in training there: "

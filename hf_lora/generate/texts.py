@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -199,10 +200,12 @@ def check_sampling(
     """Add a fault for each invalid value."""
     if max_new_tokens < 1:
         faults.add(f"max_new_tokens={max_new_tokens} must be at least 1")
-    if not temperature >= 0:
-        faults.add(f"temperature={temperature} must not be negative; 0 is greedy decoding")
+    if not 0 <= temperature < math.inf:
+        faults.add(f"temperature={temperature} must be a number that is not negative; 0 is greedy decoding")
     if not 0 < top_p <= 1:
         faults.add(f"top_p={top_p} must be above 0 and at most 1")
+    elif top_p < 1 and temperature == 0:
+        faults.add(f"top_p={top_p} has no effect without a temperature above 0")
     if seed is not None and not -(2**63) <= seed < 2**63:
         faults.add(f"seed={seed} must fit into 64 bits")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, HubError
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, FULL_MODEL_FILES, LEGACY_WEIGHTS_NAME, WEIGHTS_NAME
 from ..safe_io.atomic import replace_together
 from ..safe_io.reading import MAX_JSON_BYTES, own_folder
@@ -24,6 +24,7 @@ from .names import (
     files_below,
     inner_adapters,
     is_folder,
+    why_no_source,
 )
 from .network import Repository
 from .snapshot import Snapshot, fetch, in_cache, size_of
@@ -51,7 +52,12 @@ def local_adapter(
     """
     name = os.fspath(adapter)
     if is_folder(name):
+        if revision is not None:
+            raise HubError(f"{name!r} is a folder, which has no revisions. Omit revision={revision!r}.")
         return own_folder(Path(name), check_subfolder(subfolder, f"loading {name!r}"))
+    reason = why_no_source(name)
+    if reason is not None:
+        raise HubError(f"{name!r} is not a local folder and not a valid repository name: {reason}.")
     return pull(
         name, revision=revision, token=token, subfolder=subfolder, cache_dir=cache_dir,
         local_files_only=local_files_only, endpoint=endpoint, call=f"{name!r} is not a local folder; downloading it",

@@ -6,13 +6,15 @@ Nothing else is pushed or downloaded.
 from __future__ import annotations
 
 import fnmatch
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from ..errors import HubError
+from ..errors import ConfigError, HubError, nearest
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
 
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME)
@@ -32,9 +34,47 @@ PROCESSING = (
 def is_folder(name: str) -> bool:
     """Whether it is a folder on this machine."""
     try:
-        return Path(name).is_dir()
+        return bool(name) and Path(name).is_dir()  # an empty path would be the working directory
     except OSError:  # the path is too long
         return False
+
+
+def why_no_source(name: str) -> str | None:
+    """Why a name that is no folder is not the name of a repository either; None if it may be one."""
+    if not name.strip():
+        return "the name is empty. Pass a folder or a name on the Hub"
+    if address := re.match(r"https?://[^/]+/([^/?#]+/[^/?#]+)", name):
+        return f"this is an address. Pass the name of the repository: {address[1]}"
+    if os.path.isfile(name):
+        return "this is a file. Name the folder that it is in"
+    if name.startswith("~"):
+        return f"the shell did not expand ~. Write the whole path, {os.path.expanduser(name)}"
+    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or "\\" in name:
+        return f"there is no such folder{siblings(name)}"
+    return None
+
+
+def check_base(name: str, revision: str | None, call: str, given: bool = True) -> None:
+    """Refuse the name of a base model that is empty though it was given, and a revision of a folder.
+
+    Raises:
+        ConfigError: says which.
+    """
+    if given and not name:
+        raise ConfigError(f"{call}: base_model is empty. Pass a folder or a name on the Hub, or omit it.")
+    if revision is not None and is_folder(name):
+        raise ConfigError(f"{call}: base_revision={revision!r} has no effect, since {name} is a folder. Omit it.")
+
+
+def siblings(name: str) -> str:
+    """The folders beside a mistyped path with the nearest names, for a message."""
+    parent, _, last = name.rstrip("/").rpartition("/")
+    try:
+        with os.scandir(parent or ("/" if name.startswith("/") else ".")) as entries:
+            folders = [entry.name for entry in entries if entry.is_dir()]
+    except (OSError, ValueError):
+        return ""
+    return nearest(last, folders)
 
 
 def check_repository(name: str, opening: str) -> None:
@@ -49,7 +89,9 @@ def check_repository(name: str, opening: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise HubError(f"{opening} not a valid repository name ({str(error).splitlines()[0]}).") from error
+        hint = "it is a folder on this machine" if is_folder(name) else why_no_source(name)
+        why = hint or str(error).splitlines()[0].rstrip(".")
+        raise HubError(f"{opening} not a valid repository name ({why}).") from error
 
 
 def check_subfolder(subfolder: str | None, call: str) -> str:

@@ -18,6 +18,8 @@ from huggingface_hub import HfApi, ModelInfo, constants, get_session, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -40,6 +42,8 @@ TRANSIENT = (408, 409, 412, 425, 429, 500, 502, 503, 504)
 """Statuses that are retried: a concurrent commit, too many requests, a busy server."""
 NEVER_SENT = ("UnsupportedProtocol", "LocalProtocolError", "InvalidURL")
 """The HTTP client's errors for an invalid endpoint or token, with which no request can be sent."""
+NOT_ASKED = (OfflineModeIsEnabled, LocalTokenNotFoundError, HFValidationError)
+"""The client's own errors before it asks: it is offline, there is no token, or the name is not one of a repository."""
 TRANSPORT: tuple[type[BaseException], ...] = (
     next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError"), ConnectionError, TimeoutError,
 )  # fmt: skip
@@ -112,6 +116,10 @@ class Repository:
         login = "Log in with `hf auth login`, set HF_TOKEN, or pass token=."
         if isinstance(found, OfflineModeIsEnabled):
             what = "HF_HUB_OFFLINE is set. Unset it, or name a folder"
+        elif isinstance(found, LocalTokenNotFoundError):
+            what = f"there is no token. {login}"
+        elif isinstance(found, HFValidationError):
+            what = f"{name!r} is not a valid repository name ({str(found).splitlines()[0].rstrip('.')})"
         elif isinstance(found, GatedRepoError):
             what = f"{name} is gated. Ask for access at {where}/{name}. {'' if known else login}"
         elif isinstance(found, RevisionNotFoundError):
@@ -154,7 +162,7 @@ def _pause(error: Exception, attempt: int) -> float | None:
     found, status = root(error), status_of(error)
     if status is not None and status not in TRANSIENT:
         return None
-    if isinstance(found, OfflineModeIsEnabled) or type(found).__name__ in NEVER_SENT:
+    if isinstance(found, NOT_ASKED) or type(found).__name__ in NEVER_SENT:
         return None
     if isinstance(found, OSError) and found.errno is not None and not isinstance(found, TRANSPORT):
         return None  # a local error, such as no space or no permission

@@ -23,6 +23,9 @@ SCALES = torch.logspace(-2, 4, 61, dtype=torch.float64)
 """Inverse temperatures that are tried, in units of the mean squared distance of a row to the mean of all."""
 CLOSE = 0.01
 """Of the scales whose loss is this close to the lowest, in nats, the smallest is taken."""
+STEEPEST = 100.0
+"""A change of the feature by 1% changes a logit by at most about 1. Features that hardly differ would else make a head
+that no training could correct."""
 
 
 def start_head(
@@ -116,13 +119,15 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
     logits = logits.scatter(1, own, left_out[:, None])
     spread = centered.square().sum(1).mean()
     unit = spread if spread > 0 else torch.ones_like(spread)
-    scales, several = SCALES.to(features) / unit, rows > 1  # a lone row has no others to be compared with
+    most = STEEPEST / (squared.max().sqrt() * features.square().sum(1).mean().sqrt()).clamp(min=1 / STEEPEST)
+    scales = (SCALES.to(features) / unit).clamp(max=most)
+    several = rows > 1  # a lone row has no others to be compared with
     if several.any():
         each = [nn.functional.cross_entropy((logits * scale)[several], labels[several]) for scale in scales]
         best = next(i for i, loss in enumerate(each) if loss <= min(each) + CLOSE)
         scale, loss = scales[best], float(each[best])
     else:
-        scale, loss = 1 / unit, math.log(classes)
+        scale, loss = (1 / unit).clamp(max=most), math.log(classes)
     weight = scale * means
     return weight, -scale * squared / 2 - weight @ center, loss
 
@@ -142,21 +147,36 @@ def _first_of_each(labels: Tensor, count: int) -> Tensor:
     return torch.tensor(keep)
 
 
+def _of_the_row(features: Tensor, output: Tensor, logits: Tensor) -> Tensor:
+    """What the head reads for each row: that of one token where the head reads all, as in decoders.
+
+    Args:
+        features, output: of the head, [B, width] or [B, T, width], and [B, C] or [B, T, C].
+        logits: of the model, [B, C].
+    """
+    if features.dim() == 2:
+        return features
+    taken = (output == logits[:, None]).all(-1)
+    if features.dim() != 3 or not taken.any(1).all():
+        raise ConfigError("start_head: the logits are not those of the last linear layer. Use another head_init.")
+    return features[torch.arange(len(features)), taken.int().argmax(1)]
+
+
 @torch.no_grad()
 def _features(
     model: Any, head: nn.Module, rows: Any, collator: Any, batch_size: int, label_column: str, progress: bool
 ) -> Iterator[Tensor]:
     """What the head reads, batch by batch, in float32 on the CPU."""
-    read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, args: read.append(args[0].detach().float().cpu()))
+    read: list[tuple[Tensor, Tensor]] = []
+    hook = head.register_forward_hook(lambda _, args, output: read.append((args[0].detach(), output.detach())))
     training = {module: module.training for module in model.modules()}
     model.eval()
     batches: Any = DataLoader(rows, batch_size, collate_fn=collator)
     try:
         for batch in logging.tqdm(batches, desc="class means", disable=not progress, leave=False, delay=1):
             batch = {k: v.to(model.device) for k, v in batch.items() if k != label_column}
-            model(**batch)
-            yield read.pop()
+            logits = model(**batch).logits
+            yield _of_the_row(*read.pop(), logits).float().cpu()
             read.clear()
     finally:
         hook.remove()

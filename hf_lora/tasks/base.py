@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ class Options:
     completion_column: str | None = None
     max_length: int | None = None
     max_target_length: int | None = None
+    source_prefix: str | None = None
     problem_type: str | None = None
     use_chat_template: bool | None = None
     last_turn_only: bool | None = None
@@ -132,8 +134,9 @@ class Task:
         processor: the class that loads what makes inputs of rows.
         metrics: the names of what is computed at evaluations, beside the loss.
         outputs, targets: the outputs of the model that the metrics need, and the columns of labels.
-        files, options: of `hf-lora init`.
-        more: options of `evaluate` that have an effect on it.
+        files: of `hf-lora init`.
+        options: the options of a run that have an effect on it and not on all tasks, each with an example.
+        packages: the modules that its training imports, each with what to install.
     """
 
     name: ClassVar[str]
@@ -146,19 +149,21 @@ class Task:
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     files: ClassVar[Mapping[str, str]] = {"train_file": "train.jsonl", "test_file": "test.jsonl"}
     options: ClassVar[Mapping[str, Any]] = {}
-    more: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    has_system: ClassVar[bool] = False
+    """Whether a system message has an effect on `evaluate`."""
     has_head: ClassVar[bool] = True
     """Whether its models have a head that is trained for the data, also where the checkpoint has one."""
     commands: ClassVar[bool] = True
     """Whether `hf-lora eval`, or `chat`, uses its adapters."""
     loader: ClassVar[str] = "LoraModel.from_pretrained"
     """What loads its adapters."""
+    scored: ClassVar[tuple[str, ...]] = ()
+    """The names of metrics that `score` makes, and not Trainer, such as those of generated texts."""
     pools: ClassVar[bool] = False
     """Whether its models classify a vector that is pooled from the tokens, which a checkpoint may declare."""
     starts_at_means: ClassVar[bool] = False
     """Whether a new head can start at the class means: each row has one class."""
-    generates: ClassVar[bool] = False
-    """Whether there are metrics of generated texts, which `score` makes, and not Trainer."""
     metrics_of_rows: ClassVar[bool] = False
     """Whether `compute_metrics` reads the rows, so that each split has its own."""
 
@@ -181,9 +186,9 @@ class Task:
         names = dict(enumerate(data.labels))  # which sets num_labels too
         return {"id2label": names, "label2id": {name: i for i, name in names.items()}}
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         """The metrics of a run; names of `--metric-for-best-model`."""
-        return self.metrics
+        return (*self.metrics, *self.scored)
 
     def show(self, data: Data, count: int) -> str:
         """The first rows of the training as text, in which what is trained has marks."""
@@ -218,9 +223,30 @@ class Task:
         Raises:
             ConfigError: lists them.
         """
-        values = {name: getattr(options, name) for name in ("use_chat_template", "last_turn_only")}
-        values |= {"system": asked.system, "pair_column": options.pair_column}
-        refuse_options(self.name, {name: value for name, value in values.items() if name not in self.more})
+        values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in self.options}
+        values["completion_column"] = values.pop("label_column", None) or values.get("completion_column")
+        refuse_options(self.name, values | ({} if self.has_system else {"system": asked.system}))
+
+    def length_of(self, given: Given) -> int:
+        """The maximum tokens of a row of a language model."""
+        limit = self.defaults.max_length
+        return given.options.max_length or min(limit, given.window or limit)
+
+
+def check_packages(task: Task) -> None:
+    """Check that what the training of a task imports is installed.
+
+    Raises:
+        ConfigError: a package could not be imported.
+    """
+    for module, source in task.packages.items():
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ConfigError(
+                f"{task.name} requires {module.partition('.')[0]}, which could not be imported ({error}). Run: "
+                f"pip install {source}"
+            ) from error
 
 
 def refuse_options(what: str, values: Mapping[str, object]) -> None:

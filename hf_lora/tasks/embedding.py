@@ -33,27 +33,23 @@ class Embedding(Task):
     has_head = False
     defaults = Defaults(1e-4, 32, 64, 256)
     metrics = ()
-    generates = True
+    scored = ("accuracy@1", "mrr", "spearman")
     commands = False
     loader = "SentenceTransformer"
     files = {"train_file": "pairs.csv", "test_file": "test.csv"}
-    options = {"text_column": "anchor", "pair_column": "positive", "max_length": 256}
+    options = {"text_column": "anchor", "pair_column": "positive", "label_column": "score", "max_length": 256}
+    packages = {"datasets": "datasets", "sentence_transformers": "sentence-transformers"}
 
     def claims(self, table: Table, options: Options, config: Any) -> bool:
         return False
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
-        return ("spearman",) if options.label_column is not None else ("accuracy@1", "mrr", "spearman")
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
+        columns = _columns(table, options)
+        return self.scored[2:] if len(columns) > 2 and columns[2] not in NEGATIVES else self.scored[:2]
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
-        try:
-            from datasets import Dataset
-            from sentence_transformers import SentenceTransformer  # noqa: F401  needed later
-        except ImportError as error:
-            raise ConfigError(
-                f"Training embeddings requires sentence-transformers and datasets, which could not be imported "
-                f"({error}). Run: pip install sentence-transformers datasets"
-            ) from error
+        from datasets import Dataset
+
         data = Data(self, given.config, given.processor, length=given.options.max_length or self.defaults.max_length)
         columns = _columns(next(iter(tables.values())), given.options)
         for split, table in tables.items():

@@ -15,7 +15,7 @@ from ..data.classes import column_of
 from ..data.columns import IMAGES, LABELS
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
-from ..errors import ConfigError, DataError, Faults
+from ..errors import DataError, Faults
 from ..evaluation.metrics import build_compute_metrics
 from .base import Collator, Data, Defaults, Given, Options, Task, from_columns, label_of
 
@@ -28,14 +28,14 @@ class ImageClassification(Task):
     defaults = Defaults(1e-3, 16, 64, classes.MOST_TOKENS)
     metrics = ("accuracy", "f1")
     files = {"train_file": "images/train", "test_file": "images/test"}
-    options = {"text_column": "image", "label_column": "label"}
+    options = {"text_column": "image", "label_column": "label", "problem_type": "single_label_classification"}
+    packages = {"PIL.Image": "pillow"}
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         image = classes.image_column(table)
         return options.completion_column is None and image is not None and options.text_column in (None, image)
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
-        _require_pillow(self.name)
         train, options = next(iter(tables.values())), given.options
         known = given.trained or TrainedFormat()
         image = column_of(train, options.text_column, known.text_column, IMAGES, "text_column", "the images")
@@ -112,12 +112,3 @@ def _opened(source: Any) -> Any:
     if isinstance(source, Image.Image):
         return source.copy()
     raise DataError(f"a {type(source).__name__}")
-
-
-def _require_pillow(task: str) -> None:
-    try:
-        import PIL  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"{task} requires Pillow, which could not be imported ({error}). Run: pip install pillow"
-        ) from error

@@ -29,7 +29,10 @@ class MultiLabel(TextClassification):
     kinds = ("several classes",)
     starts_at_means = False
     metrics: ClassVar[tuple[str, ...]] = ("f1", "macro_f1", "accuracy")
-    options = {"text_column": "text", "label_columns": ["angry", "happy"], "max_length": classes.MOST_TOKENS}
+    options = {
+        "text_column": "text", "pair_column": "second", "label_column": "labels", "label_columns": ["angry", "happy"],
+        "problem_type": MULTI_LABEL, "max_length": classes.MOST_TOKENS, "pooling": "mean",
+    }  # fmt: skip
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         if options.label_columns:
@@ -84,7 +87,7 @@ class MultiLabel(TextClassification):
         chosen = [name for name, value in zip(data.labels or (), row["labels"], strict=True) if value]
         return f"{decoded(data.processor, row['input_ids'])} → {marked(', '.join(chosen))}"
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         return self.metrics
 
     def compute_metrics(self, data: Data, split: str) -> Any:

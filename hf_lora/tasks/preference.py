@@ -36,21 +36,16 @@ class Preference(Task):
     defaults = Defaults(5e-5, 8, 8, 1024)
     files = {"train_file": "pairs.jsonl", "test_file": "test.jsonl"}
     options: ClassVar[Mapping[str, Any]] = {"beta": 0.1, "use_chat_template": True, "max_length": 1024}
+    packages = {"trl.trainer.dpo_trainer": '"hf_lora[chat]"'}
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         return False
 
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
-        try:
-            from datasets import Dataset
-            from trl.trainer.dpo_trainer import DPOTrainer  # noqa: F401  needed later
-        except ImportError as error:
-            raise ConfigError(
-                f"Training on preferences requires TRL, which could not be imported ({error}). Run: pip install "
-                '"hf_lora[chat]"'
-            ) from error
-        options, tokenizer, limit = given.options, padded(given.processor), self.defaults.max_length
-        data = Data(self, given.config, tokenizer, length=options.max_length or min(limit, given.window or limit))
+        from datasets import Dataset
+
+        options, tokenizer = given.options, padded(given.processor)
+        data = Data(self, given.config, tokenizer, length=self.length_of(given))
         as_chat = bool(options.use_chat_template)
         rows = {split: self._rows(table, options, as_chat) for split, table in tables.items()}
         chat = any(map(is_chat, rows.values()))
@@ -119,7 +114,6 @@ class Reward(Preference):
 
     name = "reward"
     kinds = ("ranked",)
-    more = ("use_chat_template",)
     auto_class = "AutoModelForSequenceClassification"
     has_head = True
     trainer = "Reward"

@@ -64,7 +64,6 @@ class QuestionAnswering(Task):
     outputs = ("start_logits", "end_logits")
     targets = ("start_positions", "end_positions")
     options = {"text_column": "question", "pair_column": "context", "label_column": "answers", "max_length": 384}
-    more = ("pair_column",)
     metrics_of_rows = True
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:

@@ -45,10 +45,9 @@ class Seq2SeqLM(Task):
     metrics = ("accuracy", "perplexity")
     options = {
         "text_column": "document", "completion_column": "summary", "max_length": 512,
-        "max_target_length": LONGEST_TARGET,
+        "max_target_length": LONGEST_TARGET, "source_prefix": "summarize: ",
     }  # fmt: skip
-    more = ("use_chat_template",)
-    generates = True
+    scored = ("exact_match", "rouge_l", "chrf")
     has_head = False
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
@@ -64,11 +63,19 @@ class Seq2SeqLM(Task):
         longest = options.max_target_length or recorded or LONGEST_TARGET
         limit = options.max_length or min(self.defaults.max_length, int(tokenizer.model_max_length))
         limit = min(limit, given.window or limit)
+        prefix = options.source_prefix
+        if prefix is None and given.trained is not None:
+            prefix = given.trained.source_prefix
         data = Data(self, given.config, tokenizer)
         for split, table in tables.items():
-            data.rows[split] = _rows(table, source, target, tokenizer, limit, longest)
-        data.trained = TrainedFormat(self.kinds[0], source, target, max_length=limit, max_target_length=longest)
+            data.rows[split] = _rows(table, source, target, prefix or "", tokenizer, limit, longest)
+        data.trained = TrainedFormat(
+            self.kinds[0], source, target, max_length=limit, max_target_length=longest, source_prefix=prefix
+        )
         data.lines = [from_columns(self.name, (source, target), data.rows, "")]
+        known = _prefixes(given.config)
+        if prefix is None and known:
+            data.lines.append(f"The base knows texts that begin with {' or '.join(known)}: --source-prefix sets one.")
         data.lines += truncation(sum(rows.cut for rows in data.rows.values()), "texts")
         return data
 
@@ -127,13 +134,21 @@ def _columns(table: Table, options: Options, trained: TrainedFormat | None) -> t
     return source, target
 
 
-def _rows(table: Table, source: str, target: str, tokenizer: Any, limit: int, longest: int) -> TextPairs:
+def _prefixes(config: PretrainedConfig) -> list[str]:
+    """The prefixes with which the base was trained, as T5 names them in its config."""
+    tasks = getattr(config, "task_specific_params", None) or {}
+    found = [task.get("prefix") for task in tasks.values() if isinstance(task, Mapping)]
+    return [repr(prefix) for prefix in found if isinstance(prefix, str) and prefix]
+
+
+def _rows(table: Table, source: str, target: str, prefix: str, tokenizer: Any, limit: int, longest: int) -> TextPairs:
     faults = Faults(f"reading {table.source}")
     texts, references = (table.texts(name, faults) for name in (source, target))
     faults.check(DataError, "Correct or remove these rows.")
     more = pair_of(source, target).more
     if more in table.columns:
         texts = [with_more(text, cell) for text, cell in zip(texts, table.column(str(more)), strict=True)]
+    texts = [f"{prefix}{text}" for text in texts]
     encoded = tokenizer(texts, truncation=True, max_length=limit)
     targets = tokenizer(text_target=references, truncation=True, max_length=longest)["input_ids"]
     rows = TextPairs(classes.encoded_rows(encoded, targets, limit))

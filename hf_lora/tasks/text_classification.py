@@ -26,9 +26,9 @@ class TextClassification(Task):
     metrics: ClassVar[tuple[str, ...]] = ("accuracy", "f1")
     files = {"train_file": "train.csv", "test_file": "test.csv"}
     options = {
-        "text_column": "text", "label_column": "label", "problem_type": REGRESSION, "max_length": classes.MOST_TOKENS,
+        "text_column": "text", "pair_column": "second", "label_column": "label", "problem_type": REGRESSION,
+        "max_length": classes.MOST_TOKENS, "pooling": "mean", "head_init": "class-means",
     }  # fmt: skip
-    more = ("pair_column",)
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         label = options.label_column or next((name for name in LABELS if name in table.columns), None)
@@ -74,7 +74,7 @@ class TextClassification(Task):
             return super().settings(data)
         return {"id2label": {0: "LABEL_0"}, "label2id": {"LABEL_0": 0}, "problem_type": REGRESSION}
 
-    def metrics_of(self, options: Options) -> tuple[str, ...]:
+    def metrics_of(self, options: Options, table: Table) -> tuple[str, ...]:
         return ("mse", "mae") if options.problem_type == REGRESSION else self.metrics
 
     def collator(self, data: Data) -> Collator:

@@ -15,15 +15,14 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
-from ..errors import ConfigError, LoraError, nearest
+from ..errors import ConfigError, LoraError
 from ..files.format import holds_adapter
-from ..hub.names import is_folder
+from ..hub.names import is_folder, siblings, why_no_source
+from ..versions import why_missing
 
 
 def check_name(name: str) -> str | None:
     """What is wrong with the name of a base model, as far as this machine can tell without the Hub; None: nothing."""
-    if not name.strip():
-        return "--model is empty: pass a folder or a name on the Hub"
     if is_folder(name):
         if holds_adapter(name):
             return f"--model {name} is an adapter. Pass its base as --model, and it as --lora-adapter {name}"
@@ -33,11 +32,16 @@ def check_name(name: str) -> str | None:
         return None
     if os.path.isfile(name):
         return f"--model {name} is a file. Name the folder of the model, with its config.json"
-    if name.startswith("~"):
-        return f"--model {name}: the shell did not expand ~. Write the whole path, {os.path.expanduser(name)}"
-    if os.path.isabs(name) or name.startswith(".") or name.count("/") > 1 or "\\" in name:
-        return f"--model {name}: there is no such folder{_siblings(name)}"
-    return None
+    reason = why_no_source(name)
+    return None if reason is None else f"--model {name}: {reason}" if name.strip() else f"--model: {reason}"
+
+
+def check_adapter(name: str) -> str | None:
+    """What is wrong with the name of an adapter to continue, as for `check_name`."""
+    if is_folder(name):
+        return None if holds_adapter(name) else f"--lora-adapter {name} is not the folder of an adapter"
+    reason = why_no_source(name)
+    return None if reason is None else f"--lora-adapter {name}: {reason}"
 
 
 def read_processor(name: str, revision: str | None, auto_class: str) -> Any:
@@ -81,21 +85,11 @@ def _one_line(name: str, what: str) -> Iterator[None]:
     except (LoraError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the Hub, a proxy, the files' parsers and missing packages raise any exception
+        missing = why_missing(error) if isinstance(error, ImportError) else None
+        if missing is not None:
+            raise ConfigError(f"--model {name}: {what} could not be loaded: {missing}.") from error
         lines = str(error).strip().splitlines() or [""]
-        where = (
-            "" if is_folder(name) else f" Check the name{_siblings(name)} and, for a model on the Hub, the network."
-        )
+        where = "" if is_folder(name) else f" Check the name{siblings(name)} and, for a model on the Hub, the network."
         raise ConfigError(
             f"--model {name}: {what} could not be loaded ({type(error).__name__}: {lines[0]}).{where}"
         ) from error
-
-
-def _siblings(name: str) -> str:
-    """The folders beside a mistyped path with the nearest names."""
-    parent, _, last = name.rstrip("/").rpartition("/")
-    try:
-        with os.scandir(parent or ("/" if name.startswith("/") else ".")) as entries:
-            folders = [entry.name for entry in entries if entry.is_dir()]
-    except (OSError, ValueError):
-        return ""
-    return nearest(last, folders)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -115,10 +116,15 @@ def _embedding(parsed: Parsed, data: Data) -> Any:
     from . import embedding
 
     run, training, rows = parsed.run, parsed.training, data.rows
-    set_seed(training.seed)
-    kwargs = {"dtype": run.dtype} if run.dtype else {}
-    options = {"revision": run.model_revision, "device": str(training.device), "model_kwargs": kwargs}
-    model = load_base(SentenceTransformer, str(run.model), str(run.model), **options)
+
+    def load(more: dict[str, Any]) -> Any:
+        set_seed(training.seed)
+        kwargs = {**({"dtype": run.dtype} if run.dtype else {}), **more}
+        place = {} if "device_map" in kwargs else {"device": str(training.device)}
+        options = {"revision": run.model_revision, "model_kwargs": kwargs, **place}
+        return load_base(SentenceTransformer, str(run.model), str(run.model), **options)
+
+    model = _loaded(parsed, data, load)
     model.max_seq_length = min(data.length, model.max_seq_length or data.length)
     arguments = embedding.LoraSentenceTransformerTrainingArguments.of(training)
     if is_scored(rows["train"]):
@@ -153,9 +159,13 @@ def _load(parsed: Parsed, data: Data, options: dict[str, Any]) -> Any:
         auto_class = getattr(transformers, data.task.auto_class)
         return load_base(auto_class.from_pretrained, name, name, **options)
 
-    if bits_of(run) is None:
-        return load({})
-    return load_quantized(load, run, data.config, parsed.training.device, functools.partial(_whole, parsed, data.task))
+    return _loaded(parsed, data, load)
+
+
+def _loaded(parsed: Parsed, data: Data, load: Callable[[dict[str, Any]], Any]) -> Any:
+    """The base model by `load`, which takes further options of `from_pretrained`: quantized, if the run says so."""
+    run, whole = parsed.run, functools.partial(_whole, parsed, data.task)
+    return load({}) if bits_of(run) is None else load_quantized(load, run, data.config, parsed.training.device, whole)
 
 
 def _whole(parsed: Parsed, task: Task, model: nn.Module) -> list[str]:

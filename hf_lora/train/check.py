@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,11 +16,13 @@ from ..adapt.labels import generates
 from ..data.classes import PROBLEM_TYPES, suggest_columns
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
-from ..errors import ConfigError, DataError, Faults, nearest
+from ..data.trained import is_prose
+from ..errors import ConfigError, DataError, Faults, HubError, nearest
+from ..hub.names import check_repository, is_folder
 from ..tasks.base import Options, Task
 from ..tasks.masked_lm import MaskedLM
 from ..tasks.registry import CAUSAL_LM, TASKS, why_not
-from .base_model import check_name
+from .base_model import check_adapter, check_name
 from .output import check_output
 from .parsing import Parsed, as_flag
 from .quantize import check_quantization, why_not_quantizable
@@ -28,10 +31,18 @@ _AT_LEAST: dict[str, float] = {
     "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
     "max_length": 1, "max_target_length": 1, "weight_decay": 0, "max_grad_norm": 0, "warmup_steps": 0, "seed": 0,
     "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "neftune_noise_alpha": 0, "dataloader_num_workers": 0,
+    "save_total_limit": 1, "label_smoothing_factor": 0,
 }  # fmt: skip
 """Option -> its smallest value."""
-_BELOW: dict[str, float] = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
-_POSITIVE = ("learning_rate", "num_train_epochs")
+_BELOW: dict[str, float] = {
+    "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32,
+}  # fmt: skip
+_POSITIVE = ("learning_rate", "num_train_epochs", "eval_steps", "save_steps", "logging_steps")
+_WITHOUT_EFFECT = {
+    "do_train": "the command trains", "do_eval": "--eval-file is evaluated, if it is given",
+    "do_predict": "`hf-lora generate` and `eval` do", "label_names": "the task has its own",
+}  # fmt: skip
+"""Arguments of Trainer that a run does not read -> why."""
 
 
 def check_run(parsed: Parsed, writes: bool = True) -> None:
@@ -49,14 +60,34 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     if bool(run.train_file) == bool(run.dataset):
         faults.add("pass either --train-file or --dataset")
     for option, file in (("train", run.train_file), ("eval", run.eval_file), ("test", run.test_file)):
-        if file and Path(file).suffix.lower() in READERS and not Path(file).is_file():
-            faults.add(f"--{option}-file {file} does not exist")
+        if file and "://" in file:
+            faults.add(
+                f"--{option}-file {file} is an address: download it, or name a dataset of the Hub with --dataset"
+            )
+        elif file and Path(file).suffix.lower() in READERS and not Path(file).is_file():
+            faults.add(f"--{option}-file {file} {'is a folder' if Path(file).is_dir() else 'does not exist'}")
     for name, value, known in (("task", run.task, TASKS), ("problem-type", run.problem_type, PROBLEM_TYPES)):
         if value is not None and value not in known:
             faults.add(f"--{name} {value} is unknown{nearest(value, known)}; it is one of {', '.join(known)}")
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
+    if run.model_revision is not None and run.model is not None and is_folder(run.model):
+        faults.add(f"--model-revision {run.model_revision} has no effect, since {run.model} is a folder")
+    if training.lora_adapter and (reason := check_adapter(training.lora_adapter)):
+        faults.add(reason)
+    for option, why in _WITHOUT_EFFECT.items():
+        if option in parsed.given:
+            faults.add(f"{as_flag(option)} has no effect: {why}")
+    _check_push(parsed, faults)
+    for option in ("dataset_config", "train_split", "eval_split", "test_split"):
+        if option in parsed.given and not run.dataset:
+            faults.add(f"{as_flag(option)} needs --dataset")
+    evaluated = any((run.eval_file, run.eval_split, run.test_file, run.test_split))
+    if "eval_strategy" in parsed.given and training.eval_strategy != "no" and not evaluated:
+        faults.add("--eval-strategy needs data to evaluate on: pass --eval-file or --test-file")
+    if run.source_prefix is not None and not is_prose(run.source_prefix):
+        faults.add("--source-prefix must be a printable text, and not longer than a page")
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):
         faults.add("--load-best-model-at-end needs separate evaluation data: pass --eval-file (not the test data)")
     _check_values(parsed, faults)
@@ -64,6 +95,22 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     if writes:
         check_output(str(training.output_dir), checkpoint_of(parsed), run.overwrite, faults)
     faults.check(ConfigError, "`hf-lora train --help` shows an example.")
+
+
+def _check_push(parsed: Parsed, faults: Faults) -> None:
+    """Whether what the user says about a repository has an effect, and its name is valid."""
+    training = parsed.training
+    if not training.push_to_hub:
+        faults.found += [
+            f"{as_flag(name)} needs --push-to-hub"
+            for name in ("hub_model_id", "hub_private_repo")
+            if name in parsed.given
+        ]
+    elif training.hub_model_id is not None:
+        try:
+            check_repository(str(training.hub_model_id), f"--hub-model-id {training.hub_model_id} is")
+        except HubError as error:
+            faults.add(str(error).rstrip("."))
 
 
 def checkpoint_of(parsed: Parsed) -> str | bool | None:
@@ -99,15 +146,31 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
     reason = why_not_quantizable(run, config)
     if reason is not None:
         raise ConfigError(f"hf-lora train: {reason}.")
-    if run.beta is not None and "beta" not in task.options:
-        raise ConfigError(f"hf-lora train: --beta has no effect on the task {task.name}. Omit it.")
+    check_options(parsed.given, task)
     wanted = training.metric_for_best_model
-    known = ("loss", *task.metrics_of(Options.of(run)))
+    known = ("loss", *task.metrics_of(Options.of(run), table))
     if wanted is not None and wanted.removeprefix("eval_") not in known:
         raise ConfigError(
             f"hf-lora train: --metric-for-best-model {wanted} is not computed{nearest(wanted, known)}. It is one of "
             f"{', '.join(known)}."
         )
+
+
+def check_options(given: Collection[str], task: Task) -> None:
+    """Refuse options of other tasks.
+
+    Args:
+        given: the names of the options that the user set.
+
+    Raises:
+        ConfigError: lists them, each with the tasks that it is for.
+    """
+    faults = Faults("hf-lora train")
+    for name in dict.fromkeys(name for other in TASKS.values() for name in other.options):
+        if name in given and name not in task.options:
+            others = ", ".join(other.name for other in TASKS.values() if name in other.options)
+            faults.add(f"{as_flag(name)} has no effect on the task {task.name}; it is for {others}")
+    faults.check(ConfigError, "Omit these, or name the task with --task.")
 
 
 def as_word(name: str) -> str:

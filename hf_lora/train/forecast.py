@@ -20,14 +20,14 @@ from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
 from ..compat import is_own_model
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, Faults, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
 from ..pooled.build import pooled_for
 from ..pooled.pooling import Pooling
 from ..tasks.base import Data, Task
-from ..tasks.registry import CAUSAL_LM, TASKS
+from ..tasks.registry import CAUSAL_LM, TASKS, why_not
 from .base_model import check_name, load_base, read_config
-from .parsing import Parsed
+from .parsing import Parsed, as_flag
 from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import pooling_of, read_data
 from .schedule import steps_of_rows
@@ -48,7 +48,8 @@ class Forecast:
         trained, total: numbers of parameters.
         steps: number of optimizer steps.
         weights, gradients, optimizer, activations: bytes of memory at the peak of a step; the activations are those of
-            the longest batch, with what a backward pass needs for a moment and what the allocator keeps.
+            the longest batch, with what a backward pass needs for a moment and what the allocator keeps; None where
+            another library makes the batches.
         libraries: bytes of memory of Python and its libraries, if they share it with the tensors.
         adapter, checkpoint: bytes on disk.
     """
@@ -61,26 +62,27 @@ class Forecast:
     weights: int
     gradients: int
     optimizer: int
-    activations: int
+    activations: int | None
     libraries: int
     adapter: int
     checkpoint: int
 
     @property
     def memory(self) -> int:
-        """Bytes at the peak."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.libraries
+        """Bytes at the peak, without activations that are not known."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0) + self.libraries
 
     def __str__(self) -> str:
         names = ("weights", "gradients", "optimizer", "activations", "libraries")
         parts = {name: getattr(self, name) for name in names}
-        memory = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
+        memory = ", ".join(f"{name} {_size(value)}" for name, value in parts.items() if value is not None)
+        without = "" if self.activations is not None else ", and the activations of a batch, which are not forecast"
         share = 100 * self.trained / max(self.total, 1)
         return "\n".join([
             *self.lines,
             self.targets,
             f"{self.trained:,} of {self.total:,} parameters would be trained ({share:.2g}%), in {self.steps:,} steps",
-            f"memory: {_size(self.memory)} ({memory})",
+            f"memory: {_size(self.memory)} ({memory}){without}",
             f"disk: {_size(self.adapter)} for the adapter, {_size(self.checkpoint)} for each checkpoint",
         ])  # fmt: skip
 
@@ -92,11 +94,6 @@ def forecast(parsed: Parsed) -> Forecast:
         ConfigError, DataError, TargetError: what `finetune` would raise before it loads the model.
     """
     data, run, training = read_data(parsed, writes=False), parsed.run, parsed.training
-    if data.task.name != CAUSAL_LM and type(data.task).collator is Task.collator:  # another library's batches
-        raise ConfigError(
-            f"hf-lora train: there is no forecast of memory for {data.task.name}. Omit --dry-run; hf-lora targets "
-            f"{run.model} --task {data.task.name} lists the layers that would be adapted."
-        )
     for name, value in data.task.settings(data).items():
         setattr(data.config, name, value)
     model = empty_model(data.config, str(run.model), data.task.name, data.pooling)
@@ -112,8 +109,9 @@ def forecast(parsed: Parsed) -> Forecast:
     learned = sum(size for p, size in sizes.items() if p.requires_grad)
     on_cpu = training.device.type == "cpu"
     libraries = _resident() if on_cpu else 0
-    activations = max(_peak(model.train(), parsed, data) - learned, 0)
-    activations = int(activations * (ALLOCATOR if on_cpu else 1))
+    activations = None
+    if data.task.name == CAUSAL_LM or type(data.task).collator is not Task.collator:  # else another library's batches
+        activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
     state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
     return Forecast(
         data.lines, adapter_table(model), trained, total,
@@ -220,7 +218,14 @@ def targets_of(parsed: Parsed) -> Explanation:
         reason = f"--task {run.task} is unknown{nearest(run.task, TASKS)}; it is one of {', '.join(TASKS)}"
     if reason is not None:
         raise ConfigError(f"hf-lora targets: {reason}.")
+    faults = Faults("hf-lora targets")
+    for name in sorted(parsed.given - {"model", "model_revision", "task", "pooling"}):
+        if not name.startswith("lora_"):
+            faults.add(f"{as_flag(name)} has no effect on the layers that are adapted")
+    faults.check(ConfigError, "Omit these. The options of `hf-lora train` that begin with --lora- have an effect.")
     config = read_config(str(run.model), run.model_revision)
+    if run.task is not None and (reason := why_not(TASKS[run.task], config)):
+        raise ConfigError(f"hf-lora targets: --model {run.model} is {reason}. Pass another --task.")
     pooling = None if run.task is None else pooling_of(run, TASKS[run.task], config)
     return explain_targets(empty_model(config, str(run.model), run.task, pooling), parsed.training.lora_config())
 

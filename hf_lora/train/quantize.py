@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from ..adapt.embeddings import output_embedding
 from ..adapt.heads import find_heads
+from ..adapt.inner import adapted_part
 from ..errors import ConfigError, Faults
 from ..layers.storages import is_packed, is_unfinished
 from ..layers.storages.loading import BITS, quantized_loading, why_not_loadable
@@ -66,7 +67,7 @@ def load_quantized(
         return load(quantized_loading(bits, dtype_of(run.dtype, config), device, dense))
 
     result = loaded(None)
-    model: nn.Module = result[0] if isinstance(result, tuple) else result
+    model = adapted_part(result[0] if isinstance(result, tuple) else result)
     if not any(map(is_packed, model.parameters())):
         raise ConfigError(
             f"hf-lora train: --load-in-{bits}bit: {type(model).__name__} has no linear layer that can be quantized. "

@@ -19,7 +19,7 @@ from ..adapt.state import require_state
 from ..adapt.walk import adapter_layers
 from ..data.chat import show_batch
 from ..errors import HubError
-from ..tasks.base import Asked, Data, Task
+from ..tasks.base import Data, Task
 from ..tasks.preference import Preference
 from ..tasks.registry import CAUSAL_LM
 from .build import build_trainer
@@ -28,6 +28,8 @@ from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
+from .scores import add_scores, scores
+from .search import search_learning_rate
 from .start import start_lines
 from .watch.progress import Progress
 from .watch.rise import LossRise
@@ -75,7 +77,10 @@ def finetune(
     """
     parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
     data = read_data(parsed)
+    if parsed.run.search_learning_rate:
+        search_learning_rate(parsed, data)
     trainer, training = build_trainer(parsed, data), parsed.training
+    add_scores(trainer, data)
     _begin(parsed, data, trainer, report)
     resume = checkpoint_of(parsed)
     if parsed.run.overwrite and not resume and trainer.is_world_process_zero():
@@ -113,26 +118,9 @@ def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
     if isinstance(data.task, Preference):  # whose trainers only log their metrics, and always as those of eval
         logged = trainer.state.log_history[-1]
         values |= {f"{split}_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
-    if data.task.generates:
-        hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-        with logging.tqdm(total=len(data.rows[split]), desc=split, disable=hidden, leave=False, delay=1) as bar:
-            asked = Asked(trainer.args.per_device_eval_batch_size, progress=_advance(bar))
-            scores = data.task.score(trainer._bare_model, data, split, asked).metrics
-        values |= {f"{split}_{name}": value for name, value in scores.items()}
-        trainer.state.log_history[-1].update(values)  # for the card
+    if data.task.scored:
+        values |= scores(trainer, data, split, split)
     return values
-
-
-def _advance(bar: Any) -> Callable[[int], None]:
-    """Shows the number of finished rows in a progress bar."""
-    shown = 0
-
-    def show(done: int) -> None:
-        nonlocal shown
-        bar.update(done - shown)
-        shown = done
-
-    return show
 
 
 def _push(trainer: Any, card: Mapping[str, Any]) -> str:

@@ -10,10 +10,11 @@ from transformers import PretrainedConfig
 from ..data.tables import Table, read_table
 from ..pooled.build import chosen_pooling
 from ..pooled.pooling import Pooling
-from ..tasks.base import Data, Given, Options, Task
+from ..tasks.base import Data, Given, Options, Task, check_packages
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
 from .check import check_run, check_task
+from .defaults import choose
 from .parsing import Parsed, RunArguments, defaults_of
 
 
@@ -40,12 +41,15 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     if not {"eval", "test"} & set(tables):
         training.eval_strategy = "no"
     check_task(parsed, task, config, tables["train"])
+    check_packages(task)
     processor = read_processor(str(run.model), run.model_revision, task.processor)
     data = task.read(tables, Given(config, processor, options))
     data.pooling = pooling_of(run, task, config)
     if data.pooling is not None:
         why = "--pooling" if run.pooling else "declared by the checkpoint"
         data.lines.append(f"the classifier reads the {data.pooling} of the tokens ({why})")
+    if (chosen := choose(parsed, data)).made:
+        data.lines.append(str(chosen))
     return data
 
 

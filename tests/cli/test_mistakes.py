@@ -74,7 +74,7 @@ WRONG: list[tuple[str, str]] = [
     (f"--model {{dir}}/empty --train-file {{rows}} --output-dir {OUT}", "it has no config.json. It holds nothing"),
     (f"--model {{adapter}} --train-file {{rows}} --output-dir {OUT}", "it as --lora-adapter {adapter}"),
     (f"--model {{rows}} --train-file {{rows}} --output-dir {OUT}", "is a file. Name the folder of the model"),
-    (f"--model '' --train-file {{rows}} --output-dir {OUT}", "--model is empty"),
+    (f"--model '' --train-file {{rows}} --output-dir {OUT}", "--model: the name is empty"),
     (f"--model ~/x --train-file {{rows}} --output-dir {OUT}", "the shell did not expand ~"),
     # The output folder.
     (MODEL + "--output-dir {adapter}", "holds an adapter. Name another folder with --output-dir, continue"),
@@ -106,6 +106,17 @@ WRONG: list[tuple[str, str]] = [
     (MODEL + TO + "--torch-compile-mode fast", "--torch-compile-mode fast: Unrecognized mode=fast, should be one of"),
     (MODEL + TO + "--metric-for-best-model acuracy", "acuracy is not computed (did you mean 'accuracy'?)"),
     (MODEL + TO + "--lora-rank-pattern " + "[" * 5000, "--lora-rank-pattern '[[["),
+    (
+        MODEL + TO + "--beta 1 --packing false --last-turn-only true --max-target-length 3",
+        "--last-turn-only has no effect on the task text-classification; it is for causal-lm|"
+        "--packing has no effect on the task text-classification; it is for causal-lm|--max-target-length has no|"
+        "--beta has no effect",
+    ),
+    (
+        MODEL + TO + "--eval-split test --dataset-config en --eval-strategy epoch",
+        "--eval-split needs --dataset|--dataset-config needs --dataset",
+    ),
+    (MODEL + TO + "--eval-strategy epoch", "--eval-strategy needs data to evaluate on: pass --eval-file"),
     # The data.
     (f"--model {{bert}} --train-file {{dir}}/none.csv --output-dir {OUT}", "{dir}/none.csv does not exist"),
     (f"--model {{bert}} --train-file {{dir}}/fractions.jsonl --output-dir {OUT}", "pass --problem-type regression."),
@@ -232,7 +243,7 @@ def test_an_earlier_run_is_replaced_only_on_request_and_at_the_end(
         patch.setattr("transformers.Trainer.training_step", ends)
         assert "the run ends here" in run(*words, "--overwrite", code=2).stderr
     assert (out / WEIGHTS).read_bytes() == first
-    assert LoraModel.from_pretrained(out).lora_configs["default"].r == 8
+    assert LoraModel.from_pretrained(out).lora_configs["default"].r == 32
     run(*words, "--overwrite", "--num-train-epochs", 1, "--lora-r", 3)
     assert LoraModel.from_pretrained(out).lora_configs["default"].r == 3
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]

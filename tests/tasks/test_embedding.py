@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import run_command, write_lines
+from helpers import needs_peft, run_command, write_lines
 from tiny import OTHERS, TEXTS, bert_of_texts
+from transformers import BitsAndBytesConfig
 
-from hf_lora import DataError
+from hf_lora import DataError, finetune
 from hf_lora.data.tables import Table
 from hf_lora.tasks.base import Given, Options
 from hf_lora.tasks.registry import TASKS
+from hf_lora.train.build import build_trainer
+from hf_lora.train.parsing import parse_arguments
+from hf_lora.train.run_data import read_data
 
 st = pytest.importorskip("sentence_transformers")
 pytest.importorskip("peft")
@@ -37,6 +42,7 @@ def texts_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return bert_of_texts(tmp_path_factory.mktemp("texts") / "bert")
 
 
+@needs_peft("0.20", "loads the base alone where transformers asks it for an adapter of a model without a head")
 @pytest.mark.parametrize("kind", ROWS)
 def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Path) -> None:
     from sentence_transformers.sentence_transformer import evaluation
@@ -48,8 +54,10 @@ def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Pat
     assert {"pairs": "pairs from", "triplets": "triplets from", "scores": "with a similarity"}[kind] in said.stdout
     shown = run_command("train", "--model", texts_base, "--train-file", file, "--show-batch", *FAST).stdout
     assert f"row 1: {next(iter(rows[0]))}: {TEXTS[0]}" in shown
-    plan = ("train", "--model", texts_base, "--train-file", file, "--dry-run", *FAST)
-    assert "--task embedding lists the layers" in run_command(*plan, code=2).stderr
+    plan = run_command("train", "--model", texts_base, "--train-file", file, "--dry-run", *FAST).stdout
+    trained, steps = re.search(r"([\d,]+) trained .* (\d+) steps", said.stdout).groups()  # type: ignore[union-attr]
+    assert re.search(rf"^{trained} of [\d,]+ parameters would be trained .* in {steps} steps$", plan, re.M)
+    assert "and the activations of a batch, which are not forecast" in plan
     results = json.loads((out / "test_results.json").read_text())
     assert not (out / "model.safetensors").exists()
     model, before = (st.SentenceTransformer(str(folder), device="cpu") for folder in (out, texts_base))
@@ -67,6 +75,46 @@ def test_the_command_trains_embeddings(kind: str, texts_base: str, tmp_path: Pat
     assert score(model) > score(before) or score(model) == 1
     assert "use its evaluators on SentenceTransformer" in run_command("eval", out, "--file", file, code=2).stderr
     assert torch.tensor(model.encode(TEXTS)).std() > 0
+
+
+@pytest.mark.parametrize("bits", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_embeddings_over_a_quantized_base(bits: int, tmp_path: Path) -> None:
+    """The vectors are those of PEFT's adapter over a base that transformers quantizes."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    file, out = write_lines(tmp_path / "pairs.jsonl", PAIRS * 3), tmp_path / "out"
+    base = bert_of_texts(tmp_path / "bert", width=128)  # a multiple of the blocks
+    words = ["--model", base, "--train-file", str(file), "--output-dir", str(out), f"--load-in-{bits}bit"]
+    trained = finetune(parse_arguments([*words, *FAST])).model
+    weight = trained[0].auto_model.encoder.layer[0].attention.self.query.weight
+    assert weight.numel() * weight.itemsize < 4 * 128 * 128  # bytes of float32
+    more = {"load_in_8bit": True}
+    if bits == 4:
+        more = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    options = {"quantization_config": BitsAndBytesConfig(**more), "device_map": "cpu", "dtype": torch.float32}
+    plain = st.SentenceTransformer(base, model_kwargs=options)
+    before = torch.tensor(plain.encode(TEXTS))
+    plain[0].auto_model = peft.PeftModel.from_pretrained(plain[0].auto_model, out).base_model.model
+    expected = torch.tensor(plain.encode(TEXTS))
+    assert torch.allclose(torch.tensor(trained.encode(TEXTS)), expected, atol=2e-2)  # its kernels use 16 bits
+    assert (expected - before).abs().max() > 0.1
+
+
+def test_an_old_peft_that_would_load_the_base_alone_is_a_warning(
+    texts_base: str, tmp_path: Path, messages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_lora import versions
+
+    own = versions.installed
+    file = write_lines(tmp_path / "pairs.jsonl", PAIRS)
+    words = ["--model", texts_base, "--train-file", str(file), "--output-dir", str(tmp_path / "out"), *FAST]
+    for version, said in (("0.19.1", True), ("0.20.0", False)):
+        fake = lambda name, version=version: version if name == "peft" else own(name)  # noqa: E731
+        monkeypatch.setattr(versions, "installed", fake)
+        messages.clear()
+        parsed = parse_arguments(words)
+        build_trainer(parsed, read_data(parsed))
+        assert any("pip install 'peft>=0.20'" in message for message in messages) == said
 
 
 def read(**columns: Any) -> Any:
