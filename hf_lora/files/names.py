@@ -109,7 +109,7 @@ def _warn_of(further: list[str], unselected: set[str], adapted: set[str], heads:
     """Say which names PEFT cannot tell from those of `heads`: no other names would, and no tensors would help."""
     among, whole = set(further), set(heads)
     lost = sorted(unselected.union(name for name in (*adapted, *heads) if holder(name, among) is not None))
-    lost += [name for name in further if holder(name, whole) is not None]
+    lost += [name for name in further if holder(name, whole) is not None or holder(name, among) != name]
     if lost:
         warnings.warn(
             f"PEFT cannot load this adapter: it takes every module whose name ends with one of {listed(list(heads))} "
