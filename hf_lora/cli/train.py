@@ -102,6 +102,9 @@ def train(
     if all_options:
         typer.echo(describe_arguments())
         raise typer.Exit
+    shown = {"--print-config": print_config, "--dry-run": dry_run, "--show-batch": show_batch}
+    if sum(shown.values()) > 1:
+        raise typer.BadParameter(f"pass only one of {', '.join(name for name, given in shown.items() if given)}.")
     own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
     declared = [f"--{name}={value}" for name, value in own.items() if value is not None and value is not False]
     parsed = parse_arguments([*declared, *ctx.args], config)

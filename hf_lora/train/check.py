@@ -80,6 +80,7 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
         if option in parsed.given:
             faults.add(f"{as_flag(option)} has no effect: {why}")
     _check_push(parsed, faults)
+    Options.of(run).check(faults)
     for option in ("dataset_config", "train_split", "eval_split", "test_split"):
         if option in parsed.given and not run.dataset:
             faults.add(f"{as_flag(option)} needs --dataset")

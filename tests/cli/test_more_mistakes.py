@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -81,7 +82,13 @@ EARLY = [
     (ROWS + "--label-names foo", "--label-names has no effect: the task has its own"),
     (ROWS + "--do-train false", "--do-train has no effect: the command trains"),
     (ROWS + "--hub-model-id user/x", "--hub-model-id needs --push-to-hub"),
+    (ROWS + "--dry-run --show-batch", "pass only one of --dry-run, --show-batch."),
     # Names.
+    (
+        ROWS + "--text-column label --label-column label",
+        "--text-column and --label-column are the same column, 'label'",
+    ),
+    (ROWS + "--accelerator-config {d}/none.json", "hf-lora train: --accelerator-config {d}/none.json does not exist."),
     (ROWS + "--push-to-hub --hub-model-id 'a b/c'", "--hub-model-id a b/c is not a valid repository name"),
     (ROWS + "--lora-adapter {d}/chatt", "--lora-adapter {d}/chatt: there is no such folder (did you mean 'chat'"),
     (ROWS + "--lora-adapter {bert}", "--lora-adapter {bert} is not the folder of an adapter"),
@@ -117,6 +124,10 @@ OTHERS = [
     ("generate {llama} --prompt a --merge", "so --base-model and --merge do not apply"),
     ("generate {chat} --file {d}/prompts.jsonl --out ''", "Invalid value for '--out': the name is empty"),
     ("eval {clf} --file {d}/rows.csv --system x --last-turn-only", "--last-turn-only, --system x has no effect on te"),
+    (
+        "eval {chat} --file {d}/prompts.jsonl --text-column prompt --completion-column prompt",
+        "--text-column and --completion-column are the same column, 'prompt'",
+    ),
     ("eval {chat} --file {d}/plain", "plain' is not a file of a known type"),
     ("chat {d}/none", "is not a local folder and not a valid repository name: there is no such folder"),
     ("push {clf} https://huggingface.co/user/x", "this is an address. Pass the name of the repository: user/x"),
@@ -169,6 +180,25 @@ def test_a_run_that_does_not_fit_the_model(words: str, message: str, places: dic
 @pytest.mark.parametrize(("words", "message"), OTHERS, ids=lambda value: value[-40:])
 def test_a_call_of_another_command(words: str, message: str, places: dict[str, str]) -> None:
     check(words, message, places)
+
+
+def test_a_template_that_cannot_be_written_whole_is_not_left_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    def full(self: Path, *args: Any, **more: Any) -> Any:
+        opened(self, *args, **more).close()
+        return Full()
+
+    monkeypatch.setattr(Path, "open", full)
+    error = run_command("init", "causal-lm", tmp_path / "run.yaml", code=2).stderr
+    assert "cannot be written (No space left on device). Name another file." in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_token_is_said_at_once(places: dict[str, str], tmp_path: Path, messages: list[str]) -> None:
