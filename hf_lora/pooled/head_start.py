@@ -23,6 +23,9 @@ SCALES = torch.logspace(-2, 4, 61, dtype=torch.float64)
 """Inverse temperatures that are tried, in units of the mean squared distance of a row to the mean of all."""
 CLOSE = 0.01
 """Of the scales whose loss is this close to the lowest, in nats, the smallest is taken."""
+STEEPEST = 100.0
+"""A change of the feature by 1% changes a logit by at most about 1. Features that hardly differ would else make a head
+that no training could correct."""
 
 
 def start_head(
@@ -116,13 +119,15 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
     logits = logits.scatter(1, own, left_out[:, None])
     spread = centered.square().sum(1).mean()
     unit = spread if spread > 0 else torch.ones_like(spread)
-    scales, several = SCALES.to(features) / unit, rows > 1  # a lone row has no others to be compared with
+    most = STEEPEST / (squared.max().sqrt() * features.square().sum(1).mean().sqrt()).clamp(min=1 / STEEPEST)
+    scales = (SCALES.to(features) / unit).clamp(max=most)
+    several = rows > 1  # a lone row has no others to be compared with
     if several.any():
         each = [nn.functional.cross_entropy((logits * scale)[several], labels[several]) for scale in scales]
         best = next(i for i, loss in enumerate(each) if loss <= min(each) + CLOSE)
         scale, loss = scales[best], float(each[best])
     else:
-        scale, loss = 1 / unit, math.log(classes)
+        scale, loss = (1 / unit).clamp(max=most), math.log(classes)
     weight = scale * means
     return weight, -scale * squared / 2 - weight @ center, loss
 

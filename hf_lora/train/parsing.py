@@ -39,6 +39,18 @@ TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASK
 """Defaults by task. Models that are not language models are usually small, and need a higher rate."""
 
 
+CHOSEN = {
+    "lora_r": "8; 32 for text-classification, 64 for causal-lm",
+    "lora_alpha": "2 r; r for text-classification and causal-lm",
+    "lora_bias": "none; all for text-classification",
+    "loraplus_lr_ratio": "1; 4 for text-classification, and for causal-lm up to a width of 1,024",
+    "head_learning_rate": "learning_rate; 0.003 for text-classification",
+    "num_train_epochs": "3; up to 20 for text-classification with few rows",
+    "train_sampling_strategy": "random; group_by_length for text-classification",
+}
+"""Option -> its default where a task chooses one, see `train.defaults`."""
+
+
 def defaults_of(task: Task, packing: bool) -> Defaults:
     """The defaults of a run."""
     return TASK_DEFAULTS[PACKED if isinstance(task, CausalLM) and packing else task.name]
@@ -110,6 +122,11 @@ class RunArguments:
         "class, in one pass before training) or random.",
         choices=["class-means", "random"],
     )
+    search_learning_rate: bool = flag(
+        False,
+        "Choose the learning rate among five around the default by successive halving on held-out rows, for about the "
+        "price of another run; the same as --learning-rate auto.",
+    )
     verbose: bool = flag(False, "Also list every adapted layer before training.")
     overwrite: bool = flag(
         False,
@@ -155,12 +172,19 @@ def describe_arguments() -> str:
     for name in (f.name for f in dataclasses.fields(Defaults)):
         values: dict[str, list[str]] = {}
         for task, defaults in TASK_DEFAULTS.items():
-            values.setdefault(f"{getattr(defaults, name):g}", []).append(task)
+            by_width = name == "learning_rate" and task in (CausalLM.name, PACKED)
+            values.setdefault("by the width" if by_width else f"{getattr(defaults, name):g}", []).append(task)
         found = "; ".join(f"{value} for {', '.join(tasks)}" for value, tasks in values.items())
-        listed = re.search(rf"--{name} .*?\(default:\s+([^)]*)\)", text, re.DOTALL)
-        if listed is not None:
-            text = text[: listed.start(1)] + found + text[listed.end(1) :]
+        text = _with_default(text, name, found)
+    for name, found in CHOSEN.items():
+        text = _with_default(text, name, found)
     return text
+
+
+def _with_default(text: str, name: str, default: str) -> str:
+    """The help text, with what it says of an option's default replaced."""
+    listed = re.search(rf"--{name} .*?\(default:\s+([^)]*)\)", text, re.DOTALL)
+    return text if listed is None else text[: listed.start(1)] + default + text[listed.end(1) :]
 
 
 def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Parsed:
@@ -185,6 +209,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
+    lines, argv = _with_search(lines), _with_search(argv)
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
@@ -207,6 +232,22 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
     return Parsed(run, training, frozenset(named | set(empty)))
+
+
+def _with_search(words: Sequence[str]) -> list[str]:
+    """The words, with `--learning-rate auto` as its own flag: the value is a number for the parser."""
+    found, skip = list[str](), False
+    for place, word in enumerate(words):
+        following = words[place + 1] if place + 1 < len(words) else ""
+        name, _, value = word.partition("=")
+        if skip:
+            skip = False
+        elif name.replace("-", "_") == "__learning_rate" and (value or following) == "auto":
+            found.append("--search_learning_rate=True")
+            skip = not value
+        else:
+            found.append(word)
+    return found
 
 
 def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:

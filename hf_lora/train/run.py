@@ -29,6 +29,7 @@ from .parsing import Parsed, RunArguments, parse_arguments
 from .run_data import read_data
 from .schedule import hints, set_warmup, steps_of
 from .scores import add_scores, scores
+from .search import search_learning_rate
 from .start import start_lines
 from .watch.progress import Progress
 from .watch.rise import LossRise
@@ -76,6 +77,8 @@ def finetune(
     """
     parsed = arguments if isinstance(arguments, Parsed) else parse_arguments([], arguments)
     data = read_data(parsed)
+    if parsed.run.search_learning_rate:
+        search_learning_rate(parsed, data)
     trainer, training = build_trainer(parsed, data), parsed.training
     add_scores(trainer, data)
     _begin(parsed, data, trainer, report)

@@ -14,6 +14,7 @@ from ..tasks.base import Data, Given, Options, Task, check_packages
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
 from .check import check_run, check_task
+from .defaults import choose
 from .parsing import Parsed, RunArguments, defaults_of
 
 
@@ -47,6 +48,8 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     if data.pooling is not None:
         why = "--pooling" if run.pooling else "declared by the checkpoint"
         data.lines.append(f"the classifier reads the {data.pooling} of the tokens ({why})")
+    if (chosen := choose(parsed, data)).made:
+        data.lines.append(str(chosen))
     return data
 
 

@@ -243,7 +243,7 @@ def test_an_earlier_run_is_replaced_only_on_request_and_at_the_end(
         patch.setattr("transformers.Trainer.training_step", ends)
         assert "the run ends here" in run(*words, "--overwrite", code=2).stderr
     assert (out / WEIGHTS).read_bytes() == first
-    assert LoraModel.from_pretrained(out).lora_configs["default"].r == 8
+    assert LoraModel.from_pretrained(out).lora_configs["default"].r == 32
     run(*words, "--overwrite", "--num-train-epochs", 1, "--lora-r", 3)
     assert LoraModel.from_pretrained(out).lora_configs["default"].r == 3
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]

@@ -14,7 +14,7 @@ from helpers import run_command
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lora import ConfigError, LoraModel, finetune
-from hf_lora.train.parsing import DEFAULTS, PACKED, TASK_DEFAULTS, parse_arguments
+from hf_lora.train.parsing import CHOSEN, DEFAULTS, PACKED, TASK_DEFAULTS, parse_arguments
 from hf_lora.train.run_data import read_data
 from hf_lora.train.watch import progress
 
@@ -33,7 +33,7 @@ def test_classification_from_csv(bert_folder: str, texts_folder: Path, tmp_path:
     assert (
         "text-classification from the columns 'text', 'label': 24 train, 24 eval, 24 test, 2 labels" in result.output
     )
-    assert re.search(r"query +32 -> 32 +4 +8 +256\n", result.output)
+    assert re.search(r"query +32 -> 32 +4 +4 +256\n", result.output)
     assert f"Use it with: hf-lora eval {tmp_path / 'out'} --file FILE\n" in result.output
     assert "MISSING" not in result.output
     assert re.search(r"\n {8,}eval +test\n(.*\n)*accuracy +(\S+) +\2\n", result.output)
@@ -145,7 +145,7 @@ def test_chats_are_shown_then_learned(chat_folder: Path, tmp_path: Path) -> None
     result = run(*words, "--max-steps", 2, "--use_cpu", "--disable-tqdm", "true", "--packing", "false")
     assert "loss: over the frozen lm_head in chunks of tokens" in result.output
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
-    assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].r == 8
+    assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].r == 64
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,18 @@ def test_the_listed_defaults_are_those_of_a_run(
         assert listed is not None
         values = {t: value for part in listed[1].split("; ") for value, t in _of_tasks(part)}
         assert values.keys() == TASK_DEFAULTS.keys()
-        assert values[task] == f"{getattr(parsed.training, name):g}"
+        by_width = name == "learning_rate" and task != "text-classification"
+        assert values[task] == ("by the width" if by_width else f"{getattr(parsed.training, name):g}")
+    names = {"text-classification": ("text-classification",), "causal-lm": ("causal-lm",), PACKED: ("causal-lm",)}[
+        task
+    ]
+    for name, words in CHOSEN.items():
+        listed = re.search(rf"--{name} .*?\(default: ([^)]*)\)", text)
+        assert listed is not None
+        assert listed[1] == words
+        said = next((part for part in re.split("[;,] ", words) if part.endswith(f"for {names[0]}")), None)
+        if said is not None and said.split()[0] not in ("r", "up"):
+            assert str(getattr(parsed.training, name)) == said.split()[0]
 
 
 def _of_tasks(part: str) -> list[tuple[str, str]]:

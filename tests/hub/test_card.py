@@ -130,7 +130,7 @@ def test_the_configuration_is_the_files_and_the_runs(trained: Any) -> None:
     total = sum(p.numel() for p in trained.model.parameters())
     assert rows["Trained"] == f"{trainable:,} of {total:,} parameters ({100 * trainable / total:.3g} %)"
     expected = {
-        "Rank r": "4", "Alpha": "8; other layers 2", "Learning rate": "0.003", "Epochs": "3", "Steps": "18",
+        "Rank r": "4", "Alpha": "4; other layers 2", "Learning rate": "0.003", "Epochs": "3", "Steps": "18",
         "Seed": "7", "Batch": "4 rows", "Rows trained on": "24", "Schedule": "linear",
         "Precision": "base in float32", "torch": torch.__version__,
     }  # fmt: skip

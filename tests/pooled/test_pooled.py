@@ -278,6 +278,16 @@ def test_useless_features_give_chance_and_a_lone_row_is_no_certainty() -> None:
     assert torch.isfinite(bias).all()
 
 
+def test_features_that_hardly_differ_do_not_make_a_steep_head() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 2
+    features = torch.ones(40, 8).double() + 1e-6 * (torch.randn(40, 8).double() + 3 * labels[:, None])
+    weight, _bias, loss = class_means(features, labels, 2)
+    changed = features + 0.01 * torch.randn(40, 8).double()
+    assert float(((changed - features) @ weight.T).abs().max()) < 5.0
+    assert loss <= 0.7
+
+
 def test_start_head_keeps_modes_and_random_numbers_and_refuses_what_it_cannot_do(declared: dict[str, str]) -> None:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 

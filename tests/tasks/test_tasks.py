@@ -435,7 +435,7 @@ def test_a_run_says_what_it_does(task: str, run_of: Callable[[str], Run]) -> Non
     run = run_of(task)
     assert run.said.startswith(f"{task} from the columns ")
     assert re.search(
-        r"(24|\d\d|18) rows · LoRA r=8 on \d+ layers?( and .*)?, [\d,]+ trained \(\S+%\) · \d+ steps", run.said
+        r"(24|\d\d|18) rows · LoRA r=(8|32) on \d+ layers?( and .*)?, [\d,]+ trained \(\S+%\) · \d+ steps", run.said
     )
     assert "24 train, 24 test" in run.said or "18 train, 18 test" in run.said
     names = set(TASKS[task].metrics)

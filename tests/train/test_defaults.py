@@ -1,0 +1,111 @@
+"""The settings that a run chooses: by the data and the width, and never over what the user gave."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import write_lines
+from tiny import OTHERS, TEXTS, bert_of_texts
+
+from hf_lora.tasks.base import Data
+from hf_lora.tasks.causal_lm import rate_for_width
+from hf_lora.tasks.registry import CAUSAL_LM, TASKS
+from hf_lora.train.defaults import EPOCHS, LENGTHS, PACKED_STEPS, STEPS, choose
+from hf_lora.train.parsing import Parsed, parse_arguments
+from hf_lora.train.run_data import read_data
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bert_of_texts(tmp_path_factory.mktemp("texts") / "bert")
+
+
+def read(base: str, file: Path, *words: str) -> tuple[Parsed, Data]:
+    parsed = parse_arguments(["--model", base, "--train-file", str(file), "--use-cpu", *words])
+    return parsed, read_data(parsed, writes=False)
+
+
+def labeled(file: Path, count: int) -> Path:
+    lines = [{"text": (TEXTS + OTHERS)[i % 16], "label": "ab"[i % 2]} for i in range(count)]
+    return Path(write_lines(file, lines))
+
+
+@pytest.mark.parametrize("count", [16, 600, 3000])
+def test_a_classifier_is_trained_for_enough_steps(count: int, base: str, tmp_path: Path) -> None:
+    parsed, data = read(base, labeled(tmp_path / "rows.jsonl", count))
+    training = parsed.training
+    steps = -(-count // 16) * training.num_train_epochs
+    assert EPOCHS[0] <= training.num_train_epochs <= EPOCHS[1]
+    assert steps >= STEPS or training.num_train_epochs == EPOCHS[1]
+    assert training.num_train_epochs == EPOCHS[0] or steps - -(-count // 16) < STEPS
+    assert (training.lora_r, training.lora_alpha, training.loraplus_lr_ratio) == (32, 32, 4)
+    assert data.lines[-1].startswith("chosen: --lora-r 32")
+
+
+def test_what_the_user_gave_stays(base: str, tmp_path: Path) -> None:
+    file = labeled(tmp_path / "rows.jsonl", 32)
+    words = ("--lora-r", "4", "--num-train-epochs", "2", "--head-learning-rate", "0.01", "--lora-bias", "none")
+    training = read(base, file, *words)[0].training
+    assert (training.lora_r, training.num_train_epochs, training.head_learning_rate) == (4, 2, 0.01)
+    assert training.lora_bias == "none"
+    assert training.lora_alpha == 4  # follows the rank, as it was measured
+    assert read(base, file, "--lora-alpha", "7")[0].training.lora_alpha == 7
+    assert read(base, file, "--max-steps", "5")[0].training.num_train_epochs == 3
+
+
+def test_numbers_as_labels_keep_the_defaults_of_the_trainer(base: str, tmp_path: Path) -> None:
+    lines = [{"text": text, "label": i / 7} for i, text in enumerate(TEXTS + OTHERS)]
+    file = Path(write_lines(tmp_path / "rows.jsonl", lines))
+    training = read(base, file, "--problem-type", "regression")[0].training
+    assert (training.lora_r, training.loraplus_lr_ratio, training.num_train_epochs) == (8, None, 3)
+
+
+def test_the_rate_of_a_language_model_falls_with_its_width() -> None:
+    assert rate_for_width(576) == 1e-3
+    rates = [rate_for_width(width) for width in (128, 576, 1024, 2048, 4096, 8192)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 2e-3
+    assert 1.5e-4 < rate_for_width(4096) < 3e-4  # where others begin with several billion parameters
+
+
+class Config:
+    hidden_size = 576
+
+    def get_text_config(self) -> Config:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "expected"),
+    [
+        (800, 100, 1024),
+        (200, 100, 256),
+        (800, 500, 1024),
+        (20, 30, 128),
+        (20, 300, 512),
+        (5000, 100, 1024),
+        (10, 1024, 1024),
+    ],
+)
+def test_packed_rows_are_as_long_as_the_steps_allow(rows: int, tokens: int, expected: int) -> None:
+    """Never shorter than the longest text, which would be cut."""
+    parsed = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu"])
+    parsed.training.per_device_train_batch_size = 1
+    config: Any = Config()
+    from datasets import Dataset
+
+    data = Data(TASKS[CAUSAL_LM], config, None, length=1024)
+    data.rows["train"] = Dataset.from_dict({"input_ids": [[1] * tokens] * rows})
+    said = str(choose(parsed, data))
+    assert data.length == expected
+    assert data.length >= tokens
+    steps = 3 * rows * tokens / data.length
+    assert steps >= PACKED_STEPS or data.length == min(length for length in LENGTHS if length >= tokens)
+    assert "--learning-rate 0.001 --loraplus-lr-ratio 4 (for the width 576)" in said
+    assert (f"--max-length {expected}" in said) == (expected < 1024)
+    given = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", "--max-length", "900"])
+    data.length = 900
+    choose(given, data)
+    assert data.length == 900

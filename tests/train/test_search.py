@@ -1,0 +1,132 @@
+"""`--learning-rate auto`: the rate that a slow computation finds too, and the run that its number would give."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import run_command, write_lines
+from safetensors.torch import load_file
+from tiny import OTHERS, TEXTS, bert_of_texts
+
+import hf_lora
+from hf_lora import ConfigError
+from hf_lora.train import search
+from hf_lora.train.parsing import parse_arguments
+from hf_lora.train.search import FACTORS, FILE, RUNGS, Trial, describe, search_learning_rate
+
+TRIALS = sum(count for _, count in RUNGS)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return bert_of_texts(tmp_path_factory.mktemp("texts") / "bert")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = random.Random(0)
+    words = sorted({word for text in TEXTS + OTHERS for word in text.split()})
+    lines = []
+    for _ in range(80):
+        text = " ".join(source.choices(words, k=5))
+        lines.append({"text": text, "label": "yes" if "dog" in text or "cat" in text or "sun" in text else "no"})
+    return Path(write_lines(tmp_path_factory.mktemp("rows") / "rows.jsonl", lines))
+
+
+def arguments(base: str, rows: Path, out: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model": base, "train_file": str(rows), "output_dir": str(out), "use_cpu": True, "disable_tqdm": True,
+        "save_strategy": "no", "num_train_epochs": 8, "per_device_train_batch_size": 8, "learning_rate": "auto",
+        **more,
+    }  # fmt: skip
+
+
+def test_auto_gives_the_run_of_the_rate_that_it_finds(base: str, rows: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = hf_lora.finetune(arguments(base, rows, tmp_path / "auto"), lines.append)
+    rate = next(
+        float(line.split()[2].rstrip(",")) for line in lines[0].splitlines() if line.startswith("learning rate")
+    )
+    kept = next(iter(json.loads((tmp_path / "auto" / FILE).read_text()).values()))
+    assert len(kept) == TRIALS
+    last = {key: trial["loss"] for key, trial in kept.items() if key.endswith("/4")}
+    assert f"{rate:g}/4" == min(last, key=last.__getitem__)
+    first = sorted((trial["loss"], key) for key, trial in kept.items() if key.endswith("/8"))
+    assert {key.split("/")[0] for _, key in first[:2]} == {key.split("/")[0] for key in last}
+    assert rate in [pytest.approx(1e-3 * factor) for factor in FACTORS]
+    hf_lora.finetune(arguments(base, rows, tmp_path / "given", learning_rate=rate))
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("auto", "given"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert found.metrics == {}
+
+
+def test_an_interrupted_search_goes_on(base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lora.train.run_data import read_data
+
+    tried: list[float] = []
+    own = search._Runner.run
+
+    def counted(self: Any, rate: float, divisor: int) -> Trial:
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        tried.append(rate)
+        return own(self, rate, divisor)
+
+    def searched(out: Path, **more: Any) -> list[Trial]:
+        parsed = parse_arguments([], arguments(base, rows, out, **more))
+        return search_learning_rate(parsed, read_data(parsed))
+
+    monkeypatch.setattr(search._Runner, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        searched(tmp_path / "out")
+    monkeypatch.setattr(search._Runner, "run", lambda *args: tried.append(args[1]) or own(*args))
+    again = searched(tmp_path / "out")
+    assert len(tried) == TRIALS
+    assert searched(tmp_path / "whole") == again  # as if it had not been interrupted
+    tried.clear()
+    searched(tmp_path / "out")
+    assert not tried
+    searched(tmp_path / "out", seed=3)  # another run
+    assert len(tried) == TRIALS
+
+
+def test_a_rate_that_diverges_loses(base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_lora.train.run_data import read_data
+
+    losses = dict(zip(FACTORS, (1.0, 0.5, 0.7, float("inf"), float("inf")), strict=True))
+    monkeypatch.setattr(
+        search._Runner, "run", lambda self, rate, divisor: Trial(rate, 80 // divisor, losses[round(rate * 1e3, 3)])
+    )
+    words = parse_arguments([], arguments(base, rows, tmp_path / "out"))
+    data = read_data(words)
+    search_learning_rate(words, data)
+    assert words.training.learning_rate == pytest.approx(5e-4)
+    assert data.lines[-1].startswith("learning rate 0.0005")
+    assert "0.002: diverged" in data.lines[-1]
+    losses.update(dict.fromkeys(losses, float("inf")))
+    words = parse_arguments([], arguments(base, rows, tmp_path / "none"))
+    with pytest.raises(ConfigError, match="diverged with every rate"):
+        search_learning_rate(words, read_data(words))
+
+
+def test_the_end_of_the_range_is_said() -> None:
+    trials = [Trial(1.0, 5, 0.2), Trial(2.0, 5, 0.3)]
+    assert "end of the range" in describe(trials, trials[0])
+    assert "end of the range" not in describe([*trials, Trial(0.5, 5, 0.9)], trials[0])
+
+
+def test_few_rows_and_a_word_that_is_not_auto_are_refused(base: str, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "few.jsonl", [{"text": t, "label": "ab"[i % 2]} for i, t in enumerate(TEXTS)])
+    common = ("train", "--model", base, "--train-file", file, "--output-dir", tmp_path / "out", "--use-cpu")
+    said = run_command(*common, "--learning-rate", "auto", code=2).stderr
+    assert "at least 20 rows" in said
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    assert "invalid float value" in run_command(*common, "--learning-rate", "best", code=2).stderr
+    for words in (["--learning-rate=auto"], ["--learning_rate", "auto"], ["--search-learning-rate"]):
+        assert parse_arguments(["--model", "m", *words, "--seed", "3"]).run.search_learning_rate
