@@ -57,6 +57,9 @@ OF_TRL: dict[str, tuple[str, ...]] = {
 }
 """Private methods of TRL's `SFTTrainer` that `LoraSFTTrainer` overrides -> their parameters after self."""
 
+OF_GENERATION = ("_generate_single_turn", "_get_train_sampler")
+"""Private methods of TRL's `GRPOTrainer` and `RLOOTrainer` that are overridden, and called with the same arguments."""
+
 LOADING: dict[str, tuple[str, ...]] = {
     "conversion_mapping.get_model_conversion_mapping": ("model",),
     "core_model_loading.WeightConverter": ("source_patterns", "target_patterns", "operations"),

@@ -113,6 +113,16 @@ def test_private_methods_of_trl_have_the_parameters_they_had(name: str) -> None:
     assert {n for n in vars(LoraSFTTrainer) if n[0] == "_" and n[1] != "_" and hasattr(trainer, n)} == {*compat.OF_TRL}
 
 
+@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def test_private_methods_of_generation_are_where_they_were(kind: str) -> None:
+    trainer = getattr(pytest.importorskip("trl"), f"{kind}Trainer")
+    from hf_lora.train.preference import LoraReinforcementMixin as ours
+
+    assert {n for n in vars(ours) if n[0] == "_" and n[1] != "_" and hasattr(trainer, n)} == {*compat.OF_GENERATION}
+    assert "self._generate_single_turn(" in inspect.getsource(trainer)
+    assert ".generate(" in inspect.getsource(trainer._generate_single_turn)
+
+
 def test_attributes_of_trainer_that_are_looked_for_are_set() -> None:
     assert "_loss_shifts_labels" in inspect.getsource(Trainer.__init__)
     assert "_train_batch_size" in inspect.getsource(Trainer)
@@ -222,7 +232,7 @@ def names_of_others(file: Path) -> set[str]:
     return found
 
 
-OWN = {"_lora", "_bare_model", "_parameters"}
+OWN = {"_lora", "_bare_model", "_dtypes", "_parameters"}
 """Of our own classes; and torch's `Module._parameters`, which has been there since its first release."""
 
 

@@ -75,13 +75,16 @@ def _uses(model: nn.Module, attribute: str) -> Iterator[tuple[str, str, str, str
                 yield name, cls.__name__, f"{name}.{child}" if name else child, child
 
 
-def uncalled_embeddings(model: nn.Module) -> dict[str, str]:
+def uncalled_embeddings(model: nn.Module, once: bool = True) -> dict[str, str]:
     """Original name -> reason, for every embedding that only lends its weight to others, as a tied one may.
 
     No method that could run in a forward mentions it.
+
+    Args:
+        once: an embedding with several names is one; else each name is judged by itself, as in PEFT.
     """
     users: dict[int, list[str]] = {}
-    modules = dict(original_modules(model))
+    modules = dict(original_modules(model, once))
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and module._parameters.get("weight") is not None:
             users.setdefault(id(module._parameters["weight"]), []).append(name)

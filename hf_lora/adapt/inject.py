@@ -23,7 +23,7 @@ from .inner import end_models
 from .state import AdapterRecord, LoraState, Task, base_task, require_state, state_of
 from .statistics import informed
 from .targets import Explanation, resolve
-from .ties import has_broken_ties, tie_copies, untie_all
+from .ties import has_broken_ties, part_embeddings, tie_copies, untie_all
 from .undo import all_or_nothing, gc_paused
 from .walk import ATTRIBUTE, module_at, of_other_models, original_modules, parts, placed, places_of, put
 
@@ -175,8 +175,11 @@ def eject(model: nn.Module, keep_heads: bool = False) -> nn.Module:
         if not active:
             switch(model, state, active=())
         _remove(model, owned, active)
-        if swapped and has_broken_ties(model):
+        broken = swapped and has_broken_ties(model)
+        if broken:
             untie_all(model)  # a copy is not tied as its original was
+        if broken or (state.ties is not None and state.ties.keys is not None):
+            part_embeddings(model)
         state.activity.set(merged=())
         end_differentiable(module for _, module in original_modules(model))
         for name in state.borrowed:

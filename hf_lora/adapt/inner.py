@@ -6,9 +6,10 @@ In: a module whose transformers models have their extended class. Out: marks on 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import StateError, TrainingError
@@ -62,14 +63,36 @@ def adapted_part(model: nn.Module) -> nn.Module:
     """The module that has, or is to get, the adapters: the model, or a transformers model that is all of it.
 
     Wrappers that save their parts themselves, as those of sentence-transformers do, then write and load the adapter as
-    a part. They may have no parameters of their own, which no file of an adapter would hold.
+    a part. Their other parameters must be those of modules with a `save` of their own, such as dense layers, because
+    no file of an adapter would hold them.
     """
     saves_itself = hasattr(type(model), "save_pretrained")  # of the class: a compiled model has its model's attributes
     if not saves_itself or isinstance(model, PreTrainedModel) or state_of(model) is not None:
         return model
-    inner = next(outermost_models(model), None)
-    inside = {id(p) for p in inner.parameters()} if inner is not None else set()
-    return inner if inner is not None and all(id(p) in inside for p in model.parameters()) else model
+    inner = list(outermost_models(model))
+    if len(inner) != 1 or not _saves_the_rest(model, inner[0], {id(p) for p in inner[0].parameters()}):
+        return model
+    return inner[0]
+
+
+def _saves_the_rest(module: nn.Module, inner: nn.Module, inside: set[int]) -> bool:
+    """Whether each parameter of `module` is one of `inner`, or belongs to a module beside it that saves itself."""
+    if module is inner:
+        return True
+    return all(id(p) in inside for p in module.parameters(recurse=False)) and all(
+        (hasattr(type(child), "save") and inner not in child.modules()) or _saves_the_rest(child, inner, inside)
+        for child in module.children()
+    )
+
+
+def outside(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a model that are not those of its `adapted_part`, by their names."""
+    inner = adapted_part(model)
+    if inner is model:
+        return {}
+    inside = {id(tensor) for tensor in (*inner.parameters(), *inner.buffers())}
+    named: Iterator[tuple[str, Tensor]] = chain(model.named_parameters(), model.named_buffers())
+    return {name: tensor for name, tensor in named if id(tensor) not in inside}
 
 
 def refuse_arguments_of_peft(model: nn.Module, kwargs: Mapping[str, object]) -> None:

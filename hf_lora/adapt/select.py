@@ -18,6 +18,7 @@ from .bypass import bypassed_modules, uncalled_embeddings
 from .embeddings import output_embeddings
 from .heads import outside_backbone
 from .match import holder, layer_index, matcher
+from .ties import same_module
 from .unsaved import modules_in_no_checkpoint
 
 ONLY_WHOLE = "matches only modules that are trained whole; leave them out of modules_to_save ([]: none) to adapt them"
@@ -149,7 +150,9 @@ class Selection:
                     f"target_modules={pattern!r} finds no layer outside the head; name layers, such as convolutions"
                 )
             elif not self._from_file or isinstance(targets, str):
-                self._faults.add(f"target_modules: {pattern!r} matches nothing{nearest(pattern, self._names())}")
+                wanted = targets if isinstance(targets, str) else [pattern]
+                hint = same_module(self._modules[""], wanted) or nearest(pattern, self._names())
+                self._faults.add(f"target_modules: {pattern!r} matches nothing{hint}")
 
     def _unmatched_limits(self) -> None:
         for pattern in as_tuple(self._config.exclude_modules or ()):

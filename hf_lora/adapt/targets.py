@@ -28,7 +28,7 @@ from .heads import called_parts, find_heads, why_not_called
 from .match import PatternTable, holder, matcher
 from .request import check_alphas, check_names, check_pair, requested_parts, settings_of
 from .select import Selection, all_names, last_names
-from .ties import parted_by, tied_with_embedding
+from .ties import parted_by, same_module, tied_with_embedding
 from .unsaved import planned_rows, why_unsaved
 from .walk import original_modules
 
@@ -300,7 +300,8 @@ def _saved_modules(
         if name in saved:
             faults.add(f"{name} cannot be trained whole: {why}")
     for pattern in sorted(unmatched):
-        faults.add(f"modules_to_save: {pattern!r} matches no module{nearest(pattern, all_names(modules))}")
+        hint = same_module(model, [pattern]) or nearest(pattern, all_names(modules))
+        faults.add(f"modules_to_save: {pattern!r} matches no module{hint}")
     return saved
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -17,7 +18,7 @@ from ..layers.hosts import Host
 from ..layers.parts import Fold
 from .embeddings import input_embedding
 from .heads import mark_like
-from .match import holder
+from .match import holder, matcher
 from .walk import module_at, original_modules, placed
 
 
@@ -98,6 +99,55 @@ def join_embeddings(model: Any, name: str) -> None:
     model.set_input_embeddings(model.get_input_embeddings())
 
 
+def names_by_place(model: nn.Module) -> dict[str, list[str]]:
+    """First name -> its names, one for each place, of every module that the model has at several places."""
+    modules: dict[str, nn.Module] = {}
+    names: dict[int, list[str]] = {}
+    for path, module in original_modules(model, once=False):
+        modules[path] = module
+        names.setdefault(id(module), []).append(path)
+    found: dict[str, list[str]] = {}
+    for paths in names.values():
+        places: dict[tuple[int, str], str] = {}
+        for path in paths if len(paths) > 1 else ():
+            parent, _, leaf = path.rpartition(".")
+            places.setdefault((id(modules[parent]), leaf), path)
+        if len(places) > 1:
+            found[paths[0]] = list(places.values())
+    return found
+
+
+def same_module(model: nn.Module, patterns: str | Collection[str]) -> str:
+    """For an error: which module `patterns` matches at another than its first name; empty if none."""
+    hits = matcher(patterns)
+    for first, names in names_by_place(model).items():
+        if name := next(filter(hits, names[1:]), None):
+            return f" of its own: {name} is the same module as {first} here; name that"
+    return ""
+
+
+def part_modules(model: nn.Module, names: Iterable[str], call: str) -> None:
+    """Give each of these names a module of its own, with the tensors of the one that is there and at other places.
+
+    What the model computes does not change.
+
+    Raises:
+        StateError: one of them has adapters, which act at its other names too.
+    """
+    modules = {name: placed(model, name) for name in names}
+    taken = [n for n, m in modules.items() if isinstance(m, (Host, Replacement)) or "forward" in vars(m)]
+    if taken:
+        raise StateError(
+            f"{call}: the file has values for {', '.join(taken)} alone, but the model has the same module at other "
+            "names, with adapters or hooks. Load this adapter into a model without these."
+        )
+    for name, module in modules.items():
+        parent, _, leaf = name.rpartition(".")
+        twin = copy.copy(module)
+        twin.__dict__ |= {key: value.copy() for key, value in vars(module).items() if isinstance(value, dict | set)}
+        module_at(model, parent)._modules[leaf] = twin
+
+
 @contextmanager
 def original_weights(model: nn.Module) -> Iterator[None]:
     """Within, modules that are trained whole give the weights of their originals, as if no adapter were enabled."""
@@ -152,6 +202,15 @@ def untie_all(model: Any, ties: Ties | None = None) -> None:
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
             ties.configs.append(config)
+
+
+def part_embeddings(model: nn.Module) -> None:
+    """Give each name of an embedding a module and a weight of its own, as files of a model without ties have them."""
+    for first, names in names_by_place(model).items():
+        if isinstance(module_at(model, first), nn.Embedding):
+            part_modules(model, names[1:], "merge")
+            for name in names[1:]:
+                _copy_parameter(module_at(model, name), "weight", Ties())
 
 
 def has_broken_ties(model: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..adapt.folding import merged_rows
 from ..adapt.merge import by_tensor, check_mergeable, folds_of
-from ..adapt.ties import tied_folds
+from ..adapt.ties import names_by_place, tied_folds
 from ..adapt.walk import parts
 from ..errors import Faults, MergeError
 from ..layers.parts import Fold
@@ -79,6 +79,8 @@ class Plan:
     shards: list[OutShard] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     untied: bool = False
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """First name -> all names of each module that the model has at several places."""
 
     def dtype_of(self, held: torch.dtype) -> torch.dtype:
         """The dtype in the result of a tensor whose dtype in the base is `held`."""
@@ -110,11 +112,12 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     Raises:
         MergeError: lists everything that cannot be merged, or not from file to file.
     """
-    plan, faults = Plan(shell, dtype), Faults(call)
+    plan, faults = Plan(shell, dtype, places=names_by_place(shell.model)), Faults(call)
     folds = folds_of(shell.model, (NAME,), added=True)
     extra = _untied(plan, folds, untie)
     replaced = _replacements(plan)
-    _plan_folds(plan, folds, replaced.keys(), faults)
+    each = [replace(fold, name=name) for fold in folds for name in _names_of(plan, *fold.name.rsplit(".", 1))]
+    _plan_folds(plan, each, replaced.keys(), faults)
     try:
         check_mergeable(shell.model, folds, (NAME,), untie=untie, keep=False, call=call)
     except MergeError as error:
@@ -146,9 +149,17 @@ def _replacements(plan: Plan) -> dict[str, tuple[Tensor, torch.dtype]]:
         stays_tied = (part.is_tied or not part.whole_module) and not plan.untied
         for name, own, base in part.replaced():
             owner = shell.owners.get(name, name)
-            for each in alike.get(owner, [owner]) if stays_tied else [name]:
+            other = _names_of(plan, part.path, name.removeprefix(f"{part.path}."))
+            for each in alike.get(owner, [owner]) if stays_tied else other:
                 found[each] = own.detach(), base.dtype
     return found
+
+
+def _names_of(plan: Plan, path: str, leaf: str) -> list[str]:
+    """The names in the result of a tensor of a module, which the model may have at several places."""
+    first, *others = [f"{name}.{leaf}" for name in plan.places.get(path, [path])]
+    held, apart = plan.shell.names.held, plan.shell.tied if plan.untied else ()
+    return [first, *(name for name in others if name in held or name in apart)]
 
 
 def _untied(plan: Plan, folds: Sequence[Fold], untie: bool) -> list[tuple[str, str]]:

@@ -4,9 +4,9 @@ In: a model with adapters, or a folder. Out: a folder, or an adapter in the mode
 
 - `format`, `keys`: the names of files and tensors on disk; no other file knows them.
 - `foreign`, `tied`: tensors that other libraries write in other ways.
-- `joined`: one module in training that is several in a loaded base.
+- `joined`: one module in training that is several in a loaded base. `places`: a module at several places.
 - `save`, `load`: everything is checked before anything is changed.
-- `model_class`: the class of transformers that a file is for.
+- `model_class`: the class of transformers that a file is for. `heads`: those for other labels than the model's.
 - `vocabulary`: its size in training, and in the base.
 - `initializations`: what the initialization that a file names means for reading it.
 - `names`, `renamed`: which modules the names in a file mean to PEFT, and names of an older transformers.

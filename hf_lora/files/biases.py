@@ -29,7 +29,8 @@ def biases_in(
     adapted = {target.path for target in plan.layers}
     found: list[str] = []
     for path in plan.biases:
-        names = [path, *(name for name in users[id(base_bias(module_at(model, path)))] if name != path)]
+        others = (name for name in users[id(base_bias(module_at(model, path)))] if holder(name, plan.saved) is None)
+        names = list(dict.fromkeys((path, *others)))
         keys = [key_of(name, bias_key(kind)) for name in names for kind in (path in adapted, path not in adapted)]
         given = {key: tensors.pop(key) for key in keys if key in tensors}
         values = list(given.values())

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from ..layers.parts import PARTS
-from .keys import PREFIX, factor_keys
+from .keys import PREFIX, factor_keys, key_of
 
 _PEFT_WRAPPER = re.compile(r"(.+?)\.(original_module|modules_to_save)\.(.+)")
+_ROWS_WRAPPER = ".token_adapter.base_layer"
 
 
 def with_plain_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -45,20 +46,27 @@ def split_base_copies(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
     """(the adapter's tensors, module -> weight of the base) from a file of PEFT.
 
     For an adapted embedding or output embedding, PEFT also saves a copy of the base's weight; with trained biases it
-    saves those of whole modules twice more, under the names of its wrapper.
+    saves those of whole modules twice more, under the names of its wrapper, and that of an output layer with rows of
+    tokens under the name of theirs.
     """
     own: dict[str, Tensor] = {}
     copies: dict[str, Tensor] = {}
     suffixes = {suffix for suffix, _ in factor_keys()}
     for key, tensor in tensors.items():
-        path, rows = key.removesuffix(".base_layer.weight"), key.removesuffix(".token_adapter.base_layer.weight")
+        path, rows = key.removesuffix(".base_layer.weight"), key.removesuffix(f"{_ROWS_WRAPPER}.weight")
         if rows != key:
             copies[rows.removeprefix(PREFIX)] = tensor
         elif path != key and any(f"{path}.{suffix}" in tensors for suffix in suffixes):
             copies[path.removeprefix(PREFIX)] = tensor
         elif not _is_written_twice(key, tensors):
-            own[key] = tensor
+            own[key.replace(f"{_ROWS_WRAPPER}.bias", ".bias")] = tensor
     return own, copies
+
+
+def with_biases_of_rows(tensors: Mapping[str, Tensor], paths: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a file, with the bias of each module with rows of tokens under the name at which PEFT has it."""
+    names = {key_of(path, "bias"): key_of(path, f"{_ROWS_WRAPPER[1:]}.bias") for path in paths}
+    return {names.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def _is_written_twice(key: str, tensors: Mapping[str, Tensor]) -> bool:

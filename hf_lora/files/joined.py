@@ -16,35 +16,37 @@ from torch import Tensor, nn
 
 from ..adapt.bypass import called_embeddings
 from ..adapt.match import PatternTable
-from ..adapt.walk import original_modules
+from ..adapt.ties import names_by_place
+from ..adapt.walk import module_at
 from ..config import LoraConfig
 from ..errors import AdapterFileError
-from ..layers.parts import TokenRows
-from .keys import key_of
+from .keys import is_row, key_of
 
 Joined = dict[str, list[str]]
-"""First name of a module -> its names that are called in a loaded base."""
+"""First name of a module -> its names that are called in a loaded base; the first alone for all other modules."""
 
 
-def joined_embeddings(model: nn.Module, paths: Iterable[str]) -> Joined:
-    """Those of `paths` at which a module is that only its other names show as called."""
-    wanted, names = set(paths), dict[int, list[str]]()
-    for path, module in original_modules(model, once=False):
-        if isinstance(module, nn.Embedding):
-            names.setdefault(id(module), []).append(path)
-    found: dict[str, list[str]] = {}
-    for first, *others in names.values():
-        called = called_embeddings(model, [first, *others]) if others and first in wanted else [first]
-        if first not in called and called:
-            found[first] = called
+def joined_modules(model: nn.Module, paths: Iterable[str]) -> Joined:
+    """Those of `paths` at which a module is that the model has at other places too."""
+    wanted, found = set(paths), Joined()
+    for first, names in names_by_place(model).items():
+        if first in wanted:
+            is_embedding = isinstance(module_at(model, first), nn.Embedding)
+            called = called_embeddings(model, names) if is_embedding else []
+            found[first] = [first] if first in called or not called else called
     return found
+
+
+def renamed(joined: Joined) -> Joined:
+    """Those with other names in a file."""
+    return {first: called for first, called in joined.items() if called != [first]}
 
 
 def under_called_names(tensors: Mapping[str, Tensor], joined: Joined) -> dict[str, Tensor]:
     """The tensors of a file with those of joined modules once for each of their names. Rows of tokens stay."""
-    found: dict[str, Tensor] = {}
+    found, joined = dict[str, Tensor](), renamed(joined)
     for key, tensor in tensors.items():
-        path = next((path for path in joined if key.startswith(key_of(path, "")) and not _is_row(key)), None)
+        path = next((path for path in joined if key.startswith(key_of(path, "")) and not is_row(key)), None)
         rest = key.removeprefix(key_of(path or "", ""))
         found |= {key: tensor} if path is None else {key_of(name, rest): tensor for name in joined[path]}
     return found
@@ -53,7 +55,7 @@ def under_called_names(tensors: Mapping[str, Tensor], joined: Joined) -> dict[st
 def names_in_config(values: Mapping[str, Any], joined: Joined) -> dict[str, Any]:
     """The fields of an adapter_config.json with the called names of joined modules in place of the first."""
     found = dict(values)
-    for first, called in joined.items():
+    for first, called in renamed(joined).items():
         targets, whole = found["target_modules"], found["modules_to_save"]
         if whole and first in whole:
             found["modules_to_save"] = [*(name for name in whole if name != first), *called]
@@ -76,7 +78,7 @@ def under_first_names(tensors: Mapping[str, Tensor], joined: Joined) -> dict[str
         AdapterFileError: the file has different values for the names of one module.
     """
     found: dict[str, Tensor] = {}
-    firsts = {name: first for first, called in joined.items() for name in called}
+    firsts = {name: first for first, called in renamed(joined).items() for name in called}
     for key, tensor in tensors.items():
         path = next((name for name in firsts if key.startswith(key_of(name, ""))), None)
         own = key if path is None else key_of(firsts[path], key.removeprefix(key_of(path, "")))
@@ -88,11 +90,11 @@ def under_first_names(tensors: Mapping[str, Tensor], joined: Joined) -> dict[str
 
 def with_first_names(config: LoraConfig, joined: Joined) -> LoraConfig:
     """The reverse of `names_in_config`."""
-    if not joined:
+    if not (joined := renamed(joined)):
         return config
     firsts = {name: first for first, called in joined.items() for name in called}
 
-    def renamed(names: Iterable[str]) -> list[str]:
+    def first_names(names: Iterable[str]) -> list[str]:
         return list(dict.fromkeys(firsts.get(name, name) for name in names))
 
     targets, whole = config.target_modules, config.modules_to_save
@@ -102,8 +104,8 @@ def with_first_names(config: LoraConfig, joined: Joined) -> LoraConfig:
             targets = targets.removeprefix("(?:").removesuffix(end) if targets.endswith(end) else targets
     return replace(
         config,
-        target_modules=targets if isinstance(targets, str) else renamed(targets),
-        modules_to_save=None if whole is None else renamed(whole),
+        target_modules=targets if isinstance(targets, str) else first_names(targets),
+        modules_to_save=None if whole is None else first_names(whole),
         rank_pattern={key: r for key, r in config.rank_pattern.items() if key not in firsts},
         alpha_pattern={key: alpha for key, alpha in config.alpha_pattern.items() if key not in firsts},
     )
@@ -111,7 +113,3 @@ def with_first_names(config: LoraConfig, joined: Joined) -> LoraConfig:
 
 def _alternatives(names: Iterable[str]) -> str:
     return "".join(f"|{re.escape(name)}" for name in names)
-
-
-def _is_row(key: str) -> bool:
-    return any(key.endswith(f".{each}") for each in TokenRows.keys)

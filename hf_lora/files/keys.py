@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ..config import LoraConfig
 from ..layers.contract import Method, Shape
 from ..layers.methods import METHODS
-from ..layers.parts import PARTS
+from ..layers.parts import PARTS, TokenRows
 from ..layers.shapes import SHAPES
 
 PREFIX = "base_model.model."
@@ -52,3 +52,8 @@ def matrices() -> tuple[str, ...]:
 def factors_of(config: LoraConfig) -> tuple[str, ...]:
     """The names of all factors of a layer in a file with this configuration."""
     return (*matrices(), *METHODS[config.method].keys)
+
+
+def is_row(key: str) -> bool:
+    """Whether a file key is that of rows of tokens."""
+    return any(key.endswith(f".{each}") for each in TokenRows.keys)

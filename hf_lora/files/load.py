@@ -9,24 +9,22 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
 from ..adapt.inject import inject
-from ..adapt.labels import model_on_meta, new_head, with_task_of_class
+from ..adapt.labels import with_task_of_class
 from ..adapt.match import ancestors, holder
 from ..adapt.request import scalings
-from ..adapt.state import LoraState, Task, base_task, require_state, state_of
+from ..adapt.state import LoraState, require_state, state_of
 from ..adapt.targets import Explanation, resolve
-from ..adapt.ties import join_embeddings
+from ..adapt.ties import join_embeddings, tensor_users
 from ..adapt.walk import adapter_layers, module_at, module_of, original_modules, original_state, parts
 from ..config import LoraConfig
 from ..data.trained import TrainedFormat
 from ..errors import AdapterFileError, BaseMismatchError, Faults, TargetError
 from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
-from ..layers.ops import kept_random_states
 from ..layers.parts import Bias, Copy, bias_key
 from ..layers.site import Site
 from .base_config import base_settings, other_settings
@@ -38,11 +36,13 @@ from .format import (
     read_adapter,
     stored,
 )
+from .heads import head_source, new_heads, task_by_shape, task_in
 from .identity import differs, identify, is_absent, renewed
 from .keys import PREFIX, key_of
 from .names import frozen_modules, whole_modules
+from .places import apart, called_tensors, without_uncalled
 from .renamed import with_present_names
-from .tied import check_tied_copies, reject_tied_products, with_all_targets, with_plain_rows
+from .tied import check_tied_copies, left_apart, reject_tied_products, with_all_targets, with_plain_rows
 from .vocabulary import HELD, whole_embeddings
 
 logger = logging.get_logger(__name__)
@@ -68,6 +68,14 @@ def load_adapter(
     """
     file = source if isinstance(source, AdapterFile) else read_adapter(source)
     call = call if call.endswith(")") else f"{call}({str(file.path)!r}, {name!r})"
+    file = with_present_names(model, with_all_targets(file), call)
+    with apart(model, file, call) as file:
+        return _load(model, file, name, is_trainable, allow_other_base, call)
+
+
+def _load(
+    model: nn.Module, file: AdapterFile, name: str, is_trainable: bool, allow_other_base: bool, call: str
+) -> Explanation:
     state = state_of(model)
     identity = renewed(state.identity, model) if state is not None else identify(model)
     settings = state.settings if state is not None else base_settings(model)
@@ -77,14 +85,16 @@ def load_adapter(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
     file, plan, frozen = _plan(model, file, call)
-    if file.config.ensure_weight_tying and (parted := plan.tie(model, all)):
+    if left_apart(model, file):
+        file = replace(file, config=replace(file.config, ensure_weight_tying=False))
+    elif file.config.ensure_weight_tying and (parted := plan.tie(model, all)):
         if is_trainable and len(parted) > 1:
             raise AdapterFileError(
                 f"{call}: with ensure_weight_tying, {', '.join(parted)} are trained as one, which is not supported. "
                 "Load the adapter without is_trainable=True, or go on training it with PEFT."
             )
         file = replace(file, config=replace(file.config, ensure_weight_tying=False))
-    task = _task_in(file, model)
+    task = task_in(file)
     expected = {
         key_of(path, spec.key): spec.shape_on_disk
         for path, specs in plan.declared()
@@ -96,8 +106,8 @@ def load_adapter(
     tensors, plan.biases = biases_in(model, plan, file, faults)
     keys = {path: key_of(path, bias_key(path in adapted)) for path in plan.biases}
     expected |= {key: whole_shape(base_bias(module_at(model, path))) for path, key in keys.items()}
-    task = task or _task_by_shape(model, plan, file)
-    other = _model_on_meta(model, plan, task)
+    task = task or task_by_shape(model, plan, file)
+    other = head_source(model, plan, task)
     check_tied_copies(plan, tensors, faults)
     copies: dict[str, Tensor] = {}
     for path in plan.saved:
@@ -108,7 +118,7 @@ def load_adapter(
     compare(expected, tensors, faults)
     compare_kinds(copies, tensors, faults)
     faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
-    heads = _heads(model, plan, other)
+    heads = new_heads(model, plan, other)
     others = other_settings(model, file.extras)
     uncalled = uncalled_embeddings(model)
     lending = [path for path in dict.fromkeys((*adapted, *plan.saved)) if path in uncalled]
@@ -123,18 +133,14 @@ def load_adapter(
             if isinstance(part, Copy) and part.path in unnamed:  # saved with a new vocabulary, and not trained
                 for _, tensor in part.tensors():
                     tensor.requires_grad_(False)
-        if file.extras:  # they were one module in training, because its script had resized the vocabulary
-            for path in lending:
-                join_embeddings(model, path)
+        for path in lending:  # they were one module in training, because its script had resized the vocabulary
+            join_embeddings(model, path)
 
     config = with_task_of_class(model, file.config, call)
     inject(
         model, config, name, trainable=is_trainable, from_file=True, plan=plan, heads=heads, task=task, then=fill,
         call=call,
     )  # fmt: skip
-    if not file.extras:
-        for path in lending:
-            logger.warning(f"{call}: what the file has for {path} has no effect, as in PEFT: {uncalled[path]}.")
     if others:
         logger.warning(f"{call}: the adapter was trained with {others}. This base has other values: set them on it.")
     return plan
@@ -163,7 +169,7 @@ def load_adapter_weights(
     else:
         state.require(name)
         file = with_plain_rows(model, with_present_names(model, read_adapter(source), call), call)
-        tensors = _own_tensors(model, name, file.tensors)
+        tensors = _own_tensors(model, name, called_tensors(model, file, stored(parts(model, name))))
         difference = differs(file.extras.get("base") or {}, state.identity)
         if difference:
             raise BaseMismatchError(
@@ -235,13 +241,14 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
     Returns:
         the file with the tensors of the adapter, the plan, and name -> tensor for its copies of tensors of the base.
     """
-    file = with_plain_rows(model, with_present_names(model, with_all_targets(file), call), call)
+    file = with_plain_rows(model, file, call)
     whole = whole_modules(model, file.config, own=bool(file.extras))
     try:
         saved = dict.fromkeys(whole, "named in modules_to_save")
         plan = resolve(model, file.config, call, from_file=True, saved=saved)
     except TargetError as error:
         raise AdapterFileError(str(error), error.faults) from error
+    file = without_uncalled(model, file, plan, call)
     plan.saved |= {p: why for p, why in whole_embeddings(model, file).items() if holder(p, plan.saved) is None}
     plan.saved |= modules_called_bias(model, plan, file)
     held = {path for key in file.tensors for path in ancestors(key.removeprefix(PREFIX))}
@@ -276,12 +283,13 @@ def _other_biases(
     """Plan the parameters called `bias` that PEFT trained in other modules than layers.
 
     Returns:
-        the keys of buffers called `bias` and of frozen tensors that PEFT saved for their names, and those of second
-        names of a bias of the plan, with equal values.
+        the keys of buffers called `bias` and of frozen tensors that PEFT saved for their names, and those that have no
+        effect: of second names of a bias of the plan, with equal values, or of a module that is trained whole.
     """
     buffers, seconds = set[str](), set[str]()
     modules = dict(original_modules(model)) if config.bias == "all" else {}
     planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
+    users = tensor_users(model) if modules else {}
     for key in tensors:
         path, _, leaf = key.removeprefix(PREFIX).rpartition(".")
         if path not in modules or path in plan.biases or holder(path, plan.saved) is not None:
@@ -294,6 +302,8 @@ def _other_biases(
         bias = modules[path]._parameters.get("bias")
         if bias is None and "bias" in modules[path]._buffers:
             buffers.add(key)
+        elif bias is not None and any(holder(name, plan.saved) is not None for name in users[id(bias)]):
+            seconds.add(key)  # the module that uses it is trained whole, with a bias of its own
         elif bias is not None and id(bias) not in planned:
             plan.biases.append(path)
             planned[id(bias)] = path
@@ -345,47 +355,3 @@ def _alias(key: str, own: Container[str]) -> str:
 
 def _holds(key: str, path: str) -> bool:
     return key.startswith(key_of(path, ""))
-
-
-def _task_in(file: AdapterFile, model: nn.Module) -> Task | None:
-    extras = file.extras
-    if extras.get("id2label"):
-        id2label = {int(k): v for k, v in extras["id2label"].items()}
-        return Task(len(id2label), id2label, {v: k for k, v in id2label.items()}, extras.get("problem_type"))
-    return None
-
-
-def _model_on_meta(model: nn.Module, plan: Explanation, task: Task | None) -> PreTrainedModel | None:
-    """A model on meta for an adapter whose number of labels differs from the model's; None if it does not."""
-    labels = task.num_labels if task is not None else None
-    present = base_task(model).num_labels
-    if not plan.saved or labels is None or labels == present or getattr(model, "config", None) is None:
-        return None
-    return model_on_meta(model, labels)
-
-
-def _heads(model: nn.Module, plan: Explanation, other: PreTrainedModel | None) -> dict[str, nn.Module]:
-    """New heads like those of `other`, which the file's tensors will fill."""
-    if other is None:
-        return {}
-    with kept_random_states():
-        return {path: new_head(other, path, module_at(model, path)) for path in plan.saved}
-
-
-def _task_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> Task | None:
-    """The unnamed labels of another library's file; None if their number is the model's."""
-    labels = _labels_by_shape(model, plan, file)
-    return Task.from_labels(labels, None) if labels is not None else None
-
-
-def _labels_by_shape(model: nn.Module, plan: Explanation, file: AdapterFile) -> int | None:
-    """The number of outputs of the head in another library's file; None if it is the model's."""
-    present = base_task(model).num_labels
-    for path in plan.saved:
-        for key, own in module_at(model, path).state_dict().items():
-            held = file.tensors.get(key_of(path, key))
-            if held is None or not own.dim() or held.shape == own.shape or own.shape[0] != present:
-                continue
-            if held.shape[1:] == own.shape[1:]:
-                return int(held.shape[0])
-    return None

@@ -27,13 +27,14 @@ def outermost(names: Iterable[str]) -> list[str]:
     return [name for name in wanted if holder(name, wanted) == name]
 
 
-def whole_modules(model: nn.Module, config: LoraConfig, own: bool) -> list[str]:
+def whole_modules(model: nn.Module, config: LoraConfig, own: bool, once: bool = True) -> list[str]:
     """The modules that a file may hold whole.
 
     Args:
         own: whether this library wrote the file: it names whole modules by their full names.
+        once: name a module with several names by the first one alone.
     """
-    names = [name for name, _ in original_modules(model) if name]
+    names = [name for name, _ in original_modules(model, once) if name]
     wanted = set(config.modules_to_save or ())
     if not own:
         return outermost(ending_with(names, wanted.union(_task_heads(config.task_type))))
@@ -80,7 +81,7 @@ def names_to_write(
     further = _further_modules(model, whole, None)
     if _further_modules(model, whole, task_type) != further:
         task_type = None
-    names = [path for path, _ in original_modules(model) if path]
+    names = [path for path, _ in original_modules(model, once=False) if path]
     fields: dict[str, Any] = {
         "task_type": task_type,
         "modules_to_save": list(heads) or None,

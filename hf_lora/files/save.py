@@ -38,13 +38,14 @@ from ..layers.parts import Bias, TokenRows
 from ..layers.storages import is_packed
 from ..pooled.pooling import POOLING
 from .base_config import changed_settings
+from .foreign import with_biases_of_rows
 from .format import (
     FULL_MODEL_FILES,
     stored,
     write_adapter,
 )
 from .identity import is_absent, renewed
-from .joined import joined_embeddings, names_in_config, under_called_names
+from .joined import joined_modules, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -105,10 +106,11 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    joined = joined_embeddings(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
+    rows = [part.path for part in parts(model, name) if isinstance(part, TokenRows)]
+    joined = joined_modules(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
-    extras |= {"joined": joined} if joined else {}
-    return write_adapter(folder, config, under_called_names(tensors, joined), extras, allow_nonfinite)
+    tensors = with_biases_of_rows(under_called_names(tensors, joined), rows)
+    return write_adapter(folder, config, tensors, extras | {"joined": joined}, allow_nonfinite)
 
 
 def save_adapters(

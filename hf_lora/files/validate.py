@@ -87,7 +87,7 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
             faults.add(f"{name}={value!r} is invalid")
     joined = values.get("joined")
     if joined is not None and not (
-        isinstance(joined, Mapping) and all(map(_are_texts, [[*joined], *joined.values()]))
+        isinstance(joined, Mapping) and (not joined or all(map(_are_texts, [[*joined], *joined.values()])))
     ):
         faults.add("joined must map the name of a module to its other names")
     _check_labels(faults, values.get("id2label"))

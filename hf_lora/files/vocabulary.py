@@ -89,7 +89,7 @@ def holds_new_rows(model: nn.Module, file: AdapterFile) -> bool:
 def fill_new_rows(model: nn.Module, file: AdapterFile, first: int) -> None:
     """Copy the rows from `first` on of the base's embeddings from the file that holds them."""
     for path, module in original_modules(model):
-        copied = file.base_copies.get(path)
+        copied = file.base_copies.get(path, file.tensors.get(key_of(path, "weight")))
         weight = module._parameters.get("weight")
         if copied is not None and weight is not None and weight.shape == copied.shape:
             weight[first:] = copied[first:].to(weight)

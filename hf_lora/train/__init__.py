@@ -2,8 +2,8 @@
 
 In: a model and rows. Out: an adapter, and checkpoints that contain only the adapter and the state of training.
 
-- `trainer`: `LoraTrainer` and the mixin for any Trainer; `sft` and `preference` for TRL's, with `reference`;
-  `embedding` for those of sentence-transformers.
+- `trainer`: `LoraTrainer` and the mixin for any Trainer; `sft` and `preference` for TRL's, with `reference`
+  and `generating`; `embedding` for those of sentence-transformers.
 - `arguments`, `parsing`: command-line flags and YAML.
 - `run`: from text files to a saved adapter; runs `hf-lora train`. `build`: its trainer.
 - `check`, `base_model`, `output`: what a run checks before it loads the model; `schedule`: its steps and warm-up.

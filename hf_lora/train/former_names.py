@@ -50,6 +50,8 @@ REMOVED = {
     "include_tokens_per_second": "use include_num_input_tokens_seen",
 }
 """Former name -> why it is not needed."""
+VALUES = {"save_safetensors": True}
+"""Former name -> its value in the arguments, for libraries that still read it: sentence-transformers."""
 TYPES: dict[str, type] = {
     **dict.fromkeys([*RENAMED.keys() - {"tokenizer"}, *REMOVED, "logging_dir"], str),
     **dict.fromkeys(["per_gpu_train_batch_size", "per_gpu_eval_batch_size", "max_seq_length"], int),
@@ -99,17 +101,24 @@ def current_names(given: Mapping[str, Any], known: Callable[[str], bool], call: 
 def accepts_former_names(cls: Class) -> Class:
     """Decorator of a dataclass of training arguments: its constructor and its command line accept their former names.
 
-    `HfArgumentParser` makes a flag of each field, so the former names are hidden fields that are always None.
+    `HfArgumentParser` makes a flag of each field, so the former names are hidden fields that are always None, or as in
+    `VALUES`.
     """
     original: Callable[..., None] = cls.__init__  # type: ignore[misc]
     known = {field.name: _default(field) for field in dataclasses.fields(cls)}
     former = {name: kind for name, kind in TYPES.items() if name not in known and RENAMED.get(name, "seed") in known}
-    hidden = [(name, kind, dataclasses.field(default=None, metadata=_HIDDEN)) for name, kind in former.items()]
+    hidden: list[tuple[str, type, Any]] = [
+        (name, kind, dataclasses.field(default=VALUES.get(name), metadata=_HIDDEN)) for name, kind in former.items()
+    ]
     made = dataclasses.make_dataclass(cls.__name__, hidden, bases=(cls,), repr=False)
 
     @functools.wraps(original)
     def init(self: object, *args: Any, **kwargs: Any) -> None:
-        given = {name: value for name, value in kwargs.items() if value is not None or name not in former}
+        given = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in former or value not in (None, VALUES.get(name))
+        }
         for new in {FLAGS.get(name, (RENAMED.get(name), None))[0] for name in given.keys() & former}:
             if new in given and given[new] == known[new]:  # the parser passes all defaults
                 del given[new]

@@ -1,16 +1,44 @@
-"""A line about the precision of a run, logged at the start of training."""
+"""The precision of a run: a line about it, logged at the start of training, and master weights that stay float32."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapt.dequantize import quantized_layers
+
+
+class KeptDtypes:
+    """Undoes TRL's conversion of trainable parameters to bfloat16 in a model with a 4- or 8-bit base.
+
+    Adapters are float32 master weights, and the base's norms and head, which are frozen later, keep their values.
+
+    Args:
+        given: the arguments of a trainer.
+    """
+
+    def __init__(self, given: Iterable[object]) -> None:
+        self.kept: dict[nn.Parameter, Tensor] = {}
+        for value in given:
+            self.add(value)
+
+    def add(self, model: object) -> None:
+        """Record the values of a model, if it is one with such a base."""
+        if isinstance(model, nn.Module) and getattr(model, "is_quantized", False):
+            self.kept |= {p: p.data for p in model.parameters() if p.requires_grad}
+
+    def restore(self) -> None:
+        """Restore the recorded values where their dtype was changed."""
+        for parameter, values in self.kept.items():
+            if parameter.dtype != values.dtype:
+                parameter.data = values
+        self.kept.clear()
 
 
 def precision_line(model: nn.Module, accelerator: Accelerator, optimizer: str) -> str:

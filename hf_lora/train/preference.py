@@ -6,11 +6,16 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import AutoTokenizer, TrainingArguments
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -22,12 +27,16 @@ from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_config import RLOOConfig
 from trl.trainer.rloo_trainer import RLOOTrainer
+from trl.trainer.utils import RepeatSampler
 
+from ..adapt.state import require_state, state_of
 from ..compat import name_or_path
 from ..errors import ConfigError
 from ..files.format import CONFIG_NAME
-from .arguments import TrlArguments
+from .arguments import TrlArguments, flag
 from .former_names import accepts_former_names
+from .generating import check_generation, merged_within
+from .start import refuse_adapted_head
 from .trainer import LoraTrainerMixin
 
 
@@ -54,6 +63,65 @@ class LoraPreferenceMixin(LoraTrainerMixin):
                 given["processing_class"] = AutoTokenizer.from_pretrained(folder)
         given.pop("self")
         super().__init__(**given)
+        if "forward" in vars(self._bare_model):  # TRL's, with a loss over the head, is removed with the adapter
+            require_state(self._adapted_model, type(self).__name__).borrowed.append("forward")
+
+    def _adapt(self, model: nn.Module) -> None:
+        fresh = state_of(model) is None
+        super()._adapt(model)
+        refuse_adapted_head(model, fresh, type(self).__name__)
+
+
+class LoraReinforcementMixin(LoraPreferenceMixin):
+    """`LoraPreferenceMixin` for trainers that generate completions, from a merged adapter on request."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._generates_merged = getattr(self.args, "lora_generate_merged", False)
+        if self._generates_merged:
+            check_generation(self)
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+        with merged_within(self._adapted_model) if self._generates_merged else contextlib.nullcontext():
+            return super()._generate_single_turn(*args, **kwargs)  # type: ignore[misc]
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        make: Callable[[], Any] = functools.partial(super()._get_train_sampler, *args, **kwargs)
+        sampler = make()
+        return OrderOfEpoch(make, self) if isinstance(sampler, RepeatSampler) else sampler
+
+
+@dataclasses.dataclass
+class GenerationArguments(TrlArguments):
+    """The LoRA fields of the configs of trainers that generate completions."""
+
+    lora_generate_merged: bool = flag(
+        False,
+        "Generate completions with the adapter merged into the weights, and restore every bit afterwards. This is "
+        "faster, but takes as much memory as the adapted weights; in 16 bits, merged weights are rounded.",
+    )
+
+
+class OrderOfEpoch(Sampler[int]):
+    """The order of the prompts of GRPO and RLOO, which depends on the seed and the epoch only.
+
+    TRL's sampler draws a new order each time, so a run that is resumed in a later epoch has the order of the first.
+
+    Args:
+        make: creates TRL's sampler.
+    """
+
+    def __init__(self, make: Callable[[], RepeatSampler], trainer: LoraTrainerMixin) -> None:
+        self.make, self.trainer = make, trainer
+
+    def __iter__(self) -> Iterator[int]:
+        sampler = self.make()
+        for _ in range(int(self.trainer.state.epoch or 0)):
+            next(iter(sampler), None)
+        return iter(sampler)
+
+    def __len__(self) -> int:
+        return len(self.make())
 
 
 @accepts_former_names
@@ -88,19 +156,19 @@ class LoraRewardTrainer(LoraPreferenceMixin, RewardTrainer):
 
 @accepts_former_names
 @dataclasses.dataclass
-class LoraGRPOConfig(TrlArguments, GRPOConfig):
+class LoraGRPOConfig(GenerationArguments, GRPOConfig):
     """A drop-in replacement for `trl.GRPOConfig` with the LoRA fields."""
 
 
-class LoraGRPOTrainer(LoraPreferenceMixin, GRPOTrainer):
+class LoraGRPOTrainer(LoraReinforcementMixin, GRPOTrainer):
     """A drop-in replacement for `trl.GRPOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""
 
 
 @accepts_former_names
 @dataclasses.dataclass
-class LoraRLOOConfig(TrlArguments, RLOOConfig):
+class LoraRLOOConfig(GenerationArguments, RLOOConfig):
     """A drop-in replacement for `trl.RLOOConfig` with the LoRA fields."""
 
 
-class LoraRLOOTrainer(LoraPreferenceMixin, RLOOTrainer):
+class LoraRLOOTrainer(LoraReinforcementMixin, RLOOTrainer):
     """A drop-in replacement for `trl.RLOOTrainer` that trains a LoRA adapter; see `LoraPreferenceMixin`."""

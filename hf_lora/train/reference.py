@@ -123,11 +123,18 @@ def one_base(trainer: Any, given: Iterable[object]) -> Iterator[None]:
         if isinstance(model, nn.Module) and source == name_or_path(trainer._bare_model):
             return Reference(trainer, bool(getattr(trainer.args, "sync_ref_model", False)))
         if model is None and Path(source, CONFIG_NAME).is_file():
-            return LoraModel.from_pretrained(source, is_trainable=True, **_for_adapter(options))
-        return own(source, *args, **options)
+            loaded = LoraModel.from_pretrained(source, is_trainable=True, **_for_adapter(options))
+        else:
+            loaded = own(source, *args, **options)
+        if model is None:
+            trainer._dtypes.add(loaded)
+        return loaded
 
-    with second_models(type(trainer), load, Reference):
-        yield
+    try:
+        with second_models(type(trainer), load, Reference):
+            yield
+    finally:
+        trainer._dtypes.restore()
     _keep_reference(trainer, given)
 
 
@@ -166,25 +173,30 @@ def _keep_reference(trainer: Any, given: Iterable[object]) -> None:
 
 def _first_values(model: nn.Module, always: bool) -> list[tuple[Tensor, Tensor]] | None:
     """(parameter, its values now) of the active adapters; None if they change nothing yet."""
-    active = require_state(model, "Trainer").activity.active
-    owned = [part for name in active for part in parts(model, name)]
-    if not always and not any(map(_acts, owned)):
+    owned = _active_parts(model)
+    if not always and not any(_acts(part, copies=True) for part in owned):
         return None
     trained = (tensor for part in owned for _, tensor in part.tensors() if tensor.requires_grad)
     return [(tensor, tensor.detach().clone()) for tensor in trained]
 
 
-def _acts(part: Part) -> bool:
-    """Whether a part may change outputs: unless it has factors that are zero at first, and they still are."""
+def _active_parts(model: nn.Module) -> list[Part]:
+    return [part for name in require_state(model, "Trainer").activity.active for part in parts(model, name)]
+
+
+def _acts(part: Part, copies: bool) -> bool:
+    """Whether a part may change outputs: factors unless those that are zero at first still are.
+
+    Args:
+        copies: the answer for a part without factors, such as a copy of a module.
+    """
     factors = [tensor for spec, tensor in part.tensors() if spec.axes == "OR"]
-    return not factors or any(bool(tensor.detach().count_nonzero()) for tensor in factors)
+    return any(bool(tensor.detach().count_nonzero()) for tensor in factors) if factors else copies
 
 
 def _differences(model: nn.Module, reference: nn.Module) -> list[str]:
     found = []
-    active = require_state(model, "Trainer").activity.active
-    tensors = (each for name in active for part in parts(model, name) for each in part.tensors())
-    if any(spec.axes == "OR" and bool(tensor.detach().count_nonzero()) for spec, tensor in tensors):
+    if any(_acts(part, copies=False) for part in _active_parts(model)):
         found.append("its adapter is already trained")
     kinds = [bool(getattr(m, "is_quantized", False)) for m in (model, reference)]
     if kinds[0] != kinds[1]:

@@ -35,9 +35,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ..adapt.state import require_state, set_trained_format, state_of
 from ..compat import name_or_path
-from ..errors import ConfigError, Faults, TargetError
+from ..errors import ConfigError, Faults
 from ..files.format import CONFIG_NAME
-from ..layers.base import LoraLayer
 from ..loss.frozen_head import FrozenHead
 from ..loss.packed_attention import attention_by_document
 from ..model import LoraModel
@@ -45,7 +44,7 @@ from ..tasks.record import format_of_dataset
 from .arguments import TrlArguments
 from .chats import IMAGES, first_row, formatted, is_chat, labeled
 from .former_names import accepts_former_names
-from .start import base_dtype, only_config, trainer_arguments
+from .start import only_config, refuse_adapted_head, trainer_arguments
 from .trainer import LoraTrainerMixin
 
 logger = logging.get_logger(__name__)
@@ -102,9 +101,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
             self._trained = format_of_dataset(data, config.dataset_text_field, config.max_length)
             # TRL requires marks in the template, and chats in all data.
             config.assistant_only_loss &= _is_for_trl(first, given["processing_class"])
-            with _keep_dtypes(given["model"]):
-                super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
-            self._base_dtype = base_dtype(self.model)  # before, it was TRL's
+            super().__init__(**given, lora_config=lora_config, accept_ddp_fallback=accept_ddp_fallback)
         finally:
             vars(config).update(before)
         if self._trained is not None:
@@ -114,15 +111,7 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
     def _adapt(self, model: nn.Module) -> None:
         fresh = state_of(model) is None
         super()._adapt(model)
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-        if isinstance(head, LoraLayer):
-            if fresh:
-                model.unload()  # type: ignore[operator]  # after the error, the model is unchanged
-            raise TargetError(
-                f"{type(self).__name__}(…): the output head is adapted, but the loss over it reads only its weight, "
-                "so the adapter would not be trained. Exclude the head from target_modules, or train it whole with "
-                "modules_to_save."
-            )
+        refuse_adapted_head(model, fresh, type(self).__name__)
 
     # The data --------------------------------------------------------------------------------------------------------
 
@@ -206,22 +195,6 @@ def _over_head(
         loss=outputs["loss"], log_probs=scores.log_probs[:, :-1], entropy=scores.entropy[:, :-1],
         is_top1=scores.hits[:, :-1], label_mask=scores.mask[:, :-1], aux_loss=outputs.get("aux_loss"),
     ), None  # fmt: skip
-
-
-@contextlib.contextmanager
-def _keep_dtypes(model: Any) -> Iterator[None]:
-    """Undo TRL's conversion of trainable parameters to bfloat16 in a model with a 4- or 8-bit base.
-
-    Adapters are float32 master weights, and trained norms keep the base's dtype.
-    """
-    quantized = isinstance(model, nn.Module) and getattr(model, "is_quantized", False)
-    kept = {p: p.data for p in model.parameters() if p.requires_grad} if quantized else {}
-    try:
-        yield
-    finally:
-        for parameter, values in kept.items():
-            if parameter.dtype != values.dtype:
-                parameter.data = values
 
 
 def _config_of(arguments: TrainingArguments | None, model: Any) -> SFTConfig:

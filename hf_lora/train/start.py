@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from ..adapt.report import trainable_line
@@ -23,7 +23,8 @@ from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..compat import shifts_labels
 from ..config import LoraConfig
-from ..errors import ConfigError, Faults, StateError, TrainingError
+from ..errors import ConfigError, Faults, StateError, TargetError, TrainingError
+from ..layers.base import LoraLayer
 from ..model import LoraModel
 from .arguments import LoraArguments
 from .engines import check_same_adapters
@@ -116,6 +117,7 @@ def adapt(
                 "model.add_adapter(name, config) to add another."
             )
     state.resumable = True
+    _disable_dropout(args, model)
     changed = flags.changed_lora_fields() if flags is not None and reason is not None else []
     configs = [record.config for record in state.adapters.values()]
     if flags is not None and changed and flags.lora_config() not in configs:
@@ -153,7 +155,24 @@ def _load_adapter(model: nn.Module, source: str, state: LoraState | None, given:
     return require_state(model, trainer)
 
 
-def disable_dropout(args: TrainingArguments, model: nn.Module) -> None:
+def refuse_adapted_head(model: nn.Module, fresh: bool, trainer: str) -> None:
+    """Refuse an adapter of the output head in TRL's trainers, whose losses multiply by the weight of the head.
+
+    Args:
+        fresh: whether the adapter was added for this trainer, and is removed before the error.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    if not isinstance(head, LoraLayer):
+        return
+    if fresh:
+        model.unload()  # type: ignore[operator]
+    raise TargetError(
+        f"{trainer}(…): the output head is adapted, but the loss over it reads only its weight, so the adapter would "
+        "not be trained. Exclude the head from target_modules, or train it whole with modules_to_save."
+    )
+
+
+def _disable_dropout(args: TrainingArguments, model: nn.Module) -> None:
     """Disable the adapters' dropout, which has no module, where TRL's `disable_dropout` disables that of modules."""
     if getattr(args, "disable_dropout", False):
         for site in adapter_layers(model).values():

@@ -37,7 +37,7 @@ from .initialize import initialize
 from .new_tokens import tokenizer_of
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
 from .packing import Packing, PaddedDocuments, unpacked
-from .precision import quantization
+from .precision import KeptDtypes, quantization
 from .reference import one_base
 from .watch.base import Watch
 from .watch.batchnorm import FrozenBatchNorm
@@ -77,7 +77,7 @@ class LoraTrainerMixin(_Trainer):
         self._lora_config = start.only_config(lora_config, kwargs.pop("peft_config", None), type(self).__name__)
         self._accept_ddp_fallback, self._tokenizer = accept_ddp_fallback, tokenizer_of(args, kwargs)
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
-        self._first_batch, self._packing = FirstBatch(), Packing()
+        self._first_batch, self._packing, self._dtypes = FirstBatch(), Packing(), KeptDtypes((*args, *kwargs.values()))
         self._own_optimizer: Optimizer | None = None
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
@@ -132,10 +132,10 @@ class LoraTrainerMixin(_Trainer):
         return model
 
     def _adapt(self, model: nn.Module) -> None:
+        self._dtypes.restore()
         what = self._lora_config, self.args, type(self).__name__, self._tokenizer
         self.adapter_is_new = start.adapt(adapted_part(model), *what)
-        self._adapted = model
-        start.disable_dropout(self.args, adapted_part(model))
+        self._adapted = self._checkpoints.whole = model
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class LoraTrainerMixin(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like `Trainer.save_model`, for the adapter; TrainingError if a trained tensor has NaN or infinite values."""
         folder = str(output_dir or self.args.output_dir)
-        check_finite(self._adapted_model, f"save_model({folder!r})")
+        check_finite(self._bare_model, f"save_model({folder!r})")
         if not self._is_sharded:
             super().save_model(output_dir, _internal_call)
             return

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from helpers import assert_near, batch_for, randomize, relative_error, tiny_gpt2, tiny_llama, tiny_t5
+from helpers import assert_near, batch_for, randomize, relative_error, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -409,6 +409,53 @@ def test_tying_that_peft_did_not_do(tmp_path: Path) -> None:
     model = assert_read_alike(tmp_path / "theirs", tiny_gpt2, tmp_path / "ours")
     assert not model.lora_configs["default"].ensure_weight_tying
     LoraModel.from_pretrained(tmp_path / "theirs", base_model=tiny_gpt2(), is_trainable=True)
+
+
+def masked(is_tied: bool) -> Any:
+    """A model with biases in its output layer; PEFT does not know its embedding by name."""
+    model = tiny_bert(cls="BertForMaskedLM", tie_word_embeddings=is_tied)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        model.cls.predictions.decoder.bias.normal_()
+    return model
+
+
+WITH_BIASES: dict[str, dict[str, Any]] = {
+    "a copy of the head": {"modules_to_save": ["decoder"]},
+    "copies of both": {"modules_to_save": ["decoder", "word_embeddings"]},
+    "copies of both that are not tied": {
+        "modules_to_save": ["decoder", "word_embeddings"],
+        "ensure_weight_tying": True,
+    },
+    "rows of the embedding": {"trainable_token_indices": [3, 5]},
+    "rows of the head": {"trainable_token_indices": {"decoder": [3, 5]}},
+    "rows of each": {"trainable_token_indices": {"word_embeddings": [3, 5], "decoder": [4, 5]}},
+    "rows of each for the same tokens": {"trainable_token_indices": {"word_embeddings": [3, 5], "decoder": [3, 5]}},
+}
+
+
+@pytest.mark.parametrize("is_tied", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", WITH_BIASES)
+def test_the_bias_of_an_output_layer(case: str, is_tied: bool, tmp_path: Path) -> None:
+    """PEFT names it in several ways. With rows of tokens its forward drops the bias, which is added here."""
+    values = {"target_modules": ["query"], "bias": "all", **WITH_BIASES[case]}
+    write(tmp_path / "theirs", masked(is_tied), **values)
+
+    def of_peft(folder: Path) -> Tensor:
+        model = peft.PeftModel.from_pretrained(masked(is_tied), folder)
+        head = model.base_model.model.cls.predictions.decoder
+        if hasattr(head, "token_adapter"):
+            head.register_forward_hook(lambda layer, args, y: y + layer.token_adapter.base_layer.bias)
+        return logits(model)
+
+    expected = of_peft(tmp_path / "theirs")
+    model = LoraModel.from_pretrained(tmp_path / "theirs", base_model=masked(is_tied), is_trainable=True)
+    assert_near(logits(model), expected, torch.float32, 64)
+    model.save_pretrained(tmp_path / "ours")
+    again = LoraModel.from_pretrained(tmp_path / "ours", base_model=masked(is_tied))
+    assert torch.equal(logits(again), logits(model))
+    assert_near(of_peft(tmp_path / "ours"), expected, torch.float32, 64)
+    assert_near(logits(again.merge_and_unload(untie=is_tied)), expected, torch.float32, 256)
 
 
 def test_copies_of_tied_modules_that_differ_in_the_file(tmp_path: Path) -> None:

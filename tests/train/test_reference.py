@@ -117,6 +117,36 @@ def test_a_new_adapter_starts_at_its_base_which_is_in_memory_once(
     assert all(name.endswith("q_proj") for name in layers)
 
 
+@pytest.mark.parametrize("start", ["model", "adapter", "folder"])
+def test_a_four_bit_base_is_its_own_reference(start: str, trainer: Callable[..., Any], tmp_path: Path) -> None:
+    """The model with its adapter disabled or as it was, over the same 4-bit weights; none is rounded to bfloat16."""
+    from quantized_bases import load, method, save_base
+
+    folder = str(save_base(tmp_path / "wide", vocab_size=len(WORDS)))
+    model: Any = load(Path(folder), "nf4")
+    options: dict[str, Any] = {"lora_config": CONFIG}
+    if start == "folder":
+        model, options["model_init_kwargs"] = folder, {"quantization_config": method("nf4"), "dtype": "float32"}
+    elif start == "adapter":
+        model, options = randomize(apply_lora(model, CONFIG)), {}
+    before = {name: p.detach().clone() for name, p in load(Path(folder), "nf4").named_parameters()}
+    subject = trainer(model, max_steps=3, bf16=False, **options)
+    model, ids = subject.model, torch.arange(2, 8)[None]
+    assert isinstance(subject.ref_model, Reference)
+    assert storages(model, subject.ref_model) == storages(model)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    first = model.eval()(ids).logits
+    found = losses(subject)
+    assert found[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert found[2] < found[1] < found[0]
+    assert torch.equal(subject.ref_model(ids).logits, first)
+    assert not torch.allclose(model.eval()(ids).logits, first, rtol=1e-2)
+    frozen = {name: p for name, p in model.named_parameters() if name in before}
+    assert len(frozen) == len(before)
+    assert all(p.dtype == before[name].dtype and torch.equal(p, before[name]) for name, p in frozen.items())
+    assert any(p.dtype == torch.uint8 for p in frozen.values())
+
+
 def test_one_configuration_is_enough(base: str, trainer: Callable[..., Any]) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     with pytest.raises(ConfigError, match="both lora_config and peft_config"):

@@ -14,10 +14,11 @@ from helpers import randomize
 from safetensors.torch import load_file
 from test_chat import PLAIN, byte_tokenizer
 from test_sft import llama
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
 import hf_lora
-from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, apply_lora
+from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, TargetError, apply_lora
 
 trl = pytest.importorskip("trl", reason="the extra chat is not installed")
 peft = pytest.importorskip("peft")
@@ -44,6 +45,7 @@ DATA: dict[str, dict[str, Any]] = {
     "RLOO": {"prompt": ASKED},
 }
 REINFORCED = ("GRPO", "RLOO")
+HEAD = ["q_proj", "lm_head"]
 OF_REINFORCED = {"num_generations": 2, "max_completion_length": 6, "per_device_eval_batch_size": 4}
 
 
@@ -81,13 +83,16 @@ def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> An
     config, trainer = getattr(library, f"{prefix}{name}Config"), getattr(library, f"{prefix}{name}Trainer")
     if name == "SFT" and ours:  # LoraSFTTrainer trains other tokens
         config, trainer = trl.SFTConfig, type("OurTrainer", (LoraTrainerMixin, trl.SFTTrainer), {})
+    fields = {"target_modules": "all-linear", "modules_to_save": None}
+    fields |= {name: settings.pop(name) for name in fields.keys() & settings.keys()}
     args = config(
-        str(folder), num_train_epochs=1, per_device_train_batch_size=2, logging_steps=1, save_strategy="steps",
-        save_steps=2, learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
-        **(OF_REINFORCED if name in REINFORCED else {}), **settings,
+        str(folder), per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
+        disable_tqdm=True,
+        **{"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **settings},
+        **(OF_REINFORCED if name in REINFORCED else {}),
     )  # fmt: skip
     whole = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if name == "Reward" else {"task_type": "CAUSAL_LM"}
-    adapter = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **whole)
+    adapter = peft.LoraConfig(r=4, lora_alpha=8, **fields | whole)
     data = datasets.Dataset.from_dict(DATA[name])
     return trainer(
         model=model, args=args, train_dataset=data, eval_dataset=data,
@@ -102,26 +107,58 @@ def is_adapted(model: Any) -> bool:
     return isinstance(model, (LoraModel, peft.PeftModel))
 
 
-def losses(trainer: Any) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+def records(trainer: Any) -> list[dict[str, float]]:
+    """What a run logs at each step and evaluation, but the time it takes."""
+    times = ("time", "per_second", "memory")
+    return [
+        {name: value for name, value in entry.items() if not any(word in name for word in times)}
+        for entry in trainer.state.log_history
+    ]
+
+
+def compare(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """Losses, rewards, divergences, entropies, gradient norms, …: within the rounding of their largest value."""
+    assert [entry.keys() for entry in found] == [entry.keys() for entry in expected]
+    for name in {name for entry in expected for name in entry}:
+        ours, theirs = (torch.tensor([e[name] for e in entries if name in e]) for entries in (found, expected))
+        # The values of REINFORCED are differences of log-probabilities of about 100.
+        assert (ours - theirs).abs().max() <= 2e-6 + 2e-5 * theirs.abs().max(), (name, ours, theirs)
+
+
+def storages(*models: nn.Module) -> set[int]:
+    return {tensor.untyped_storage().data_ptr() for model in models for tensor in model.parameters()}
+
+
+def runs_of_both(name: str, base: str, folder: Path, **settings: Any) -> list[Any]:
+    """The same run of the mixin and of the trainer over PEFT's model, finished; there is one base in each of ours."""
+    runs = [made(name, ours, base, folder / str(ours), **settings) for ours in (True, False)]
+    held = [value for value in vars(runs[0]).values() if isinstance(value, nn.Module)]
+    assert storages(*held) == storages(runs[0].model)
+    for run in runs:
+        set_seed(0)  # the order of the rows
+        run.train()
+        run.evaluate()
+    found, expected = map(records, runs)
+    assert sum("loss" in entry for entry in found) == settings["max_steps"]
+    compare(found, expected)
+    return runs
+
+
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_the_first_steps_are_pefts(name: str, base: str, tmp_path: Path) -> None:
+    runs_of_both(name, base, tmp_path, max_steps=3, save_strategy="no", **({"beta": 0.3} if name == "GRPO" else {}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DATA)
 def test_the_losses_are_pefts_and_a_run_goes_on(name: str, base: str, tmp_path: Path) -> None:
-    runs = [made(name, ours, base, tmp_path / str(ours)) for ours in (True, False)]
-    for run in runs:
-        set_seed(0)  # the order of the rows
-        run.train()
-        run.evaluate()
-    found, expected = (torch.tensor(losses(run)) for run in runs)
-    assert len(found) == (9 if name in REINFORCED else 5)
-    assert torch.allclose(found, expected, rtol=2e-5, atol=1e-6), (found, expected)
+    settings = {"max_steps": 20, "save_steps": 10}
+    runs = runs_of_both(name, base, tmp_path, **settings)
 
     runs[0].save_model()
-    resumed = made(name, True, base, tmp_path / "resumed")
+    resumed = made(name, True, base, tmp_path / "resumed", **settings)
     set_seed(0)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-10"))
     resumed.save_model()
     last, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("True", "resumed"))
     assert last.keys() == again.keys()
@@ -129,7 +166,7 @@ def test_the_losses_are_pefts_and_a_run_goes_on(name: str, base: str, tmp_path: 
 
     if name in ("SFT", "Reward"):  # the reference of the others would be the adapter
         evaluated = made(name, True, LoraModel.from_pretrained(tmp_path / "True"), tmp_path / "evaluated")
-        assert evaluated.evaluate()["eval_loss"] == pytest.approx(float(found[-1]), rel=1e-6)
+        assert evaluated.evaluate()["eval_loss"] == pytest.approx(records(runs[0])[-1]["eval_loss"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -181,6 +218,20 @@ def test_a_reward_model_with_the_task_type_of_trls_flags_keeps_its_head(base: st
     fresh.score.weight.data.zero_()
     theirs = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter")).eval()
     assert torch.allclose(theirs(ids).logits, model.eval()(ids).logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_an_adapted_head_is_refused_and_one_trained_whole_is_merged(name: str, base: str, tmp_path: Path) -> None:
+    """TRL's losses multiply by the weight of the head, so its adapter would stay untrained, as TRL says of PEFT's."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for call in (model, apply_lora(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=HEAD))):
+        with pytest.raises(TargetError, match="the output head is adapted"):
+            made(name, True, call, tmp_path, target_modules=HEAD)
+    assert not isinstance(model, LoraModel)
+    whole = made(name, True, model, tmp_path, max_steps=1, modules_to_save=["lm_head"])
+    assert [n for n, p in whole.model.named_parameters() if p.requires_grad][-1] == "lm_head.copies.default.weight"
+    assert "forward" in vars(whole.model)
+    assert "forward" not in vars(whole.model.merge_and_unload())
 
 
 class Prepares(Trainer):

@@ -247,7 +247,10 @@ def row_groups(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) ->
 
 
 def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) -> list[tuple[str, list[int]]]:
-    """(name of a module, tokens) as a configuration has them: a list is of the input embedding."""
+    """(name of a module, tokens) as a configuration has them: a list is of the input embedding.
+
+    As in PEFT, a name that is not a whole one means every module whose name ends with it.
+    """
     if not isinstance(wanted, Mapping):
         path = input_embedding(modules)
         if not path:
@@ -255,10 +258,10 @@ def rows_by_path(wanted: Any, modules: Mapping[str, nn.Module], faults: Faults) 
         return [(path, list(wanted))] if path else []
     found = []
     for name, ids in wanted.items():
-        hits = [path for path in modules if path == name or path.endswith(f".{name}")]
+        hits = [name] if name in modules else [path for path in modules if path.endswith(f".{name}")]
         if not hits:
             faults.add(f"trainable_token_indices: {name!r} matches no module{nearest(name, modules)}")
-        found += [(path, list(ids)) for path in hits[:1]]
+        found += [(path, list(ids)) for path in hits]
     return found
 
 

@@ -32,6 +32,7 @@ from .manifest import (
     require_complete,
     why_incomplete,
 )
+from .outside import outside_of, save_outside
 
 logger = logging.get_logger(__name__)
 
@@ -45,6 +46,8 @@ class CheckpointStore:
 
     def __init__(self, quantization: list[str] | None = None) -> None:
         self.quantization = quantization or []
+        self.whole: nn.Module | None = None
+        """The model around the one with the adapters, if there is one; set when it is adapted."""
         self.groups: list[dict[str, Any]] = []
         """The optimizer's original groups, under DeepSpeed, which flattens their parameters."""
 
@@ -63,7 +66,7 @@ class CheckpointStore:
             writes: whether this process writes the files that are common to all processes.
             wait: waits for all processes.
         """
-        check_finite(model, f"Saving {folder}")
+        check_finite(self.whole or model, f"Saving {folder}")
         if writes:
             begin_checkpoint(folder)
         wait()
@@ -71,7 +74,8 @@ class CheckpointStore:
             yield
 
     def finish(self, folder: Path, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Write the manifest, the last file of a checkpoint, which makes it complete."""
+        """Write what is outside the adapted model; then the manifest, which makes the checkpoint complete."""
+        save_outside(self.whole, folder)
         run = self._run(model, optimizer)
         finish_checkpoint(folder, step, {name: field.save(folder, run) for name, field in FIELDS.items()})
 
@@ -100,8 +104,12 @@ class CheckpointStore:
         resume_fields(Path(folder), manifest, self._run(model, None), of_optimizer=False)
         if optimizer is not None and _has_optimizer(folder):
             resume_fields(Path(folder), manifest, self._run(model, optimizer()), of_optimizer=True)
+        rest = outside_of(self.whole, folder)
         for name in require_state(model, "load_adapter_weights").adapters:
             load_adapter_weights(model, adapter_folder(model, folder, name), name)
+        with torch.no_grad():
+            for tensor, value in rest:
+                tensor.copy_(value)
 
     def load_best(self, folder: str, model: nn.Module) -> None:
         """Load the adapters of the best checkpoint into the model; if it is damaged, the model is unchanged."""
