@@ -50,7 +50,8 @@ def train(
     task: str | None = typer.Option(
         None,
         help="text-classification, multi-label-classification, token-classification, question-answering, "
-        "image-classification, masked-lm, seq2seq-lm or causal-lm; default: from the columns.",
+        "image-classification, masked-lm, seq2seq-lm, causal-lm, dpo, kto, reward or embedding; default: from the "
+        "columns.",
     ),
     load_in_4bit: bool = typer.Option(False, "--load-in-4bit", help="Quantize the base to 4 bits (NF4)."),
     load_in_8bit: bool = typer.Option(False, "--load-in-8bit", help="Quantize the base to 8 bits."),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_command, write_lines
+from helpers import run_command, tiny_bert, tiny_gpt2, write_lines
 
 from hf_lora.testing import LocalHub
 
@@ -31,6 +31,8 @@ def places(
         config = json.loads((folder / name / "adapter_config.json").read_text())
         values = config | {"base_model_name_or_path": str(folder / base)}
         (folder / name / "adapter_config.json").write_text(json.dumps(values))
+    for name, model in (("bare", tiny_bert().bert), ("words", tiny_gpt2())):  # without a tokenizer
+        model.save_pretrained(folder / name)
     shutil.copy(texts_folder / "rows.csv", folder / "rows.csv")
     (folder / "folder.csv").mkdir()
     (folder / "plain").mkdir()
@@ -66,6 +68,7 @@ EARLY = [
     (RUN + "--train-file {d}/bad.parquet", "bad.parquet is not a complete Parquet file"),
     (RUN + "--train-file {d}/plain", "plain' is not a file of a known type"),
     (ROWS + "--test-file {d}/one.csv", "one.csv, line 2, column 'label': 'x' is not a label of the training data"),
+    (ROWS + "--model {d}/bare", "--model {d}/bare: it has no tokenizer, or one without a vocabulary. Save the one"),
     # Values.
     (
         ROWS + "--lora-r eight",
@@ -91,6 +94,8 @@ EARLY = [
     (ROWS + "--accelerator-config {d}/none.json", "hf-lora train: --accelerator-config {d}/none.json does not exist."),
     (ROWS + "--push-to-hub --hub-model-id 'a b/c'", "--hub-model-id a b/c is not a valid repository name"),
     (ROWS + "--lora-adapter {d}/chatt", "--lora-adapter {d}/chatt: there is no such folder (did you mean 'chat'"),
+    (ROWS + "--lora-adapter ''", "--lora-adapter: the name is empty"),
+    (ROWS + "--lora-use-dora --lora-method lora_fa", "  - the fields ask for lora_fa, dora, but a layer has one"),
     (ROWS + "--lora-adapter {bert}", "--lora-adapter {bert} is not the folder of an adapter"),
 ]
 LATE = [
@@ -121,6 +126,7 @@ OTHERS = [
     ("generate {chat} --prompt a --revision x", "{chat}' is a folder, which has no revisions. Omit --revision x."),
     ("generate {chat} --prompt a --top-p 0.5", "--top-p 0.5 has no effect without a temperature above 0"),
     ("generate {chat} --prompt a --temperature inf", "--temperature inf must be a number that is not negative"),
+    ("generate {d}/words --prompt a", "there is no tokenizer in {d}/words"),
     ("generate {llama} --prompt a --merge", "so --base-model and --merge do not apply"),
     ("generate {chat} --file {d}/prompts.jsonl --out ''", "Invalid value for '--out': the name is empty"),
     ("eval {clf} --file {d}/rows.csv --system x --last-turn-only", "--last-turn-only, --system x has no effect on te"),
