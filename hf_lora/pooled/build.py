@@ -21,6 +21,8 @@ from .pooling import POOLING, Pooling
 
 logger = logging.get_logger(__name__)
 
+OWN = "own"
+"""The name of the pooling of a class of transformers."""
 _CLASSIFIER = "ForSequenceClassification"
 _OWN_SETTING = "classifier_pooling"
 """The setting of the classes of transformers that can pool in several ways."""
@@ -40,8 +42,9 @@ def build_classifier(
         path: a folder, or a repository on the Hub.
         labels: the names of the classes, or their number. None: those of the checkpoint, which is a classifier
             already, such as a merged one.
-        pooling: `cls`, `mean`, `max`, `last`, another mode of sentence-transformers, or a `Pooling`. Default: what the
-            checkpoint declares in the files of sentence-transformers, else what its class in transformers reads.
+        pooling: `cls`, `mean`, `max`, `last`, another mode of sentence-transformers, a `Pooling`, or `own` for what
+            its class in transformers reads. Default: what the checkpoint declares in the files of
+            sentence-transformers, else `own`.
         revision: branch, tag or commit of the repository.
         kwargs: of `from_pretrained`.
 
@@ -87,7 +90,7 @@ def chosen_pooling(
 ) -> Pooling | None:
     """The pooling of a new classifier for a checkpoint; None: its class in transformers has its own way."""
     if pooling is not None:
-        return Pooling.of(pooling)
+        return None if pooling == OWN else Pooling.of(pooling)
     if any(name.endswith(_CLASSIFIER) for name in config.architectures or ()):
         return None  # the checkpoint is a classifier already
     return declared_pooling(path, revision)

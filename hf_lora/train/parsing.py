@@ -113,8 +113,9 @@ class RunArguments:
     )
     pooling: str | None = flag(
         None,
-        "How the tokens of a text become the vector that a classifier reads: mean, cls, max, last, or another mode of "
-        "sentence-transformers. Default: as the checkpoint declares, else as its class in transformers does.",
+        "How the tokens of a text become the vector that a classifier reads: mean, cls, max, last, another mode of "
+        "sentence-transformers, or own (as its class in transformers does). Default: as the checkpoint declares, else "
+        "own.",
     )
     head_init: str = flag(
         "class-means",

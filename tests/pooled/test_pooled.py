@@ -108,6 +108,8 @@ def test_a_named_pooling_is_preferred_and_a_checkpoint_that_declares_none_keeps_
 ) -> None:
     assert build_classifier(declared["normalized"], 3, pooling="max").config.pooling["modes"] == ["max"]
     assert type(build_classifier(base, 3)).__name__ == "BertForSequenceClassification"
+    own = build_classifier(declared["normalized"], 3, pooling="own")
+    assert type(own).__name__ == "BertForSequenceClassification"
     for wrong in ({"labels": None}, {"labels": None, "pooling": "mean"}):
         with pytest.raises(ConfigError, match="Pass labels="):
             build_classifier(base, **wrong)
