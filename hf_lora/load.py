@@ -27,6 +27,7 @@ from .adapt.mixing import scale_adapter
 from .adapt.state import is_over, state_of
 from .adapt.undo import all_or_nothing
 from .compat import held_load_report
+from .data.encode import knows_no_text
 from .errors import AdapterFileError, ConfigError, Faults, HubError, LoraError, VersionError
 from .files.base_config import describe_settings, set_generation, settings_for
 from .files.format import AdapterFile, holds_adapter, read_adapter, read_config
@@ -164,7 +165,9 @@ def find_processor(auto: str, folder: Path, base: str | os.PathLike[str] | None,
             continue
         try:
             # The adapter's folder is untrusted: code in it is never run.
-            return getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
+            found = getattr(transformers, auto).from_pretrained(source, trust_remote_code=False) if source else None
+            if found is None or auto != "AutoTokenizer" or not knows_no_text(found):
+                return found
         except Exception as error:  # the files' parsers and missing packages raise any exception
             reason = why_missing(error) if isinstance(error, ImportError) else None
             if reason is not None and needed:

@@ -30,5 +30,7 @@ def init(
     except FileExistsError as error:
         raise ConfigError(f"hf-lora init: {file} exists. Name another file.") from error
     except OSError as error:
+        if file.is_file():  # a part of it
+            file.unlink()
         raise ConfigError(f"hf-lora init: {file} cannot be written ({error.strerror}). Name another file.") from error
     typer.echo(f"Wrote {file}. Change it, then run: hf-lora train --config {file}")

@@ -50,7 +50,8 @@ def train(
     task: str | None = typer.Option(
         None,
         help="text-classification, multi-label-classification, token-classification, question-answering, "
-        "image-classification, masked-lm, seq2seq-lm or causal-lm; default: from the columns.",
+        "image-classification, masked-lm, seq2seq-lm, causal-lm, dpo, kto, reward or embedding; default: from the "
+        "columns.",
     ),
     load_in_4bit: bool = typer.Option(False, "--load-in-4bit", help="Quantize the base to 4 bits (NF4)."),
     load_in_8bit: bool = typer.Option(False, "--load-in-8bit", help="Quantize the base to 8 bits."),
@@ -102,6 +103,9 @@ def train(
     if all_options:
         typer.echo(describe_arguments())
         raise typer.Exit
+    shown = {"--print-config": print_config, "--dry-run": dry_run, "--show-batch": show_batch}
+    if sum(shown.values()) > 1:
+        raise typer.BadParameter(f"pass only one of {', '.join(name for name, given in shown.items() if given)}.")
     own = {name: value for name, value in ctx.params.items() if name not in _OF_THE_COMMAND}
     declared = [f"--{name}={value}" for name, value in own.items() if value is not None and value is not False]
     parsed = parse_arguments([*declared, *ctx.args], config)

@@ -106,7 +106,7 @@ class Pooling:
             return value
         name = SHORT.get(value, value)
         if name not in MODES:
-            known = [*MODES, *SHORT]
+            known = [*MODES, *SHORT, "own"]
             raise ConfigError(f"pooling={value!r} is unknown{nearest(value, known)}; it is one of {', '.join(known)}.")
         return cls((name,))
 

@@ -15,7 +15,7 @@ from ..data.chat import marked
 from ..data.prompts import AnswerFile
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
-from ..errors import ConfigError
+from ..errors import ConfigError, Faults
 from ..evaluation.metrics import build_compute_metrics
 from ..evaluation.result import Evaluation
 from ..generate.texts import evaluating
@@ -46,6 +46,14 @@ class Options:
     def of(cls, source: object) -> Options:
         """The fields of an object with the same names."""
         return cls(**{f.name: getattr(source, f.name) for f in fields(cls)})
+
+    def check(self, faults: Faults) -> None:
+        """Add a fault for each column that is named for two things."""
+        names = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith("_column")}
+        for name, column in names.items():
+            first = next(other for other, same in names.items() if same == column)
+            if column is not None and first != name:
+                faults.add(f"{first} and {name} are the same column, {column!r}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any, Unpack
 
 from ..data.prompts import AnswerFile
 from ..data.tables import read_table
-from ..errors import ConfigError, StateError
+from ..errors import ConfigError, Faults, StateError
 from ..evaluation.result import Evaluation
 from ..generate.loading import Loading, loaded, recorded_format
 from .base import Asked, Given, Options
@@ -96,6 +96,9 @@ def evaluate(
             batch_size, generate, system, max_new_tokens, answers,
             None if progress is None else lambda done: progress(done, count),
         )  # fmt: skip
+        faults = Faults("evaluate")
+        options.check(faults)
+        faults.check(ConfigError, "Name another column, or omit one.")
         task.refuse(options, asked)
         result = task.evaluate(model, table, Given(model.config, tokenizer, options, trained, known=True), asked)
     result.rows = count

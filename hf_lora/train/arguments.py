@@ -8,6 +8,7 @@ fields have types that it can parse (`list[str]`, a `re:` prefix, JSON text), an
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -280,8 +281,10 @@ class TrlArguments(LoraArguments):
 
 def _as_flag(fault: str) -> str:
     """A fault of a LoraConfig field, with the name of the flag."""
+    name = re.match(r"\w+", fault)
+    is_field = name is not None and name[0] in (f.name for f in fields(LoraConfig))
     fault = fault.replace("init_lora_weights", "init", 1)
-    return fault if fault.startswith("lora_") else f"lora_{fault}"
+    return f"lora_{fault}" if is_field and not fault.startswith("lora_") else fault
 
 
 def _names(value: list[str] | str | None) -> list[str] | None:

@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PretrainedConfig
 
+from ..data.encode import knows_no_text
 from ..errors import ConfigError, LoraError
 from ..files.format import holds_adapter
 from ..hub.names import is_folder, siblings, why_no_source
@@ -41,7 +42,7 @@ def check_adapter(name: str) -> str | None:
     if is_folder(name):
         return None if holds_adapter(name) else f"--lora-adapter {name} is not the folder of an adapter"
     reason = why_no_source(name)
-    return None if reason is None else f"--lora-adapter {name}: {reason}"
+    return None if reason is None else f"--lora-adapter {name}: {reason}" if name else f"--lora-adapter: {reason}"
 
 
 def read_processor(name: str, revision: str | None, auto_class: str) -> Any:
@@ -53,8 +54,15 @@ def read_processor(name: str, revision: str | None, auto_class: str) -> Any:
     Raises:
         ConfigError: it could not be read.
     """
-    with _one_line(name, "its tokenizer" if auto_class == "AutoTokenizer" else "its image processor"):
-        return getattr(transformers, auto_class).from_pretrained(name, revision=revision)
+    is_tokenizer = auto_class == "AutoTokenizer"
+    with _one_line(name, "its tokenizer" if is_tokenizer else "its image processor"):
+        processor = getattr(transformers, auto_class).from_pretrained(name, revision=revision)
+    if is_tokenizer and knows_no_text(processor):
+        raise ConfigError(
+            f"--model {name}: it has no tokenizer, or one without a vocabulary. Save the one of this model there: "
+            "tokenizer.save_pretrained(folder)."
+        )
+    return processor
 
 
 def read_config(name: str, revision: str | None) -> PretrainedConfig:

@@ -74,12 +74,13 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
     if run.model_revision is not None and run.model is not None and is_folder(run.model):
         faults.add(f"--model-revision {run.model_revision} has no effect, since {run.model} is a folder")
-    if training.lora_adapter and (reason := check_adapter(training.lora_adapter)):
+    if training.lora_adapter is not None and (reason := check_adapter(training.lora_adapter)):
         faults.add(reason)
     for option, why in _WITHOUT_EFFECT.items():
         if option in parsed.given:
             faults.add(f"{as_flag(option)} has no effect: {why}")
     _check_push(parsed, faults)
+    Options.of(run).check(faults)
     for option in ("dataset_config", "train_split", "eval_split", "test_split"):
         if option in parsed.given and not run.dataset:
             faults.add(f"{as_flag(option)} needs --dataset")

@@ -6,6 +6,7 @@ A script calls `finetune` with the same names: `finetune({"model": …, "train_f
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -112,8 +113,9 @@ class RunArguments:
     )
     pooling: str | None = flag(
         None,
-        "How the tokens of a text become the vector that a classifier reads: mean, cls, max, last, or another mode of "
-        "sentence-transformers. Default: as the checkpoint declares, else as its class in transformers does.",
+        "How the tokens of a text become the vector that a classifier reads: mean, cls, max, last, another mode of "
+        "sentence-transformers, or own (as its class in transformers does). Default: as the checkpoint declares, else "
+        "own.",
     )
     head_init: str = flag(
         "class-means",
@@ -213,6 +215,11 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
         raise
+    except FileNotFoundError as error:
+        option = next(
+            (word for word, value in itertools.pairwise([*lines, *argv]) if value == str(error.filename)), ""
+        )
+        raise ConfigError(f"hf-lora train: {option} {error.filename} does not exist.".replace("  ", " ")) from error
     except Exception as error:  # TrainingArguments found a conflict, an unknown value or a missing package
         raise ConfigError(f"hf-lora train: {error}") from error
     run, training, rest = parsed[0], parsed[1], parsed[-1]

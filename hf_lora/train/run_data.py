@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -44,10 +45,15 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     check_packages(task)
     processor = read_processor(str(run.model), run.model_revision, task.processor)
     data = task.read(tables, Given(config, processor, options))
+    data.lines += [
+        f"--{split}-file is the training file: its metrics say nothing about new rows"
+        for split, file in (("eval", run.eval_file), ("test", run.test_file))
+        if file and run.train_file and Path(file).exists() and Path(file).samefile(run.train_file)
+    ]
     data.pooling = pooling_of(run, task, config)
     if data.pooling is not None:
         why = "--pooling" if run.pooling else "declared by the checkpoint"
-        data.lines.append(f"the classifier reads the {data.pooling} of the tokens ({why})")
+        data.lines.append(f"the classifier reads a vector of all tokens: {data.pooling} ({why})")
     if (chosen := choose(parsed, data)).made:
         data.lines.append(str(chosen))
     return data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shlex
 import shutil
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_command, write_lines
+from helpers import run_command, tiny_bert, tiny_gpt2, write_lines
 
 from hf_lora.testing import LocalHub
 
@@ -30,6 +31,8 @@ def places(
         config = json.loads((folder / name / "adapter_config.json").read_text())
         values = config | {"base_model_name_or_path": str(folder / base)}
         (folder / name / "adapter_config.json").write_text(json.dumps(values))
+    for name, model in (("bare", tiny_bert().bert), ("words", tiny_gpt2())):  # without a tokenizer
+        model.save_pretrained(folder / name)
     shutil.copy(texts_folder / "rows.csv", folder / "rows.csv")
     (folder / "folder.csv").mkdir()
     (folder / "plain").mkdir()
@@ -65,6 +68,7 @@ EARLY = [
     (RUN + "--train-file {d}/bad.parquet", "bad.parquet is not a complete Parquet file"),
     (RUN + "--train-file {d}/plain", "plain' is not a file of a known type"),
     (ROWS + "--test-file {d}/one.csv", "one.csv, line 2, column 'label': 'x' is not a label of the training data"),
+    (ROWS + "--model {d}/bare", "--model {d}/bare: it has no tokenizer, or one without a vocabulary. Save the one"),
     # Values.
     (
         ROWS + "--lora-r eight",
@@ -81,9 +85,17 @@ EARLY = [
     (ROWS + "--label-names foo", "--label-names has no effect: the task has its own"),
     (ROWS + "--do-train false", "--do-train has no effect: the command trains"),
     (ROWS + "--hub-model-id user/x", "--hub-model-id needs --push-to-hub"),
+    (ROWS + "--dry-run --show-batch", "pass only one of --dry-run, --show-batch."),
     # Names.
+    (
+        ROWS + "--text-column label --label-column label",
+        "--text-column and --label-column are the same column, 'label'",
+    ),
+    (ROWS + "--accelerator-config {d}/none.json", "hf-lora train: --accelerator-config {d}/none.json does not exist."),
     (ROWS + "--push-to-hub --hub-model-id 'a b/c'", "--hub-model-id a b/c is not a valid repository name"),
     (ROWS + "--lora-adapter {d}/chatt", "--lora-adapter {d}/chatt: there is no such folder (did you mean 'chat'"),
+    (ROWS + "--lora-adapter ''", "--lora-adapter: the name is empty"),
+    (ROWS + "--lora-use-dora --lora-method lora_fa", "  - the fields ask for lora_fa, dora, but a layer has one"),
     (ROWS + "--lora-adapter {bert}", "--lora-adapter {bert} is not the folder of an adapter"),
 ]
 LATE = [
@@ -114,9 +126,14 @@ OTHERS = [
     ("generate {chat} --prompt a --revision x", "{chat}' is a folder, which has no revisions. Omit --revision x."),
     ("generate {chat} --prompt a --top-p 0.5", "--top-p 0.5 has no effect without a temperature above 0"),
     ("generate {chat} --prompt a --temperature inf", "--temperature inf must be a number that is not negative"),
+    ("generate {d}/words --prompt a", "there is no tokenizer in {d}/words"),
     ("generate {llama} --prompt a --merge", "so --base-model and --merge do not apply"),
     ("generate {chat} --file {d}/prompts.jsonl --out ''", "Invalid value for '--out': the name is empty"),
     ("eval {clf} --file {d}/rows.csv --system x --last-turn-only", "--last-turn-only, --system x has no effect on te"),
+    (
+        "eval {chat} --file {d}/prompts.jsonl --text-column prompt --completion-column prompt",
+        "--text-column and --completion-column are the same column, 'prompt'",
+    ),
     ("eval {chat} --file {d}/plain", "plain' is not a file of a known type"),
     ("chat {d}/none", "is not a local folder and not a valid repository name: there is no such folder"),
     ("push {clf} https://huggingface.co/user/x", "this is an address. Pass the name of the repository: user/x"),
@@ -169,6 +186,25 @@ def test_a_run_that_does_not_fit_the_model(words: str, message: str, places: dic
 @pytest.mark.parametrize(("words", "message"), OTHERS, ids=lambda value: value[-40:])
 def test_a_call_of_another_command(words: str, message: str, places: dict[str, str]) -> None:
     check(words, message, places)
+
+
+def test_a_template_that_cannot_be_written_whole_is_not_left_in_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Path.open
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    def full(self: Path, *args: Any, **more: Any) -> Any:
+        opened(self, *args, **more).close()
+        return Full()
+
+    monkeypatch.setattr(Path, "open", full)
+    error = run_command("init", "causal-lm", tmp_path / "run.yaml", code=2).stderr
+    assert "cannot be written (No space left on device). Name another file." in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_token_is_said_at_once(places: dict[str, str], tmp_path: Path, messages: list[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -96,6 +97,14 @@ def test_the_head_of_another_task_is_trained_too(bert_folder: str, texts_folder:
     rows = texts_folder / "rows.csv"
     run("--model", tmp_path / "other", "--train-file", rows, "--output-dir", tmp_path / "out", *FAST)
     assert LoraModel.from_pretrained(tmp_path / "out").lora_configs["default"].modules_to_save == ["classifier"]
+
+
+def test_a_test_file_that_was_trained_on_is_said(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(texts_folder / "rows.csv", tmp_path / "copy.csv")
+    words = ("--model", bert_folder, "--train-file", texts_folder / "rows.csv", "--show-batch", "--use-cpu")
+    same = texts_folder / ".." / texts_folder.name / "rows.csv"
+    assert "--test-file is the training file: its metrics say nothing" in run(*words, "--test-file", same).stdout
+    assert "is the training file" not in run(*words, "--test-file", tmp_path / "copy.csv").stdout
 
 
 def test_a_decoder_is_trained_as_a_classifier(llama_folder: str, texts_folder: Path, tmp_path: Path) -> None:

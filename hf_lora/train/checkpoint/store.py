@@ -66,7 +66,7 @@ class CheckpointStore:
             writes: whether this process writes the files that are common to all processes.
             wait: waits for all processes.
         """
-        check_finite(self.whole or model, f"Saving {folder}")
+        check_finite(model if self.whole is None else self.whole, f"Saving {folder}")
         if writes:
             begin_checkpoint(folder)
         wait()
