@@ -111,6 +111,7 @@ ATTRIBUTES: dict[str, str] = {
     "_keys_to_ignore_on_load_missing": "transformers.modeling_utils",
     "_loss_function": "transformers.modeling_utils",
     "_require_grads_hooks": "transformers.modeling_utils",
+    "_tied_weights_keys": "transformers.modeling_utils",
     "_weight_conversions": "transformers.core_model_loading",
     "_model_mapping": "transformers.models.auto.auto_factory",
     "_hf_hook": "accelerate.hooks",

@@ -139,6 +139,12 @@ def _modules_with_rows(model: nn.Module, name: str) -> list[str]:
             "modules in target_modules and modules_to_save.",
             stacklevel=4,
         )
+    elif len(shared) > 1 and not getattr(model, "_tied_weights_keys", None):  # by which PEFT knows what is tied
+        warnings.warn(
+            f"PEFT uses this adapter in part: {listed(sorted(shared))} have the same rows of tokens, and PEFT knows "
+            "of no tie between them in this model. hf_lora uses all of it. For PEFT, merge the adapter.",
+            stacklevel=4,
+        )
     return list(rows)
 
 

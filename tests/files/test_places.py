@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from helpers import (
 from round_trip import in_peft, output
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, BartForSequenceClassification
 
 from hf_lora import AdapterFileError, LoraConfig, LoraModel, StateError, TargetError, apply_lora, merge_files
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
@@ -309,3 +310,17 @@ def test_a_joined_embedding_is_merged_under_all_its_names(part: str, make: Any, 
     merged.save_pretrained(tmp_path / "memory")
     for folder in ("files", "memory"):
         assert_near(logits(type(make()).from_pretrained(tmp_path / folder)), expected, torch.float32, 64)
+
+
+def test_rows_of_modules_that_peft_does_not_know_as_tied_are_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = BartForSequenceClassification(tiny_bart().config).eval()
+    batch = {"input_ids": torch.tensor([[5, 3, 4, 2]])}
+    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 4])
+    model = randomize(apply_lora(copy.deepcopy(base), config)).eval()
+    expected = output(model, batch)
+    with pytest.warns(UserWarning, match="PEFT uses this adapter in part: .* have the same rows of tokens"):
+        model.save_pretrained(tmp_path)
+    assert relative_error(output(in_peft(base, tmp_path), batch), expected) > 0.01
+    assert torch.equal(output(LoraModel.from_pretrained(tmp_path, base_model=base).eval(), batch), expected)
+    assert_near(output(model.merge_and_unload().eval(), batch), expected, torch.float32, 64)
