@@ -61,13 +61,15 @@ def merge(
         raise typer.BadParameter("use hf-lora merge ADAPTER --out OUT [--base BASE] or hf-lora merge BASE ADAPTER OUT")
     with threads_for_free_cores():
         from ..export import merge_to_folder
+        from ..pooled.build import is_pooled
 
     folder = merge_to_folder(
         adapter, target, base_model=base, in_memory=len(what) == 1, dtype=dtype, untie=untie, overwrite=overwrite,
         revision=revision, subfolder=subfolder, base_revision=base_revision, allow_other_base=allow_other_base,
         progress=not quiet,
     )  # fmt: skip
-    typer.echo(f"Merged. {folder} holds a full model: load it with transformers' from_pretrained.")
+    loader = "hf_lora.build_classifier" if is_pooled(folder) else "transformers' from_pretrained"
+    typer.echo(f"Merged. {folder} holds a full model: load it with {loader}.")
 
 
 def convert(

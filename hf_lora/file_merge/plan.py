@@ -16,6 +16,7 @@ from ..adapt.merge import by_tensor, check_mergeable, folds_of
 from ..adapt.ties import names_by_place, tied_folds
 from ..adapt.walk import parts
 from ..errors import Faults, MergeError
+from ..layers.ops import to_float64
 from ..layers.parts import Fold
 from ..layers.storages import fits
 from ..safe_io.headers import Entry, header_of
@@ -117,6 +118,7 @@ def make_plan(shell: Shell, dtype: torch.dtype | None, untie: bool, call: str) -
     extra = _untied(plan, folds, untie)
     replaced = _replacements(plan)
     each = [replace(fold, name=name) for fold in folds for name in _names_of(plan, *fold.name.rsplit(".", 1))]
+    each = [fold for fold in each if not _added_to_bias(fold, replaced)]
     _plan_folds(plan, each, replaced.keys(), faults)
     try:
         check_mergeable(shell.model, folds, (NAME,), untie=untie, keep=False, call=call)
@@ -153,6 +155,15 @@ def _replacements(plan: Plan) -> dict[str, tuple[Tensor, torch.dtype]]:
             for each in alike.get(owner, [owner]) if stays_tied else other:
                 found[each] = own.detach(), base.dtype
     return found
+
+
+def _added_to_bias(fold: Fold, replaced: dict[str, tuple[Tensor, torch.dtype]]) -> bool:
+    """Add an update to the bias that the adapter has in place of the base's, if it is for one."""
+    if fold.name not in replaced or not fold.name.endswith(".bias"):
+        return False
+    values, dtype = replaced[fold.name]
+    replaced[fold.name] = fold.start()(to_float64(values), slice(0, len(values))), dtype
+    return True
 
 
 def _names_of(plan: Plan, path: str, leaf: str) -> list[str]:

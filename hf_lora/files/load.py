@@ -273,7 +273,8 @@ def _plan(model: nn.Module, file: AdapterFile, call: str) -> tuple[AdapterFile, 
 def _frozen_keys(model: nn.Module, plan: Explanation, tensors: Mapping[str, Tensor]) -> set[str]:
     """The tensors in a file of this library that are there because PEFT would train their modules whole."""
     frozen = frozen_modules(model, list(plan.saved), None)
-    keys = {key_of(path, name) for path in frozen for name in original_state(module_at(model, path))}
+    names = [f"{path}.{name}" for path in frozen for name in original_state(module_at(model, path))]
+    keys = {f"{PREFIX}{name}" for name in names if holder(name, plan.saved) is None}
     return (keys & tensors.keys()) - {key_of(path, "bias") for path in plan.biases}
 
 
@@ -287,7 +288,7 @@ def _other_biases(
         effect: of second names of a bias of the plan, with equal values, or of a module that is trained whole.
     """
     buffers, seconds = set[str](), set[str]()
-    modules = dict(original_modules(model)) if config.bias == "all" else {}
+    modules = dict(original_modules(model, once=False)) if config.bias == "all" else {}
     planned = {id(modules[path]._parameters["bias"]): path for path in plan.biases if modules}
     users = tensor_users(model) if modules else {}
     for key in tensors:

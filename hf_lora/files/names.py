@@ -61,6 +61,14 @@ def adapted_in_peft(values: Mapping[str, Any], names: Iterable[str]) -> set[str]
     return {name for name in names if hits(name) and not excludes(name) and not any(map(whole, ancestors(name)))}
 
 
+def _also_read(values: Mapping[str, Any], names: Iterable[str], adapted: set[str]) -> list[str]:
+    """The differences between `adapted` and what PEFT adapts, or this library, which reads whole modules exactly."""
+    names, whole = list(names), values["modules_to_save"] or ()
+    here = adapted_in_peft({**values, "modules_to_save": None, "task_type": None}, names)
+    here = {name for name in here if holder(name, whole) is None}
+    return sorted((here ^ adapted) | (adapted_in_peft(values, names) ^ adapted))
+
+
 @dataclass
 class Written:
     """The fields with names of an adapter_config.json, and the frozen modules whose tensors PEFT needs with them."""
@@ -89,7 +97,7 @@ def names_to_write(
         "exclude_modules": config.exclude_modules,
     }
     limited = config.layers_to_transform is not None or config.exclude_modules
-    if config.target_modules in PRESETS or limited or adapted_in_peft(fields, names) != adapted:
+    if config.target_modules in PRESETS or limited or _also_read(fields, names, adapted):
         fields |= {"layers_to_transform": None, "layers_pattern": None}
         fields |= _shortest(fields, names, adapted)
     _warn_of(further, adapted - adapted_in_peft(fields, names), adapted, heads)
@@ -100,7 +108,7 @@ def names_to_write(
 def _warn_of(further: list[str], unselected: set[str], adapted: set[str], heads: Sequence[str]) -> None:
     """Say which names PEFT cannot tell from those of `heads`: no other names would, and no tensors would help."""
     among, whole = set(further), set(heads)
-    lost = sorted(unselected.union(name for name in adapted if holder(name, among) is not None))
+    lost = sorted(unselected.union(name for name in (*adapted, *heads) if holder(name, among) is not None))
     lost += [name for name in further if holder(name, whole) is not None]
     if lost:
         warnings.warn(
@@ -114,10 +122,10 @@ def _warn_of(further: list[str], unselected: set[str], adapted: set[str], heads:
 def _shortest(fields: Mapping[str, Any], names: Sequence[str], adapted: set[str]) -> dict[str, Any]:
     """A last component where all modules with it are adapted, else whole names, and what these match too much."""
     found: dict[str, Any] = {"target_modules": shortest_names(adapted, names), "exclude_modules": None}
-    wrong = sorted(adapted_in_peft({**fields, **found}, names) - adapted)
+    wrong = [name for name in _also_read({**fields, **found}, names, adapted) if name not in adapted]
     if wrong:
         found["exclude_modules"] = wrong
-        if adapted_in_peft({**fields, **found}, names) != adapted:  # a name is the end of an adapted one
+        if _also_read({**fields, **found}, names, adapted):  # a name is the end of an adapted one
             found["exclude_modules"] = "|".join(map(re.escape, wrong))
     return found
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..adapt.bypass import uncalled_embeddings
-from ..adapt.match import ancestors
+from ..adapt.match import ancestors, holder
 from ..adapt.targets import Explanation
 from ..adapt.ties import names_by_place, part_modules
 from ..adapt.undo import all_or_nothing
 from ..errors import AdapterFileError
+from ..layers.parts import bias_key
 from .format import AdapterFile
-from .keys import PREFIX, is_row, split_key
+from .keys import PREFIX, is_row, key_of, split_key
 from .names import whole_modules
 from .tied import with_its_targets
 
@@ -33,11 +34,22 @@ def apart(model: nn.Module, file: AdapterFile, call: str) -> Iterator[AdapterFil
 
     Yields:
         the file, whose names in target_modules then mean these places alone.
+
+    Raises:
+        AdapterFileError: PEFT trained a bias of such a module too, which acts at all places.
     """
     names = _names_apart(model, file)
     if not names:
         yield file
         return
+    biases = {key_of(name, bias_key(adapted)) for name in names for adapted in (True, False)} & file.tensors.keys()
+    whole = whole_modules(model, file.config, own=bool(file.extras), once=False)
+    acting = [key for key in sorted(biases) if holder(key.removeprefix(PREFIX), whole) is None]
+    if acting and not file.extras:
+        raise AdapterFileError(
+            f"{call}: PEFT trained {', '.join(acting)} for all places of a module, but its factors for one, which is "
+            "not supported. Nothing was changed. Load the adapter with PEFT."
+        )
     with all_or_nothing(model):
         part_modules(model, names, call)
         yield with_its_targets(file)
@@ -55,7 +67,9 @@ def _names_apart(model: nn.Module, file: AdapterFile) -> list[str]:
     uncalled = uncalled_embeddings(model, once=False)
     found: list[str] = []
     for first, names in by_place.items():
-        touched = [name for name in names if (name in named and name not in uncalled) or name in rows - {first}]
+        with_rows = rows.intersection(names)
+        alone = set() if with_rows <= {first} else with_rows  # rows of the first name are those of all
+        touched = [name for name in names if (name in named and name not in uncalled) or name in alone]
         is_one = first in joined if joined is not None else bool(file.extras) and first in named
         if not is_one:
             found += touched if len(touched) < len(names) else touched[1:]

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.gather import offloaded_tensors
 from ..adapt.labels import task_type_of
-from ..adapt.match import PatternTable
+from ..adapt.match import PatternTable, holder
 from ..adapt.state import require_state, task_of
+from ..adapt.ties import tensor_users
 from ..adapt.unsaved import trained_rows, why_unsaved
 from ..adapt.walk import (
     adapted_modules,
@@ -30,7 +31,7 @@ from ..adapt.walk import (
     parts,
 )
 from ..config import OF_INITS, PLAIN_IN_FILES
-from ..errors import AdapterFileError, ConfigError, Faults, nearest
+from ..errors import AdapterFileError, ConfigError, Faults, listed, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
@@ -45,7 +46,7 @@ from .format import (
     write_adapter,
 )
 from .identity import is_absent, renewed
-from .joined import joined_modules, names_in_config, under_called_names
+from .joined import Joined, joined_modules, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
 
@@ -106,11 +107,39 @@ def save_adapter(
             "adapter. Save adapters to a separate folder.",
             stacklevel=3,
         )
-    rows = [part.path for part in parts(model, name) if isinstance(part, TokenRows)]
+    rows = _modules_with_rows(model, name)
     joined = joined_modules(model, [part.path for part in parts(model, name) if not isinstance(part, TokenRows)])
+    _warn_of_places(model, name, joined)
     config, extras = names_in_config(config_on_disk(model, name, names), joined), extras_of(model, name)
     tensors = with_biases_of_rows(under_called_names(tensors, joined), rows)
     return write_adapter(folder, config, tensors, extras | {"joined": joined}, allow_nonfinite)
+
+
+def _warn_of_places(model: nn.Module, name: str, joined: Joined) -> None:
+    """Warn of modules at which an adapter acts at several places, and in PEFT at one."""
+    acting = adapted_modules(model, name).union(require_state(model, "save_adapter").adapters[name].heads)
+    if alone := [first for first, called in joined.items() if called == [first] and first in acting]:
+        warnings.warn(
+            f"PEFT uses this adapter in part: the model has {listed(alone)} at several places, and PEFT adapts the "
+            "first alone. hf_lora uses all of it. For PEFT, merge the adapter.",
+            stacklevel=4,
+        )
+
+
+def _modules_with_rows(model: nn.Module, name: str) -> list[str]:
+    """The modules with rows of tokens. Warns of those that PEFT cannot load."""
+    rows = {part.path: part for part in parts(model, name) if isinstance(part, TokenRows)}
+    heads, users = require_state(model, "save_adapter").adapters[name].heads, tensor_users(model)
+    shared = {user for part in rows.values() if not part.alone for user in users[id(part.module.weight)]}
+    lost = sorted(adapted_modules(model, name) & rows.keys()) + [n for n in sorted(shared) if holder(n, heads)]
+    if lost:
+        warnings.warn(
+            f"PEFT cannot load this adapter: {listed(lost)} would have rows of tokens (trainable_token_indices) and "
+            "factors or a copy, which it does not support. hf_lora loads it. For PEFT, train an adapter without these "
+            "modules in target_modules and modules_to_save.",
+            stacklevel=4,
+        )
+    return list(rows)
 
 
 def save_adapters(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,28 +16,30 @@ from transformers.utils import logging
 
 from ..errors import ConfigError
 from .declared import declared_pooling, dense_files
-from .model import body_of, class_for
+from .model import body_of, class_for, class_named
 from .pooling import POOLING, Pooling
 
 logger = logging.get_logger(__name__)
 
+_CLASSIFIER = "ForSequenceClassification"
 _OWN_SETTING = "classifier_pooling"
 """The setting of the classes of transformers that can pool in several ways."""
 
 
 def build_classifier(
     path: str | os.PathLike[str],
-    labels: Sequence[str] | int,
+    labels: Sequence[str] | int | None = None,
     *,
     pooling: str | Pooling | None = None,
     revision: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A classifier of texts with a new head, on the sentence vector that its checkpoint was trained for.
+    """A classifier of texts with a new head on the sentence vector that its checkpoint declares, or a saved one.
 
     Args:
         path: a folder, or a repository on the Hub.
-        labels: the names of the classes, or their number.
+        labels: the names of the classes, or their number. None: those of the checkpoint, which is a classifier
+            already, such as a merged one.
         pooling: `cls`, `mean`, `max`, `last`, another mode of sentence-transformers, or a `Pooling`. Default: what the
             checkpoint declares in the files of sentence-transformers, else what its class in transformers reads.
         revision: branch, tag or commit of the repository.
@@ -47,17 +50,36 @@ def build_classifier(
         a class of hf_lora over the same body, whose head also pools.
 
     Raises:
-        ConfigError: the pooling is unknown, or does not fit the model.
+        ConfigError: the pooling is unknown, or does not fit the model; or no labels are given for a new head.
     """
-    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
-    options = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}, **kwargs}
-    if revision is not None:
-        options["revision"] = revision
+    options = dict(kwargs) if revision is None else {**kwargs, "revision": revision}
     config = AutoConfig.from_pretrained(path, **({"revision": revision} if revision is not None else {}))
+    saved = class_named(next(iter(config.architectures or ()), None))
+    if labels is None:
+        _check_saved(path, config, pooling)
+    else:
+        names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if saved is not None and pooling is None:
+        return saved.from_pretrained(path, **options)
     chosen = chosen_pooling(path, config, pooling, revision)
     if chosen is None:
         return AutoModelForSequenceClassification.from_pretrained(path, **options)
     return load_pooled(path, config, chosen, options)
+
+
+def is_pooled(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a saved classifier of a class of hf_lora."""
+    values = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    return class_named(next(iter(values.get("architectures") or ()), None)) is not None
+
+
+def _check_saved(path: str | os.PathLike[str], config: PretrainedConfig, pooling: object) -> None:
+    """Refuse a checkpoint without a head of its own, or another pooling for one."""
+    if pooling is not None:
+        raise ConfigError(f"build_classifier({os.fspath(path)!r}): another pooling needs a new head. Pass labels=.")
+    if not any(name.endswith(_CLASSIFIER) for name in config.architectures or ()):
+        raise ConfigError(f"build_classifier({os.fspath(path)!r}): this is not a classifier. Pass labels=.")
 
 
 def chosen_pooling(
@@ -66,7 +88,7 @@ def chosen_pooling(
     """The pooling of a new classifier for a checkpoint; None: its class in transformers has its own way."""
     if pooling is not None:
         return Pooling.of(pooling)
-    if any(name.endswith("ForSequenceClassification") for name in config.architectures or ()):
+    if any(name.endswith(_CLASSIFIER) for name in config.architectures or ()):
         return None  # the checkpoint is a classifier already
     return declared_pooling(path, revision)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..tasks.base import Data
 from ..tasks.causal_lm import rate_for_width
 from ..tasks.registry import CAUSAL_LM
+from .arguments import LoraTrainingArguments
 from .parsing import Parsed
 
 STEPS = 400
@@ -24,6 +25,7 @@ PACKED_STEPS = 200
 """Rows are packed into shorter ones until a language model's training has so many steps."""
 LENGTHS = (1024, 512, 256, 128)
 """The lengths of packed rows that are chosen."""
+PLAIN_INITS = ("true", "gaussian", "orthogonal")
 NARROW = 1024
 """Up to this width, language models bear a rate of B that is a multiple of A's."""
 
@@ -67,17 +69,11 @@ def _classifier(parsed: Parsed, data: Data) -> list[Choice]:
     if not data.task.pools or data.labels is None:
         return []
     rank = parsed.training.lora_r if "lora_r" in parsed.given else 32
+    values = {"lora_r": rank, "lora_alpha": rank, "lora_bias": "all"}
+    if bears_rates(parsed.training):
+        values |= {"loraplus_lr_ratio": 4, "head_learning_rate": 3e-3}
     choices = [
-        Choice(
-            {
-                "lora_r": rank,
-                "lora_alpha": rank,
-                "loraplus_lr_ratio": 4,
-                "head_learning_rate": 3e-3,
-                "lora_bias": "all",
-            },
-            "measured best for small encoders",
-        ),
+        Choice(values, "measured best for small encoders"),
         Choice({"train_sampling_strategy": "group_by_length"}, "less padding"),
     ]
     steps = steps_of_epoch(parsed, len(data.rows["train"]))
@@ -91,7 +87,7 @@ def _language_model(parsed: Parsed, data: Data) -> list[Choice]:
     width = data.config.get_text_config().hidden_size
     rank = parsed.training.lora_r if "lora_r" in parsed.given else 64
     values: dict[str, Any] = {"lora_r": rank, "lora_alpha": rank, "learning_rate": rate_for_width(width)}
-    values |= {"loraplus_lr_ratio": 4} if width <= NARROW else {}
+    values |= {"loraplus_lr_ratio": 4} if width <= NARROW and bears_rates(parsed.training) else {}
     choices = [Choice(values, f"for the width {width:,}")]
     if parsed.run.packing and parsed.run.max_length is None and parsed.training.max_steps <= 0:
         sizes = {split: [len(ids) for ids in rows["input_ids"]] for split, rows in data.rows.items()}
@@ -105,6 +101,11 @@ def _language_model(parsed: Parsed, data: Data) -> list[Choice]:
                     choices.append(Choice({"max_length": length}, f"about {steps:,} steps"))
                 break
     return choices
+
+
+def bears_rates(training: LoraTrainingArguments) -> bool:
+    """Whether other rates for B and the head were measured: with Adam, and factors that start as usual."""
+    return "adam" in str(getattr(training.optim, "value", training.optim)) and training.lora_init in PLAIN_INITS
 
 
 def steps_of_epoch(parsed: Parsed, rows: int) -> int:

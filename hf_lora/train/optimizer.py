@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils import logging
 
+from ..adapt.inner import adapted_part, outside
 from ..adapt.walk import parts
 from ..errors import ConfigError, TrainingError
 
@@ -116,12 +117,14 @@ def learning_rates(
 ) -> dict[int, float]:
     """id of a parameter -> its learning rate, for those that differ from the common one."""
     rates: dict[int, float] = {}
-    for part in parts(model):
+    for part in parts(adapted_part(model)):
         for spec, tensor in part.tensors():
             if loraplus_lr_ratio is not None and spec.axes == "OR" and spec.trainable:
                 rates[id(tensor)] = learning_rate * loraplus_lr_ratio
             if head_learning_rate is not None and part.whole_module and spec.trainable:
                 rates[id(tensor)] = head_learning_rate
+    if head_learning_rate is not None:
+        rates |= {id(tensor): head_learning_rate for tensor in outside(model).values() if tensor.requires_grad}
     return rates
 
 

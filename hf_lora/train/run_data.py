@@ -53,7 +53,7 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     data.pooling = pooling_of(run, task, config)
     if data.pooling is not None:
         why = "--pooling" if run.pooling else "declared by the checkpoint"
-        data.lines.append(f"the classifier reads the {data.pooling} of the tokens ({why})")
+        data.lines.append(f"the classifier reads a vector of all tokens: {data.pooling} ({why})")
     if (chosen := choose(parsed, data)).made:
         data.lines.append(str(chosen))
     return data

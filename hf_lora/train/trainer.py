@@ -184,7 +184,7 @@ class LoraTrainerMixin(_Trainer):
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if (present is None or present is not self._own_optimizer) and set_rates(
-            optimizer, self._adapted_model, self.args, was_given=present is not None
+            optimizer, self._bare_model, self.args, was_given=present is not None
         ):
             self._own_optimizer = optimizer
         if self.is_deepspeed_enabled:

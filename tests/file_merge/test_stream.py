@@ -114,6 +114,18 @@ def test_the_bias_that_a_head_shares(tmp_path: Path, tied: bool, untie: bool) ->
     assert (name in tensors_of(out)) == (name in tensors_of(base) or untie)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str)
+def test_a_bias_that_is_trained_and_gets_an_update(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = save_base(tiny_bert(cls="BertForMaskedLM").to(dtype), tmp_path)
+    for bias in ("all", "lora_only"):
+        adapter = save_adapter(base, tmp_path, name=bias, lora_bias=True, bias=bias, modules_to_save=[])
+        merged = tensors_of(assert_merges_alike(base, adapter, tmp_path / bias))
+        name = "bert.encoder.layer.0.attention.self.query"
+        held = tensors_of(adapter)
+        own, added = (held[f"base_model.model.{name}.{key}"] for key in ("base_layer.bias", "lora_B.bias"))
+        assert torch.equal(merged[f"{name}.bias"], (own.double() + 2 * added.double()).to(dtype))  # alpha is 2 r
+
+
 def test_a_head_with_other_labels_around_another_models_backbone(tmp_path: Path) -> None:
     base = save_base(tiny_bert(cls="BertForPreTraining"), tmp_path)
     from transformers import BertForSequenceClassification

@@ -491,3 +491,23 @@ def test_what_an_older_peft_wrote_for_its_name_alone(is_trained: bool, tmp_path:
     with torch.no_grad():
         for model in (ours, again):
             assert_near(model(**batch).logits, theirs(**batch).logits, torch.float32, 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "lm_head"),
+    ],
+    ids=["factors", "a copy"],
+)
+def test_rows_that_peft_cannot_load_are_named(config: dict[str, Any], named: str, tmp_path: Path) -> None:
+    model = randomize(apply_lora(tied(), LoraConfig(r=4, trainable_token_indices=[3, 5], **config)))
+    with pytest.warns(UserWarning, match=f"PEFT cannot load this adapter: {named} would have rows of tokens"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises((TypeError, KeyError)):
+        peft.PeftModel.from_pretrained(tied(), tmp_path)
+    assert torch.equal(logits(LoraModel.from_pretrained(tmp_path, base_model=tied())), logits(model))
+    config = {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}
+    randomize(apply_lora(tied(), LoraConfig(r=4, **config))).save_pretrained(tmp_path)
+    peft.PeftModel.from_pretrained(tied(), tmp_path)

@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from helpers import relative_error
-from round_trip import COMPONENTS, ROUNDINGS, check_round_trip, in_peft, output, random_tree
+from round_trip import COMPONENTS, ROUNDINGS, Tree, check_round_trip, in_peft, output, random_tree
 from torch import nn
 
 from hf_lora import LoraConfig, TargetError
@@ -22,6 +22,7 @@ from hf_lora.adapt.inject import inject
 from hf_lora.adapt.targets import resolve
 from hf_lora.adapt.walk import adapted_modules
 from hf_lora.files.load import load_adapter
+from hf_lora.files.names import outermost
 from hf_lora.files.save import save_adapter
 
 FAST, SLOW = range(25), range(1000, 2500)
@@ -117,7 +118,9 @@ def check_writing(seed: int, folder: Path) -> str:
     tree = random_tree(drawn)
     layers = layers_of(tree)
     chosen = drawn.sample(layers, drawn.randint(1, len(layers)))
-    heads = [name for name in drawn.sample(names_of(tree), 1) if drawn.random() < 0.4]
+    names = names_of(tree)
+    some = drawn.sample(names, min(3, len(names)))
+    heads = outermost([name for name in names if name in some and drawn.random() < 0.25])
     pattern = "|".join(map(re.escape, chosen))
     config = LoraConfig(
         r=2, target_modules=pattern, modules_to_save=[], task_type=drawn.choice([None, "SEQ_CLS"]),
@@ -158,3 +161,20 @@ def test_what_peft_wrote_for_a_random_tree_is_the_same_adapter_here(seeds: range
 def test_what_was_saved_of_a_random_tree_loads_again_here_and_in_peft(seeds: range, tmp_path: Path) -> None:
     found = [check_writing(seed, tmp_path) for seed in seeds]
     assert found.count("all") > len(seeds) / 2
+
+
+def test_a_head_inside_a_module_whose_name_ends_like_another_head(tmp_path: Path) -> None:
+    """PEFT would take the module for one that is trained whole; its tensors are not those of the base."""
+    tree, inner = Tree(), Tree()
+    for parent, names in ((inner, ("classifier", "head")), (tree, ("classifier", "head"))):
+        for name in names:
+            parent.add_module(name, nn.Linear(4, 4))
+    tree.add_module("pre_classifier", inner)
+    model = copy.deepcopy(tree)
+    inject(model, LoraConfig(r=2, target_modules=["head"], modules_to_save=["classifier"]))
+    randomized(model)
+    with pytest.warns(UserWarning, match="PEFT cannot load this adapter"):
+        save_adapter(model, tmp_path)
+    again = copy.deepcopy(tree)
+    load_adapter(again, tmp_path)
+    assert torch.equal(output(again, X), output(model, X))

@@ -83,10 +83,24 @@ def test_peft_adapts_a_module_at_the_name_in_the_file(config: dict[str, Any], tm
     assert_near(output(in_peft(Twice(), tmp_path / "ours"), X), expected, torch.float32, 16)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_bias_that_acts_at_all_places_beside_factors_of_one_is_refused(bias: str, tmp_path: Path) -> None:
+    """PEFT trains the parameter of the base, which all places have."""
+    trained(Twice(), tmp_path, target_modules=["a"], bias=bias)
+    model = Twice()
+    with pytest.raises(
+        AdapterFileError, match=r"trained base_model.model.a.base_layer.bias for all places of a module"
+    ):
+        load_adapter(model, tmp_path)
+    assert model.a is model.b
+    in_peft(model, tmp_path)  # the next step
+
+
 def test_an_adapter_that_acts_at_all_places_does_so_again(tmp_path: Path) -> None:
     model, again = Twice(), Twice()
     apply_lora(model, LoraConfig(r=2, target_modules=["a"], rank_pattern={"a": 3}, modules_to_save=["c"]))
-    save_adapter(randomize(model), tmp_path)
+    with pytest.warns(UserWarning, match="PEFT uses this adapter in part: the model has a at several places"):
+        save_adapter(randomize(model), tmp_path)
     load_adapter(again, tmp_path)
     assert again.a is again.b
     assert torch.equal(output(again, X), output(model, X))

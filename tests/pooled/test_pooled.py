@@ -108,6 +108,9 @@ def test_a_named_pooling_is_preferred_and_a_checkpoint_that_declares_none_keeps_
 ) -> None:
     assert build_classifier(declared["normalized"], 3, pooling="max").config.pooling["modes"] == ["max"]
     assert type(build_classifier(base, 3)).__name__ == "BertForSequenceClassification"
+    for wrong in ({"labels": None}, {"labels": None, "pooling": "mean"}):
+        with pytest.raises(ConfigError, match="Pass labels="):
+            build_classifier(base, **wrong)
     with pytest.raises(ConfigError, match=r"'meen' is unknown \(did you mean 'mean'"):
         build_classifier(base, 3, pooling="meen")
 
@@ -168,6 +171,9 @@ def test_nothing_loses_the_vector(name: str, declared: dict[str, str], tmp_path:
     for whole in ("merged", "files"):
         tokenizer.save_pretrained(tmp_path / whole)
         same(logits(hf_lora.load_for_generation(tmp_path / whole, any_task=True)[0], batch))
+        saved = build_classifier(tmp_path / whole)
+        same(logits(saved, batch))
+        assert list(saved.config.id2label.values()) == LABELS
     exported = hf_lora.save_as_sentence_transformer(merged, tokenizer, tmp_path / "exported")
     theirs = st.SentenceTransformer(str(exported), device="cpu").encode(ALL, convert_to_tensor=True)
     same(theirs)

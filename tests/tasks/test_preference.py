@@ -104,6 +104,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "marked.jsonl", marked)
     write_lines(folder / "good.jsonl", marked[::2])
     write_lines(folder / "alone.jsonl", [{"prompt": ASKED, "chosen": GOOD}] * 2)
+    equal = [{"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}, {"prompt": ASKED, "chosen": GOOD, "rejected": ""}]
+    write_lines(folder / "equal.jsonl", equal)
+    other = [{"role": "user", "content": "why"}]
+    write_lines(folder / "other.jsonl", [{"prompt": ASKED, "chosen": other + GOOD, "rejected": BAD}])
     write_lines(folder / "chats.jsonl", [{"messages": ASKED + GOOD}] * 2)
     return folder
 
@@ -156,6 +160,9 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--task", "dpo", "--train-file", "alone.jsonl"], "pairs need the columns 'chosen' and 'rejected'"),
+        (["--train-file", "equal.jsonl"], "line 1: 'chosen' and 'rejected' are equal"),
+        (["--train-file", "equal.jsonl"], "line 2, column 'rejected': the cell is empty"),
+        (["--train-file", "other.jsonl"], "and not with 'prompt'"),
         (["--task", "reward", "--train-file", "chats.jsonl"], "pairs need the columns 'chosen' and 'rejected'"),
         (["--task", "kto", "--train-file", "good.jsonl"], "'label' is True in every row"),
         (["--train-file", "chats.jsonl", "--beta", "0.2"], "--beta has no effect on the task causal-lm"),

@@ -55,6 +55,13 @@ def test_what_the_user_gave_stays(base: str, tmp_path: Path) -> None:
     assert read(base, file, "--max-steps", "5")[0].training.num_train_epochs == 3
 
 
+def test_rates_are_chosen_only_where_they_can_be_set(base: str, tmp_path: Path) -> None:
+    file = labeled(tmp_path / "rows.jsonl", 32)
+    for words in (("--lora-init", "mica"), ("--optim", "sgd")):
+        training = read(base, file, *words)[0].training
+        assert (training.lora_r, training.loraplus_lr_ratio, training.head_learning_rate) == (32, None, None)
+
+
 def test_numbers_as_labels_keep_the_defaults_of_the_trainer(base: str, tmp_path: Path) -> None:
     lines = [{"text": text, "label": i / 7} for i, text in enumerate(TEXTS + OTHERS)]
     file = Path(write_lines(tmp_path / "rows.jsonl", lines))

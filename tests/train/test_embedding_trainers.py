@@ -102,12 +102,14 @@ def test_modules_outside_the_transformers_model_are_trained_whole_and_kept(base:
     """By its own `save_pretrained`, and in checkpoints, from which a run goes on to the same bits."""
     model = embedder(base, dense=True)
     before = model[2].linear.weight.detach().clone()
-    run = made(model, tmp_path / "run")
+    run = made(model, tmp_path / "run", head_learning_rate=3e-2)
     assert isinstance(model[0].auto_model, LoraModel)
     outside = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
     assert outside == {"2.linear.weight", "2.linear.bias"}
     run.train()
     assert not torch.equal(model[2].linear.weight, before)
+    rates = {id(p): group["initial_lr"] for group in run.optimizer.param_groups for p in group["params"]}
+    assert [name for name, p in model.named_parameters() if rates.get(id(p)) == 3e-2] == sorted(outside)[::-1]
     expected = model.encode(TEXTS, convert_to_tensor=True)
     run.save_model(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "2_Dense" / "model.safetensors").exists()
@@ -116,7 +118,7 @@ def test_modules_outside_the_transformers_model_are_trained_whole_and_kept(base:
         again = st.SentenceTransformer(str(tmp_path / folder), device="cpu")
         assert torch.allclose(again.encode(TEXTS, convert_to_tensor=True), expected, rtol=1e-5, atol=1e-6)
 
-    resumed = made(embedder(base, dense=True), tmp_path / "resumed")
+    resumed = made(embedder(base, dense=True), tmp_path / "resumed", head_learning_rate=3e-2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert torch.equal(resumed.model.encode(TEXTS, convert_to_tensor=True), expected)
     other = made(embedder(base), tmp_path / "other")
