@@ -24,6 +24,7 @@ from .names import (
     files_below,
     inner_adapters,
     is_folder,
+    is_ignored,
     why_no_source,
 )
 from .network import Repository
@@ -51,9 +52,9 @@ def local_adapter(
         AdapterFileError: the repository holds no adapter, or `subfolder` is a link that points outside the folder.
     """
     name = os.fspath(adapter)
+    if is_ignored(revision, name):
+        raise HubError(f"{name!r} is a folder, which has no revisions. Omit revision={revision!r}.")
     if is_folder(name):
-        if revision is not None:
-            raise HubError(f"{name!r} is a folder, which has no revisions. Omit revision={revision!r}.")
         return own_folder(Path(name), check_subfolder(subfolder, f"loading {name!r}"))
     reason = why_no_source(name)
     if reason is not None:

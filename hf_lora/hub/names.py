@@ -39,6 +39,11 @@ def is_folder(name: str) -> bool:
         return False
 
 
+def is_ignored(revision: str | None, name: str) -> bool:
+    """Whether a revision has no effect, since the name is that of a folder. Scripts pass `main` for every name."""
+    return revision not in (None, "main") and is_folder(name)
+
+
 def why_no_source(name: str) -> str | None:
     """Why a name that is no folder is not the name of a repository either; None if it may be one."""
     if not name.strip():
@@ -62,7 +67,7 @@ def check_base(name: str, revision: str | None, call: str, given: bool = True) -
     """
     if given and not name:
         raise ConfigError(f"{call}: base_model is empty. Pass a folder or a name on the Hub, or omit it.")
-    if revision is not None and is_folder(name):
+    if is_ignored(revision, name):
         raise ConfigError(f"{call}: base_revision={revision!r} has no effect, since {name} is a folder. Omit it.")
 
 

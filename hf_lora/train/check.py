@@ -18,7 +18,7 @@ from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
 from ..data.trained import is_prose
 from ..errors import ConfigError, DataError, Faults, HubError, nearest
-from ..hub.names import check_repository, is_folder
+from ..hub.names import check_repository, is_ignored
 from ..tasks.base import Options, Task
 from ..tasks.masked_lm import MaskedLM
 from ..tasks.registry import CAUSAL_LM, TASKS, why_not
@@ -72,7 +72,7 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
     for file, split in ((run.eval_file, run.eval_split), (run.test_file, run.test_split)):
         if file and split:
             faults.add(f"{file} and the split {split!r} cannot both be evaluated: pass only one")
-    if run.model_revision is not None and run.model is not None and is_folder(run.model):
+    if run.model is not None and is_ignored(run.model_revision, run.model):
         faults.add(f"--model-revision {run.model_revision} has no effect, since {run.model} is a folder")
     if training.lora_adapter is not None and (reason := check_adapter(training.lora_adapter)):
         faults.add(reason)

@@ -122,7 +122,7 @@ OTHERS = [
     ("generate ~/x --prompt a", "the shell did not expand ~"),
     ("generate {d}/file --prompt a", "this is a file. Name the folder that it is in"),
     ("generate {chat} --prompt a --base-model ''", "--base-model is empty"),
-    ("generate {chat} --prompt a --base-model {bert}", "{chat}"),
+    ("generate {chat} --prompt a --base-model {bert}", "this is a bert model. Load the base that the adapter was"),
     ("generate {chat} --prompt a --revision x", "{chat}' is a folder, which has no revisions. Omit --revision x."),
     ("generate {chat} --prompt a --top-p 0.5", "--top-p 0.5 has no effect without a temperature above 0"),
     ("generate {chat} --prompt a --temperature inf", "--temperature inf must be a number that is not negative"),
@@ -205,6 +205,11 @@ def test_a_template_that_cannot_be_written_whole_is_not_left_in_part(
     error = run_command("init", "causal-lm", tmp_path / "run.yaml", code=2).stderr
     assert "cannot be written (No space left on device). Name another file." in error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scripts_may_pass_the_main_revision_of_a_folder(places: dict[str, str]) -> None:
+    """As transformers' example scripts do by default."""
+    assert run_command("inspect", places["clf"], "--revision", "main").exit_code == 0
 
 
 def test_a_missing_token_is_said_at_once(places: dict[str, str], tmp_path: Path, messages: list[str]) -> None:
