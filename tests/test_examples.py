@@ -133,7 +133,7 @@ def test_demo_llm(tmp_path: Path) -> None:
     f1 = re.search(r"fields right \(F1\) +([\d.]+) +([\d.]+)", output)
     assert f1 is not None
     assert float(f1[1]) < 0.1
-    assert float(f1[2]) >= 0.70
+    assert float(f1[2]) >= 0.60
     assert re.search(r"same answer merged and unmerged +48 of 48", output)
     assert (tmp_path / "out" / "demo-llm" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "demo-llm" / "adapter_model.safetensors").stat().st_size < 25_000_000

@@ -37,10 +37,10 @@ T = TypeVar("T")
 RATE = 0.1
 OUTPUT_ROUNDINGS = 8
 """In the norm, each of the layers' outputs is rounded once; sums of a few products in float32 add little."""
-GRADIENT_ROUNDINGS = 3 * OUTPUT_ROUNDINGS
-"""Each token's share of a gradient went through the layers forth and back, and begins with the output's distance from
-what is wanted, which has the output's error. The shares may cancel, so the error is measured by the sum of their
-norms."""
+GRADIENT_ROUNDINGS = 4 * OUTPUT_ROUNDINGS
+"""Each token's share of a gradient went through the layers forth and back, begins with the output's distance from what
+is wanted, which has the output's error, and is added to those of other tokens. The shares may cancel, so the error is
+measured by the sum of their norms."""
 
 PLANS = {
     # Two methods that overlap on two layers, so only one acts at a time.

