@@ -65,6 +65,7 @@ args = LoraTrainingArguments(sys.argv[1], max_steps=1, save_strategy="no", repor
 trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), accept_ddp_fallback="--ddp" in sys.argv)
 trainer.train()
 Path(sys.argv[1], f"{trainer.args.process_index} of {trainer.accelerator.num_processes}").touch()
+trainer.accelerator.end_training()  # else PyTorch's threads may abort a process that ends after another
 """
 
 
