@@ -12,14 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.utils import logging
 
 from ..errors import ConfigError
 from .declared import declared_pooling, dense_files
 from .model import body_of, class_for, class_named
 from .pooling import POOLING, Pooling
-
-logger = logging.get_logger(__name__)
 
 OWN = "own"
 """The name of the pooling of a class of transformers."""

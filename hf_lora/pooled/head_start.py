@@ -15,8 +15,6 @@ from ..adapt.heads import is_marked
 from ..errors import ConfigError
 from ..layers.ops import kept_random_states
 
-logger = logging.get_logger(__name__)
-
 PER_CLASS = 128
 """Rows of each class that are read; a mean needs no more."""
 SCALES = torch.logspace(-2, 4, 61, dtype=torch.float64)

@@ -16,6 +16,7 @@ from ..tasks.causal_lm import rate_for_width
 from ..tasks.registry import CAUSAL_LM
 from .arguments import LoraTrainingArguments
 from .parsing import Parsed
+from .schedule import steps_of_epoch
 
 STEPS = 400
 """A classifier's training is repeated until it has so many steps."""
@@ -76,7 +77,8 @@ def _classifier(parsed: Parsed, data: Data) -> list[Choice]:
         Choice(values, "measured best for small encoders"),
         Choice({"train_sampling_strategy": "group_by_length"}, "less padding"),
     ]
-    steps = steps_of_epoch(parsed, len(data.rows["train"]))
+    training = parsed.training
+    steps = steps_of_epoch(training, len(data.rows["train"]), training.train_batch_size * training.world_size)
     epochs = min(max(EPOCHS[0], math.ceil(STEPS / steps)), EPOCHS[1])
     if parsed.training.max_steps <= 0 and epochs > EPOCHS[0]:
         choices.append(Choice({"num_train_epochs": epochs}, f"{epochs * steps} steps"))
@@ -94,8 +96,9 @@ def _language_model(parsed: Parsed, data: Data) -> list[Choice]:
         total = sum(sizes["train"]) * parsed.training.num_train_epochs
         longest = max(max(lengths, default=0) for lengths in sizes.values())
         fitting = [length for length in LENGTHS if longest <= length <= data.length]
+        batch = parsed.training.train_batch_size * parsed.training.world_size
         for length in fitting:
-            steps = steps_of_epoch(parsed, math.ceil(total / length))
+            steps = steps_of_epoch(parsed.training, math.ceil(total / length), batch)
             if steps >= PACKED_STEPS or length == fitting[-1]:
                 if length < data.length:
                     choices.append(Choice({"max_length": length}, f"about {steps:,} steps"))
@@ -106,13 +109,6 @@ def _language_model(parsed: Parsed, data: Data) -> list[Choice]:
 def bears_rates(training: LoraTrainingArguments) -> bool:
     """Whether other rates for B and the head were measured: with Adam, and factors that start as usual."""
     return "adam" in str(getattr(training.optim, "value", training.optim)) and training.lora_init in PLAIN_INITS
-
-
-def steps_of_epoch(parsed: Parsed, rows: int) -> int:
-    """The optimizer steps of so many rows."""
-    training = parsed.training
-    batch = training.train_batch_size * training.world_size * training.gradient_accumulation_steps
-    return max(1, math.ceil(rows / batch))
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -27,10 +27,14 @@ def steps_of_rows(args: TrainingArguments, rows: int, batch: int) -> int:
     """The number of optimizer steps for a number of rows, with so many in the batches of all processes together."""
     if args.max_steps > 0:
         return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_of_epoch(args, rows, batch))
+
+
+def steps_of_epoch(args: TrainingArguments, rows: int, batch: int) -> int:
+    """The number of optimizer steps of one epoch, with so many rows in the batches of all processes together."""
     count = rows / batch
     batches = math.floor(count) if args.dataloader_drop_last else math.ceil(count)
-    updates = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
-    return math.ceil(args.num_train_epochs * updates)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
 
 
 def set_warmup(args: TrainingArguments, steps: int | None, given: Container[str]) -> None:
