@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from helpers import (
     token_ids,
 )
 from torch import nn
+from torch.utils import backend_registration
 
 from hf_lora import LoraConfig, LoraModel, apply_lora, share_inputs
 
@@ -77,9 +80,13 @@ def test_merging_gives_the_same_bits_and_unmerging_restores_them(device: str, dt
 
 
 @on_each_device
-def test_dropout_drops_its_share_and_gradients_have_the_same_mask(device: str) -> None:
-    """With A, B the identity and W zero, the output is the input after dropout, and so is the gradient of a sum."""
-    size, p = 64, 0.25
+@pytest.mark.parametrize("p", [0.25, 0.75])
+def test_dropout_drops_its_share_and_gradients_have_the_same_mask(device: str, p: float) -> None:
+    """With A, B the identity and W zero, the output is the input after dropout, and so is the gradient of a sum.
+
+    On a CPU too, masks for more than a half are drawn as they are on other devices, from a seed.
+    """
+    size = 64
     layer = nn.Sequential(nn.Linear(size, size, bias=False))
     apply_lora(layer, LoraConfig(r=size, lora_alpha=size, lora_dropout=p, target_modules=["0"]))
     with torch.no_grad():
@@ -194,3 +201,14 @@ def test_a_quantized_base(device: str, kind: str, tmp_path: Path) -> None:
     assert {p.device.type for p in dense.parameters()} == {device}
     # int8 also rounds what it is given, to one place of 127 of each row's largest value.
     assert relative_error(found, expected) < (0.1 if kind == "int8" else 1e-3)
+
+
+@pytest.mark.slow
+def test_a_step_on_an_accelerator_that_holds_no_data_mixes_no_devices() -> None:
+    """Fake tensors of a device that is not the CPU: an operation on tensors of two devices is an error."""
+    if not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip(f"torch {torch.__version__} cannot register a device in Python")
+    worker = Path(__file__).with_name("fake_device_worker.py")
+    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("on gpux") == 6
