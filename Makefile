@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 EXTRAS := test,demo,docs
+SITE ?= site
 # The suite takes nothing from the network; offline, a Hub name fails at once instead of after retries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 # A process for each core, up to four; each test file runs in one of them.
@@ -59,7 +60,7 @@ test-floor: .venv-floor/.installed ## the fast tests on the oldest supported ver
 	$(OFFLINE) $(FLOOR)/python -m pytest -q $(PARALLEL)
 
 docs: venv ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
 clean: ## remove caches and build outputs, not the environments
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -358,8 +358,8 @@ class LoraTrainerMixin(_Trainer):
 
         Args:
             blocking: wait for the push; if False, return a future.
-            token, revision: default: `hub_token` and `hub_revision`, else the client's.
-            private: visibility of a new repository.
+            token: default: `hub_token`, else the client's.
+            revision: default: `hub_revision`, else the main branch.
             kwargs: arguments of `create_model_card`.
 
         Raises:
