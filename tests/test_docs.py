@@ -224,7 +224,7 @@ def test_the_pages_have_what_they_take_from_the_code(site: Path) -> None:
 def test_every_kind_of_error_has_a_row_and_a_message() -> None:
     kinds = {n for n, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `(\w+)` \| `\w+` \|", page, re.M)) == kinds
+    assert set(re.findall(r"^\| `(\w+)` \(`\w+`\) \|", page, re.M)) == kinds
     messages = script("from_code").messages()
     assert set(re.findall(r"^\| `(\w+)` \|", messages, re.M)) >= kinds
     parts = {file.relative_to(ROOT / "hf_lora").parts[0].removesuffix(".py") for file in raising()}
