@@ -40,6 +40,7 @@ _WHERE = {
     "inspect_adapter": "export",
     "convert_adapter": "files.convert",
     "finetune": "train.run",
+    "recommend": "train.advice",
     "build_classifier": "pooled.build",
     "start_head": "pooled.head_start",
     "save_as_sentence_transformer": "pooled.export",
@@ -154,6 +155,7 @@ __all__ = [
     "pipeline",
     "pull",
     "push",
+    "recommend",
     "register",
     "register_adapter_hooks",
     "save_as_sentence_transformer",
@@ -204,6 +206,7 @@ if TYPE_CHECKING:
     from .pooled.export import save_as_sentence_transformer
     from .pooled.head_start import start_head
     from .tasks.run import evaluate
+    from .train.advice import recommend
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments
     from .train.checkpoint.state_hooks import register_adapter_hooks
     from .train.embedding import (

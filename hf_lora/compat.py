@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+    from torch import Tensor
     from transformers import PreTrainedModel, Trainer, TrainingArguments
     from transformers.trainer_jit_checkpoint import CheckpointManager
 
@@ -39,7 +40,8 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 """Private methods of `transformers.Trainer` that `LoraTrainerMixin` overrides -> their parameters after self.
 
 Public methods that it overrides (`create_accelerator_and_postprocess`, `call_model_init`, `create_optimizer`,
-`compute_loss`, `floating_point_ops`, `prediction_step`, `save_model`, `train`, `training_step`) need no entry.
+`compute_loss`, `evaluation_loop`, `floating_point_ops`, `prediction_step`, `save_model`, `train`, `training_step`)
+need no entry.
 """
 
 CALLED: dict[str, tuple[str, ...]] = {
@@ -164,6 +166,13 @@ def shifts_labels(trainer: Trainer) -> bool:
         return False
     causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return causal or bool(getattr(trainer, "_loss_shifts_labels", False))
+
+
+def move_towards(tensors: list[Tensor], targets: list[Tensor], weight: float) -> None:
+    """`tensor.lerp_(target, weight)` of all tensors together: `torch._foreach_lerp_`, as torch's Adam does."""
+    import torch
+
+    torch._foreach_lerp_(tensors, targets, weight)
 
 
 def scales_loss(optimizer: object) -> bool:

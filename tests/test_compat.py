@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 import hf_lora
 from hf_lora import LoraTrainerMixin, compat
+from hf_lora.train.hub_methods import HubMethods
 
 TRAIN = Path(hf_lora.__file__).parent / "train"
 
@@ -92,15 +93,16 @@ def test_private_methods_of_trainer_have_the_parameters_they_had(name: str) -> N
 
 
 def test_what_the_mixin_overrides_and_calls_is_listed() -> None:
-    overridden = {n for n in vars(LoraTrainerMixin) if n[0] == "_" and n[:2] != "__" and hasattr(Trainer, n)}
-    assert overridden == set(compat.OVERRIDDEN)
-    tree = ast.parse((TRAIN / "trainer.py").read_text(encoding="utf-8"))
-    own = set(vars(LoraTrainerMixin))
-    private = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr[0] == "_" != n.attr[1]}
+    own = {*vars(LoraTrainerMixin), *vars(HubMethods)}
+    assert {n for n in own if n[0] == "_" and n[:2] != "__" and hasattr(Trainer, n)} == set(compat.OVERRIDDEN)
+    nodes = (
+        n for file in ("trainer.py", "hub_methods.py") for n in ast.walk(ast.parse((TRAIN / file).read_text("utf-8")))
+    )
+    private = {n.attr for n in nodes if isinstance(n, ast.Attribute) and n.attr[0] == "_" != n.attr[1]}
     assert {n for n in private - own if hasattr(Trainer, n)} <= {*compat.OVERRIDDEN, *compat.CALLED}
     public = ("create_accelerator_and_postprocess", "call_model_init", "create_optimizer", "save_model", "train",
               "training_step", "compute_loss", "prediction_step", "floating_point_ops", "init_hf_repo", "push_to_hub",
-              "create_model_card")  # fmt: skip
+              "create_model_card", "evaluation_loop")  # fmt: skip
     assert all(callable(getattr(Trainer, name)) for name in public)
 
 

@@ -4,7 +4,8 @@ In: arguments and YAML files. Out: printed text and an exit code. Each command i
 
 - `main`: the command itself; a new one is a file with `register(app)` and a line here.
 - `train`, `eval`: training and evaluation on files.
-- `init`, `targets`, `env`: a file of options, what would be adapted, and on what machine.
+- `init`, `recommend`, `targets`, `env`: a file of options, settings with reasons, what would be adapted, and on what
+  machine.
 - `generate`: `chat` and `generate`.
 - `files`: `merge`, `convert` and `inspect`.
 - `hub`: `push` and `pull`.

@@ -14,7 +14,7 @@ from .. import __version__
 from ..data.tables import is_unicode
 from ..errors import LoraError
 from ..versions import check_versions
-from . import env, files, generate, hub, init, targets, train
+from . import env, files, generate, hub, init, recommend, targets, train
 from . import eval as eval_command
 from .quiet import silence_imports
 from .words import as_command
@@ -76,7 +76,7 @@ class _Commands(TyperGroup):
         command: Any = self.get_command(ctx, ctx.invoked_subcommand or "")
         yield from (parameter.name for parameter in getattr(command, "params", ()))
         parsing = sys.modules.get("hf_lora.train.parsing")  # the other options of these, if they were read
-        if parsing is not None and ctx.invoked_subcommand in ("train", "targets"):
+        if parsing is not None and ctx.invoked_subcommand in ("train", "targets", "recommend"):
             yield from parsing.known_arguments()
 
 
@@ -101,6 +101,7 @@ eval_command.register(app)
 files.register(app)
 hub.register(app)
 targets.register(app)
+recommend.register(app)
 env.register(app)
 init.register(app)
 

@@ -11,7 +11,8 @@ In: a model and rows. Out: an adapter, and checkpoints that contain only the ada
 - `run_data`, `forecast`, `template`: its rows; what it would train and need, without weights; its options as YAML.
 - `new_tokens`: rows for tokens that were added to the tokenizer.
 - `initialize`: initializations that look at batches of the training data.
-- `start`, `labels`, `precision`, `engines`, `optimizer`, `head_loss`, `card`: the parts of the trainer.
+- `start`, `labels`, `precision`, `engines`, `optimizer`, `average`, `head_loss`, `hub_methods`, `card`: the parts of
+  the trainer.
 - `checkpoint/`: complete checkpoints, and resuming from them.
 - `watch/`: checks during a run: layers that are not trained, values that are not finite, a loss that rises.
 """

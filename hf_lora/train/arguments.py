@@ -22,6 +22,7 @@ from ..adapt.request import check_alphas, check_names
 from ..config import OF_INITS, PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
+from .engines import requested_engine, why_no_average
 from .former_names import accepts_former_names
 from .shared_flags import leave_out_shared_flags
 
@@ -122,6 +123,11 @@ class LoraArguments:
     head_learning_rate: float | None = flag(
         None, "Learning rate of modules trained whole, such as heads. Default: learning_rate."
     )
+    ema: float = flag(
+        0.0,
+        "Decay of an exponential moving average of all trained weights, such as 0.99, which is evaluated and saved in "
+        "their place; 0: off.",
+    )
     frozen_head_loss: bool = flag(
         True,
         "Compute the loss of a causal language model with a frozen head without storing the logits, if the model "
@@ -201,6 +207,10 @@ class LoraArguments:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 faults.add(f"{name}={rate!r} must be > 0")
+        if not 0 <= self.ema < 1:
+            faults.add(f"ema={self.ema!r} must be >= 0 and < 1 (0: off)")
+        if self.ema and (engine := requested_engine(self)) and not self.accept_ddp_fallback:
+            faults.add(why_no_average(self.ema, f"{engine[0]}, requested by {engine[1]},"))
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")

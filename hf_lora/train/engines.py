@@ -33,7 +33,7 @@ Groups = Sequence[Mapping[str, Any]]
 _NAMES = {"FSDP": "ACCELERATE_USE_FSDP", "DEEPSPEED": "ACCELERATE_USE_DEEPSPEED"}
 
 
-def requested_engine(args: TrainingArguments) -> tuple[str, str] | None:
+def requested_engine(args: object) -> tuple[str, str] | None:
     """(engine, source of the request): the training arguments, or the environment set by `accelerate launch`."""
     for name, variable in _NAMES.items():
         if getattr(args, name.lower(), None):
@@ -41,6 +41,11 @@ def requested_engine(args: TrainingArguments) -> tuple[str, str] | None:
         if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on"):
             return name, f"the launch configuration ({variable})"
     return None
+
+
+def why_no_average(decay: float, engine: str) -> str:
+    """Why an engine that shards cannot train with `ema`."""
+    return f"ema={decay:g} averages whole weights, but {engine} shards them: omit it, or train with DDP"
 
 
 def launched_for_several() -> bool:
@@ -78,6 +83,9 @@ def check_engine(
             "the script with torchrun --nproc_per_node 2, or with distributed_type: MULTI_GPU and use_cpu: true as in "
             "examples/accelerate/cpu.yaml."
         )
+    decay = getattr(args, "ema", 0.0)
+    if runs in _NAMES and decay:
+        raise ConfigError(f"{call}: {why_no_average(decay, runs)}.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if runs == "FSDP" and getattr(plugin, "fsdp_version", 2) != 2:
         raise ConfigError(

@@ -9,24 +9,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModel, PretrainedConfig
 
 from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
-from ..compat import is_own_model
 from ..errors import ConfigError, Faults, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
-from ..pooled.build import pooled_for
-from ..pooled.pooling import Pooling
 from ..tasks.base import Data, Task
 from ..tasks.registry import CAUSAL_LM, TASKS, why_not
-from .base_model import check_name, load_base, read_config
+from .base_model import check_name, read_config
+from .empty import empty_model
 from .parsing import Parsed, as_flag
 from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import pooling_of, read_data
@@ -47,9 +43,9 @@ class Forecast:
         targets: the table of adapted layers.
         trained, total: numbers of parameters.
         steps: number of optimizer steps.
-        weights, gradients, optimizer, activations: bytes of memory at the peak of a step; the activations are those of
-            the longest batch, with what a backward pass needs for a moment and what the allocator keeps; None where
-            another library makes the batches.
+        weights, gradients, optimizer, activations: bytes of memory at the peak of a step; averages of the weights
+            count with the optimizer; the activations are those of the longest batch, with what a backward pass needs
+            for a moment and what the allocator keeps; None where another library makes the batches.
         libraries: bytes of memory of Python and its libraries, if they share it with the tensors.
         adapter, checkpoint: bytes on disk.
     """
@@ -113,9 +109,10 @@ def forecast(parsed: Parsed) -> Forecast:
     if data.task.name == CAUSAL_LM or type(data.task).collator is not Task.collator:  # else another library's batches
         activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
     state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
+    state += 4 * trained if training.ema else 0
     return Forecast(
         data.lines, adapter_table(model), trained, total,
-        steps_of_rows(training, _packed(parsed, data), training.train_batch_size * training.world_size),
+        steps_of_rows(training, trained_rows(parsed, data), training.train_batch_size * training.world_size),
         weights, learned, state, activations, libraries, learned, learned + state,
     )  # fmt: skip
 
@@ -230,26 +227,7 @@ def targets_of(parsed: Parsed) -> Explanation:
     return explain_targets(empty_model(config, str(run.model), run.task, pooling), parsed.training.lora_config())
 
 
-def empty_model(config: PretrainedConfig, name: str, task: str | None = None, pooling: Pooling | None = None) -> Any:
-    """The model of a config on the meta device.
-
-    Args:
-        name: the base model, for messages.
-        task: of `TASKS`. Default: the class that the config names.
-        pooling: of a classifier; default: its class in transformers has its own way.
-    """
-    named = next(iter(config.architectures or []), "")
-    own = getattr(transformers, named) if task is None and is_own_model(named) else None
-    with torch.device("meta"):
-        if own is not None:
-            return own(config)
-        if pooling is not None and (cls := pooled_for(config, pooling)) is not None:
-            return cls(config)
-        auto: Any = AutoModel if task is None else getattr(transformers, TASKS[task].auto_class)
-        return load_base(auto.from_config, name, config)
-
-
-def _packed(parsed: Parsed, data: Data) -> int:
+def trained_rows(parsed: Parsed, data: Data) -> int:
     """The number of rows that are trained on, after packing."""
     rows = data.rows["train"]
     if data.task.name != CAUSAL_LM or not parsed.run.packing:

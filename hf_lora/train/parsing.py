@@ -21,7 +21,7 @@ from transformers import HfArgumentParser
 from ..errors import ConfigError, Faults, LoraError, nearest
 from ..tasks.base import Defaults, Task
 from ..tasks.causal_lm import CausalLM
-from ..tasks.registry import TASKS
+from ..tasks.registry import TASKS, TEXT_CLASSIFICATION
 from .arguments import LoraTrainingArguments, flag
 
 DEFAULTS: dict[str, Any] = {
@@ -40,11 +40,11 @@ TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASK
 
 
 CHOSEN = {
-    "lora_r": "8; 32 for text-classification, 64 for causal-lm",
-    "lora_alpha": "2 r; r for text-classification and causal-lm",
+    "lora_r": "8; 32 for text-classification, from 64 for causal-lm",
+    "lora_alpha": "2 r; r for text-classification and, up to 64, causal-lm",
     "lora_bias": "none; all for text-classification",
     "loraplus_lr_ratio": "1; 4 for text-classification, and for causal-lm up to a width of 1,024",
-    "head_learning_rate": "learning_rate; 0.003 for text-classification",
+    "head_learning_rate": "learning_rate; 3 times that for text-classification",
     "num_train_epochs": "3; up to 20 for text-classification with few rows",
     "train_sampling_strategy": "random; group_by_length for text-classification",
 }
@@ -173,7 +173,7 @@ def describe_arguments() -> str:
     for name in (f.name for f in dataclasses.fields(Defaults)):
         values: dict[str, list[str]] = {}
         for task, defaults in TASK_DEFAULTS.items():
-            by_width = name == "learning_rate" and task in (CausalLM.name, PACKED)
+            by_width = name == "learning_rate" and task in (TEXT_CLASSIFICATION, CausalLM.name, PACKED)
             values.setdefault("by the width" if by_width else f"{getattr(defaults, name):g}", []).append(task)
         found = "; ".join(f"{value} for {', '.join(tasks)}" for value, tasks in values.items())
         text = _with_default(text, name, found)

@@ -20,7 +20,7 @@ from .parsing import Parsed, RunArguments, defaults_of
 
 
 def read_data(parsed: Parsed, writes: bool = True) -> Data:
-    """Check the arguments, read and tokenize the data, and set the defaults that depend on the task.
+    """Check the arguments, read and tokenize the data, and set the defaults that depend on the task and the data.
 
     Args:
         writes: the run writes to its output folder.
@@ -28,6 +28,14 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     Raises:
         ConfigError, DataError: see `finetune`.
     """
+    data = read_rows(parsed, writes)
+    if (chosen := choose(parsed, data)).made:
+        data.lines.append(str(chosen))
+    return data
+
+
+def read_rows(parsed: Parsed, writes: bool = True) -> Data:
+    """Like `read_data`, without the settings that `choose` makes."""
     run, training = parsed.run, parsed.training
     check_run(parsed, writes)
     config = read_config(str(run.model), run.model_revision)
@@ -54,8 +62,6 @@ def read_data(parsed: Parsed, writes: bool = True) -> Data:
     if data.pooling is not None:
         why = "--pooling" if run.pooling else "declared by the checkpoint"
         data.lines.append(f"the classifier reads a vector of all tokens: {data.pooling} ({why})")
-    if (chosen := choose(parsed, data)).made:
-        data.lines.append(str(chosen))
     return data
 
 

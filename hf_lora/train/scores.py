@@ -13,7 +13,8 @@ from ..tasks.base import Asked, Data
 def scores(trainer: Any, data: Data, split: str, prefix: str) -> dict[str, float]:
     """The metrics that `Task.score` computes of the model in training, which are also added to Trainer's log."""
     hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
-    with logging.tqdm(total=len(data.rows[split]), desc=split, disable=hidden, leave=False, delay=1) as bar:
+    bar = logging.tqdm(total=len(data.rows[split]), desc=split, disable=hidden, leave=False, delay=1)
+    with trainer.average.applied(), bar:
         asked = Asked(trainer.args.per_device_eval_batch_size, progress=_advance(bar))
         found = data.task.score(trainer._bare_model, data, split, asked).metrics
     values = {f"{prefix}_{name}": value for name, value in found.items()}

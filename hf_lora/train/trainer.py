@@ -1,38 +1,38 @@
 """`LoraTrainer`: transformers' Trainer for models with adapters, and the mixin for any Trainer.
 
-The training loop is Trainer's. `LoraTrainerMixin` overrides Trainer's methods, all in this file, each in a few lines
-that call `CheckpointStore`, `HeadLoss`, `FirstBatch`, the watches, `CardWriter` and `Pusher`. After a release of
-Trainer, check this file; compat.py lists the private names in use.
+The training loop is Trainer's. `LoraTrainerMixin` overrides Trainer's methods, all in this file and, for the Hub, in
+hub_methods.py, each in a few lines that call `CheckpointStore`, `HeadLoss`, `FirstBatch`, `Average`, the watches,
+`CardWriter` and `Pusher`. After a release of Trainer, check these files; compat.py lists the private names in use.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..adapt.gather import gathered_state
 from ..adapt.inner import adapted_part
-from ..compat import add_push, after_state_is_written, loads_to_plain_cpu, push_is_running, rotates_with
+from ..compat import after_state_is_written, loads_to_plain_cpu, rotates_with
 from ..config import LoraConfig
 from ..model import LoraModel
 from . import start
-from .card import CardWriter, card_options
+from .average import Average, with_average
+from .card import CardWriter
 from .checkpoint.manifest import checkpoint_to_resume, rotate_checkpoints
-from .checkpoint.pushing import Pusher, log_failure, make_repository
+from .checkpoint.pushing import Pusher
 from .checkpoint.sigterm import save_between_steps
 from .checkpoint.store import CheckpointStore, forget_incomplete_best, save_run
 from .engines import broadcast_trainable, check_engine
 from .first_batch import FirstBatch
 from .head_loss import HeadLoss, predict_over_head
+from .hub_methods import HubMethods
 from .initialize import initialize
 from .new_tokens import tokenizer_of
 from .optimizer import adopt_optimizer, check_optimizer, set_rates
@@ -45,13 +45,9 @@ from .watch.finite import FiniteWatch, check_finite, check_loss
 from .watch.guard import LayerGuard
 
 logger = logging.get_logger(__name__)
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
 
-class LoraTrainerMixin(_Trainer):
+class LoraTrainerMixin(HubMethods):
     """A mixin for any subclass of `transformers.Trainer`: `class MyLoraTrainer(LoraTrainerMixin, MyTrainer)`.
 
     Takes every argument of that Trainer, in the same order, and two more by keyword.
@@ -78,6 +74,7 @@ class LoraTrainerMixin(_Trainer):
         self._accept_ddp_fallback, self._tokenizer = accept_ddp_fallback, tokenizer_of(args, kwargs)
         self._checkpoints, self._card, self._pusher = CheckpointStore(), CardWriter(), Pusher()
         self._first_batch, self._packing, self._dtypes = FirstBatch(), Packing(), KeptDtypes((*args, *kwargs.values()))
+        self.average = self._checkpoints.average = Average()
         self._own_optimizer: Optimizer | None = None
         self._adapted: nn.Module | None = None
         self._flops_per_token: int | None = None
@@ -90,6 +87,7 @@ class LoraTrainerMixin(_Trainer):
         self.finite = FiniteWatch(getattr(self.args, "nonfinite", "stop"))
         for watch in (self.finite, self.guard, FrozenBatchNorm()):
             self.add_callback(watch)
+        self.callback_handler.callbacks.insert(0, self.average)  # others may save the model at the end
         save_between_steps(self.callback_handler.callbacks)
         start.adopt_metrics(self)
 
@@ -135,7 +133,7 @@ class LoraTrainerMixin(_Trainer):
         self._dtypes.restore()
         what = self._lora_config, self.args, type(self).__name__, self._tokenizer
         self.adapter_is_new = start.adapt(adapted_part(model), *what)
-        self._adapted = self._checkpoints.whole = model
+        self._adapted = self._checkpoints.whole = self.average.model = model
         self._checkpoints.quantization = quantization(model)
 
     # The start of training -------------------------------------------------------------------------------------------
@@ -143,6 +141,7 @@ class LoraTrainerMixin(_Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Like `Trainer.train`; `resume_from_checkpoint=True` uses the newest complete checkpoint in `output_dir`."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
+        self.average.begin(getattr(self.args, "ema", 0.0))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -153,6 +152,8 @@ class LoraTrainerMixin(_Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         initialize(self, self._adapted_model, resume_from_checkpoint)
         self._begin()
+        if resume_from_checkpoint is not None:
+            self.average.resume(Path(resume_from_checkpoint))
         # Under these engines Trainer would look for a full model there, and for the engine's files.
         own = None if self._is_sharded else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, own)
@@ -232,6 +233,11 @@ class LoraTrainerMixin(_Trainer):
             check_loss(result[0] if isinstance(result, tuple) else result, self.state.global_step + 1)
         return result
 
+    @with_average
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Like `Trainer.evaluation_loop`; during training with the averages of the weights, if there are any."""
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any, Any]:
@@ -264,6 +270,7 @@ class LoraTrainerMixin(_Trainer):
 
     # Files -----------------------------------------------------------------------------------------------------------
 
+    @with_average
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Like `Trainer.save_model`, for the adapter; TrainingError if a trained tensor has NaN or infinite values."""
         folder = str(output_dir or self.args.output_dir)
@@ -286,6 +293,7 @@ class LoraTrainerMixin(_Trainer):
         elif self.args.should_save:  # a module without save_pretrained, of which Trainer would write all weights
             save_run(adapted, str(output_dir or self.args.output_dir), state_dict, self.processing_class, self.args)
 
+    @with_average
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step, bare, store = self.state.global_step, self._adapted_model, self._checkpoints
         folder = Path(self._get_output_dir(trial), f"checkpoint-{step}")
@@ -314,6 +322,7 @@ class LoraTrainerMixin(_Trainer):
     def _load_best_model(self) -> None:
         logger.info(f"Loading best model from {self.state.best_model_checkpoint} (score: {self.state.best_metric}).")
         self._checkpoints.load_best(str(self.state.best_model_checkpoint), self._adapted_model)
+        self.average.forget()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -325,66 +334,6 @@ class LoraTrainerMixin(_Trainer):
                 return
         with loads_to_plain_cpu(self.args):
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    # The Hub ---------------------------------------------------------------------------------------------------------
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card of the adapter to `output_dir`: see `write_card`.
-
-        Takes the arguments of `Trainer.create_model_card`: `finetuned_from` is the base's name on the Hub, `dataset`
-        and `dataset_args` are the data and the split of the evaluation. Later calls, as in a push, reuse them. If the
-        existing README cannot be kept, this is an AdapterFileError, or a warning during training.
-        """
-        if self.is_world_process_zero():
-            names = list(inspect.signature(Trainer.create_model_card).parameters)[1:]
-            self._card.write(self, self._adapted_model, {**dict(zip(names, args, strict=False)), **kwargs})
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository before training starts, so that a HubError is raised early."""
-        if self.is_world_process_zero():
-            self.hub_model_id: Any = make_repository(self.args, token, private)
-            self.push_in_progress = None
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Save the adapter, write its card, and push both, with the tokenizer, as one commit.
-
-        Args:
-            blocking: wait for the push; if False, return a future.
-            token, revision: default: `hub_token` and `hub_revision`, else the client's.
-            private: visibility of a new repository.
-            kwargs: arguments of `create_model_card`.
-
-        Raises:
-            HubError: the Hub refused the push or could not be reached; `output_dir` has all files to try again.
-        """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
-        self.save_model(_internal_call=True)  # on all processes
-        if not self.is_world_process_zero():
-            return None
-        self.create_model_card(**card_options(self._adapted_model, str(self.hub_model_id), kwargs))
-        self._finish_current_push()
-        job = self._pusher.push_output(self.args, str(self.hub_model_id), commit_message, token, revision)
-        return job.result() if blocking else log_failure(job)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        waits = push_is_running(self) and not self.args.hub_always_push
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END or waits:
-            return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.create_model_card()
-        made = (self.args, str(self.hub_model_id), self.state, Path(checkpoint_folder), self.processing_class)
-        job = self._pusher.push_checkpoint(*made)
-        add_push(self, job and log_failure(job))
 
 
 def _is_trainers(method: object, own: object) -> bool:

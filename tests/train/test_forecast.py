@@ -19,7 +19,8 @@ from hf_lora import LoraConfig, apply_lora, finetune
 from hf_lora.tasks.registry import CAUSAL_LM
 from hf_lora.tasks.registry import TEXT_CLASSIFICATION as CLASSIFICATION
 from hf_lora.train import forecast as module
-from hf_lora.train.forecast import _Live, empty_model, forecast, peak_of_step
+from hf_lora.train.empty import empty_model
+from hf_lora.train.forecast import _Live, forecast, peak_of_step
 from hf_lora.train.parsing import parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -15,12 +15,12 @@ from hf_lora.adapt.walk import adapter_layers
 from hf_lora.train.checkpoint.manifest import MANIFEST_NAME, read_manifest, why_incomplete
 
 
-def main(output_dir: str) -> None:
+def main(output_dir: str, ema: float) -> None:
     torch.set_num_threads(1)
     args = LoraTrainingArguments(
         output_dir=output_dir, report_to="none", use_cpu=True, disable_tqdm=True, max_steps=8,
         per_device_train_batch_size=2, save_strategy="steps", save_steps=5, learning_rate=1e-2,
-        gradient_checkpointing=True, lora_dropout=0.2,
+        gradient_checkpointing=True, lora_dropout=0.2, ema=ema,
     )  # fmt: skip
     ends = []
     for resume in (None, f"{output_dir}/checkpoint-5"):
@@ -66,7 +66,8 @@ def language_model(output_dir: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for decay in (0.0, 0.9):
+        main(f"{sys.argv[1]}/{decay}", decay)
     language_model(sys.argv[1])
     dist.barrier()
     dist.destroy_process_group()  # a process that ends with gloo's threads alive may be aborted

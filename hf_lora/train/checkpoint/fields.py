@@ -16,6 +16,7 @@ from ...adapt.inject import drop_layers
 from ...adapt.state import require_state
 from ...compat import zero_partitions
 from ...errors import AdapterFileError
+from ..average import FIELD, Average
 from ..watch.guard import NEVER_CALLED
 
 FIRST_RUN = "Resume with the arguments of the first run, or start a new run from the adapter alone."
@@ -30,12 +31,14 @@ class Run:
         optimizer: None before it is created.
         groups: the parameter groups that it was created with, under DeepSpeed; see `engines.groups_of`.
         quantization: the quantization formats of the base's layers, before an engine shards them.
+        average: of the trained weights; empty without one.
     """
 
     model: nn.Module
     optimizer: Any
     groups: list[dict[str, Any]]
     quantization: list[str]
+    average: Average
 
 
 class Field(NamedTuple):
@@ -142,5 +145,10 @@ FIELDS: dict[str, Field] = {
     "quantization": Field(lambda folder, run: run.quantization, _same_quantization, of_optimizer=False),
     "left_out": Field(_left_out, _leave_out, of_optimizer=False),
     "optimizer": Field(lambda folder, run: _optimizer(run), _same_optimizer, of_optimizer=True),
+    FIELD: Field(
+        lambda folder, run: run.average.save(folder),
+        lambda folder, saved, run: run.average.check(folder, saved),
+        of_optimizer=False,
+    ),
 }
 """Name in the manifest -> the field."""

@@ -19,6 +19,7 @@ from ...errors import AdapterFileError
 from ...files.format import CONFIG_NAME
 from ...files.load import load_adapter_weights
 from ...files.save import save_adapter
+from ..average import Average
 from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from ..watch.finite import check_finite
 from .fields import FIELDS, Run, resume_fields
@@ -50,6 +51,7 @@ class CheckpointStore:
         """The model around the one with the adapters, if there is one; set when it is adapted."""
         self.groups: list[dict[str, Any]] = []
         """The optimizer's original groups, under DeepSpeed, which flattens their parameters."""
+        self.average = Average()
 
     def record_groups(self, optimizer: Any) -> None:
         """Record an optimizer's parameter groups before DeepSpeed wraps it."""
@@ -142,7 +144,7 @@ class CheckpointStore:
         load_schedule_state(schedule, optimizer, self.groups, state)
 
     def _run(self, model: nn.Module, optimizer: Any) -> Run:
-        return Run(model, optimizer, self.groups, self.quantization)
+        return Run(model, optimizer, self.groups, self.quantization, self.average)
 
 
 def _has_optimizer(folder: str) -> bool:
