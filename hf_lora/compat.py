@@ -1,8 +1,8 @@
 """The private names of other libraries that hf_lora uses, in one place.
 
-Verified, unless stated otherwise, with transformers 5.17 and 5.23, accelerate 1.15, torch 2.11 and 2.13, TRL 1.16 and
-DeepSpeed 0.19. tests/test_compat.py compares this file with the installed versions, so that a changed name fails a
-test and not a training run.
+Verified, unless stated otherwise, with transformers 5.17, 5.23 and 5.24, accelerate 1.15, torch 2.11 and 2.13, TRL
+1.16 and DeepSpeed 0.19. tests/test_compat.py compares this file with the installed versions, so that a changed name
+fails a test and not a training run.
 """
 
 from __future__ import annotations
