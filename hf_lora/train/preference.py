@@ -36,6 +36,7 @@ from ..files.format import CONFIG_NAME
 from .arguments import TrlArguments, flag
 from .former_names import accepts_former_names
 from .generating import check_generation, merged_within
+from .hub_methods import HubMethods
 from .start import refuse_adapted_head
 from .trainer import LoraTrainerMixin
 
@@ -47,7 +48,7 @@ class LoraPreferenceMixin(LoraTrainerMixin):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, LoraTrainerMixin))  # TRL's
+        own = next(cls for cls in type(self).__mro__ if not issubclass(cls, HubMethods))  # TRL's
         given = inspect.signature(own.__init__).bind_partial(self, *args).arguments | kwargs
         if isinstance(given.get("ref_model"), TrainingArguments):
             raise ConfigError(

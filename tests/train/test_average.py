@@ -70,7 +70,7 @@ def assert_close(found: Values, expected: Values, kept: list[Values]) -> None:
         assert float((found[name].double() - value.double()).abs().max()) <= bound, name
 
 
-@pytest.mark.parametrize("decay", [0.1, 0.7, 0.99])
+@pytest.mark.parametrize("decay", [0.1, 0.99])
 def test_the_averages_are_those_of_the_weights_without_them(arguments: Make, decay: float) -> None:
     settings = {**COMMON, "gradient_accumulation_steps": 2, "loraplus_lr_ratio": 4.0}
     plain, seen = Weights(decay if decay == 0.1 else None), Weights()
