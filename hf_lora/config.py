@@ -228,8 +228,8 @@ class LoraConfig:
             self.method = wanted[0]
 
     def _check(self, faults: Faults) -> None:
-        if not _is_int(self.r) or self.r < 1:
-            faults.add(f"r={self.r!r} must be an integer >= 1")
+        if not _is_int(self.r) or not 1 <= self.r < MAX_NUMBER / 2:
+            faults.add(f"r={self.r!r} must be an integer from 1 to {MAX_NUMBER / 2:.0f}")
         if self.lora_alpha is not None and not _is_number(self.lora_alpha):
             faults.add(f"lora_alpha={self.lora_alpha!r} must be a number, or None for 2 r")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:

@@ -41,17 +41,18 @@ def test_accelerate_reads_it(file: Path) -> None:
 LAUNCHED = re.compile(r"\b(?:accelerate launch|torchrun) [^`\n]*\.py\b[^`\n]*")
 TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.[py][ya]*")]
 LINES = sorted({line.strip() for text in TEXTS for line in LAUNCHED.findall(text.read_text(encoding="utf-8"))})
-LOOP = "examples/accelerate_loop.py"
+LOOP, FSDP2 = "examples/accelerate_loop.py", "torchrun --nproc_per_node 2 examples/fsdp2.py"
 
 
 def test_each_is_documented_and_each_line_is_run() -> None:
-    """Those of `train.py` by one test for each, those of the loop by a test of them all."""
+    """Those of `train.py` by one test for each, those of the examples by a test of each example."""
     assert {f.stem for f in FILES} == KINDS.keys()
     assert {line for line in LINES if line.endswith(" train.py")} == {
         "torchrun --nproc_per_node 4 train.py",
         *(f"accelerate launch --config_file examples/accelerate/{f.name} train.py" for f in FILES),
     }
-    assert len(LINES) == len(FILES) + 3
+    assert len(LINES) == len(FILES) + 4
+    assert FSDP2 in LINES
     assert [LOOP in line for line in LINES].count(True) == 2
 
 
@@ -127,6 +128,26 @@ def test_the_lines_of_the_loop_save_and_resume(tmp_path: Path) -> None:
         ends.append(done.stdout.splitlines()[-1])
     assert ends[0].startswith("loss after 40 steps")
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_line_of_fsdp2_saves_the_whole_adapter(tmp_path: Path) -> None:
+    from helpers import tiny_llama
+    from safetensors.torch import load_file
+    from test_chat import PLAIN, byte_tokenizer
+
+    tokenizer = byte_tokenizer(PLAIN["chatml"])
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    done = run_line(
+        f"{FSDP2} --model base --output out --steps 5".replace("torchrun", "torchrun --standalone"), tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 5: loss" in done.stdout
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert saved["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (16, 32)
+    assert all(value.any() and value.isfinite().all() for value in saved.values())
 
 
 @pytest.mark.distributed

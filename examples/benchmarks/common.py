@@ -124,6 +124,14 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def gpu_peak(call: Callable[[], object]) -> float:
+    """GiB that a call takes on the GPU at its peak, beside what is there before it, such as weights."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
 # Counts --------------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ import torch
 import variants
 from common import DTYPES, Table, Times, arguments, device_of, settings_of, take_turns
 from torch import Tensor
-from variants import Case, Lora, build
+from variants import Case, Lora, build, runnable
 
 NAMES = {
     "base": "base",
@@ -44,7 +44,8 @@ def decoders(case: Case, lora: Lora) -> dict[str, Any]:
     """The base, hf_lora merged and unmerged, and PEFT, ready to generate."""
     unmerged = build("ours", case, lora).eval()
     merged = copy.deepcopy(unmerged).merge_and_unload()
-    found = {"base": case.load(), "merged": merged, "ours": unmerged, "peft": build("peft", case, lora)}
+    found = {"base": case.load(), "merged": merged, "ours": unmerged}
+    found |= {name: build(name, case, lora) for name in runnable(["peft"])}
     for model in found.values():
         model.eval().generation_config.eos_token_id = None  # no call stops early
     return found

@@ -18,7 +18,7 @@ import torch
 import variants
 from common import DTYPES, Operations, Table, arguments, count_operations, device_of, saved_bytes, settings_of
 from torch import Tensor, nn
-from variants import VARIANTS, Batch, Case, Lora, build, embedded
+from variants import VARIANTS, Batch, Case, Lora, build, embedded, runnable
 
 COUNTED = ("frozen", "peft", "peft_same", "ours")
 
@@ -98,7 +98,7 @@ def measure(options: argparse.Namespace) -> Table:
     hidden = options.hidden or (4096 if options.preset == "h200" else 512)
     lora = Lora(options.rank, 2 * options.rank, options.dropout)
     rows: list[dict[str, Any]] = []
-    for variant in COUNTED:
+    for variant in runnable(COUNTED):
         kept, fixed, forward, backward = layer_figures(variant, lora, hidden, options.tokens, dtype, device)
         there, back = linear_operations(variant, lora, 64, dtype, device)
         rows.append(

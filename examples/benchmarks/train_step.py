@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import variants
-from common import DTYPES, Table, arguments, device_of, keep_memory, settings_of, take_turns
+from common import DTYPES, Table, arguments, device_of, gpu_peak, keep_memory, settings_of, take_turns
 from variants import (
     ON_REQUEST,
     VARIANTS,
@@ -32,6 +32,7 @@ from variants import (
     flop_limit,
     gradient_errors,
     reference_gradients,
+    runnable,
     stepper,
 )
 
@@ -146,9 +147,12 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
     plain = case.load()
     limit = flop_limit(plain, case.targets(plain), options.rank)
     del plain
-    built = {name: build(name, case, lora) for name in VARIANTS if name in chosen}
+    chosen = runnable(name for name in VARIANTS if name in chosen)
+    built = {name: build(name, case, lora) for name in chosen}
     errors = prove(built, case, lora, options.autocast, options.dtype)
-    times = take_turns(steppers(built, case, options), options.rounds, options.repeats)
+    calls = steppers(built, case, options)
+    times = take_turns(calls, options.rounds, options.repeats)
+    peaks = {name: gpu_peak(call) for name, call in calls.items()} if device.type == "cuda" else {}
     rows = [
         {
             "variant": VARIANTS[name],
@@ -157,6 +161,7 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
             "frozen": taken.over(times["frozen"]) if "frozen" in times else None,
             "peft": taken.over(times["peft"]) if "peft" in times else None,
             "error": f"{errors[name]:.1e}" if name in errors else None,
+            "peak": peaks.get(name),
         }
         for name, taken in times.items()
     ]
@@ -168,7 +173,7 @@ def measure(options: argparse.Namespace, case: Case | None = None) -> Table:
         f"A training step of {options.model}, {dtype}, {batch}x{tokens} tokens, rank {options.rank}, "
         f"dropout {options.dropout:g}{through}",
         {"variant": "variant", "ms": "median ms", "frozen": "over frozen base", "peft": "over PEFT's default",
-         "error": "gradient error"},
+         "error": "gradient error"} | ({"peak": "GiB of a step"} if peaks else {}),
         rows,
         settings_of(options) | {"limit": limit, "memory_kept": kept},
         [f"The FLOPs of the adapters alone make {limit:.3f} of the frozen base's. Brackets: quartiles turn by turn."],

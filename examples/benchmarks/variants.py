@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ VARIANTS = {
 }
 ON_REQUEST = ("peft_compiled", "peft_dora", "ours_dora")
 """The variants that a benchmark runs only if they are named."""
+
+
+def runnable(names: Iterable[str]) -> list[str]:
+    """Those of the variants whose library is installed; the others are named in a line."""
+    names = list(names)
+    left_out = [name for name in names if name.startswith("peft")] if find_spec("peft") is None else []
+    if left_out:
+        print(f"peft is not installed: without {', '.join(left_out)}")
+    return [name for name in names if name not in left_out]
 
 
 @dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compat import cache_in
 from ..errors import StateError
 from ..layers.calls import Known, is_known, knowing
 from ..layers.contract import Inputs
@@ -38,7 +39,9 @@ class Told:
 
     def after(self, output: object) -> None:
         """Note the progress on the cache, where copies of the cache have it too."""
-        cache = self.cache if self.cache is not None else getattr(output, "past_key_values", None)
+        cache = self.cache
+        if cache is None and isinstance(output, Mapping):
+            cache = cache_in(output)
         if hasattr(cache, "__dict__"):
             cache.__dict__[_ON_CACHE] = {**cache.__dict__.get(_ON_CACHE, {}), **self.progress}
 
@@ -58,7 +61,7 @@ def told(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> To
             f"{type(model).__name__}(…): {', '.join(map(repr, names))} acts from its invocation tokens on, which it "
             "looks for in input_ids. Pass input_ids, or disable the adapter (with model.disable_adapter())."
         )
-    cache = kwargs.get("past_key_values")
+    cache = cache_in(kwargs)
     past = int(cache.get_seq_length()) if cache is not None else 0
     inputs = Inputs(ids, kwargs.get("position_ids"), past)
     known, progress = {}, {}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..compat import CACHE
 from ..errors import StateError
 from ..layers.hosts import states_of
 from ..layers.ops import evaluation_mode, kept_random_states
@@ -134,7 +135,7 @@ def _output(model: nn.Module, batch: Mapping[str, object]) -> Tensor:
 
 def _items(output: object) -> Iterator[tuple[str, object]]:
     if isinstance(output, Mapping):
-        yield from ((k, v) for k, v in output.items() if k != "past_key_values")
+        yield from ((k, v) for k, v in output.items() if k not in CACHE)
     else:
         yield "output", output
 

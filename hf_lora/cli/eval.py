@@ -12,7 +12,6 @@ from .generate import (
     BATCH_SIZE,
     DEVICE,
     DTYPE,
-    MAX_NEW_TOKENS,
     MERGE,
     REVISION,
     SOURCE,
@@ -60,7 +59,7 @@ def eval_(
     dtype: str | None = DTYPE,
     device: str | None = DEVICE,
     system: str | None = SYSTEM,
-    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_new_tokens: int | None = typer.Option(None, help="Maximum tokens per generated answer (default: 256)."),
     batch_size: int = BATCH_SIZE,
 ) -> None:
     """Evaluate a trained model on a file.

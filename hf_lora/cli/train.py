@@ -96,6 +96,8 @@ def train(
     adapter and the tokenizer are saved.
     """
     with threads_for_free_cores():
+        from accelerate import PartialState
+
         from ..train.parsing import describe_arguments, parse_arguments
         from ..train.run import first_batch
         from ..train.template import as_yaml
@@ -120,7 +122,11 @@ def train(
     if show_batch:
         typer.echo(first_batch(parsed))
         raise typer.Exit
-    typer.echo(_summary(_run(parsed)))
+    result = _run(parsed)
+    processes = PartialState()
+    processes.destroy_process_group()  # a process that ends while threads of gloo are alive may be aborted
+    if processes.is_main_process:
+        typer.echo(_summary(result))
 
 
 def _run(parsed: Parsed) -> RunResult:

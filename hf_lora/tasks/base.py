@@ -127,9 +127,14 @@ class Asked:
     batch_size: int = 8
     generate: bool = False
     system: str | None = None
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     file: AnswerFile | None = None
     progress: Callable[[int], None] | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a generated answer."""
+        return self.max_new_tokens or 256
 
 
 class Task:
@@ -160,6 +165,8 @@ class Task:
     packages: ClassVar[Mapping[str, str]] = {}
     has_system: ClassVar[bool] = False
     """Whether a system message has an effect on `evaluate`."""
+    always_generates: ClassVar[bool] = False
+    """Whether `evaluate` generates texts without being asked to."""
     has_head: ClassVar[bool] = True
     """Whether its models have a head that is trained for the data, also where the checkpoint has one."""
     commands: ClassVar[bool] = True
@@ -234,6 +241,8 @@ class Task:
         values = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in self.options}
         values["completion_column"] = values.pop("label_column", None) or values.get("completion_column")
         refuse_options(self.name, values | ({} if self.has_system else {"system": asked.system}))
+        if not asked.generate and not self.always_generates:
+            refuse_options(f"{self.name} without generate=True (--generate)", {"max_new_tokens": asked.max_new_tokens})
 
     def length_of(self, given: Given) -> int:
         """The maximum tokens of a row of a language model."""

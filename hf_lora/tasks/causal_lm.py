@@ -91,7 +91,7 @@ class CausalLM(Task):
             refuse_options(f"{form.name} without a chat template", {"system": asked.system})
         if asked.generate:
             return language.score_answers(
-                model, tokenizer, table, form, max_new_tokens=asked.max_new_tokens, batch_size=asked.batch_size,
+                model, tokenizer, table, form, max_new_tokens=asked.longest, batch_size=asked.batch_size,
                 use_chat_template=options.use_chat_template, file=asked.file, progress=asked.progress,
             )  # fmt: skip
         rows, cut = chat_rows(

@@ -31,7 +31,7 @@ def evaluate(
     max_length: int | None = None,
     tokenizer: Any = None,
     system: str | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
     **loading: Unpack[Loading],
@@ -60,7 +60,7 @@ def evaluate(
         max_length: truncate rows to this many tokens; default: as in training, else the model's context window, for a
             classifier at most 512.
         system: a system message for chats that have none.
-        max_new_tokens: for generated answers, see `generate_texts`.
+        max_new_tokens: maximum length of a generated answer; default: 256.
         progress: called with the number of generated answers and the total.
         loading: see `load_for_generation`.
 
@@ -71,7 +71,7 @@ def evaluate(
     """
     if not generate and predictions is not None:
         raise ConfigError("evaluate: predictions need generate=True (--generate). Add it, or omit them.")
-    numbers = {"batch_size": batch_size, "max_length": max_length}
+    numbers = {"batch_size": batch_size, "max_length": max_length, "max_new_tokens": max_new_tokens}
     low = [f"{name}={value}" for name, value in numbers.items() if value is not None and value < 1]
     if low:
         raise ConfigError(f"evaluate: {', '.join(low)} must be at least 1.")

@@ -43,6 +43,7 @@ class Seq2SeqLM(Task):
     auto_class = "AutoModelForSeq2SeqLM"
     defaults = Defaults(1e-3, 8, 16, 512)
     metrics = ("accuracy", "perplexity")
+    always_generates = True
     options = {
         "text_column": "document", "completion_column": "summary", "max_length": 512,
         "max_target_length": LONGEST_TARGET, "source_prefix": "summarize: ",
@@ -165,7 +166,7 @@ def _generated(model: Any, tokenizer: Any, rows: TextPairs, asked: Asked) -> Ite
         for start in range(0, len(rows), asked.batch_size):
             part = [{"input_ids": row["input_ids"]} for row in rows[start : start + asked.batch_size]]
             batch = tokenizer.pad(part, return_tensors="pt").to(model.device)
-            found = model.generate(**batch, max_new_tokens=min(asked.max_new_tokens, rows.longest), **options)
+            found = model.generate(**batch, max_new_tokens=min(asked.longest, rows.longest), **options)
             for row, tokens in enumerate(found, start):
                 yield row, str(tokenizer.decode(tokens, skip_special_tokens=True))
             if asked.progress is not None:

@@ -48,6 +48,7 @@ def places(
     (folder / "pickle" / "adapter_model.bin").write_bytes(b"notapickle")
     shutil.copy(folder / "clf" / "adapter_config.json", folder / "pickle")
     write_lines(folder / "prompts.jsonl", [{"prompt": "open"}])
+    write_lines(folder / "pairs.jsonl", [{"prompt": "open", "completion": "door"}])
     return {name: str(folder / name) for name in ("bert", "llama", "clf", "chat")} | {"d": str(folder)}
 
 
@@ -134,6 +135,9 @@ OTHERS = [
         "eval {chat} --file {d}/prompts.jsonl --text-column prompt --completion-column prompt",
         "--text-column and --completion-column are the same column, 'prompt'",
     ),
+    ("eval {clf} --file {d}/rows.csv --max-new-tokens 5", "--max-new-tokens 5 has no effect on text-classification"),
+    ("eval {chat} --file {d}/pairs.jsonl --max-new-tokens 5", "has no effect on causal-lm without --generate. Omit"),
+    ("eval {chat} --file {d}/prompts.jsonl --generate --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
     ("eval {chat} --file {d}/plain", "plain' is not a file of a known type"),
     ("chat {d}/none", "is not a local folder and not a valid repository name: there is no such folder"),
     ("push {clf} https://huggingface.co/user/x", "this is an address. Pass the name of the repository: user/x"),

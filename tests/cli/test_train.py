@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -208,7 +211,8 @@ def test_unknown_names_are_errors_that_list_the_nearest(tmp_path: Path) -> None:
         (["--model", "m", "--train-file", "t.csv", "--task", "text-clasification"], "'text-classification'"),
         (["--model", "m", "--train-file", "/nowhere/t.csv"], "/nowhere/t.csv does not exist"),
         (["--model", "m", "--train-file", "t.csv", "--lora-r", "four"], "invalid int value: 'four'"),
-        (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be an integer >= 1"),
+        (["--model", "m", "--train-file", "t.csv", "--lora-r", "0"], "must be an integer from 1 to 500000000"),
+        (["--model", "m", "--train-file", "t.csv", "--lora-r", "9" * 12], "--lora-r 999999999999 must be an integer"),
         (["--config", "/nowhere/run.yaml"], "could not be read"),
         (["--model", "m", "t.csv"], "t.csv is not an argument: names start with --"),
         (["--load-best-model-at-end", "--eval-strategy", "steps", "--save-strategy", "epoch"], "strategy"),
@@ -323,3 +327,21 @@ def test_the_speed_is_counted_in_epochs(monkeypatch: pytest.MonkeyPatch) -> None
         watch.before_step(None, None, torch.tensor(step / 100), step)  # type: ignore[arg-type]
         watch.on_step_end(None, state, None)  # type: ignore[arg-type]
     assert shown == [f"loss {step / 100:.3g}, 800 tokens/s" for step in (1, 3, 5, 7, 9, 10)]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_train_one_adapter(bert_folder: str, texts_folder: Path, tmp_path: Path) -> None:
+    """The launch line of docs/distributed.md; the first process alone prints the results, after the save."""
+    (tmp_path / "hf-lora").write_text("from hf_lora.cli import main\nmain()\n")
+    words = ["--model", bert_folder, "--train-file", texts_folder / "rows.csv", "--output-dir", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         tmp_path / "hf-lora", "train", *words, "--use-cpu", "--max-steps", "2"],
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = [line for line in done.stdout.splitlines() if line.startswith("trained in")]
+    assert len(ends) == 1
+    assert "adapter of 0.00 MB" not in ends[0]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()

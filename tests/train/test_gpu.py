@@ -78,6 +78,14 @@ def test_fsdp2_with_one_process(tmp_path: Path, one_rank: None, base: torch.dtyp
         assert relative_error(value, whole[name]) < 1e-4, name
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [({}, 1e-3), ({"bf16": True}, 0.05)])
+def test_training_follows_that_on_a_cpu(tmp_path: Path, precision: dict[str, bool], tolerance: float) -> None:
+    there, here = train(tmp_path / "gpu", **precision), train(tmp_path / "cpu", use_cpu=True)
+    assert {p.device.type for p in there.model.parameters()} == {"cuda"}
+    assert len(losses(there)) == 10
+    assert losses(there) == pytest.approx(losses(here), rel=tolerance)
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_follow_float32(tmp_path: Path, precision: str) -> None:
     full, half = train(tmp_path / "full"), train(tmp_path / "half", **{precision: True})
