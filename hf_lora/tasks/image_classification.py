@@ -25,10 +25,14 @@ class ImageClassification(Task):
     kinds = ("images",)
     auto_class = "AutoModelForImageClassification"
     processor = "AutoImageProcessor"
+    starts_at_means = True
     defaults = Defaults(1e-3, 16, 64, classes.MOST_TOKENS)
     metrics = ("accuracy", "f1")
     files = {"train_file": "images/train", "test_file": "images/test"}
-    options = {"text_column": "image", "label_column": "label", "problem_type": "single_label_classification"}
+    options = {
+        "text_column": "image", "label_column": "label", "problem_type": "single_label_classification",
+        "head_init": "class-means",
+    }  # fmt: skip
     packages = {"PIL.Image": "pillow"}
 
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
@@ -64,6 +68,8 @@ class ImageClassification(Task):
 class ImageRows(Sequence[dict[str, Any]]):
     """Images, which are read and processed when a batch needs them, and their class indices."""
 
+    column_names = ("pixel_values", "labels")
+
     def __init__(self, images: Sequence[Any], labels: Sequence[int], processor: Any) -> None:
         self._images, self._labels, self._processor = images, labels, processor
 
@@ -71,6 +77,8 @@ class ImageRows(Sequence[dict[str, Any]]):
         return len(self._images)
 
     def __getitem__(self, row: Any) -> Any:
+        if row == "labels":  # all of them, without the images
+            return list(self._labels)
         image = _opened(self._images[row]).convert("RGB")
         pixels = self._processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": self._labels[row]}

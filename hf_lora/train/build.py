@@ -16,6 +16,7 @@ from ..adapt.inner import adapted_part
 from ..adapt.match import holder, matcher
 from ..adapt.state import set_trained_format
 from ..compat import held_load_report
+from ..errors import ConfigError
 from ..pooled.build import load_pooled
 from ..pooled.head_start import start_head
 from ..tasks.base import Data, Task
@@ -73,10 +74,16 @@ def _start_head(parsed: Parsed, data: Data, model: Any, heads: list[str]) -> Non
         return
     if not (getattr(model, "is_quantized", False) or training.fsdp or training.deepspeed):
         model.to(training.device)
-    loss = start_head(
-        model, data.rows["train"], collator=task.collator(data), batch_size=training.per_device_eval_batch_size,
-        progress=not training.disable_tqdm and training.process_index == 0,
-    )  # fmt: skip
+    try:
+        loss = start_head(
+            model, data.rows["train"], collator=task.collator(data), batch_size=training.per_device_eval_batch_size,
+            progress=not training.disable_tqdm and training.process_index == 0,
+        )  # fmt: skip
+    except ConfigError as error:
+        if "head_init" in parsed.given:
+            raise
+        data.lines.append(f"the head starts at random: {error}")
+        return
     chance = math.log(len(data.labels))
     data.lines.append(f"the head starts at the class means: loss {loss:.2f} before training (chance: {chance:.2f})")
 
