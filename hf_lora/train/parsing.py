@@ -34,8 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "hub_strategy": "end",
 }
 """Defaults that differ from Trainer's, which are meant for long runs of large models; a push is one commit."""
-INTERVALS = ("logging", "save", "eval")
-"""What happens every so many steps; a number of steps without its strategy chooses the strategy `steps`."""
+INTERVALS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
+"""Number of steps -> its strategy, which is `steps` if only the number is given."""
 PACKED = "packed causal-lm"
 TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASKS.items()} | {PACKED: CausalLM.packed}
 """Defaults by task. Models that are not language models are usually small, and need a higher rate."""
@@ -214,7 +214,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     lines, argv = _with_search(lines), _with_search(argv)
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    parser.set_defaults(**{f"{kind}_strategy": "steps" for kind in INTERVALS if f"{kind}_steps" in named})
+    parser.set_defaults(**{strategy: "steps" for steps, strategy in INTERVALS.items() if steps in named})
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
