@@ -270,6 +270,30 @@ def test_the_ratios_in_the_readme_and_the_home_page_are_those_of_the_page_of_per
     assert [float(n) for n in home[0]] == pytest.approx([min(steps), max(steps)], abs=0.02)
 
 
+def test_the_calls_of_both_libraries_exist() -> None:
+    """In the table for those who come from PEFT; what is said of one library is not looked up in the other."""
+    import peft
+    import peft.optimizers
+    import peft.tuners.lora
+    import peft.utils.hotswap
+    import transformers
+
+    import hf_lora
+
+    page = (ROOT / "docs" / "peft.md").read_text(encoding="utf-8").partition("## The calls")[2].partition("\n\nImp")[0]
+    theirs = [peft, peft.optimizers, peft.tuners.lora, peft.utils.hotswap, transformers]
+    columns = [(theirs, [peft.PeftModel, peft.LoraModel]), ([hf_lora], [hf_lora.LoraModel])]
+    for row in page.splitlines():
+        for text, (libraries, classes) in zip(re.split(r"(?<!\\) \| ", row.strip("| ")), columns, strict=False):
+            for code in re.findall(r"`([^`]+)`", text):
+                called = re.findall(r"(?<![\w.])([a-zA-Z_]+)\(|^([A-Z]\w+)$", code)
+                for name in filter(None, (a or b for a, b in called)):
+                    assert any(hasattr(library, name) for library in libraries + classes), (name, row)
+                for name in re.findall(r"\bmodel\.(\w+)", code):
+                    known = [hasattr(cls, name) for cls in classes]
+                    assert any(known) or name in ("peft_config", "active_adapter"), (name, row)  # set in __init__
+
+
 # Names ---------------------------------------------------------------------------------------------------------------
 
 

@@ -85,8 +85,9 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
         if option in parsed.given and not run.dataset:
             faults.add(f"{as_flag(option)} needs --dataset")
     evaluated = any((run.eval_file, run.eval_split, run.test_file, run.test_split))
-    if "eval_strategy" in parsed.given and training.eval_strategy != "no" and not evaluated:
-        faults.add("--eval-strategy needs data to evaluate on: pass --eval-file or --test-file")
+    for option in ("eval_strategy", "eval_steps"):
+        if option in parsed.given and training.eval_strategy != "no" and not evaluated:
+            faults.add(f"{as_flag(option)} needs data to evaluate on: pass --eval-file or --test-file")
     if run.source_prefix is not None and not is_prose(run.source_prefix):
         faults.add("--source-prefix must be a printable text, and not longer than a page")
     if training.load_best_model_at_end and not (run.eval_file or run.eval_split):

@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "hub_strategy": "end",
 }
 """Defaults that differ from Trainer's, which are meant for long runs of large models; a push is one commit."""
+INTERVALS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
+"""Number of steps -> its strategy, which is `steps` if only the number is given."""
 PACKED = "packed causal-lm"
 TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASKS.items()} | {PACKED: CausalLM.packed}
 """Defaults by task. Models that are not language models are usually small, and need a higher rate."""
@@ -211,6 +213,8 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     parser.set_defaults(**empty)
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     lines, argv = _with_search(lines), _with_search(argv)
+    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
+    parser.set_defaults(**{strategy: "steps" for steps, strategy in INTERVALS.items() if steps in named})
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
@@ -231,7 +235,6 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         elif not faults.found:  # after an unknown name, it is its value
             faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
-    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
     return Parsed(run, training, frozenset(named | set(empty)))
 
 

@@ -117,6 +117,7 @@ WRONG: list[tuple[str, str]] = [
         "--eval-split needs --dataset|--dataset-config needs --dataset",
     ),
     (MODEL + TO + "--eval-strategy epoch", "--eval-strategy needs data to evaluate on: pass --eval-file"),
+    (MODEL + TO + "--eval-steps 5", "--eval-steps needs data to evaluate on: pass --eval-file"),
     # The data.
     (f"--model {{bert}} --train-file {{dir}}/none.csv --output-dir {OUT}", "{dir}/none.csv does not exist"),
     (f"--model {{bert}} --train-file {{dir}}/fractions.jsonl --output-dir {OUT}", "pass --problem-type regression."),

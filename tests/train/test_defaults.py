@@ -116,3 +116,15 @@ def test_packed_rows_are_as_long_as_the_steps_allow(rows: int, tokens: int, expe
     data.length = 900
     choose(given, data)
     assert data.length == 900
+
+
+@pytest.mark.parametrize(("kind", "default"), [("logging", "epoch"), ("save", "epoch"), ("eval", "no")])
+def test_a_number_of_steps_chooses_the_strategy_of_steps(kind: str, default: str) -> None:
+    """As for Trainer, whose default strategy of the first two is that of steps; a strategy that is given stays."""
+    basic = ["--model", "m", "--train-file", "f", "--use-cpu"]
+    name = f"{kind}_strategy"
+    assert getattr(parse_arguments(basic).training, name) == default
+    assert getattr(parse_arguments([*basic, f"--{kind}-steps", "5"]).training, name) == "steps"
+    both = parse_arguments([*basic, f"--{kind}-steps", "5", f"--{kind}-strategy", "epoch"])
+    assert getattr(both.training, name) == "epoch"
+    assert getattr(parse_arguments(basic, {f"{kind}_steps": 5}).training, name) == "steps"
