@@ -8,6 +8,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 # Where `make gpu` writes its results.
 OUT ?= out/gpu
 EXTRAS := test,demo,docs
+SITE ?= site
 # The suite takes nothing from the network; offline, a Hub name fails at once instead of after retries.
 OFFLINE := HF_HUB_OFFLINE=1 HF_EVALUATE_OFFLINE=1
 # A process for each core, up to four; each test file runs in one of them.
@@ -75,7 +76,7 @@ gpu: ## the GPU tests and benchmarks with PYTHON as it is, in nine minutes at mo
 	$(PYTHON) examples/benchmarks/gpu.py --out $(OUT)
 
 docs: venv ## build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir $(SITE)
 
 clean: ## remove caches and build outputs, not the environments
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -20,7 +20,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "sweep"), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-INTRODUCTION = """# Architectures
+INTRODUCTION = """---
+hide: [toc]
+---
+
+# Architectures
 
 <!-- Written by docs/make_architectures.py. Edit that file instead. -->
 

@@ -85,13 +85,18 @@ def evaluate(model: Any, rows: list[Row], collate: Callable[[list[Row]], Any], o
     return total / answer_tokens(rows)
 
 
+def save(model: Any, state: dict[str, Any], output: Path) -> None:
+    """Write a checkpoint under another name, and rename it when it is complete."""
+    model.save_pretrained(output / "partial")
+    torch.save(state, output / "partial" / "loop.pt")
+    (output / "partial").rename(output / f"step-{state['step']}")
+
+
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
     found = sorted(options.output.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
     if options.resume is not bool(found):
-        sys.exit(
-            f"{options.output} holds {len(found)} checkpoints: pass --resume to go on from one, else a new --output"
-        )
+        sys.exit(f"{options.output} has {len(found)} checkpoints: --resume needs one, and a new run a folder without")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = options.model or str(base_folder())
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -140,11 +145,8 @@ def main(words: list[str] | None = None) -> None:
         if (step + 1) % options.every == 0 or step + 1 == options.steps:
             measured = evaluate(model, test, collate, options)
             print(f"step {step + 1}: loss {loss:.4f}, gradient {norm:.2f}, test loss {measured:.4f}", flush=True)
-            partial = options.output / "partial"  # renamed when it is complete
-            model.save_pretrained(partial)
-            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-            torch.save(state | {"settings": settings, "step": step + 1}, partial / "loop.pt")
-            partial.rename(options.output / f"step-{step + 1}")
+            state = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "settings": settings}
+            save(model, state | {"step": step + 1}, options.output)
 
     model.save_pretrained(options.output / "adapter")
     tokenizer.save_pretrained(options.output / "adapter")

@@ -346,6 +346,22 @@ def cache_in(values: Mapping[str, Any]) -> Any:
     return next((values[name] for name in CACHE if values.get(name) is not None), None)
 
 
+def counts_tokens(model: PreTrainedModel) -> bool:
+    """Whether a model has a cache of generation that counts its tokens; the state of a state space does not.
+
+    Before transformers 5.24 such a state had an argument with another name.
+    """
+    from transformers import DynamicCache
+
+    if not inspect.signature(model.forward).parameters.keys() & {*CACHE}:
+        return False
+    try:
+        DynamicCache(config=model.config).get_seq_length()
+    except ValueError:  # all its layers are of the other kind
+        return False
+    return True
+
+
 def name_or_path(model: Any) -> str:
     """The name or path that `from_pretrained` loaded a model from (`config._name_or_path`)."""
     return str(model.config._name_or_path)

@@ -116,16 +116,16 @@ class LoraConfig:
         init_lora_weights: `True` (A Kaiming-uniform, B zero), `"gaussian"` (A normal with standard deviation 1/r, B
             zero), `False` (B random too, so that the model changes at once; for tests), or the name of a registered
             initialization. Names are looked up when the configuration is applied.
-        eva_config, corda_config, lora_ga_config: settings of the initialization of that name (docs/methods.md), as a
-            mapping or PEFT's class; None for others.
+        eva_config: settings of the initialization `"eva"` (docs/methods.md), as a mapping or PEFT's class.
+        corda_config: the same for `"corda"`.
+        lora_ga_config: the same for `"lora_ga"`.
         fan_in_fan_out: only for the file format; the layer itself shows whether its weight is stored transposed.
         task_type: PEFT's name of the task, such as `"CAUSAL_LM"` or `"SEQ_CLS"`.
         base_model_name_or_path: folder or Hub name of the base model.
         revision: the base model's revision.
         trainable_token_indices: tokens whose rows of the input embedding are trained and saved, such as added ones; or
             name or suffix of a module -> tokens. Modules that share its weight use the same rows.
-        use_dora: the method `"dora"`: the weights of each output are normalized and multiplied by a trained magnitude
-            (Liu et al. 2024, arXiv:2402.09353).
+        use_dora: the method `"dora"`: a trained magnitude for each output (Liu et al. 2024, arXiv:2402.09353).
         lora_bias: the method `"lora_bias"`: the second factor has a bias.
         alora_invocation_tokens: the method `"alora"`: in each row, the adapter acts from the last occurrence of these
             tokens on.

@@ -69,7 +69,8 @@ def merge_to_folder(
         untie: give an adapted layer that shares its weight with another a separate copy.
         allow_other_base: merge into another base than the adapter was trained on.
         allow_nonfinite: write the model even if a weight is NaN or infinite; only in memory.
-        revision, subfolder: of the adapter, as in `inspect_adapter`.
+        revision: of the adapter, as in `inspect_adapter`.
+        subfolder: the same.
         base_revision: like `revision`, for the base. Default: the commit that the adapter was trained on.
         progress: show bytes and rate if the output is a terminal; only with `in_memory=False`.
         kwargs: for `LoraModel.from_pretrained`; only in memory.

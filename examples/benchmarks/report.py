@@ -95,26 +95,27 @@ def draw(runs: list[Table], file: Path) -> None:
     from matplotlib.figure import Figure
 
     names = [name for name in DRAWN if any(name in ratios(run) for run in runs)]
-    figure = Figure(figsize=(9, 1.4 + 0.62 * len(runs)), layout="constrained")
+    figure = Figure(figsize=(5.2, 1.1 + 0.78 * len(runs)), layout="constrained")  # legible on a narrow screen
     axes = figure.subplots()
-    height = 0.8 / max(1, len(names))
+    height = 0.66 / max(1, len(names))
     for i, name in enumerate(names):
-        places = [row + (i - (len(names) - 1) / 2) * height for row in range(len(runs))]
+        places = [row + 0.3 + (i + 0.5) * height for row in range(len(runs))]
         values = [ratios(run)[name].value if name in ratios(run) else 1.0 for run in runs]
         bars = axes.barh(places, [v - 1 for v in values], height * 0.9, 1, color=DRAWN[name], label=COLUMNS[name])
         axes.bar_label(bars, [f"{v:.2f}" if v != 1.0 else "" for v in values], padding=3, fontsize=8)
     for row, run in enumerate(runs):
-        axes.plot([run.settings["limit"]] * 2, [row - 0.42, row + 0.42], color="black", lw=1.5,
+        axes.text(1, row + 0.16, f" {run_name(run)}", va="center", fontsize=9, fontweight="bold")
+        axes.plot([run.settings["limit"]] * 2, [row + 0.28, row + 0.98], color="black", lw=1.5,
                   label="FLOP limit" if row == 0 else None)  # fmt: skip
     axes.axvline(1, color="black", lw=0.8)
-    axes.set_yticks(range(len(runs)), [run_name(run) for run in runs])
-    axes.invert_yaxis()
-    axes.set_xlabel("time of a training step over the frozen base's (frozen base = 1; shorter is better)")
+    axes.set_yticks([])
+    axes.set_ylim(len(runs), 0)
+    axes.set_xlabel("time of a training step (frozen base = 1; shorter is better)")
     axes.margins(x=0.1)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.4, 1.02 + 0.5 / len(runs)), ncols=len(names) + 1, frameon=False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=200)
 
 
 def main(words: list[str] | None = None) -> None:

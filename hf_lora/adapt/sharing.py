@@ -32,7 +32,8 @@ def share_inputs(model: nn.Module, *args: object, **batch: object) -> list[tuple
 
     Args:
         model: the model with adapters.
-        args, batch: arguments of the model's forward.
+        args: arguments of the model's forward.
+        batch: those with a name.
 
     Returns:
         The names of the layers of each group. They replace the groups of an earlier call.

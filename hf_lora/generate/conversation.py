@@ -27,7 +27,9 @@ class Conversation:
         tokenizer: its tokenizer, with a chat template.
         system: the system message; default: the one of all chats in the adapter's training, else that of the
             template, if any.
-        max_new_tokens, temperature, top_p: as in `generate_texts`.
+        max_new_tokens: as in `generate_texts`, and so are the next two.
+        temperature: 0 is greedy decoding.
+        top_p: the share of probability that is sampled from.
         seed: random seed of the first answer; each further answer uses the next seed.
 
     Attributes:

@@ -41,7 +41,8 @@ class FactorSpec:
         trainable: whether an active adapter trains it.
         joins: 0 for a tensor with its own key in the file. Otherwise it is multiplied by this number and concatenated
             along the rank axis to the tensor with the same key.
-        to_disk, from_disk: convert the layout to that of the file and back; views where possible.
+        to_disk: converts the layout to that of the file; a view where possible.
+        from_disk: the reverse.
     """
 
     shape: tuple[int, ...]

@@ -52,8 +52,9 @@ def evaluate(
         generate: generate answers and compare them with those of the file, ignoring surrounding white space.
         predictions: JSONL file to write the rows with the generated answers to.
         limit: use only the first rows of the file; default: all.
-        text_column, completion_column: the column of texts or prompts, and of answers or labels; default: those of the
-            training if the file has them, else found by their usual names.
+        text_column: the column of texts or prompts; default: that of the training if the file has it, else found by
+            its usual names.
+        completion_column: the same for answers or labels.
         pair_column: the second text of a classification, or the context of a question.
         use_chat_template: whether pairs of texts are turns of a chat, see `is_templated`.
         last_turn_only: evaluate only the assistant's last turn of each chat.

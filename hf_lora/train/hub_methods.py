@@ -59,7 +59,8 @@ class HubMethods(_Trainer):
 
         Args:
             blocking: wait for the push; if False, return a future.
-            token, revision: default: `hub_token` and `hub_revision`, else the client's.
+            token: default: `hub_token`, else the client's.
+            revision: default: `hub_revision`, else the main branch.
             private: visibility of a new repository.
             kwargs: arguments of `create_model_card`.
 

@@ -18,7 +18,16 @@ from huggingface_hub import EvalResult, ModelCard, metadata_eval_result
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_lora import AdapterFileError, LoraConfig, LoraModel, LoraTrainer, LoraTrainingArguments, apply_lora, write_card
+from hf_lora import (
+    AdapterFileError,
+    LoraConfig,
+    LoraModel,
+    LoraTrainer,
+    LoraTrainingArguments,
+    apply_lora,
+    build_classifier,
+    write_card,
+)
 
 WORDS = ["open", "close", "the", "door", "window", "A", "text", "to", "classify", "beginning", "of", "a", "The"]
 
@@ -230,6 +239,27 @@ def test_the_snippets_of_a_classifier_run(
     assert piped["pipe"]("open the door")[0]["label"] in ("yes", "no")
     assert "score" in capsys.readouterr().out
     assert_near(logits(peft["model"]), expected, torch.float32, 40)
+
+
+def test_the_snippets_of_a_pooled_classifier_run_and_its_biases_are_no_whole_modules(
+    bert_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT needs the class of hf_lora: an auto class of transformers has another head."""
+    model = build_classifier(str(bert_base), ["no", "yes"], pooling="mean")
+    model = randomize(apply_lora(model, LoraConfig(r=4, bias="all")))
+    folder = tmp_path / "pooled"
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    write_card(folder, repo_id="somebody/pooled", base_model="someone/base")
+    names = {"somebody/pooled": str(folder), "someone/base": str(bert_base)}
+    own, merged, _, peft = run_snippets(folder, names, monkeypatch)
+    expected = logits(model)
+    assert torch.equal(logits(own["model"]), expected)
+    assert_near(logits(merged["model"]), expected, torch.float32, 40)
+    assert_near(logits(build_classifier(str(tmp_path / "merged"))), expected, torch.float32, 40)
+    assert_near(logits(peft["model"]), expected, torch.float32, 40)
+    assert "| Fully trained | `pooled_classifier.out_proj` |" in content(folder)
+    assert "and all weights of `pooled_classifier.out_proj`; it" in content(folder)
 
 
 def test_the_snippets_of_a_causal_language_model_run(

@@ -59,8 +59,10 @@ class Adapter:
 
     @property
     def whole(self) -> list[str]:
-        """Paths of the modules that are saved completely."""
-        return sorted({path.rpartition(".")[0] for path, role in map(split_key, self.shapes) if role == "copy"})
+        """Paths of the modules that are saved completely, and not by a trained bias alone."""
+        biases = self.config.bias != "none"
+        copies = [path.rpartition(".") for path, role in map(split_key, self.shapes) if role == "copy"]
+        return sorted({module for module, _, last in copies if not (biases and last == "bias")})
 
     @property
     def parameters(self) -> int:

@@ -177,16 +177,26 @@ def _snippets(
     tokenizer = not plain_module and (folder / "tokenizer_config.json").is_file()
     auto = AUTO_CLASSES.get(facts.config.task_type or "", architecture)
     where = "model" if plain_module else literal(base) if base else None
+    pooled = isinstance(facts.extras.get("pooling"), dict)
     load_base = [literal(base)]
     if isinstance(labels, int) and "Classification" in auto:
-        load_base.append(f"num_labels={labels}")
+        load_base.append(f"labels={labels}{_pooling(facts)}" if pooled else f"num_labels={labels}")
     if isinstance(commit, str):
         load_base.append(f"revision={literal(commit)}")
+    call = "build_classifier" if pooled else f"{auto}.from_pretrained"
     return {
-        "plain_module": plain_module, "tokenizer": tokenizer, "auto": auto, "load_base": ", ".join(load_base),
+        "plain_module": plain_module, "tokenizer": tokenizer, "pooled": pooled,
+        "base_name": auto, "base_call": f"{call}({', '.join(load_base)})",
         "load": literal(adapter) + ("" if base_is_found or where is None else f", base_model={where}"),
         "pipeline_input": PIPELINE_INPUTS.get(task or "") if tokenizer else None,
     }  # fmt: skip
+
+
+def _pooling(facts: Adapter) -> str:
+    """The argument of `build_classifier` for a pooling that was chosen by name; a declared one is found again."""
+    pooling = facts.extras["pooling"]
+    by_name = len(pooling["modes"]) == 1 and not pooling["dense"] and not pooling["normalize"]
+    return f", pooling={literal(pooling['modes'][0])}" if by_name else ""
 
 
 def _metadata(

@@ -5,7 +5,6 @@ What comes before them is computed by the base alone, so a cache of it serves th
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...compat import CACHE
+from ...compat import counts_tokens
 from ...config import LoraConfig
 from ...errors import StateError
 from ..calls import known
@@ -37,11 +36,13 @@ class Alora(Additive):
         return None if shape.is_matrix else "aLoRA (alora_invocation_tokens) is for linear layers"
 
     def refuse_model(self, model: nn.Module) -> str | None:
-        config = getattr(model, "config", None)
-        is_text = isinstance(model, PreTrainedModel) and model.main_input_name == "input_ids"
-        if not is_text or getattr(config, "is_encoder_decoder", False):
+        if not (
+            isinstance(model, PreTrainedModel)
+            and model.main_input_name == "input_ids"
+            and not getattr(model.config, "is_encoder_decoder", False)
+        ):
             return "it looks for its tokens in input_ids of a transformers model of text with one sequence per row"
-        if hasattr(model, "generate") and not inspect.signature(model.forward).parameters.keys() & {*CACHE}:
+        if hasattr(model, "generate") and not counts_tokens(model):
             return "it notes its tokens on the cache of generation, and this model has a state of another kind"
         return None
 
