@@ -153,20 +153,22 @@ DRAWN = {"train": (0, 600), "test": (1, 200)}
 
 
 def problems(folder: Path, split: str) -> list[list[dict[str, str]]]:
-    """The problems of a draw as chats."""
+    """The problems of a draw as chats: the first ones after shuffling."""
     lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
     seed, count = DRAWN[split]
+    random.Random(seed).shuffle(lines)
     return [
         [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        for row in random.Random(seed).sample([json.loads(line) for line in lines], count)
+        for row in map(json.loads, lines[:count])
     ]
 
 
 def answered(tokenizer: Any, chat: list[dict[str, str]]) -> dict[str, list[int]]:
-    """A chat as token ids, with labels for the answer and the token that ends it."""
+    """A chat as token ids, with labels for the answer and what ends it in the chat template."""
+    whole = tokenizer.apply_chat_template(chat, tokenize=False)
     prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
-    before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    after = tokenizer(chat[1]["content"] + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    assert whole.startswith(prompt)
+    before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole[len(prompt) :]))
     return {"input_ids": before + after, "labels": [-100] * len(before) + after}
 
 

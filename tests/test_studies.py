@@ -130,6 +130,7 @@ def test_each_method_can_be_compared(load: Any, base: Path, labeled: list[str], 
     assert {run["method"] for run in json.loads(file.read_text()) if run["split"] == "test"} == {*methods.NAMES}
 
 
+@pytest.mark.slow
 def test_the_comparison_of_methods_on_gsm8k(load: Any, gsm8k: tuple[Path, Path], tmp_path: Path) -> None:
     methods, (folder, base), file = load("methods"), gsm8k, tmp_path / "runs.json"
     words = ["--data", "gsm8k", "--folder", str(folder), "--base", str(base), "--examples", "4", "--max-steps", "1",
@@ -140,6 +141,7 @@ def test_the_comparison_of_methods_on_gsm8k(load: Any, gsm8k: tuple[Path, Path],
     assert all(run["metric"] == "nats a token" and 1 < run["value"] < 10 for run in runs)
 
 
+@pytest.mark.slow
 def test_classifiers_are_compared(load: Any, labeled: list[str], base: Path, tmp_path: Path) -> None:
     classifiers, studies, file = load("classifiers"), load("studies"), tmp_path / "runs.json"
     words = [*labeled, "--label-column", "category", "--per-class", "3", "--epochs", "1", "--json", str(file)]

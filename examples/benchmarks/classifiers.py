@@ -135,7 +135,7 @@ def main(words: list[str] | None = None) -> None:
             runs.add(key, "accuracy", accuracy, seconds, megabytes)
     groups: dict[str, list[float]] = defaultdict(list)
     for run in runs.all:
-        if all(run[k] == v for k, v in where.items()):
+        if all(run.get(k) == v for k, v in where.items()):
             groups[f"{run['method']} {run['settings']}"].append(100 * run["value"])
     for group, values in groups.items():
         print(f"{group:60} {studies.spread(values)} ({len(values)} seeds)")

@@ -270,8 +270,7 @@ def test_the_listed_defaults_are_those_of_a_run(
         assert listed is not None
         values = {t: value for part in listed[1].split("; ") for value, t in _of_tasks(part)}
         assert values.keys() == TASK_DEFAULTS.keys()
-        by_width = name == "learning_rate" and task != "text-classification"
-        assert values[task] == ("by the width" if by_width else f"{getattr(parsed.training, name):g}")
+        assert values[task] == ("by the width" if name == "learning_rate" else f"{getattr(parsed.training, name):g}")
     names = {"text-classification": ("text-classification",), "causal-lm": ("causal-lm",), PACKED: ("causal-lm",)}[
         task
     ]

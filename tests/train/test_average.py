@@ -91,7 +91,7 @@ def test_the_averages_are_those_of_the_weights_without_them(arguments: Make, dec
     [
         {"save_steps": 3},
         {"save_steps": 4, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
-        {"save_steps": 5, "bf16": True, "head_learning_rate": 3e-3},
+        pytest.param({"save_steps": 5, "bf16": True, "head_learning_rate": 3e-3}, marks=pytest.mark.slow),
     ],
 )
 def test_resuming_changes_no_bit(arguments: Make, settings: dict[str, Any]) -> None:
