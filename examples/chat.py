@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> None:
     args = LoraSFTConfig(
         str(options.output), lora_r=16, learning_rate=1e-3, lr_scheduler_type="cosine", num_train_epochs=1,
         max_steps=options.max_steps, per_device_train_batch_size=1, max_length=256, logging_steps=10,
-        activation_checkpointing=False, save_strategy="no", report_to="none",
+        save_strategy="no", report_to="none",
     )  # fmt: skip
     trainer = LoraSFTTrainer(
         AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32),  # on a GPU: torch.bfloat16

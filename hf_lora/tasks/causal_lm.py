@@ -21,15 +21,16 @@ from .base import Asked, Data, Defaults, Given, Options, Task, refuse_options, t
 HIGHEST_RATE = 2e-3
 
 
-def rate_for_width(width: int, measured: int = 576, highest: float = HIGHEST_RATE) -> float:
+def rate_for_width(width: int, measured: int = 576, best: float = 1e-3, highest: float = HIGHEST_RATE) -> float:
     """The default rate of A for a model of this width, to two digits.
 
     The best rates of LoRA fall with about the 0.8th power of the width (Schulman et al. 2025, LoRA Without Regret).
 
     Args:
-        measured: the width at which 1e-3 was measured best; default: of language models.
+        measured, best: the width that was measured, and the rate that was best there; default: of language models.
+        highest: the rate of narrow models.
     """
-    return float(f"{min(highest, 1e-3 * (measured / width) ** 0.8):.1e}")
+    return float(f"{min(highest, best * (measured / width) ** 0.8):.1e}")
 
 
 class CausalLM(Task):

@@ -46,7 +46,7 @@ CHOSEN = {
     "lora_alpha": "2 r; r for text-classification and, up to 64, causal-lm",
     "lora_bias": "none; all for text-classification",
     "loraplus_lr_ratio": "1; 4 for text-classification, and for causal-lm up to a width of 1,024",
-    "head_learning_rate": "learning_rate; 0.003 for text-classification, less beyond a width of 384",
+    "head_learning_rate": "learning_rate; 0.0015 for text-classification, less beyond a width of 384",
     "num_train_epochs": "3; up to 20 for text-classification with few rows",
     "train_sampling_strategy": "random; group_by_length for text-classification",
 }

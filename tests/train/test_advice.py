@@ -18,7 +18,7 @@ from hf_lora import ConfigError, recommend
 from hf_lora.tasks.base import Data
 from hf_lora.tasks.causal_lm import rate_for_width
 from hf_lora.tasks.registry import CAUSAL_LM, TASKS
-from hf_lora.train.defaults import CLASSIFIERS, FEW_TOKENS, HEAD, RANKS, choose, rank_for
+from hf_lora.train.defaults import CLASSIFIERS, FEW_TOKENS, HEAD, RANKS, choose, rank_for, rate_for_classifier
 from hf_lora.train.empty import empty_model, parameters_of_a_rank
 from hf_lora.train.forecast import forecast
 from hf_lora.train.parsing import parse_arguments
@@ -160,7 +160,7 @@ def test_the_rates_are_within_a_factor_of_two_of_the_best_in_our_tables() -> Non
     rows = (DOCS / "banking77.md").read_text(encoding="utf-8").splitlines()
     best = next(line for line in rows if line.startswith("| **")).replace("*", "").split("|")[1:]
     rate, ratio, head = (float(cell) for cell in best[2:5])
-    ours = rate_for_width(CLASSIFIERS, CLASSIFIERS, 1e-3)
+    ours = rate_for_classifier(CLASSIFIERS)
     assert 0.5 <= ours / rate <= 2
     assert ratio == 4
     assert 0.5 <= HEAD * ours / head <= 2
@@ -169,4 +169,4 @@ def test_the_rates_are_within_a_factor_of_two_of_the_best_in_our_tables() -> Non
 @pytest.mark.parametrize(("width", "lowest", "highest"), [(768, 4e-4, 5e-4), (1024, 2e-4, 4e-4)])
 def test_the_rates_of_classifiers_are_near_those_of_the_paper(width: int, lowest: float, highest: float) -> None:
     """Hu et al. 2021, table 9: RoBERTa base and large."""
-    assert lowest / 2 <= rate_for_width(width, CLASSIFIERS, 1e-3) <= 2 * highest
+    assert lowest / 2 <= rate_for_classifier(width) <= 2 * highest

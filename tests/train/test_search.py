@@ -16,6 +16,7 @@ from tiny import OTHERS, TEXTS, bert_of_texts
 import hf_lora
 from hf_lora import ConfigError
 from hf_lora.train import search
+from hf_lora.train.defaults import RATE
 from hf_lora.train.parsing import parse_arguments
 from hf_lora.train.search import FACTORS, FILE, RUNGS, Trial, describe, search_learning_rate
 
@@ -58,7 +59,7 @@ def test_auto_gives_the_run_of_the_rate_that_it_finds(base: str, rows: Path, tmp
     assert f"{rate:g}/4" == min(last, key=last.__getitem__)
     first = sorted((trial["loss"], key) for key, trial in kept.items() if key.endswith("/8"))
     assert {key.split("/")[0] for _, key in first[:2]} == {key.split("/")[0] for key in last}
-    assert rate in [pytest.approx(1e-3 * factor) for factor in FACTORS]
+    assert rate in [pytest.approx(RATE * factor) for factor in FACTORS]
     hf_lora.finetune(arguments(base, rows, tmp_path / "given", learning_rate=rate))
     ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("auto", "given"))
     assert ours.keys() == theirs.keys()
@@ -101,14 +102,14 @@ def test_a_rate_that_diverges_loses(base: str, rows: Path, tmp_path: Path, monke
 
     losses = dict(zip(FACTORS, (1.0, 0.5, 0.7, float("inf"), float("inf")), strict=True))
     monkeypatch.setattr(
-        search._Runner, "run", lambda self, rate, divisor: Trial(rate, 80 // divisor, losses[round(rate * 1e3, 3)])
+        search._Runner, "run", lambda self, rate, divisor: Trial(rate, 80 // divisor, losses[round(rate / RATE, 3)])
     )
     words = parse_arguments([], arguments(base, rows, tmp_path / "out"))
     data = read_data(words)
     search_learning_rate(words, data)
-    assert words.training.learning_rate == pytest.approx(5e-4)
-    assert data.lines[-1].startswith("learning rate 0.0005")
-    assert "0.002: diverged" in data.lines[-1]
+    assert words.training.learning_rate == pytest.approx(RATE / 2)
+    assert data.lines[-1].startswith("learning rate 0.00025")
+    assert "0.001: diverged" in data.lines[-1]
     losses.update(dict.fromkeys(losses, float("inf")))
     words = parse_arguments([], arguments(base, rows, tmp_path / "none"))
     with pytest.raises(ConfigError, match="diverged with every rate"):
