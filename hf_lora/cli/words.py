@@ -10,7 +10,7 @@ _CALL = re.compile(
     rf"\A(?:[A-Za-z][\w.]*\((?:{_TEXT}|[^\n()']|\((?:{_TEXT}|[^\n()'])*\))*\)|evaluate|[a-z]+(?:_[a-z]+)+):"
 )
 """A call or the name of a function with which a message begins; a group is an argument that is a text, or its path."""
-_ALIASES = {"base_model": "base"}
+_ALIASES = {"base_model": "base", "label_column": "completion_column"}
 """Arguments of functions -> options of a command that has no option of that name."""
 _SENTENCES = {
     "print(explain_targets(model, config)) with target_modules='all-linear' lists what can be adapted.": (

@@ -214,7 +214,10 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     lines, argv = _with_search(lines), _with_search(argv)
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    parser.set_defaults(**{strategy: "steps" for steps, strategy in INTERVALS.items() if steps in named})
+    zero = re.findall(r"--(\w+_steps)[ =]0(?![\d.])", " ".join((*lines, *argv)).replace("-steps", "_steps"))
+    # Trainer replaces 0 by another interval where the strategy is `steps`; left as it is, it is refused with its name.
+    chosen = {strategy: "steps" for steps, strategy in INTERVALS.items() if steps in named and steps not in zero}
+    parser.set_defaults(**chosen)
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:

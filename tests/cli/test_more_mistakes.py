@@ -40,6 +40,7 @@ def places(
     for name in ("rows.xlsx", "file"):
         (folder / name).write_text("x")
     (folder / "bad.parquet").write_bytes(b"PAR1xxxx")
+    (folder / "odd.csv").write_text("a,b\nx,y\n")
     (folder / "one.csv").write_text("text,label\na,x\nb,x\n")
     (folder / "twice.yaml").write_text("lora_r: 4\nmodel: a\nlora-r: 8\n")
     (folder / "maybe.yaml").write_text("bf16: maybe\n")
@@ -76,7 +77,7 @@ EARLY = [
         "hf-lora train: argument --lora-r: invalid int value: 'eight'. `hf-lora train",
     ),
     (
-        ROWS + "--save-steps 0 --eval-steps 0",
+        ROWS + "--test-file {d}/rows.csv --save-steps 0 --eval-steps 0",
         "--save-steps 0 must be greater than 0|--eval-steps 0 must be",
     ),
     (ROWS + "--save-total-limit 0", "--save-total-limit 0 must be at least 1"),
@@ -138,6 +139,10 @@ OTHERS = [
     ("eval {clf} --file {d}/rows.csv --max-new-tokens 5", "--max-new-tokens 5 has no effect on text-classification"),
     ("eval {chat} --file {d}/pairs.jsonl --max-new-tokens 5", "has no effect on causal-lm without --generate. Omit"),
     ("eval {chat} --file {d}/prompts.jsonl --generate --max-new-tokens 0", "--max-new-tokens 0 must be at least 1"),
+    (
+        "eval {clf} --file {d}/odd.csv",
+        "which column holds the labels. It has 'a', 'b'. Name it with --completion-column",
+    ),
     ("eval {chat} --file {d}/plain", "plain' is not a file of a known type"),
     ("chat {d}/none", "is not a local folder and not a valid repository name: there is no such folder"),
     ("push {clf} https://huggingface.co/user/x", "this is an address. Pass the name of the repository: user/x"),
