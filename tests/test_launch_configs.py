@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from processes import run_once_more_if_aborted
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "examples" / "accelerate").glob("*.yaml"))
@@ -78,10 +79,8 @@ def run_line(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     command, module = next((name, module) for name, module in MODULES.items() if line.startswith(name))
     words = [str(ROOT / w) if w.startswith("examples/") else w for w in shlex.split(line.removeprefix(command))]
     paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-m", module, *words], capture_output=True, text=True, timeout=300, check=False, cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return run_once_more_if_aborted([sys.executable, "-m", module, *words], cwd=folder, env=environment)
 
 
 def launched(tmp_path: Path, line: str) -> tuple[int, list[str], str]:

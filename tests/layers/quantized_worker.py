@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import randomize, relative_error, token_ids
+from processes import leave
 from quantized_bases import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -54,9 +55,8 @@ def main(base: Path) -> None:
         assert float(moved.norm()) > 0, name
         # bfloat16 activations, summed over other batches
         assert relative_error(both[name].full_tensor() - start[name], moved) < 0.1, name
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave()

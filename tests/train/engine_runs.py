@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +46,3 @@ def expect(file: Path, kind: type[Exception], call: Any) -> None:
         call()
     except kind as error:
         file.with_suffix(".txt").write_text(str(error))
-
-
-def start(script: str, *words: Any, processes: int = 2, **environment: str) -> subprocess.Popen[str]:
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=127.0.0.1:0", str(here / script), *map(str, words)]  # fmt: skip
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": paths,
-        **environment,
-    }
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)

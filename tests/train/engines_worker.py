@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from engine_runs import STEPS, expect, fresh_model, run_arguments, write_result
+from processes import leave
 from tiny import texts
 
 from hf_lora import LoraConfig, LoraTrainer, TrainingError, apply_lora, gathered_state
@@ -81,5 +82,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     main(Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from engine_runs import run_arguments, write_result
 from helpers import tiny_llama
+from processes import leave
 from tiny import texts
 
 from hf_lora import LoraConfig, LoraTrainer, apply_lora, gathered_state
@@ -69,5 +70,4 @@ if __name__ == "__main__":
         vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
         dist.init_process_group("gloo")
     main(sys.argv[1], Path(sys.argv[2]))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
+from processes import leave
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses, modules
@@ -68,6 +68,4 @@ if __name__ == "__main__":
     base, folder = map(Path, sys.argv[1:])
     preference(base, folder / "preference")
     embedding(base, folder / "embedding")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()  # a process that ends with gloo's threads alive may be aborted
+    leave()

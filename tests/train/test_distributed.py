@@ -3,23 +3,13 @@ model's own."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_processes
 
 
 @pytest.mark.distributed
 def test_two_processes(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    script = here / "two_processes.py"
-    paths = os.pathsep.join([str(here), str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=127.0.0.1:0", str(script), str(tmp_path)]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": paths}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert (done.stdout + done.stderr).count("the adapter was removed from these layers") == 2  # by one process
+    said = run_processes(Path(__file__).with_name("two_processes.py"), tmp_path)
+    assert said.count("the adapter was removed from these layers") == 2  # by one process

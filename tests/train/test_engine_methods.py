@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import start
 from helpers import assert_same_tensors, tiny_llama
 from methods_worker import CONFIGS, rows, train
+from processes import run_processes
 from safetensors.torch import load_file
 
 from hf_lora import LoraModel, LoraTrainer
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+WORKER = Path(__file__).with_name("methods_worker.py")
 ENGINES = ("fsdp", "zero2", "zero3")
 
 
@@ -32,9 +33,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param != "fsdp" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (pip install 'hf_lora[deepspeed]')")
     out = tmp_path_factory.mktemp(request.param)
-    process = start("methods_worker.py", request.param, out, processes=1)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-4000:]
+    run_processes(WORKER, request.param, out, processes=1)
     return request.param, out
 
 
@@ -56,9 +55,7 @@ def test_an_engine_trains_each_method_as_none_does(name: str, engine: tuple[str,
 
 
 def test_two_processes_choose_the_same_ranks_and_values(tmp_path: Path) -> None:
-    process = start("methods_worker.py", "ddp", tmp_path)
-    said, _ = process.communicate(timeout=400)
-    assert process.returncode == 0, said[-4000:]
+    run_processes(WORKER, "ddp", tmp_path)
     for name in ("eva", "corda"):
         first, second = (load_file(tmp_path / name / f"end-{rank}.safetensors") for rank in range(2))
         assert_same_tensors(second, first)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import STEPS, fresh_model, run_arguments, start, write_result
+from engine_runs import STEPS, fresh_model, run_arguments, write_result
 from helpers import assert_same_tensors
+from processes import run_processes
 from quantized_bases import load, save_base
 from safetensors.torch import load_file
 from tiny import texts, tiny_bert, tiny_llama
@@ -38,7 +39,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ddp(single: Path) -> Path:
-    finish(start("engines_worker.py", single))
+    run_processes(Path(__file__).with_name("engines_worker.py"), single)
     return single
 
 
@@ -46,7 +47,7 @@ def ddp(single: Path) -> Path:
 def zero(single: Path) -> Path:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed (pip install 'hf_lora[deepspeed]')")
-    finish(start("zero_worker.py", single))
+    run_processes(Path(__file__).with_name("zero_worker.py"), single)
     return single
 
 
@@ -62,12 +63,6 @@ def train_alone(folder: Path, resume: Path | None = None) -> Any:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     write_result(folder, gathered_state(trainer.model))
     return trainer
-
-
-def finish(process: Any) -> None:
-    said, _ = process.communicate(timeout=400)
-    lines = [line for line in said.splitlines() if line.startswith("[rank0]") or "Error" in line]
-    assert process.returncode == 0, "\n".join(lines[-40:])
 
 
 def end(folder: Path, rank: int = 0) -> Tensors:

@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from engine_runs import expect, fresh_model, run_arguments, write_result
 from helpers import randomize
+from processes import leave
 from tiny import texts
 from transformers import LlamaForCausalLM
 from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
@@ -97,5 +98,4 @@ if __name__ == "__main__":
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     dist.init_process_group("gloo")
     main(Path(sys.argv[1]))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
