@@ -61,11 +61,11 @@ class Runs:
 
 
 def command() -> str:
-    """The command line of this process, with the script as a path in the repository."""
+    """The command line of this process: the script as a path in the repository, other whole paths by their names."""
     script = Path(sys.argv[0]).resolve()
     root = Path(__file__).resolve().parents[1]
     name = script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name
-    return shlex.join(["python", name, *sys.argv[1:]])
+    return shlex.join(["python", name, *(Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:])])
 
 
 def alone(function: Callable[..., Any], *given: Any) -> tuple[Any, float]:

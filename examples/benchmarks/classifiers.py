@@ -54,7 +54,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, help="default: 3, with --per-class 20; for hf_lora its own")
     parser.add_argument("--rate", type=float, help="learning rate of PEFT and of full fine-tuning")
-    parser.add_argument("--options", nargs="*", default=[], help="further options of hf-lora train, as NAME=VALUE")
+    parser.add_argument(
+        "--options", nargs="*", default=[], help="further options of hf-lora train: NAME=VALUE[,VALUE…]"
+    )
     parser.add_argument("--json", type=Path, default=studies.RECORDS)
     return parser.parse_args(words)
 
@@ -64,6 +66,7 @@ def ours(args: argparse.Namespace, seed: int, folder: Path, rows: Any) -> tuple[
     for name, part in zip(("train", "test"), rows, strict=True):
         Dataset.from_list(part).to_json(folder / f"{name}.jsonl")
     options: dict[str, Any] = dict(option.split("=", 1) for option in args.options)
+    options = {name: value.split(",") if "," in value else value for name, value in options.items()}
     if args.epochs:
         options["num_train_epochs"] = args.epochs
     result = finetune({

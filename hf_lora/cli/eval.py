@@ -19,7 +19,7 @@ from .generate import (
     SYSTEM,
     progress_line,
 )
-from .paths import path
+from .options import path
 from .threads import threads_for_free_cores
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .paths import path
+from .options import path
 from .threads import threads_for_free_cores
 
 SUBFOLDER = typer.Option(None, help="Folder within ADAPTER that holds the adapter.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from ..errors import LoraError, nearest
-from .paths import path
+from .options import path
 from .threads import threads_for_free_cores
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from .paths import path
+from .options import path
 
 
 def register(app: typer.Typer) -> None:

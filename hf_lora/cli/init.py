@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from ..errors import ConfigError
-from .paths import path
+from .options import path
 
 
 def register(app: typer.Typer) -> None:

@@ -6,18 +6,13 @@ import json
 
 import typer
 
+from .options import OTHER_ARGUMENTS
 from .threads import threads_for_free_cores
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's command to `app`."""
-    app.command(
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "token_normalize_func": lambda token: token.replace("_", "-"),
-        }
-    )(recommend)
+    app.command(context_settings=OTHER_ARGUMENTS)(recommend)
 
 
 def recommend(

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import typer
 
+from .options import OTHER_ARGUMENTS
+
 
 def register(app: typer.Typer) -> None:
     """Add this file's command to `app`."""
-    app.command(
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "token_normalize_func": lambda token: token.replace("_", "-"),
-        }
-    )(targets)
+    app.command(context_settings=OTHER_ARGUMENTS)(targets)
 
 
 def targets(

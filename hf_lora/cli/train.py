@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .paths import path
+from .options import OTHER_ARGUMENTS, path
 from .threads import threads_for_free_cores
 
 if TYPE_CHECKING:
@@ -33,14 +33,7 @@ _OF_THE_COMMAND = ("config", "show_batch", "dry_run", "print_config", "all_optio
 
 def register(app: typer.Typer) -> None:
     """Add this file's command to `app`."""
-    app.command(
-        epilog=EPILOG,
-        context_settings={
-            "allow_extra_args": True,
-            "ignore_unknown_options": True,
-            "token_normalize_func": lambda token: token.replace("_", "-"),
-        },
-    )(train)
+    app.command(epilog=EPILOG, context_settings=OTHER_ARGUMENTS)(train)
 
 
 def train(

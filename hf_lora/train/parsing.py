@@ -5,6 +5,7 @@ A script calls `finetune` with the same names: `finetune({"model": …, "train_f
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -214,10 +215,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     lines, argv = _with_search(lines), _with_search(argv)
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    zero = re.findall(r"--(\w+_steps)[ =]0(?![\d.])", " ".join((*lines, *argv)).replace("-steps", "_steps"))
-    # Trainer replaces 0 by another interval where the strategy is `steps`; left as it is, it is refused with its name.
-    chosen = {strategy: "steps" for steps, strategy in INTERVALS.items() if steps in named and steps not in zero}
-    parser.set_defaults(**chosen)
+    parser.set_defaults(**{INTERVALS[name]: "steps" for name in _positive_intervals([*lines, *argv])})
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
@@ -239,6 +237,19 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
             faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
     return Parsed(run, training, frozenset(named | set(empty)))
+
+
+def _positive_intervals(words: Sequence[str]) -> list[str]:
+    """Which of `INTERVALS` are given.
+
+    Not those of 0: Trainer replaces 0 by another interval where the strategy is `steps`; otherwise it is refused with
+    its name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in INTERVALS:
+        parser.add_argument(f"--{name}", as_flag(name), nargs="?", const="")  # what is no number is refused later
+    given = vars(parser.parse_known_args(list(words))[0])
+    return [name for name, word in given.items() if word is not None and word.strip("+-0._ ")]
 
 
 def _with_search(words: Sequence[str]) -> list[str]:
