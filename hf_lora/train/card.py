@@ -170,6 +170,7 @@ def settings_of(trainer: Trainer, model: nn.Module) -> dict[str, str]:
         "Learning rate": f"{args.learning_rate:g}",
         "Learning rate of B": f"{ratio * args.learning_rate:g}" if ratio else "",
         "Learning rate of the heads": f"{head:g}" if head else "",
+        "Learning rate of LoRA-Muon": f"{muon:g}" if (muon := getattr(args, "muon_learning_rate", None)) else "",
         "Moving average": f"of the weights, decay {ema:g}" if (ema := getattr(args, "ema", 0.0)) else "",
         "Schedule": f"{schedule}, warmup of {_steps(warmup)}" if warmup else schedule,
         "Optimizer": getattr(args.optim, "value", str(args.optim)),

@@ -200,6 +200,8 @@ def width_of(data: Data) -> int | None:
 
 def bears_rates(training: LoraTrainingArguments) -> bool:
     """Whether other rates for B and the head were measured: with Adam, and factors that start as usual."""
+    if training.muon_learning_rate is not None:
+        return False
     return "adam" in str(getattr(training.optim, "value", training.optim)) and training.lora_init in PLAIN_INITS
 
 

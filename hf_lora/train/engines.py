@@ -9,7 +9,7 @@ and does not support DeepSpeed, which is most of this file.)
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,11 @@ def requested_engine(args: object) -> tuple[str, str] | None:
     return None
 
 
-def why_no_average(decay: float, engine: str) -> str:
-    """Why an engine that shards cannot train with `ema`."""
-    return f"ema={decay:g} averages whole weights, but {engine} shards them: omit it, or train with DDP"
+def why_not_sharded(args: object, engine: str) -> Iterator[str]:
+    """Why an engine that shards cannot train with these arguments."""
+    for name, needs in (("ema", "averages whole weights"), ("muon_learning_rate", "needs whole factors")):
+        if value := getattr(args, name, None):
+            yield f"{name}={value:g} {needs}, but {engine} shards them: omit it, or train with DDP"
 
 
 def launched_for_several() -> bool:
@@ -83,9 +85,8 @@ def check_engine(
             "the script with torchrun --nproc_per_node 2, or with distributed_type: MULTI_GPU and use_cpu: true as in "
             "examples/accelerate/cpu.yaml."
         )
-    decay = getattr(args, "ema", 0.0)
-    if runs in _NAMES and decay:
-        raise ConfigError(f"{call}: {why_no_average(decay, runs)}.")
+    if runs in _NAMES and (faults := list(why_not_sharded(args, runs))):
+        raise ConfigError(f"{call}: {'; '.join(faults)}.")
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if runs == "FSDP" and getattr(plugin, "fsdp_version", 2) != 2:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The optimizer's parameters: all that are trainable, with different learning rates for A, B and the heads.
+"""The optimizer and its parameters: all that are trainable, with different learning rates for A, B and the heads.
 
 LoRA+ (Hayou, Ghosh, Yu 2024, arXiv:2402.12354): with one learning rate for both factors, wide layers are trained
 inefficiently; B needs a higher rate than A.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import LayerWiseDummyOptimizer
 from transformers.utils import logging
@@ -17,8 +17,13 @@ from transformers.utils import logging
 from ..adapt.inner import adapted_part, outside
 from ..adapt.walk import parts
 from ..errors import ConfigError, TrainingError
+from .muon import LoraMuon, factor_pairs
 
 logger = logging.get_logger(__name__)
+
+FIELDS = ("loraplus_lr_ratio", "head_learning_rate", "muon_learning_rate")
+"""Fields of the arguments that set parameter groups of the optimizer."""
+_NAMED = "loraplus_lr_ratio, head_learning_rate and muon_learning_rate"
 
 
 def adopt_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
@@ -46,7 +51,7 @@ def check_optimizer(optimizer: Any, model: nn.Module, args: TrainingArguments, h
     """Refuse an optimizer that lacks trainable tensors, or rates of `args` that it does not have.
 
     Args:
-        has_rates: whether `set_rates` was called for it.
+        has_rates: whether it is a result of `with_rates`.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(optimizer, Optimizer) or isinstance(optimizer, LayerWiseDummyOptimizer):
@@ -56,8 +61,8 @@ def check_optimizer(optimizer: Any, model: nn.Module, args: TrainingArguments, h
         _refuse(missing, model)
     if not has_rates and _wants_rates(args):
         raise ConfigError(
-            "loraplus_lr_ratio and head_learning_rate have no effect because create_optimizer is overridden. Call "
-            "super().create_optimizer() in it, or omit them."
+            f"{_NAMED} have no effect because create_optimizer is overridden. Call super().create_optimizer() in it, "
+            "or omit them."
         )
 
 
@@ -88,28 +93,48 @@ def _refuse(missing: list[str], model: nn.Module) -> NoReturn:
     )
 
 
-def set_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, was_given: bool) -> bool:
-    """Set the learning rates of B and the heads, if `args` has any; ConfigError if the optimizer `was_given`."""
+def with_rates(optimizer: Optimizer, model: nn.Module, args: TrainingArguments, was_given: bool) -> Optimizer | None:
+    """The optimizer with the learning rates of B, the heads and LoRA-Muon; None if `args` has none of these.
+
+    Raises:
+        ConfigError: the optimizer `was_given`, it cannot have these rates, or a rate has no effect.
+    """
     if not _wants_rates(args):
-        return False
-    ratio, head_rate = getattr(args, "loraplus_lr_ratio", None), getattr(args, "head_learning_rate", None)
+        return None
+    ratio, head_rate, muon_rate = (getattr(args, name, None) for name in FIELDS)
     if was_given:
         raise ConfigError(
-            "loraplus_lr_ratio and head_learning_rate set the optimizer's parameter groups, but an optimizer was "
-            "passed to the Trainer. Use one or the other."
+            f"{_NAMED} set the optimizer's parameter groups, but an optimizer was passed to the Trainer. Use one or "
+            "the other."
         )
     rates = learning_rates(model, args.learning_rate, ratio, head_rate)
-    if not rates:
+    if not rates and (ratio is not None or head_rate is not None):
         raise ConfigError(
             "loraplus_lr_ratio and head_learning_rate have no effect: they are for factors B and modules trained "
             "whole, and none of these is trained here. Omit them."
         )
-    split_by_rate(optimizer, rates)
-    return True
+    if rates:
+        split_by_rate(optimizer, rates)
+    return optimizer if muon_rate is None else _with_muon(optimizer, model, muon_rate)
+
+
+def _with_muon(optimizer: Optimizer, model: nn.Module, rate: float) -> LoraMuon:
+    if type(optimizer) is not AdamW:
+        raise ConfigError(
+            f"muon_learning_rate is for the factors, and everything else is trained with PyTorch's AdamW, but optim "
+            f"chooses {type(optimizer).__name__}. Omit one of the two."
+        )
+    pairs = factor_pairs(model)
+    if not pairs:
+        raise ConfigError(
+            "muon_learning_rate has no effect: it is for linear layers whose factors are both trained and are not "
+            "those of other layers too, and the model has none. Omit it."
+        )
+    return LoraMuon(optimizer, pairs, rate)
 
 
 def _wants_rates(args: TrainingArguments) -> bool:
-    return any(getattr(args, name, None) is not None for name in ("loraplus_lr_ratio", "head_learning_rate"))
+    return any(getattr(args, name, None) is not None for name in FIELDS)
 
 
 def learning_rates(

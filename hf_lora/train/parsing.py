@@ -215,7 +215,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     lines, argv = _with_search(lines), _with_search(argv)
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    parser.set_defaults(**{INTERVALS[name]: "steps" for name in _positive_intervals([*lines, *argv])})
+    parser.set_defaults(**{INTERVALS[name]: "steps" for name in _intervals_other_than_0([*lines, *argv])})
     try:
         parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
     except LoraError:
@@ -239,17 +239,23 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     return Parsed(run, training, frozenset(named | set(empty)))
 
 
-def _positive_intervals(words: Sequence[str]) -> list[str]:
-    """Which of `INTERVALS` are given.
+def _intervals_other_than_0(words: Sequence[str]) -> list[str]:
+    """Which of `INTERVALS` are given and are not 0.
 
-    Not those of 0: Trainer replaces 0 by another interval where the strategy is `steps`; otherwise it is refused with
-    its name.
+    Trainer replaces 0 by another interval where the strategy is `steps`; otherwise it is refused with its name.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in INTERVALS:
         parser.add_argument(f"--{name}", as_flag(name), nargs="?", const="")  # what is no number is refused later
     given = vars(parser.parse_known_args(list(words))[0])
-    return [name for name, word in given.items() if word is not None and word.strip("+-0._ ")]
+    return [name for name, word in given.items() if word is not None and not _is_zero(word)]
+
+
+def _is_zero(word: str) -> bool:
+    try:
+        return float(word) == 0
+    except ValueError:
+        return False
 
 
 def _with_search(words: Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ from .head_loss import HeadLoss, predict_over_head
 from .hub_methods import HubMethods
 from .initialize import initialize
 from .new_tokens import tokenizer_of
-from .optimizer import adopt_optimizer, check_optimizer, set_rates
+from .optimizer import adopt_optimizer, check_optimizer, with_rates
 from .packing import Packing, PaddedDocuments, unpacked
 from .precision import KeptDtypes, quantization
 from .reference import one_base
@@ -181,13 +181,13 @@ class LoraTrainerMixin(HubMethods):
         self.head_loss.restart()
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
-        """Like `Trainer.create_optimizer`; then sets the learning rates of B and the heads from the arguments."""
+        """Like `Trainer.create_optimizer`; then sets the learning rates that are not common to all."""
         present = getattr(self.optimizer, "optimizer", self.optimizer)
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if (present is None or present is not self._own_optimizer) and set_rates(
-            optimizer, self._bare_model, self.args, was_given=present is not None
-        ):
-            self._own_optimizer = optimizer
+        if present is None or present is not self._own_optimizer:
+            own = with_rates(optimizer, self._bare_model, self.args, was_given=present is not None)
+            if own is not None:
+                self._own_optimizer = self.optimizer = optimizer = own
         if self.is_deepspeed_enabled:
             self._checkpoints.record_groups(optimizer)
         return optimizer

@@ -80,7 +80,7 @@ EARLY = [
         ROWS + "--test-file {d}/rows.csv --save-steps 0 --eval-steps 0",
         "--save-steps 0 must be greater than 0|--eval-steps 0 must be",
     ),
-    (ROWS + "--save-steps 00 --logging-steps=0.0", "--save-steps 0 must be greater than 0|--logging-steps 0 must be"),
+    (ROWS + "--save-steps 00 --logging-steps=0e0", "--save-steps 0 must be greater than 0|--logging-steps 0 must be"),
     (ROWS + "--save-total-limit 0", "--save-total-limit 0 must be at least 1"),
     (ROWS + "--label-smoothing-factor 5", "--label-smoothing-factor 5 must be less than 1"),
     # Options without an effect.

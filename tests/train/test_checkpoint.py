@@ -44,6 +44,7 @@ def run(args: Any, resume: Any = None, trainer: Any = LoraTrainer, **more: Any) 
         {"save_steps": 7, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5},
         {"save_steps": 4, "loraplus_lr_ratio": 4.0, "head_learning_rate": 3e-3, "gradient_checkpointing": True},
         {"save_steps": 6, "eval_strategy": "steps", "eval_steps": 2, "bf16": True},
+        {"save_steps": 5, "muon_learning_rate": 0.02},
     ],
 )
 def test_resuming_changes_no_bit(arguments: Make, settings: dict[str, Any]) -> None:

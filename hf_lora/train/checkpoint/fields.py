@@ -97,7 +97,7 @@ def _same_groups(folder: Path, saved: list[int], run: Run) -> None:
     if found and saved != found:
         raise AdapterFileError(
             f"The optimizer state in {folder} has parameter groups of {saved} tensors, and this run's has {found}: "
-            f"they depend on loraplus_lr_ratio, head_learning_rate and weight decay. {FIRST_RUN}"
+            f"they depend on loraplus_lr_ratio, head_learning_rate, muon_learning_rate and weight decay. {FIRST_RUN}"
         )
 
 

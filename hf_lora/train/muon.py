@@ -1,0 +1,143 @@
+"""LoRA-Muon: steepest descent of the adapted weight in the spectral norm (Cesista et al. 2026, arXiv:2606.12921).
+
+Muon replaces the averaged gradient of a matrix by the nearest matrix with orthogonal columns or rows, msign(M) =
+M (MᵀM)^(-1/2), so that a step moves every direction by the same amount. Here the matrix is the update s·B A, which
+moves by s·(dB A + B dA). With a half of the step for each term, the steepest descent is
+
+    dB = -rate / (2 s) · msign(G_B S_A^(-1/2)) S_A^(-1/2)        S_A = A Aᵀ
+    dA = -rate / (2 s) · S_B^(-1/2) msign(S_B^(-1/2) G_A)        S_B = Bᵀ B
+
+where G are the averages of the gradients. `rate` thus bounds the spectral norm of what a step adds to the weight, so
+it depends neither on the rank nor on the sizes of A and B.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from ..adapt.inner import adapted_part
+from ..adapt.walk import adapter_layers
+
+WHITENING = 1e-4
+"""Directions of A or B count as if their squared length were at least this part of the longest's."""
+POLAR = 1e-6
+"""The same for the momentum: float32 does not resolve smaller parts of its Gram matrix."""
+
+
+class Pair(NamedTuple):
+    """The factors of a linear layer: A (R, I), B (O, R), and what multiplies their product."""
+
+    a: nn.Parameter
+    b: nn.Parameter
+    scaling: float
+
+
+def factor_pairs(model: nn.Module) -> list[Pair]:
+    """The factors of all linear layers that are trained in pairs; not those that several layers share."""
+    found: list[Pair] = []
+    for layer in adapter_layers(adapted_part(model)).values():
+        if not layer._lora.shape.is_matrix:
+            continue
+        for name in layer._lora.names:
+            factors: dict[str, Any] = {kind: factor.weight for kind, factor in layer.factors(name)}
+            a, b = (factors[kind] for kind in ("lora_A", "lora_B"))
+            if a.requires_grad and b.requires_grad:
+                found.append(Pair(a, b, layer._lora.adapters[name].scaling))
+    uses = defaultdict[int, int](int)
+    for pair in found:
+        for factor in (pair.a, pair.b):
+            uses[id(factor)] += 1
+    return [pair for pair in found if uses[id(pair.a)] == uses[id(pair.b)] == 1]
+
+
+class LoraMuon(Optimizer):
+    """LoRA-Muon for pairs of factors, and AdamW for everything else.
+
+    Args:
+        adamw: a new optimizer of all parameters; its options also apply to the pairs, such as the first beta.
+        pairs: they become groups of their own, the last ones.
+        rate: their learning rate.
+    """
+
+    def __init__(self, adamw: AdamW, pairs: Sequence[Pair], rate: float) -> None:
+        self._adamw, self._pairs = adamw, {id(pair.a): pair for pair in pairs}
+        taken = {id(factor) for pair in pairs for factor in (pair.a, pair.b)}
+        rest, muon = list[dict[str, Any]](), list[dict[str, Any]]()
+        for group in adamw.param_groups:
+            for groups, is_taken in ((rest, False), (muon, True)):
+                if params := [p for p in group["params"] if (id(p) in taken) == is_taken]:
+                    options = {"lr": rate, "muon": True} if is_taken else {"muon": False}
+                    groups.append({**group, **options, "params": params})
+        super().__init__([*rest, *muon], adamw.defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._adamw.state = self.state  # shared anew: loading a state replaces it and the groups
+        self._adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+        self._adamw.step()
+        for group in self.param_groups:
+            if group["muon"]:
+                pairs = (pair for p in group["params"] if (pair := self._pairs.get(id(p))) is not None)
+                self._step_pairs([p for p in pairs if p.a.grad is not None and p.b.grad is not None], group)
+        return loss
+
+    def _step_pairs(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
+        rate, beta, decay = group["lr"], group["betas"][0], group["weight_decay"]
+        for alike in _alike(pairs):
+            changes = self._averages(alike, beta)
+            # A is changed in the geometry of B, and the reverse.
+            roots = inverse_roots([_gram(pair.b.mT) for pair in alike] + [_gram(pair.a) for pair in alike], WHITENING)
+            mixed = [root @ change for root, change in zip(roots, changes, strict=True)]
+            polar = inverse_roots([_gram(each) for each in mixed], POLAR)
+            steps = [root @ (inner @ each) for root, inner, each in zip(roots, polar, mixed, strict=True)]
+            for i, pair in enumerate(alike):
+                size = rate / (2 * pair.scaling)
+                for factor, step in ((pair.a, steps[i]), (pair.b, steps[len(alike) + i].mT)):
+                    factor.mul_((1 - rate * decay) ** 0.5)  # so the product's decay is that of AdamW
+                    factor.sub_((size * step).to(factor.dtype))
+
+    def _averages(self, pairs: Sequence[Pair], beta: float) -> list[Tensor]:
+        """Nesterov's averages of the gradients in float32: those of each A (R, I), then of each Bᵀ (R, O)."""
+        found: list[Tensor] = []
+        for factors in ([pair.a for pair in pairs], [pair.b for pair in pairs]):
+            for factor in factors:
+                gradient = factor.grad.float()  # type: ignore[union-attr]
+                state = self.state[factor]
+                if "average" not in state:
+                    state["average"] = torch.zeros_like(gradient)
+                state["average"].lerp_(gradient, 1 - beta)
+                found.append(torch.lerp(gradient, state["average"], beta))
+        return [*found[: len(pairs)], *(each.mT for each in found[len(pairs) :])]
+
+
+def inverse_roots(matrices: Sequence[Tensor], damping: float) -> Tensor:
+    """(S + damping · |S|)^(-1/2) of symmetric matrices (R, R) with |S| the spectral norm; (N, R, R). Zero for zero."""
+    values, vectors = torch.linalg.eigh(torch.stack(list(matrices)))
+    largest = values[:, -1:]
+    values = values.clamp(min=0) + damping * largest
+    roots = torch.where(largest > 0, values, torch.inf).rsqrt()
+    return (vectors * roots[:, None]) @ vectors.mT
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """M Mᵀ (R, R) in float32."""
+    matrix = matrix.float()
+    return matrix @ matrix.mT
+
+
+def _alike(pairs: Sequence[Pair]) -> Iterator[list[Pair]]:
+    """Pairs of the same rank on the same device."""
+    groups = defaultdict[Any, list[Pair]](list)
+    for pair in pairs:
+        groups[pair.a.shape[0], pair.a.device].append(pair)
+    yield from groups.values()
