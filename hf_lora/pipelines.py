@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -35,4 +38,20 @@ def pipeline(task: str, adapter: str | os.PathLike[str], **kwargs: Any) -> Any:
             if processor is not None:
                 rest[part] = processor
     make: Any = transformers.pipeline
-    return make(task, model=model, **rest)
+    with _any_class():
+        return make(task, model=model, **rest)
+
+
+@contextlib.contextmanager
+def _any_class() -> Iterator[None]:
+    """Without the error that transformers logs, with all classes it knows, for a classifier on the sentence vector."""
+    logger = logging.getLogger("transformers.pipelines.base")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "The model 'Pooled" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
