@@ -31,6 +31,24 @@ def on_page_markdown(markdown: str, **_: object) -> str:
     return re.sub(r"<!-- (\w+) -->", lambda found: makers[found[1]]() if found[1] in makers else found[0], markdown)
 
 
+def on_page_content(content: str, **_: object) -> str:
+    """Mark where code within a line may break: at a part of a long name, and never in a flag; mkdocs calls it."""
+    return re.sub(r"<pre.*?</pre>|<code>[^<]*</code>", lambda found: breakable(found[0]), content, flags=re.S)
+
+
+def breakable(code: str) -> str:
+    """Inline code with its flags in spans and possible line breaks in long names; blocks as they are."""
+    if code.startswith("<pre"):
+        return code
+    text = code.removeprefix("<code>").removesuffix("</code>")
+    parts = re.split(r"((?<![\w-])--[\w-]+)", text)
+    parts[::2] = [
+        re.sub(r"[\w./(]{16,}", lambda name: re.sub(r"\B_|[./(]", r"<wbr>\g<0>", name[0]), part) for part in parts[::2]
+    ]
+    parts[1::2] = [f'<span class="flag">{flag}</span>' for flag in parts[1::2]]
+    return f"<code>{''.join(parts)}</code>"
+
+
 def trees(folder: Path = PACKAGE) -> Iterator[tuple[str, ast.Module]]:
     """(package or module, its parsed file) for each file."""
     for file in sorted(folder.rglob("*.py")):
@@ -128,6 +146,7 @@ def literal(node: ast.expr) -> str | None:
 
 
 def cell(text: str) -> str:
-    """A text in a cell of a table of Markdown, as it is."""
+    """A text in a cell of a table of Markdown, as it is, with code where it has backticks."""
     text = re.sub(r"…(?:…)+", "…", " ".join(text.split())).removeprefix("…: ")
-    return re.sub(r"([\\`*_{}\[\]|#])", r"\\\1", html.escape(text, quote=False))
+    text = re.sub(r"([\\*_{}\[\]|#])", r"\\\1", html.escape(text, quote=False))
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text).replace("`", "\\`")

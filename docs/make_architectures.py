@@ -97,8 +97,8 @@ def main() -> None:
 
 def row(records: dict[str, Any]) -> str:
     linear, everything = records["all-linear"], records["everything"]
-    skipped = [f"{count} {reason}" for reason, count in sorted(linear.skipped.items())]
-    refused = [f"{len(names)} {reason}" for reason, names in everything.refused.items()]
+    skipped = [f"{count}\N{NO-BREAK SPACE}× {reason}" for reason, count in sorted(linear.skipped.items())]
+    refused = [f"{len(names)}\N{NO-BREAK SPACE}× {reason}" for reason, names in everything.refused.items()]
     refused += [reason for reason in linear.refused if reason not in everything.refused]
     cannot = {step: why for record in records.values() for step, why in record.base_cannot.items()}
     cells = (
@@ -115,7 +115,7 @@ def joined(parts: Iterable[str]) -> str:
 def short(reason: str) -> str:
     """The first words of another library's error, for a table's cell."""
     text = reason.replace("|", "/").replace("<", "").replace(">", "")
-    return text if len(text) <= 90 else text[:87] + "…"
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,9 @@ _IN_PEFT = {
 }
 """Name in PEFT -> what takes its place here."""
 
+_INSTALLED_BY = {"trl": '"hf_lora[chat]"', "sentence_transformers": "sentence-transformers"}
+"""Module that only some names need -> what pip installs it with."""
+
 __all__ = [
     "INITS",
     "METHODS",
@@ -241,7 +244,15 @@ def __getattr__(name: str) -> Any:
         from .versions import check_versions
 
         check_versions()
-    value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    try:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        from .errors import VersionError
+
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _INSTALLED_BY:
+            raise
+        raise VersionError(f"{name} needs {missing}. Run: pip install {_INSTALLED_BY[missing]}") from error
     globals()[name] = value
     return value
 

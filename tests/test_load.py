@@ -508,6 +508,8 @@ def test_a_classification_pipeline(intents: tuple[Path, Tensor, dict[str, Tensor
     for f, e in zip(found, expected, strict=True):
         assert f["score"] == pytest.approx(e["score"], rel=1e-4)
     assert type(hf_lora.pipeline("text-classification", folder, merge=True).model) is type(merged)
+    with pytest.raises(StateError, match=r"does not generate text\. Name its own task"):
+        hf_lora.pipeline("text-generation", folder)
 
 
 def test_a_generation_pipeline(tmp_path: Path) -> None:

@@ -83,3 +83,16 @@ def test_every_replacement_is_for_a_name_of_peft() -> None:
     import peft
 
     assert [name for name in hf_lora._IN_PEFT if not hasattr(peft, name)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "command"),
+    [
+        ("LoraSFTTrainer", "trl", 'pip install "hf_lora[chat]"'),
+        ("LoraSentenceTransformerTrainer", "sentence_transformers", "pip install sentence-transformers"),
+    ],
+)
+def test_a_name_whose_package_is_missing_says_what_installs_it(name: str, module: str, command: str) -> None:
+    code = f"import sys\nsys.modules[{module!r}] = None\nfrom hf_lora import {name}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == f"hf_lora.errors.VersionError: {name} needs {module}. Run: {command}"

@@ -84,10 +84,12 @@ def trained(args: argparse.Namespace, method: str, seed: int, folder: Path, trai
     """(the trained model, seconds)"""
     base, file = base_folder(), folder / "train.jsonl"
     Dataset.from_list([{"messages": chat} for chat in train]).to_json(file)
-    given: dict[str, Any] = {"model": str(base), "dtype": "float32", "seed": seed, "save_strategy": "no"}
+    given: dict[str, Any] = {"dtype": "float32", "seed": seed, "save_strategy": "no"}
     if method == "hf_lora":
         options = dict(option.split("=", 1) for option in args.options)
-        result = finetune({**given, "train_file": str(file), "output_dir": str(folder / "run"), **options})
+        result = finetune({
+            "model": str(base), "train_file": str(file), "output_dir": str(folder / "run"), **given, **options,
+        })  # fmt: skip
         return result.model, result.seconds
     set_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="float32")
@@ -95,7 +97,7 @@ def trained(args: argparse.Namespace, method: str, seed: int, folder: Path, trai
     rows: Any = [studies.answered(tokenizer, chat) for chat in train]
     collator: Any = DataCollatorForSeq2Seq(tokenizer)
     if method == "full":
-        length = recommend(base, file, **given | {"output_dir": str(folder)}).arguments().get("max_length", 1024)
+        length = recommend(base, file, **given).arguments().get("max_length", 1024)
         rows, collator = studies.packed(rows, length), studies.Documents()
     else:
         import peft

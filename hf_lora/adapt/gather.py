@@ -20,7 +20,8 @@ def gathered_state(model: nn.Module, adapter_names: str | Iterable[str] | None =
     result to `save_pretrained`:
 
         state = gathered_state(model)
-        model.save_pretrained(folder, state_dict=state, is_main_process=accelerator.is_main_process)
+        first = accelerator.is_main_process
+        model.save_pretrained(folder, state_dict=state, is_main_process=first)
 
     Args:
         model: the model with the adapters, unwrapped with `accelerator.unwrap_model(model)`.

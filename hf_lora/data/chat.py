@@ -188,6 +188,8 @@ def chat_rows(
     if last_turn_only is None:
         last_turn_only = bool(data_format.trained is not None and data_format.trained.last_turn_only)
     template = Template(tokenizer) if templated else None
+    if template is None:
+        _end_token(tokenizer)  # one error instead of one for each row
     faults, hints = Faults(f"labeling {table.source}"), dict[str, None]()
     rows: list[dict[str, list[int]]] = []
     kept, part = (slice(-max_length, None), "last") if keep_end else (slice(max_length), "first")

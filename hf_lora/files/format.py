@@ -219,8 +219,13 @@ def _read_configs(path: Path) -> tuple[LoraConfig, dict[str, Any], dict[str, Any
     if values is None:
         inner = sorted(p.parent.name for p in path.glob(f"*/{CONFIG_NAME}")) if path.is_dir() else []
         also = f" Its subfolders {', '.join(inner)} hold adapters: name one of them." if inner else ""
+        if (path / "config.json").is_file():
+            also = (
+                " It holds a full model: load it with transformers, or with hf_lora.build_classifier if it was merged "
+                "from a classifier on the sentence vector."
+            )
         there = "is not an adapter's folder" if path.is_dir() else "does not exist"
-        raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also}")
+        raise AdapterFileError(f"{path} {there} (no {CONFIG_NAME}).{also or ' Name the folder of a saved adapter.'}")
     check_config(values, str(file))
     try:
         config = LoraConfig.from_dict(_with_targets(path, values), call=str(file))

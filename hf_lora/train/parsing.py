@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +37,13 @@ DEFAULTS: dict[str, Any] = {
 """Defaults that differ from Trainer's, which are meant for long runs of large models; a push is one commit."""
 INTERVALS = {"logging_steps": "logging_strategy", "save_steps": "save_strategy", "eval_steps": "eval_strategy"}
 """Number of steps -> its strategy, which is `steps` if only the number is given."""
+ELSEWHERE = {
+    "base_model": "model", "batch_size": "per_device_train_batch_size", "eval_data": "eval_file",
+    "lora_rank": "lora_r", "lr": "learning_rate", "max_seq_length": "max_length", "model_name": "model",
+    "model_name_or_path": "model", "r": "lora_r", "rank": "lora_r", "train_batch_size": "per_device_train_batch_size",
+    "train_data": "train_file", "validation_file": "eval_file",
+}  # fmt: skip
+"""Name of an option in other tools -> the name here, which is not the one that is spelled most like it."""
 PACKED = "packed causal-lm"
 TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASKS.items()} | {PACKED: CausalLM.packed}
 """Defaults by task. Models that are not language models are usually small, and need a higher rate."""
@@ -208,7 +215,7 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     faults = Faults("finetune(…)" if isinstance(config, Mapping) else f"hf-lora train --config {config}")
     for name in values:
         if name not in known:
-            faults.add(f"{name} is not an argument{nearest(name, known)}")
+            faults.add(f"{name} is not an argument{_suggestion(name, known)}")
     faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
     empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
@@ -226,13 +233,18 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         )
         raise ConfigError(f"hf-lora train: {option} {error.filename} does not exist.".replace("  ", " ")) from error
     except Exception as error:  # TrainingArguments found a conflict, an unknown value or a missing package
+        if "load_best_model_at_end requires" in str(error):
+            raise ConfigError(
+                "hf-lora train: --load-best-model-at-end needs an evaluation at every save. Pass --eval-file FILE "
+                "--eval-strategy epoch, or the same --eval-strategy as --save-strategy."
+            ) from error
         raise ConfigError(f"hf-lora train: {error}") from error
     run, training, rest = parsed[0], parsed[1], parsed[-1]
     faults = Faults("hf-lora train")
     for word in rest:
         if word.startswith("--"):
             name = word[2:].partition("=")[0].replace("-", "_")
-            faults.add(f"{word} is not an argument{_as_flags(nearest(name, known))}")
+            faults.add(f"{word} is not an argument{_as_flags(_suggestion(name, known))}")
         elif not faults.found:  # after an unknown name, it is its value
             faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
@@ -307,6 +319,10 @@ def _flag_with(name: str, value: object) -> list[str]:
 def as_flag(name: str) -> str:
     """The flag of an argument."""
     return f"--{name.replace('_', '-')}"
+
+
+def _suggestion(name: str, known: Iterable[str]) -> str:
+    return f" (did you mean {ELSEWHERE[name]!r}?)" if name in ELSEWHERE else nearest(name, known)
 
 
 def _as_flags(hint: str) -> str:

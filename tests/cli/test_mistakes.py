@@ -116,6 +116,15 @@ WRONG: list[tuple[str, str]] = [
         MODEL + TO + "--eval-split test --dataset-config en --eval-strategy epoch",
         "--eval-split needs --dataset|--dataset-config needs --dataset",
     ),
+    (
+        MODEL + TO + "--load-best-model-at-end true",
+        "--load-best-model-at-end needs an evaluation at every save. Pass --eval-file FILE --eval-strategy epoch",
+    ),
+    (
+        MODEL + TO + "--lr 1 --rank 4 --batch-size 2",
+        "--lr is not an argument (did you mean --learning-rate?)|--rank is not an argument (did you mean --lora-r?)|"
+        "(did you mean --per-device-train-batch-size?)",
+    ),
     (MODEL + TO + "--eval-strategy epoch", "--eval-strategy needs data to evaluate on: pass --eval-file"),
     (MODEL + TO + "--eval-steps 5", "--eval-steps needs data to evaluate on: pass --eval-file"),
     # The data.
@@ -175,7 +184,8 @@ OTHERS = [
     ("merge {llama} {chat} /proc/x", "/proc/x"),
     ("merge {chat} --base no-such --out {dir}/merged", "the base 'no-such' could not be loaded"),
     ("convert {adapter} --out /proc/x", "/proc/x: it cannot be written"),
-    ("inspect {dir}/empty", "is not an adapter's folder"),
+    ("inspect {dir}/empty", "is not an adapter's folder (no adapter_config.json). Name the folder"),
+    ("inspect {llama}", "It holds a full model: load it with transformers"),
     ("targets {dir}/empty", "it has no config.json"),
     ("push {dir}/empty user/x", "empty"),
     ("pull user/x {dir}/file", "is a file"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -150,7 +151,9 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("name", ["normalized", "dense"])
-def test_nothing_loses_the_vector(name: str, declared: dict[str, str], tmp_path: Path) -> None:
+def test_nothing_loses_the_vector(
+    name: str, declared: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Saved, loaded, merged in memory and by files, pickled, pushed and pulled, in PEFT, exported: equal logits."""
     tokenizer, batch = tokens(declared[name])
     model = randomize(apply_lora(build_classifier(declared[name], LABELS), LoraConfig(r=2)))
@@ -179,7 +182,9 @@ def test_nothing_loses_the_vector(name: str, declared: dict[str, str], tmp_path:
     exported = hf_lora.save_as_sentence_transformer(merged, tokenizer, tmp_path / "exported")
     theirs = st.SentenceTransformer(str(exported), device="cpu").encode(ALL, convert_to_tensor=True)
     same(theirs)
+    logging.getLogger("transformers.pipelines.base").addHandler(caplog.handler)
     rows = hf_lora.pipeline("text-classification", folder)(ALL, top_k=None)
+    assert "is not supported" not in caplog.text, "transformers lists all classes that it knows"
     for row, values in zip(rows, expected.softmax(-1), strict=True):
         assert {r["label"]: pytest.approx(r["score"], abs=1e-5) for r in row} == dict(
             zip(LABELS, values.tolist(), strict=True)
