@@ -38,6 +38,7 @@ parser.add_argument("--dropout", type=float, default=0.0)
 parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+parser.add_argument("--muon", type=float, help="rate of LoRA-Muon (hf_lora)")
 parser.add_argument("--ema", type=float, default=0.0, help="average of the weights (hf_lora)")
 parser.add_argument("--json", type=Path, help="file of runs, such as examples/benchmarks/records.json")
 parser.add_argument("--out", default="out/compare_llm")
@@ -64,7 +65,7 @@ if options.method == "hf_lora":
 
     arguments = LoraSFTConfig(
         **common, **packed, lora_r=options.rank, lora_alpha=alpha, lora_dropout=options.dropout,
-        loraplus_lr_ratio=options.ratio, ema=options.ema,
+        loraplus_lr_ratio=options.ratio, muon_learning_rate=options.muon, ema=options.ema,
     )  # fmt: skip
     trainer = LoraSFTTrainer(model, arguments, train_dataset=Dataset.from_list(train), processing_class=tokenizer)
 elif options.method == "full":
