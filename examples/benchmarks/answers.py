@@ -4,7 +4,7 @@
     python examples/benchmarks/answers.py --train-file train.csv --test-file test.csv --label-column category \\
         --per-class 10                                                   # texts, answered with their label
 
-The base is SmolLM2-135M-Instruct, and each method makes one pass over the training rows.
+The base is SmolLM2-135M-Instruct, and each method makes --epochs passes over the training rows.
 
 - `hf_lora`: `hf-lora train` without options, apart from `--options`.
 - `full`: all weights trained on the documents of the same packed rows, so with the same steps.
@@ -54,6 +54,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validate", action="store_true", help="test on training rows that are held out")
     parser.add_argument("--methods", nargs="+", choices=("hf_lora", "peft", "full"), default=["hf_lora"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=float, default=3, help="default: 3, as hf-lora train")
     parser.add_argument("--rate", type=float, help="learning rate of PEFT and of full fine-tuning")
     parser.add_argument("--options", nargs="*", default=[], help="further options of hf-lora train: NAME=VALUE")
     parser.add_argument("--limit", type=int, help="test rows that are used, drawn with seed 1; default: all")
@@ -84,7 +85,9 @@ def trained(args: argparse.Namespace, method: str, seed: int, folder: Path, trai
     """(the trained model, seconds)"""
     base, file = base_folder(), folder / "train.jsonl"
     Dataset.from_list([{"messages": chat} for chat in train]).to_json(file)
-    given: dict[str, Any] = {"dtype": "float32", "seed": seed, "save_strategy": "no"}
+    given: dict[str, Any] = {
+        "dtype": "float32", "seed": seed, "save_strategy": "no", "num_train_epochs": args.epochs,
+    }  # fmt: skip
     if method == "hf_lora":
         options = dict(option.split("=", 1) for option in args.options)
         result = finetune({
@@ -105,7 +108,7 @@ def trained(args: argparse.Namespace, method: str, seed: int, folder: Path, trai
         model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     arguments = TrainingArguments(
         str(folder), learning_rate=args.rate or RATES[method], lr_scheduler_type="cosine", warmup_steps=10,
-        num_train_epochs=1, per_device_train_batch_size=8 if method == "peft" else 1, save_strategy="no",
+        num_train_epochs=args.epochs, per_device_train_batch_size=8 if method == "peft" else 1, save_strategy="no",
         report_to="none", remove_unused_columns=False, seed=seed, logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, collator, train_dataset=rows)
@@ -134,9 +137,8 @@ def scores(args: argparse.Namespace, method: str, seed: int) -> tuple[dict[str, 
 
 def settings_of(args: argparse.Namespace, method: str) -> str:
     """What tells the runs of a method apart, in words; empty: its defaults."""
-    if method == "hf_lora":
-        return " ".join(sorted(args.options))
-    return f"rate={args.rate or RATES[method]:g}"
+    own = sorted(args.options) if method == "hf_lora" else [f"rate={args.rate or RATES[method]:g}"]
+    return " ".join([*own, *([f"epochs={args.epochs:g}"] if args.epochs != 3 else [])])
 
 
 def main(words: list[str] | None = None) -> None:

@@ -23,7 +23,7 @@ STEPS = 400
 """A classifier's training is repeated until it has so many steps."""
 EPOCHS = (3, 20)
 """The fewest and the most epochs that are chosen."""
-PACKED_STEPS = 200
+PACKED_STEPS = 100
 """Rows are packed into shorter ones until a language model's training has so many steps."""
 LENGTHS = (1024, 512, 256, 128)
 """The lengths of packed rows that are chosen."""
@@ -68,7 +68,11 @@ _DOUBTS = {
         "alpha / r of 1. Above rank 64 alpha stays 64: whether the best rate depends on the rank depends on the "
         "scaling (arXiv:2602.06204)."
     ),
-    "length": "More steps of shorter rows were better than few of long ones on GSM8K with 600 examples.",
+    "length": (
+        "With one pass over the data, 130 steps were better than 265 of half the length on GSM8K (0.738 and 0.748 nats "
+        "a token), and 147 better than 300 on short structured answers (F1 of 0.725 and 0.708), for less time. Fewer "
+        "than 100 were not measured there."
+    ),
 }
 """How sure the choices are, for `hf-lora recommend`."""
 
