@@ -131,7 +131,6 @@ def scores(args: argparse.Namespace, method: str, seed: int) -> tuple[dict[str, 
     found = {"exact match": exact_match(**pair)["exact_match"]}
     if not args.train_file:
         found["field F1"] = field_f1(**pair)["field_f1"]
-    found["nats a token"] = studies.loss_a_token(model, [studies.answered(tokenizer, chat) for chat in test])
     return found, seconds
 
 
