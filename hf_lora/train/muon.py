@@ -45,10 +45,14 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
         if not layer._lora.shape.is_matrix:
             continue
         for name in layer._lora.names:
-            factors: dict[str, Any] = {kind: factor.weight for kind, factor in layer.factors(name)}
-            a, b = (factors[kind] for kind in ("lora_A", "lora_B"))
-            if a.requires_grad and b.requires_grad:
-                found.append(Pair(a, b, layer._lora.adapters[name].scaling))
+            adapter = layer._lora.adapters[name]
+            trained: dict[str, Any] = {
+                spec.axes: factor.weight
+                for kind, factor in layer.factors(name)
+                if (spec := adapter.specs[kind]).trainable and factor.weight.requires_grad
+            }
+            if {"RI", "OR"} <= trained.keys():
+                found.append(Pair(trained["RI"], trained["OR"], adapter.scaling))
     uses = defaultdict[int, int](int)
     for pair in found:
         for factor in (pair.a, pair.b):
