@@ -20,7 +20,7 @@ PARTS = {
     "pooled": "Classifiers", "files": "Files of adapters", "safe_io": "Reading and writing files", "load": "Loading",
     "file_merge": "Merging from file to file", "export": "Writing merged models", "hub": "The Hub", "data": "Data",
     "tasks": "Tasks", "train": "Training", "evaluation": "Evaluation", "generate": "Generating", "model": "LoraModel",
-    "cli": "Command line", "versions": "Versions of other libraries",
+    "pipelines": "Pipelines", "cli": "Command line", "versions": "Versions of other libraries",
 }  # fmt: skip
 """Package or module -> its heading, in the order of the page."""
 
