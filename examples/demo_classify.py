@@ -85,7 +85,7 @@ model = AutoModelForSequenceClassification.from_pretrained(
 arguments = TrainingArguments(
     output_dir=str(OUT), lora_r=8, lora_dropout=0.1, learning_rate=2e-3, num_train_epochs=8,
     per_device_train_batch_size=16, per_device_eval_batch_size=64, lr_scheduler_type="cosine", warmup_steps=0.1,
-    train_sampling_strategy="group_by_length",
+    train_sampling_strategy="group_by_length", dataloader_pin_memory=torch.accelerator.is_available(),
     eval_strategy="epoch", logging_steps=10, save_strategy="no", report_to="none", seed=0,
 )  # fmt: skip
 trainer = Trainer(
