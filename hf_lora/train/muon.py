@@ -98,7 +98,8 @@ class LoraMuon(Optimizer):
     def _step_pairs(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         rate, beta, decay = group["lr"], group["betas"][0], group["weight_decay"]
         for alike in _alike(pairs):
-            changes = self._averages(alike, beta)
+            changes = [self._average(pair.a, beta) for pair in alike]
+            changes += [self._average(pair.b, beta).mT for pair in alike]
             # A is changed in the geometry of B, and the reverse.
             roots = inverse_roots([_gram(pair.b.mT) for pair in alike] + [_gram(pair.a) for pair in alike], WHITENING)
             mixed = [root @ change for root, change in zip(roots, changes, strict=True)]
@@ -110,18 +111,14 @@ class LoraMuon(Optimizer):
                     factor.mul_((1 - rate * decay) ** 0.5)  # so the product's decay is that of AdamW
                     factor.sub_((size * step).to(factor.dtype))
 
-    def _averages(self, pairs: Sequence[Pair], beta: float) -> list[Tensor]:
-        """Nesterov's averages of the gradients in float32: those of each A (R, I), then of each Bᵀ (R, O)."""
-        found: list[Tensor] = []
-        for factors in ([pair.a for pair in pairs], [pair.b for pair in pairs]):
-            for factor in factors:
-                gradient = factor.grad.float()  # type: ignore[union-attr]
-                state = self.state[factor]
-                if "average" not in state:
-                    state["average"] = torch.zeros_like(gradient)
-                state["average"].lerp_(gradient, 1 - beta)
-                found.append(torch.lerp(gradient, state["average"], beta))
-        return [*found[: len(pairs)], *(each.mT for each in found[len(pairs) :])]
+    def _average(self, factor: nn.Parameter, beta: float) -> Tensor:
+        """Nesterov's average of the gradients in float32."""
+        assert factor.grad is not None
+        gradient, state = factor.grad.float(), self.state[factor]
+        if "average" not in state:
+            state["average"] = torch.zeros_like(gradient)
+        state["average"].lerp_(gradient, 1 - beta)
+        return torch.lerp(gradient, state["average"], beta)
 
 
 def inverse_roots(matrices: Sequence[Tensor], damping: float) -> Tensor:
