@@ -41,6 +41,16 @@ class Runs:
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return next((run for run in self.all if all(run.get(name) == key[name] for name in KEY)), None)
 
+    def missing(
+        self, where: dict[str, str], methods: list[str], seeds: list[int], settings_of: Callable[[str], str]
+    ) -> Iterator[dict[str, Any]]:
+        """The keys of the runs that are not there, seed by seed."""
+        for seed in seeds:
+            for method in methods:
+                key = {**where, "method": method, "settings": settings_of(method), "seed": seed}
+                if self.find(key) is None:
+                    yield key
+
     def add(self, key: dict[str, Any], metric: str, value: float | None, seconds: float, megabytes: float) -> None:
         """Add a run to those that are in the file now.
 

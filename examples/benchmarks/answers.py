@@ -21,6 +21,7 @@ import json
 import random
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -148,14 +149,10 @@ def main(words: list[str] | None = None) -> None:
         "study": "answers", "data": f"{name}, {args.per_class} a class" if args.per_class else name, "model": NAME,
         "split": studies.HELD_OUT if args.validate else studies.TEST,
     }  # fmt: skip
-    for seed in args.seeds:
-        for method in args.methods:
-            key = {**where, "method": method, "settings": settings_of(args, method), "seed": seed}
-            if runs.find(key):
-                continue
-            (found, seconds), megabytes = studies.alone(scores, args, method, seed)
-            for metric, value in found.items():
-                runs.add(key, metric, value, seconds, megabytes)
+    for key in runs.missing(where, args.methods, args.seeds, partial(settings_of, args)):
+        (found, seconds), megabytes = studies.alone(scores, args, key["method"], key["seed"])
+        for metric, value in found.items():
+            runs.add(key, metric, value, seconds, megabytes)
     for run in runs.all:
         if all(run.get(k) == v for k, v in where.items()):
             print(json.dumps({k: run[k] for k in ("method", "settings", "seed", "metric", "value", "seconds")}))

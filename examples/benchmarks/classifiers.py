@@ -21,6 +21,7 @@ import argparse
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -126,16 +127,13 @@ def main(words: list[str] | None = None) -> None:
         "study": "classifiers", "data": f"{name}, {args.per_class} a class" if args.per_class else name,
         "split": studies.HELD_OUT if args.validate else studies.TEST, "model": "MiniLM-L6",
     }  # fmt: skip
-    for seed in args.seeds:
-        for method in args.methods:
-            key = {**where, "method": method, "settings": settings_of(args, method), "seed": seed}
-            if runs.find(key):
-                continue
-            with TemporaryDirectory() as folder:
-                given = (seed, Path(folder), rows)
-                own = (ours, args, *given) if method == "hf_lora" else (other, args, method, *given)
-                (accuracy, seconds), megabytes = studies.alone(*own)
-            runs.add(key, "accuracy", accuracy, seconds, megabytes)
+    for key in runs.missing(where, args.methods, args.seeds, partial(settings_of, args)):
+        method = key["method"]
+        with TemporaryDirectory() as folder:
+            given = (key["seed"], Path(folder), rows)
+            own = (ours, args, *given) if method == "hf_lora" else (other, args, method, *given)
+            (accuracy, seconds), megabytes = studies.alone(*own)
+        runs.add(key, "accuracy", accuracy, seconds, megabytes)
     groups: dict[str, list[float]] = defaultdict(list)
     for run in runs.all:
         if all(run.get(k) == v for k, v in where.items()):
