@@ -25,9 +25,21 @@ from ..adapt.inner import adapted_part
 from ..adapt.walk import adapter_layers
 
 WHITENING = 1e-4
-"""Directions of A or B count as if their squared length were at least this part of the longest's."""
+"""What is added to the diagonal of A Aᵀ and Bᵀ B, relative to their norms: the least that counts of a direction."""
 POLAR = 1e-6
-"""The same for the momentum: float32 does not resolve smaller parts of its Gram matrix."""
+"""The same for the Gram matrix of the momentum: float32 does not resolve smaller parts of it."""
+POLAR_EXPRESS = (
+    (8.287212018, -23.59588652, 17.30038731),
+    (4.107059112, -2.947849917, 0.5448431083),
+    (3.948690853, -2.908902116, 0.5518191394),
+    (3.318419657, -2.488488024, 0.5100489401),
+    (2.300652020, -1.668903985, 0.4188073120),
+    (1.891301407, -1.267995827, 0.3768040895),
+    (1.875001480, -1.250001645, 0.3750001646),
+    (1.875, -1.25, 0.375),
+)
+"""Odd polynomials of degree 5 whose composition takes singular values from 0.001 to 1 to 1: the optimal ones of Amsel
+et al. 2025, The Polar Express (arXiv:2505.16932)."""
 
 
 class Pair(NamedTuple):
@@ -101,10 +113,10 @@ class LoraMuon(Optimizer):
             changes = [self._average(pair.a, beta) for pair in alike]
             changes += [self._average(pair.b, beta).mT for pair in alike]
             # A is changed in the geometry of B, and the reverse.
-            roots = inverse_roots([_gram(pair.b.mT) for pair in alike] + [_gram(pair.a) for pair in alike], WHITENING)
-            mixed = [root @ change for root, change in zip(roots, changes, strict=True)]
-            polar = inverse_roots([_gram(each) for each in mixed], POLAR)
-            steps = [root @ (inner @ each) for root, inner, each in zip(roots, polar, mixed, strict=True)]
+            inner = whitening([_gram(pair.b.mT) for pair in alike] + [_gram(pair.a) for pair in alike])
+            mixed = [root @ change for root, change in zip(inner, changes, strict=True)]
+            polar = inverse_roots([_gram(each) for each in mixed])
+            steps = [r.mT @ (p @ each) for r, p, each in zip(inner, polar, mixed, strict=True)]
             for i, pair in enumerate(alike):
                 size = rate / (2 * pair.scaling)
                 for factor, step in ((pair.a, steps[i]), (pair.b, steps[len(alike) + i].mT)):
@@ -121,13 +133,41 @@ class LoraMuon(Optimizer):
         return torch.lerp(gradient, state["average"], beta)
 
 
-def inverse_roots(matrices: Sequence[Tensor], damping: float) -> Tensor:
-    """(S + damping · |S|)^(-1/2) of symmetric matrices (R, R) with |S| the spectral norm; (N, R, R). Zero for zero."""
-    values, vectors = torch.linalg.eigh(torch.stack(list(matrices)))
-    largest = values[:, -1:]
-    values = values.clamp(min=0) + damping * largest
-    roots = torch.where(largest > 0, values, torch.inf).rsqrt()
-    return (vectors * roots[:, None]) @ vectors.mT
+def whitening(grams: Sequence[Tensor]) -> Tensor:
+    """W with Wᵀ W = S⁻¹, from Cholesky factors, for damped S (R, R); (N, R, R).
+
+    A step is the same for every such W, also for the symmetric one, S^(-1/2).
+    """
+    stack, norms = _normalized(grams, WHITENING)
+    lower = torch.linalg.cholesky_ex(stack).L
+    one = torch.eye(stack.shape[-1], device=stack.device).expand_as(stack)
+    return torch.linalg.solve_triangular(lower, one, upper=False) * norms.rsqrt()
+
+
+def inverse_roots(grams: Sequence[Tensor]) -> Tensor:
+    """S^(-1/2) for damped S (R, R); (N, R, R).
+
+    By matrix products alone, which every device is fast at: p(S) with the polynomials of `POLAR_EXPRESS`.
+    """
+    stack, norms = _normalized(grams, POLAR)
+    roots: Tensor | None = None
+    for linear, cubic, quintic in POLAR_EXPRESS:
+        factor = torch.baddbmm(stack, stack, stack, beta=cubic, alpha=quintic)
+        factor.diagonal(dim1=-2, dim2=-1).add_(linear)
+        roots = factor if roots is None else factor @ roots
+        stack = factor @ stack @ factor
+    assert roots is not None
+    return roots * norms.rsqrt()
+
+
+def _normalized(grams: Sequence[Tensor], damping: float) -> tuple[Tensor, Tensor]:
+    """(S / |S| + damping, |S|) with |S| the Frobenius norm: (N, R, R) and (N, 1, 1). A norm of zero counts as 1."""
+    stack = torch.stack(list(grams))
+    norms = torch.linalg.matrix_norm(stack, keepdim=True)
+    norms = torch.where(norms > 0, norms, 1.0)
+    stack = stack / norms
+    stack.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return stack, norms
 
 
 def _gram(matrix: Tensor) -> Tensor:

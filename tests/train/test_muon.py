@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import AdamW
 
 from hf_lora import LoraConfig, LoraTrainer, LoraTrainingArguments, apply_lora
 from hf_lora.errors import ConfigError
-from hf_lora.train.muon import WHITENING, LoraMuon, Pair, factor_pairs, inverse_roots
+from hf_lora.train.muon import POLAR, WHITENING, LoraMuon, Pair, factor_pairs, inverse_roots, whitening
 
 Make = Callable[..., Any]
 RATE = 0.02
@@ -44,7 +45,7 @@ def msign(m: Tensor) -> Tensor:
 
 def damped_root(s: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(s)
-    return (vectors * (values + WHITENING * values[-1]).rsqrt()) @ vectors.T
+    return (vectors * (values + WHITENING * values.norm()).rsqrt()) @ vectors.T
 
 
 def stepped(found: Pair, rate: float = RATE, **options: Any) -> tuple[Tensor, Tensor]:
@@ -98,10 +99,27 @@ def test_weight_decay_is_that_of_the_product() -> None:
     torch.testing.assert_close(after, (1 - RATE * 0.5) * before, rtol=1e-5, atol=1e-6)
 
 
-def test_roots_of_zero_are_zero() -> None:
-    roots = inverse_roots([torch.zeros(3, 3), torch.eye(3)], 0.0)
-    assert not roots[0].any()
-    torch.testing.assert_close(roots[1], torch.eye(3))
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e12])
+def test_roots_are_those_of_eigenvalues(condition: float, size: float) -> None:
+    """Relative to the largest singular value of the matrix that they whiten, sqrt(S)."""
+    vectors = torch.linalg.qr(matrix(16, 16, seed=3).double()).Q
+    values = size * torch.logspace(0, -math.log10(condition), 16, dtype=torch.float64)
+    s, root = ((vectors * v) @ vectors.T for v in (values, values.sqrt()))
+    damped = (values + POLAR * values.norm()).rsqrt()
+    got = inverse_roots([s.float()])[0].double() @ root
+    torch.testing.assert_close(got, (vectors * damped) @ vectors.T @ root, rtol=0, atol=2e-3)
+    inner = whitening([s.float()])[0].double() @ root
+    whole = (vectors * (values / (values + WHITENING * values.norm()))) @ vectors.T
+    torch.testing.assert_close(inner.T @ inner, whole, rtol=0, atol=2e-3)
+
+
+def test_a_step_of_nothing_is_zero() -> None:
+    found = pair()
+    for factor in (found.a, found.b):
+        factor.data.zero_()
+        factor.grad = torch.zeros_like(factor)
+    assert not any(change.any() for change in stepped(found))
 
 
 def test_bfloat16_factors_move() -> None:
