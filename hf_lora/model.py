@@ -82,11 +82,16 @@ class LoraModel(Extension, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load an adapter with its base model: see `hf_lora.load.load_lora`. PEFT's (model, adapter) works too."""
+        """Load an adapter with its base model: see `hf_lora.load.load_lora`.
+
+        PEFT's order of arguments works too: (model, adapter, adapter_name, is_trainable).
+        """
         if cls is not LoraModel:
             return unwrap_class(cls).from_pretrained(*args, **kwargs)  # type: ignore[attr-defined]
         if len(args) > 1 and isinstance(args[0], nn.Module):
-            return load_lora(cls, *args[1:], base_model=args[0], **kwargs)
+            model, adapter, *more = args
+            given = dict(zip(("adapter_name", "is_trainable"), more[:2], strict=False))
+            return load_lora(cls, adapter, *more[2:], base_model=model, **given, **kwargs)
         return load_lora(cls, *args, **kwargs)
 
     @classmethod

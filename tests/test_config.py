@@ -320,3 +320,12 @@ def test_pefts_order_of_arguments_loads_too(tmp_path: Path) -> None:
     loaded = LoraModel.from_pretrained(base, tmp_path)
     assert loaded is base
     assert loaded.lora_configs["default"].r == 2
+
+
+def test_pefts_order_goes_on_with_the_name_and_whether_it_is_trained(tmp_path: Path) -> None:
+    apply_lora(tiny_llama(), LoraConfig(r=2)).save_pretrained(tmp_path)
+    loaded = LoraModel.from_pretrained(tiny_llama(), tmp_path, "chat", True)
+    assert list(loaded.lora_configs) == ["chat"]
+    assert any(p.requires_grad for p in loaded.parameters())
+    with pytest.raises(TypeError):
+        LoraModel.from_pretrained(tiny_llama(), tmp_path, "chat", True, None)
