@@ -7,23 +7,43 @@ from pathlib import Path
 import typer
 
 from ..errors import ConfigError
-from .options import path
+from .options import OTHER_ARGUMENTS, path
+from .threads import threads_for_free_cores
 
 
 def register(app: typer.Typer) -> None:
     """Add this file's command to `app`."""
-    app.command()(init)
+    app.command(context_settings=OTHER_ARGUMENTS)(init)
 
 
 def init(
+    ctx: typer.Context,
     task: str = typer.Argument(..., help="A task of hf-lora train, such as text-classification.", show_default=False),
     file: Path = typer.Argument(Path("run.yaml"), parser=path, help="The file to write."),
     model: str | None = typer.Option(None, help="Base model to write into it.", show_default=False),
+    data: str | None = typer.Option(
+        None, help="Data as for recommend: write down the settings that are recommended.", show_default=False
+    ),
 ) -> None:
-    """Write a commented YAML file for a task, to change and run with hf-lora train --config FILE."""
-    from ..train.template import template
+    """Write a commented YAML file for a task, to change and run with hf-lora train --config FILE.
 
-    text = template(task, model)
+    With --model and --data, it holds the settings that `hf-lora recommend` prints, and the options of `hf-lora train`
+    apply: --label-column category.
+    """
+    with threads_for_free_cores():
+        from ..train.advice import advise, data_argument
+        from ..train.parsing import parse_arguments
+        from ..train.template import template
+
+    found = None
+    if data is None and ctx.args:
+        raise ConfigError(f"hf-lora init: {' '.join(ctx.args)}: these options apply to --data, which is missing.")
+    if data is not None:
+        if model is None:
+            raise ConfigError("hf-lora init: --data needs --model: the settings depend on both.")
+        own = [f"--model={model}", f"--{data_argument(data)}={data}", f"--task={task}"]
+        found = advise(parse_arguments([*own, *ctx.args]))
+    text = template(task, model, found)
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text)

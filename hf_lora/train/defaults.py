@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..tasks.base import Data
+from ..tasks.base import Data, Task
 from ..tasks.causal_lm import rate_for_width
 from ..tasks.registry import CAUSAL_LM
 from .arguments import LoraTrainingArguments
@@ -94,6 +94,11 @@ class Choices:
 
     def __str__(self) -> str:
         return "chosen: " + "; ".join(f"{as_words(c.values)} ({c.reason})" for c in self.made)
+
+
+def chooses(task: Task) -> bool:
+    """Whether settings of this task are chosen from the data and the model."""
+    return task.name == CAUSAL_LM or task.pools
 
 
 def choose(parsed: Parsed, data: Data) -> Choices:

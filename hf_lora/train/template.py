@@ -12,7 +12,9 @@ import yaml
 
 from ..errors import ConfigError, nearest
 from ..tasks.registry import TASKS
+from .advice import Recommendation
 from .arguments import LoraTrainingArguments
+from .defaults import chooses
 from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of
 
 WIDTH = 100
@@ -22,10 +24,15 @@ _COMMON = {
     "save_strategy": "epoch", "overwrite": True, "seed": 42,
 }  # fmt: skip
 """Options that are written as comments."""
+_OUTPUT = "my-adapter"
 
 
-def template(task: str, model: str | None = None) -> str:
+def template(task: str, model: str | None = None, found: Recommendation | None = None) -> str:
     """A YAML file for `hf-lora train --config`, with every line explained.
+
+    Args:
+        found: what is recommended for a model and data, to write down. Default: what a run chooses by itself is left
+            to it.
 
     Raises:
         ConfigError: the task is unknown.
@@ -36,15 +43,33 @@ def template(task: str, model: str | None = None) -> str:
         )
     known = TASKS[task]
     defaults = defaults_of(known, packing=True)
-    active: dict[str, Any] = {"model": model or "MODEL", "task": task, **known.files}
-    active |= {"output_dir": "my-adapter", "lora_r": 8, "num_train_epochs": 3}
-    active |= {name: getattr(defaults, name) for name in ("learning_rate", "per_device_train_batch_size")}
+    files = dict(known.files)
+    active: dict[str, Any] = {"model": model or "MODEL", "task": task}
+    others = {**known.options, **_COMMON}
+    if found is not None:
+        active |= {"output_dir": _OUTPUT, **found.given}
+        others |= {name: value for name, value in files.items() if name not in active}
+    else:
+        active |= {**files, "output_dir": _OUTPUT}
+        settings: dict[str, Any] = {"lora_r": 8, "num_train_epochs": 3, "learning_rate": defaults.learning_rate}
+        if not chooses(known):
+            active |= settings
+        active["per_device_train_batch_size"] = defaults.per_device_train_batch_size
     lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
     for name, value in active.items():
         lines += [*_explained(name), _line(name, value), ""]
+    if found is not None:
+        for choice in found.settings:
+            lines += [*_commented(f"{choice.reason[0].upper()}{choice.reason[1:]}:")]
+            lines += [*(_line(name, value) for name, value in choice.values.items()), ""]
+            active |= choice.values
+    elif chooses(known):
+        lines += [*_commented("Chosen from the data and the width of the model where they are not set:")]
+        lines += [*(f"#{_line(name, value)}" for name, value in settings.items()), ""]
     lines += ["# Remove the # before a name to set it.", ""]
-    for name, value in {**known.options, **_COMMON}.items():
-        lines += [*_explained(name), f"#{_line(name, value)}", ""]
+    for name, value in others.items():
+        if name not in active:
+            lines += [*_explained(name), f"#{_line(name, value)}", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -75,8 +100,12 @@ def _explained(name: str) -> list[str]:
     fields = {f.name: f for cls in (RunArguments, LoraTrainingArguments) for f in dataclasses.fields(cls)}
     text = " ".join(str(fields[name].metadata.get("help", "")).split())
     sentence = re.split(r"\.\s+(?=[A-Z])", text)[0].rstrip(".") + "."
-    words, lines = sentence.split(), ["#"]
-    for word in words:
+    return _commented(sentence)
+
+
+def _commented(text: str) -> list[str]:
+    lines = ["#"]
+    for word in text.split():
         if len(lines[-1]) + len(word) >= WIDTH:
             lines.append("#")
         lines[-1] += f" {word}"

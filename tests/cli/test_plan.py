@@ -14,10 +14,11 @@ import yaml
 from helpers import run_command as run
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from hf_lora import ConfigError, LoraConfig, explain_targets
+from hf_lora import ConfigError, LoraConfig, explain_targets, recommend
 from hf_lora.cli import threads
 from hf_lora.cli.threads import Times, threads_of
 from hf_lora.tasks.registry import TASKS
+from hf_lora.train.defaults import chooses
 from hf_lora.train.parsing import parse_arguments
 from hf_lora.train.template import as_yaml, template
 from hf_lora.train.watch import slowdown
@@ -54,7 +55,9 @@ def test_the_template_is_valid_also_with_every_comment_removed(task: str, tmp_pa
     assert f"hf-lora train --config {file}" in run("init", task, file, "--model", "user/model").stdout
     text = file.read_text()
     plain = parse_arguments([], file)
-    assert (plain.run.model, plain.run.task, plain.training.lora_r) == ("user/model", task, 8)
+    assert (plain.run.model, plain.run.task) == ("user/model", task)
+    left_to_the_run = {"lora_r", "learning_rate", "num_train_epochs"} - plain.given
+    assert len(left_to_the_run) == (3 if chooses(TASKS[task]) else 0)
     lines = [line[1:] if line[:1] == "#" and line[1:2].isalpha() else line for line in text.splitlines()]
     (tmp_path / "all.yaml").write_text("\n".join(lines))
     whole = parse_arguments([], tmp_path / "all.yaml")
@@ -72,6 +75,22 @@ def test_a_template_trains(bert_folder: str, texts_folder: Path, tmp_path: Path)
     words = ("--train-file", rows, "--test-file", rows, "--output-dir", tmp_path / "out", "--max-steps", 1)
     run("train", "--config", tmp_path / "run.yaml", *words, "--use-cpu", "--disable-tqdm", "true")
     assert (tmp_path / "out" / "adapter_config.json").is_file()
+
+
+def test_a_template_of_data_has_the_settings_that_a_run_would_choose(
+    bert_folder: str, texts_folder: Path, tmp_path: Path
+) -> None:
+    rows, file = str(texts_folder / "rows.csv"), tmp_path / "run.yaml"
+    words = ("--model", bert_folder, "--data", rows, "--use-cpu", "--max-length", 16)
+    run("init", "text-classification", file, *words)
+    found = recommend(bert_folder, rows, "text-classification", use_cpu=True, max_length=16)
+    written = yaml.safe_load(file.read_text())
+    assert written == {**found.arguments(), "output_dir": "my-adapter"}
+    text = file.read_text()
+    assert all(f"{each.reason[1:]}:\n{next(iter(each.values))}: " in text for each in found.settings)
+    assert "--data needs --model" in run("init", "causal-lm", tmp_path / "x", "--data", rows, code=2).stderr
+    assert "--lora-r 4: these options" in run("init", "causal-lm", tmp_path / "x", "--lora-r", 4, code=2).stderr
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:
