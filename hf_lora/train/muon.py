@@ -23,6 +23,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..adapt.inner import adapted_part
 from ..adapt.walk import adapter_layers
+from .precision import full_float32
 
 WHITENING = 1e-4
 """What is added to the diagonal of A Aᵀ and Bᵀ B, relative to their norms: the least that counts of a direction."""
@@ -104,7 +105,8 @@ class LoraMuon(Optimizer):
         for group in self.param_groups:
             if group["muon"]:
                 pairs = (pair for p in group["params"] if (pair := self._pairs.get(id(p))) is not None)
-                self._step_pairs([p for p in pairs if p.a.grad is not None and p.b.grad is not None], group)
+                with full_float32():  # Gram matrices of TF32 are not positive
+                    self._step_pairs([p for p in pairs if p.a.grad is not None and p.b.grad is not None], group)
         return loss
 
     def _step_pairs(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:

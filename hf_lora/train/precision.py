@@ -1,9 +1,10 @@
-"""The precision of a run: a line about it, logged at the start of training, and master weights that stay float32."""
+"""The precision of a run: a line about it, logged at the start of training, and what stays float32."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
@@ -96,6 +97,21 @@ def _dense_products(model: nn.Module, accelerator: Accelerator) -> str:
     if torch.float32 in dtypes and accelerator.device.type == "cuda" and _tf32():
         text += ", those of float32 as TF32"
     return text
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Multiply float32 matrices in float32, whatever was allowed to be faster: TF32, and bfloat16 on CPUs."""
+    backends: Any = torch.backends
+    kinds = (backends.cuda.matmul, backends.mkldnn.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, value in zip(kinds, before, strict=True):
+            kind.fp32_precision = value
 
 
 def _tf32() -> bool:

@@ -15,6 +15,7 @@ from torch.optim import AdamW
 
 from hf_lora import LoraConfig, LoraTrainer, LoraTrainingArguments, apply_lora
 from hf_lora.errors import ConfigError
+from hf_lora.train import muon
 from hf_lora.train.muon import POLAR, WHITENING, LoraMuon, Pair, factor_pairs, inverse_roots, whitening
 
 Make = Callable[..., Any]
@@ -134,6 +135,25 @@ def test_bfloat16_factors_move() -> None:
     assert {state["average"].dtype for state in optimizer.state.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_faster_products_are_not_for_gram_matrices(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Polynomials of a Gram matrix with negative eigenvalues, as TF32 and bfloat16 round them, diverge."""
+    seen: list[str] = []
+
+    def roots(grams: Any) -> Tensor:
+        seen.extend((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return inverse_roots(grams)
+
+    monkeypatch.setattr(muon, "inverse_roots", roots)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert all(torch.isfinite(change).all() for change in stepped(with_gradient(pair())))
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee", "ieee"]
+
+
 # In a training -------------------------------------------------------------------------------------------------------
 
 
@@ -148,10 +168,10 @@ def test_everything_else_has_the_groups_of_adamw(arguments: Make) -> None:
     trainer = run(arguments(max_steps=2, head_learning_rate=3e-3, muon_learning_rate=RATE, weight_decay=0.1))
     model, groups = trainer.model, trainer.optimizer.param_groups
     names = {id(p): name for name, p in model.named_parameters()}
-    *rest, muon = groups
-    assert {names[id(p)].split(".")[-3] for p in muon["params"]} == {"lora_A", "lora_B"}
-    assert muon["initial_lr"] == RATE
-    assert muon["weight_decay"] == 0.1
+    *rest, last = groups
+    assert {names[id(p)].split(".")[-3] for p in last["params"]} == {"lora_A", "lora_B"}
+    assert last["initial_lr"] == RATE
+    assert last["weight_decay"] == 0.1
     others = {names[id(p)] for group in rest for p in group["params"]}
     assert others
     assert not any(".lora_A." in name or ".lora_B." in name for name in others)
