@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from helpers import write_lines
 from tiny import OTHERS, TEXTS, bert_of_texts
+from transformers import LlamaConfig
 
 from hf_lora.tasks.base import Data
 from hf_lora.tasks.causal_lm import rate_for_width
 from hf_lora.tasks.registry import CAUSAL_LM, TASKS
-from hf_lora.train.defaults import EPOCHS, LENGTHS, PACKED_STEPS, STEPS, choose
+from hf_lora.train.arguments import LoraTrainingArguments
+from hf_lora.train.defaults import EPOCHS, LENGTHS, MUON, PACKED_STEPS, STEPS, choose
 from hf_lora.train.parsing import Parsed, parse_arguments
 from hf_lora.train.run_data import read_data
 
@@ -110,12 +112,41 @@ def test_packed_rows_are_as_long_as_the_steps_allow(rows: int, tokens: int, expe
     assert data.length >= tokens
     steps = 3 * rows * tokens / data.length
     assert steps >= PACKED_STEPS or data.length == min(length for length in LENGTHS if length >= tokens)
-    assert "--learning-rate 0.001 --loraplus-lr-ratio 4 (for the width 576)" in said
+    assert "--learning-rate 0.001 --muon-learning-rate 0.008 (for the width 576)" in said
     assert (f"--max-length {expected}" in said) == (expected < 1024)
     given = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", "--max-length", "900"])
     data.length = 900
     choose(given, data)
     assert data.length == 900
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--learning-rate 5e-4", "--learning-rate auto", "--loraplus-lr-ratio 2", "--optim adafactor",
+        "--lora-init pissa", "--lora-use-dora", "--lora-method lora_fa", "--lora-adapter folder",
+        "--lora-target-modules embed_tokens", "--fsdp full_shard --accept-ddp-fallback",
+    ],
+)  # fmt: skip
+def test_lora_muon_is_chosen_only_for_runs_as_they_were_measured(line: str) -> None:
+    assert chosen_for_a_language_model().muon_learning_rate == MUON
+    assert chosen_for_a_language_model("--lora-target-modules", "q_proj").muon_learning_rate == MUON
+    assert chosen_for_a_language_model("--lora-r", "8", "--weight-decay", "0.1").muon_learning_rate == MUON
+    assert chosen_for_a_language_model(*line.split()).muon_learning_rate is None
+    assert chosen_for_a_language_model(width=2048).muon_learning_rate is None
+    assert chosen_for_a_language_model("--muon-learning-rate", "0.02").muon_learning_rate == 0.02
+
+
+def chosen_for_a_language_model(*words: str, width: int = 576) -> LoraTrainingArguments:
+    from datasets import Dataset
+
+    parsed = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", *words])
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, vocab_size=64
+    )
+    rows = {"train": Dataset.from_dict({"input_ids": [[1] * 50] * 400})}
+    choose(parsed, Data(TASKS[CAUSAL_LM], config, None, length=1024, rows=rows))
+    return parsed.training
 
 
 @pytest.mark.parametrize(("kind", "default"), [("logging", "epoch"), ("save", "epoch"), ("eval", "no")])
