@@ -131,6 +131,8 @@ class LoraMuon(Optimizer):
         gradient, state = factor.grad.float(), self.state[factor]
         if "average" not in state:
             state["average"] = torch.zeros_like(gradient)
+        elif state["average"].dtype != gradient.dtype:  # PyTorch loads a state in the dtype of its parameter
+            state["average"] = state["average"].float()
         state["average"].lerp_(gradient, 1 - beta)
         return torch.lerp(gradient, state["average"], beta)
 

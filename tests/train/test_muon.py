@@ -133,6 +133,10 @@ def test_bfloat16_factors_move() -> None:
     assert half.b.dtype == torch.bfloat16
     assert not torch.equal(half.b, before)
     assert {state["average"].dtype for state in optimizer.state.values()} == {torch.float32}
+    again = LoraMuon(AdamW([half.a, half.b], lr=1.0), [half], 0.5)
+    again.load_state_dict(optimizer.state_dict())
+    again.step()
+    assert {state["average"].dtype for state in again.state.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
