@@ -23,6 +23,7 @@ from ..tasks.base import Data, Task
 from ..tasks.registry import CAUSAL_LM, TASKS, why_not
 from .base_model import check_name, read_config
 from .empty import empty_model
+from .muon import factor_pairs
 from .parsing import Parsed, as_flag
 from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import pooling_of, read_data
@@ -31,7 +32,7 @@ from .schedule import steps_of_rows
 ALLOCATOR = 1.4
 """Memory of a CPU per byte of activations: the C library keeps freed blocks (measured 1.3 to 1.5 with glibc)."""
 _ADAM = 2
-"""Moments that the optimizer keeps of each trained parameter, in float32."""
+"""Moments that the optimizer keeps of each trained parameter, in float32; LoRA-Muon keeps one of them."""
 
 
 @dataclass
@@ -109,6 +110,8 @@ def forecast(parsed: Parsed) -> Forecast:
     if data.task.name == CAUSAL_LM or type(data.task).collator is not Task.collator:  # else another library's batches
         activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
     state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
+    if training.muon_learning_rate is not None:
+        state -= 4 * sum(factor.numel() for pair in factor_pairs(model) for factor in (pair.a, pair.b))
     state += 4 * trained if training.ema else 0
     return Forecast(
         data.lines, adapter_table(model), trained, total,
