@@ -14,7 +14,7 @@ from hf_lora.tasks.base import Data
 from hf_lora.tasks.causal_lm import rate_for_width
 from hf_lora.tasks.registry import CAUSAL_LM, TASKS
 from hf_lora.train.arguments import LoraTrainingArguments
-from hf_lora.train.defaults import EPOCHS, LENGTHS, MUON, PACKED_STEPS, STEPS, choose
+from hf_lora.train.defaults import EPOCHS, LENGTHS, MUON, MUON_STEPS, PACKED_STEPS, STEPS, choose
 from hf_lora.train.parsing import Parsed, parse_arguments
 from hf_lora.train.run_data import read_data
 
@@ -86,21 +86,20 @@ class Config:
         return self
 
 
+@pytest.mark.parametrize(("optim", "fewest"), [(None, MUON_STEPS), ("adamw_torch", PACKED_STEPS)])
 @pytest.mark.parametrize(
-    ("rows", "tokens", "expected"),
+    ("rows", "tokens", "muon", "adamw"),
     [
-        (800, 100, 1024),
-        (200, 100, 512),
-        (800, 500, 1024),
-        (20, 30, 128),
-        (20, 300, 512),
-        (5000, 100, 1024),
-        (10, 1024, 1024),
+        (800, 100, 1024, 1024), (400, 100, 512, 1024), (200, 100, 256, 512), (800, 500, 1024, 1024),
+        (20, 30, 128, 128), (20, 300, 512, 512), (5000, 100, 1024, 1024), (10, 1024, 1024, 1024),
     ],
-)
-def test_packed_rows_are_as_long_as_the_steps_allow(rows: int, tokens: int, expected: int) -> None:
+)  # fmt: skip
+def test_packed_rows_are_as_long_as_the_steps_allow(
+    rows: int, tokens: int, muon: int, adamw: int, optim: str | None, fewest: int
+) -> None:
     """Never shorter than the longest text, which would be cut."""
-    parsed = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu"])
+    words = ["--model", "m", "--train-file", "f", "--use-cpu", *([] if optim is None else ["--optim", optim])]
+    parsed, expected = parse_arguments(words), muon if optim is None else adamw
     parsed.training.per_device_train_batch_size = 1
     config: Any = Config()
     from datasets import Dataset
@@ -111,8 +110,9 @@ def test_packed_rows_are_as_long_as_the_steps_allow(rows: int, tokens: int, expe
     assert data.length == expected
     assert data.length >= tokens
     steps = 3 * rows * tokens / data.length
-    assert steps >= PACKED_STEPS or data.length == min(length for length in LENGTHS if length >= tokens)
-    assert "--learning-rate 0.001 --muon-learning-rate 0.008 (for the width 576)" in said
+    assert steps >= fewest or data.length == min(length for length in LENGTHS if length >= tokens)
+    rates = "--muon-learning-rate 0.008" if optim is None else "--loraplus-lr-ratio 4"
+    assert f"--learning-rate 0.001 {rates} (for the width 576)" in said
     assert (f"--max-length {expected}" in said) == (expected < 1024)
     given = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", "--max-length", "900"])
     data.length = 900
