@@ -31,19 +31,18 @@ def init(
     apply: --label-column category.
     """
     with threads_for_free_cores():
-        from ..train.advice import advise, data_argument
+        from ..train.advice import advise, arguments_for
         from ..train.parsing import parse_arguments
-        from ..train.template import template
+        from ..train.template import template, template_of
 
-    found = None
-    if data is None and ctx.args:
-        raise ConfigError(f"hf-lora init: {' '.join(ctx.args)}: these options apply to --data, which is missing.")
-    if data is not None:
-        if model is None:
-            raise ConfigError("hf-lora init: --data needs --model: the settings depend on both.")
-        own = [f"--model={model}", f"--{data_argument(data)}={data}", f"--task={task}"]
-        found = advise(parse_arguments([*own, *ctx.args]))
-    text = template(task, model, found)
+    if data is None:
+        if ctx.args:
+            raise ConfigError(f"hf-lora init: {' '.join(ctx.args)}: these options apply to --data, which is missing.")
+        text = template(task, model)
+    elif model is None:
+        raise ConfigError("hf-lora init: --data needs --model: the settings depend on both.")
+    else:
+        text = template_of(advise(parse_arguments(ctx.args, arguments_for(model, data, task))))
     try:
         with file.open("x", encoding="utf-8") as out:
             out.write(text)

@@ -29,9 +29,8 @@ def recommend(
     The weights are not loaded. The options of `hf-lora train` apply: --label-column category, --max-steps 500.
     """
     with threads_for_free_cores():
-        from ..train.advice import advise, data_argument
+        from ..train.advice import advise, arguments_for
         from ..train.parsing import parse_arguments
 
-    own = [f"--model={model}", f"--{data_argument(data)}={data}", *([f"--task={task}"] if task is not None else [])]
-    found = advise(parse_arguments([*own, *ctx.args]))
+    found = advise(parse_arguments(ctx.args, arguments_for(model, data, task)))
     typer.echo(json.dumps(found.to_dict()) if as_json else str(found))

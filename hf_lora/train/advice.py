@@ -87,14 +87,15 @@ def recommend(
     Raises:
         ConfigError, DataError: what `finetune` would raise before it loads the model.
     """
-    given = {"model": str(model), data_argument(dataset): str(dataset), "task": task, **arguments}
-    return advise(parse_arguments([], {name: value for name, value in given.items() if value is not None}))
+    return advise(parse_arguments([], {**arguments_for(model, dataset, task), **arguments}))
 
 
-def data_argument(dataset: str | os.PathLike[str]) -> str:
-    """The argument of a run for a file or folder, or else for the name of a data set."""
+def arguments_for(
+    model: str | os.PathLike[str], dataset: str | os.PathLike[str], task: str | None = None
+) -> dict[str, str | None]:
+    """The arguments of a run for a model and data: a file or folder, or else the name of a data set."""
     is_file = os.path.exists(dataset) or Path(dataset).suffix.lower() in READERS
-    return "train_file" if is_file else "dataset"
+    return {"model": str(model), "train_file" if is_file else "dataset": str(dataset), "task": task}
 
 
 def advise(parsed: Parsed) -> Recommendation:

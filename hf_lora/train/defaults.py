@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..adapt.targets import explain_targets
+from ..apply import apply_lora
 from ..tasks.base import Data, Task
 from ..tasks.causal_lm import rate_for_width
 from ..tasks.registry import CAUSAL_LM
 from .arguments import LoraTrainingArguments
 from .empty import empty_model, parameters_of_a_rank
 from .engines import requested_engine
+from .muon import factor_pairs
 from .parsing import Parsed
 from .schedule import steps_of_epoch
 
@@ -34,6 +35,7 @@ NARROW = 1024
 """Up to this width, language models are trained with LoRA-Muon, or with a rate of B that is a multiple of A's."""
 MUON = 0.008
 """The rate of LoRA-Muon for language models."""
+CLASSIFIER_RANK = 32
 RANKS = (64, 256)
 """The lowest and the highest rank that is chosen for a language model."""
 FEW_TOKENS = 1_000_000
@@ -47,7 +49,7 @@ HEAD = 3
 
 _SETTINGS_OF_ADAMW = {
     "learning_rate", "loraplus_lr_ratio", "muon_learning_rate", "optim", "optim_args", "optim_target_modules",
-    "adam_beta2", "adam_epsilon", "lora_use_dora", "lora_alora_invocation_tokens",
+    "adam_beta2", "adam_epsilon",
 }  # fmt: skip
 
 _DOUBTS = {
@@ -117,6 +119,15 @@ def chooses(task: Task) -> bool:
     return task.name == CAUSAL_LM or task.pools
 
 
+def typical(task: Task) -> dict[str, Any]:
+    """Settings that are chosen for a small model of a task for which they are chosen; else none."""
+    if not chooses(task):
+        return {}
+    if task.name == CAUSAL_LM:
+        return {"lora_r": RANKS[0], "learning_rate": rate_for_width(NARROW)}
+    return {"lora_r": CLASSIFIER_RANK, "learning_rate": RATE}
+
+
 def choose(parsed: Parsed, data: Data) -> Choices:
     """Set what the user left open, and say why. Also the length of packed rows, in `data`."""
     choices, training = Choices(), parsed.training
@@ -138,7 +149,7 @@ def _classifier(parsed: Parsed, data: Data) -> list[Choice]:
     if not data.task.pools or data.labels is None:
         return []
     training = parsed.training
-    rank = training.lora_r if "lora_r" in parsed.given else 32
+    rank = training.lora_r if "lora_r" in parsed.given else CLASSIFIER_RANK
     width = width_of(data) or CLASSIFIERS
     rate = rate_for_classifier(width)
     rates: dict[str, Any] = {"learning_rate": rate}
@@ -236,15 +247,14 @@ def bears_rates(training: LoraTrainingArguments) -> bool:
 
 def _bears_muon(parsed: Parsed, data: Data) -> bool:
     """Whether LoRA-Muon was measured for runs like this: plain LoRA of linear layers, no setting of AdamW given."""
-    training = parsed.training
+    training, config = parsed.training, parsed.training.lora_config()
     if _SETTINGS_OF_ADAMW & parsed.given or parsed.run.search_learning_rate or not bears_rates(training):
         return False
-    if training.lora_adapter is not None or training.lora_method != "lora" or requested_engine(training) is not None:
+    if training.lora_adapter is not None or config.method != "lora" or requested_engine(training) is not None:
         return False
-    if not {"lora_target_modules", "lora_exclude_modules"} & parsed.given:
-        return True
     model = empty_model(data.config, str(parsed.run.model), CAUSAL_LM)
-    return any(layer.shape.is_matrix for layer in explain_targets(model, training.lora_config()).layers)
+    apply_lora(model, config)
+    return bool(factor_pairs(model))
 
 
 def as_words(values: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import textwrap
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -14,7 +16,7 @@ from ..errors import ConfigError, nearest
 from ..tasks.registry import TASKS
 from .advice import Recommendation
 from .arguments import LoraTrainingArguments
-from .defaults import chooses
+from .defaults import chooses, typical
 from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of
 
 WIDTH = 100
@@ -27,12 +29,8 @@ _COMMON = {
 _OUTPUT = "my-adapter"
 
 
-def template(task: str, model: str | None = None, found: Recommendation | None = None) -> str:
-    """A YAML file for `hf-lora train --config`, with every line explained.
-
-    Args:
-        found: what is recommended for a model and data, to write down. Default: what a run chooses by itself is left
-            to it.
+def template(task: str, model: str | None = None) -> str:
+    """A YAML file for `hf-lora train --config`, with every line explained. What a run chooses is left to it.
 
     Raises:
         ConfigError: the task is unknown.
@@ -43,34 +41,30 @@ def template(task: str, model: str | None = None, found: Recommendation | None =
         )
     known = TASKS[task]
     defaults = defaults_of(known, packing=True)
-    files = dict(known.files)
-    active: dict[str, Any] = {"model": model or "MODEL", "task": task}
-    others = {**known.options, **_COMMON}
-    if found is not None:
-        active |= {"output_dir": _OUTPUT, **found.given}
-        others |= {name: value for name, value in files.items() if name not in active}
-    else:
-        active |= {**files, "output_dir": _OUTPUT}
-        settings: dict[str, Any] = {"lora_r": 8, "num_train_epochs": 3, "learning_rate": defaults.learning_rate}
-        if not chooses(known):
-            active |= settings
-        active["per_device_train_batch_size"] = defaults.per_device_train_batch_size
-    lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
-    for name, value in active.items():
-        lines += [*_explained(name), _line(name, value), ""]
-    if found is not None:
-        for choice in found.settings:
-            lines += [*_commented(f"{choice.reason[0].upper()}{choice.reason[1:]}:")]
-            lines += [*(_line(name, value) for name, value in choice.values.items()), ""]
-            active |= choice.values
-    elif chooses(known):
-        lines += [*_commented("Chosen from the data and the width of the model where they are not set:")]
+    settings = {"lora_r": 8, "num_train_epochs": 3, "learning_rate": defaults.learning_rate, **typical(known)}
+    active: dict[str, Any] = {"model": model or "MODEL", "task": task, **known.files, "output_dir": _OUTPUT}
+    if not chooses(known):
+        active |= settings
+    active["per_device_train_batch_size"] = defaults.per_device_train_batch_size
+    lines = _active(active)
+    if chooses(known):
+        lines += _commented(
+            "Chosen from the data and the width of the model, where they are not set. Usual for small models:"
+        )
         lines += [*(f"#{_line(name, value)}" for name, value in settings.items()), ""]
-    lines += ["# Remove the # before a name to set it.", ""]
-    for name, value in others.items():
-        if name not in active:
-            lines += [*_explained(name), f"#{_line(name, value)}", ""]
-    return "\n".join(lines).rstrip() + "\n"
+    return _with_others(lines, {**known.options, **_COMMON}, active)
+
+
+def template_of(found: Recommendation) -> str:
+    """A YAML file for `hf-lora train --config` with what is recommended for a model and data, and the reasons."""
+    known = TASKS[found.task]
+    active = {"output_dir": _OUTPUT, **found.given}
+    lines = _active(active)
+    for choice in found.settings:
+        lines += _commented(f"{choice.reason[0].upper()}{choice.reason[1:]}:")
+        lines += [*(_line(name, value) for name, value in choice.values.items()), ""]
+        active |= choice.values
+    return _with_others(lines, {**known.options, **_COMMON, **known.files}, active)
 
 
 def as_yaml(parsed: Parsed) -> str:
@@ -104,9 +98,23 @@ def _explained(name: str) -> list[str]:
 
 
 def _commented(text: str) -> list[str]:
-    lines = ["#"]
-    for word in text.split():
-        if len(lines[-1]) + len(word) >= WIDTH:
-            lines.append("#")
-        lines[-1] += f" {word}"
+    return textwrap.wrap(
+        text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _active(values: Mapping[str, Any]) -> list[str]:
+    """The lines of a file up to and with settings that apply."""
+    lines = ["# hf-lora train --config THIS_FILE. Options on the command line override it.", ""]
+    for name, value in values.items():
+        lines += [*_explained(name), _line(name, value), ""]
     return lines
+
+
+def _with_others(lines: list[str], others: Mapping[str, Any], active: Mapping[str, Any]) -> str:
+    """The file of these lines, with other settings behind them as comments."""
+    lines = [*lines, "# Remove the # before a name to set it.", ""]
+    for name, value in others.items():
+        if name not in active:
+            lines += [*_explained(name), f"#{_line(name, value)}", ""]
+    return "\n".join(lines).rstrip() + "\n"

@@ -58,6 +58,8 @@ def test_the_template_is_valid_also_with_every_comment_removed(task: str, tmp_pa
     assert (plain.run.model, plain.run.task) == ("user/model", task)
     left_to_the_run = {"lora_r", "learning_rate", "num_train_epochs"} - plain.given
     assert len(left_to_the_run) == (3 if chooses(TASKS[task]) else 0)
+    ranks = {"text-classification": 32, "multi-label-classification": 32, "causal-lm": 64}
+    assert f"lora_r: {ranks.get(task, 8)}" in text
     lines = [line[1:] if line[:1] == "#" and line[1:2].isalpha() else line for line in text.splitlines()]
     (tmp_path / "all.yaml").write_text("\n".join(lines))
     whole = parse_arguments([], tmp_path / "all.yaml")

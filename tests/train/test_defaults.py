@@ -79,13 +79,6 @@ def test_the_rate_of_a_language_model_falls_with_its_width() -> None:
     assert 1.5e-4 < rate_for_width(4096) < 3e-4  # where others begin with several billion parameters
 
 
-class Config:
-    hidden_size = 576
-
-    def get_text_config(self) -> Config:
-        return self
-
-
 @pytest.mark.parametrize(("optim", "fewest"), [(None, MUON_STEPS), ("adamw_torch", PACKED_STEPS)])
 @pytest.mark.parametrize(
     ("rows", "tokens", "muon", "adamw"),
@@ -100,8 +93,8 @@ def test_packed_rows_are_as_long_as_the_steps_allow(
     """Never shorter than the longest text, which would be cut."""
     words = ["--model", "m", "--train-file", "f", "--use-cpu", *([] if optim is None else ["--optim", optim])]
     parsed, expected = parse_arguments(words), muon if optim is None else adamw
+    config = llama(576)
     parsed.training.per_device_train_batch_size = 1
-    config: Any = Config()
     from datasets import Dataset
 
     data = Data(TASKS[CAUSAL_LM], config, None, length=1024)
@@ -124,7 +117,8 @@ def test_packed_rows_are_as_long_as_the_steps_allow(
     "line",
     [
         "--learning-rate 5e-4", "--learning-rate auto", "--loraplus-lr-ratio 2", "--optim adafactor",
-        "--lora-init pissa", "--lora-use-dora", "--lora-method lora_fa", "--lora-adapter folder",
+        "--lora-init pissa", "--lora-use-dora", "--lora-alora-invocation-tokens 3", "--lora-method lora_fa",
+        "--lora-adapter folder",
         "--lora-target-modules embed_tokens", "--fsdp full_shard --accept-ddp-fallback",
     ],
 )  # fmt: skip
@@ -141,12 +135,15 @@ def chosen_for_a_language_model(*words: str, width: int = 576) -> LoraTrainingAr
     from datasets import Dataset
 
     parsed = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", *words])
-    config = LlamaConfig(
+    rows = {"train": Dataset.from_dict({"input_ids": [[1] * 50] * 400})}
+    choose(parsed, Data(TASKS[CAUSAL_LM], llama(width), None, length=1024, rows=rows))
+    return parsed.training
+
+
+def llama(width: int) -> Any:
+    return LlamaConfig(
         hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, vocab_size=64
     )
-    rows = {"train": Dataset.from_dict({"input_ids": [[1] * 50] * 400})}
-    choose(parsed, Data(TASKS[CAUSAL_LM], config, None, length=1024, rows=rows))
-    return parsed.training
 
 
 @pytest.mark.parametrize(("kind", "default"), [("logging", "epoch"), ("save", "epoch"), ("eval", "no")])
