@@ -140,6 +140,12 @@ def part_of(rows: dict[str, list[Row]], per_class: int | None, validate: bool) -
     return [row for row, place in train if place % 5 != 4], [row for row, place in train if place % 5 == 4]
 
 
+def place_of(args: argparse.Namespace, study: str, name: str, model: str) -> dict[str, str]:
+    """What the runs of a study on these rows have in common: a part of `KEY`."""
+    data = f"{name}, {args.per_class} a class" if args.per_class else name
+    return {"study": study, "data": data, "split": HELD_OUT if args.validate else TEST, "model": model}
+
+
 def numbered(rows: list[Row]) -> Iterator[tuple[Row, int]]:
     """Each row with its place among those of its class."""
     seen: dict[str, int] = defaultdict(int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,9 @@ def test_the_comparison_of_methods_trains_each_and_skips_what_is_there(
 ) -> None:
     methods, file = load("methods"), tmp_path / "runs.json"
     words = ["--data", "labeled", *labeled, "--base", str(base), "--examples", "2", "--max-steps", "1",
-             "--json", str(file), "--grid", "1e-3", "2e-3", "--seeds", "0"]  # fmt: skip
+             "--json", str(file), "--rates", "1e-3", "2e-3", "--seeds", "0"]  # fmt: skip
     methods.main([*words, "--minutes", "0"])
     assert not file.exists()
-    methods.main([*words, "--methods", "lora", "--rates", "1e-3"])  # the grid is not complete
-    assert len(json.loads(file.read_text())) == 1
     methods.main([*words, "--methods", "lora", "full"])
     runs = json.loads(file.read_text())
     assert len(runs) == 2 * (2 + 1)
@@ -120,12 +119,36 @@ def test_the_comparison_of_methods_trains_each_and_skips_what_is_there(
     assert load("records").page(runs).count("\n| bert | ") == 2
 
 
+@pytest.mark.parametrize(
+    ("values", "best", "climbed"),
+    [
+        ([1, 2, 3, 4, 5], 5, 3), ([5, 4, 3, 2, 1], 1, 4), ([1, 2, 3, 2, 5], 5, 3), ([1, 4, 3, 2, 1], 2, 4),
+        ([-math.inf] * 5, None, 5), ([1, 2] + [-math.inf] * 3, 2, 5), ([1, 2, None, 2, 1], None, 1),
+        ([None, 2, 3, 2, 1], None, 3),
+    ],
+)  # fmt: skip
+def test_the_best_rate_is_found(load: Any, values: list[float | None], best: int | None, climbed: int) -> None:
+    """`climbed`: how many rates are tried from the middle."""
+    tried = list[float]()
+
+    def value(rate: float) -> float | None:
+        tried.append(rate)
+        return values[int(rate) - 1]
+
+    best_of = load("methods").best_of
+    assert best_of([1.0, 2.0, 3.0, 4.0, 5.0], value, False) == best
+    tried.clear()
+    local = best_of([1.0, 2.0, 3.0, 4.0, 5.0], value, True)
+    assert len(set(tried)) == climbed
+    assert local == best or values == [1, 2, 3, 2, 5] or (values[0] is None and local == 3)
+
+
 @pytest.mark.slow
 def test_each_method_can_be_compared(load: Any, base: Path, labeled: list[str], tmp_path: Path) -> None:
     methods, file = load("methods"), tmp_path / "runs.json"
     methods.main([
         "--data", "labeled", *labeled, "--base", str(base), "--examples", "2", "--max-steps", "1", "--json", str(file),
-        "--grid", "1e-3", "--seeds", "0",
+        "--rates", "1e-3", "--seeds", "0",
     ])  # fmt: skip
     assert {run["method"] for run in json.loads(file.read_text()) if run["split"] == "test"} == {*methods.NAMES}
 
@@ -134,7 +157,7 @@ def test_each_method_can_be_compared(load: Any, base: Path, labeled: list[str], 
 def test_the_comparison_of_methods_on_gsm8k(load: Any, gsm8k: tuple[Path, Path], tmp_path: Path) -> None:
     methods, (folder, base), file = load("methods"), gsm8k, tmp_path / "runs.json"
     words = ["--data", "gsm8k", "--folder", str(folder), "--base", str(base), "--examples", "4", "--max-steps", "1",
-             "--json", str(file), "--grid", "1e-3", "--seeds", "0", "--methods"]  # fmt: skip
+             "--json", str(file), "--rates", "1e-3", "--seeds", "0", "--methods"]  # fmt: skip
     methods.main([*words, "lora", "full"])
     runs = json.loads(file.read_text())
     assert [run["method"] for run in runs] == ["lora", "lora", "full", "full"]

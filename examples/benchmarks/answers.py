@@ -145,10 +145,7 @@ def main(words: list[str] | None = None) -> None:
     args = parse(words)
     runs = studies.Runs(args.json)
     name = f"{Path(args.train_file).resolve().parent.name}, answered" if args.train_file else "household"
-    where = {
-        "study": "answers", "data": f"{name}, {args.per_class} a class" if args.per_class else name, "model": NAME,
-        "split": studies.HELD_OUT if args.validate else studies.TEST,
-    }  # fmt: skip
+    where = studies.place_of(args, "answers", name, NAME)
     for key in runs.missing(where, args.methods, args.seeds, partial(settings_of, args)):
         (found, seconds), megabytes = studies.alone(scores, args, key["method"], key["seed"])
         for metric, value in found.items():

@@ -123,10 +123,7 @@ def main(words: list[str] | None = None) -> None:
     args = parse(words)
     runs, rows = studies.Runs(args.json), studies.part_of(studies.labeled_rows(args), args.per_class, args.validate)
     name = Path(args.train_file).resolve().parent.name
-    where = {
-        "study": "classifiers", "data": f"{name}, {args.per_class} a class" if args.per_class else name,
-        "split": studies.HELD_OUT if args.validate else studies.TEST, "model": "MiniLM-L6",
-    }  # fmt: skip
+    where = studies.place_of(args, "classifiers", name, "MiniLM-L6")
     for key in runs.missing(where, args.methods, args.seeds, partial(settings_of, args)):
         method = key["method"]
         with TemporaryDirectory() as folder:

@@ -9,17 +9,20 @@ batches of 16. `gsm8k`: the first `--examples` of the problems drawn with seed 0
 of packed rows of 512 tokens, one a step. Rank and alpha are 16, on every linear layer; cosine schedule.
 
 First each method is trained at each rate with seed 0 and evaluated on training rows that are held out. Once a method
-has all rates, its best one is evaluated on the test set, for each of `--seeds`. `full` (all weights are trained) takes
-a tenth of each rate. Each run is appended to `--json` and skipped if it is there already, so the study can be made in
-slices: `--methods`, `--seeds`, `--rates`, and no new run begins after `--minutes`.
+has all rates, its best one is evaluated on the test set, for each of `--seeds`. With `--climb`, rates are tried from
+the middle of the grid outward, as long as they become better. `full` (all weights are trained) takes a tenth of each
+rate. Each run is appended to `--json` and skipped if it is there already, so the study can be made in slices:
+`--methods`, `--seeds`, and no new run begins after `--minutes`. `--bf16` computes products in bfloat16 (autocast).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -62,6 +65,8 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 EXAMPLES = {"labeled": 10, "gsm8k": 300}
 LENGTH = 512
 """Tokens of a packed row of GSM8K."""
+BF16 = " bf16"
+"""The end of the settings of a run with bfloat16."""
 HELD_OUT = 100
 """Problems of GSM8K behind those that are trained on."""
 
@@ -79,8 +84,9 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=-1)
     parser.add_argument("--methods", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--grid", type=float, nargs="+", default=list(RATES), help="all rates of the study")
-    parser.add_argument("--rates", type=float, nargs="+", help="of the grid, those to train now; default: all")
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="the grid, in rising order")
+    parser.add_argument("--climb", action="store_true", help="stop at the first rate that is worse than the last one")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after that")
     parser.add_argument("--json", type=Path, default=studies.RECORDS)
     parser.add_argument("--table", action="store_true", help="print the tables for docs/methods.md, and exit")
@@ -90,7 +96,6 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     if missing and not args.table:
         parser.error(f"{', '.join(missing)} is needed")
     args.examples = args.examples or EXAMPLES.get(args.data)
-    args.rates = args.rates or args.grid
     return args
 
 
@@ -101,7 +106,7 @@ def arguments(
     return cls(
         folder, learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=0.06, save_strategy="no",
         report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed, max_steps=args.max_steps,
-        dataloader_pin_memory=False, **adapter, **more,
+        dataloader_pin_memory=False, bf16=args.bf16, **adapter, **more,
     )  # fmt: skip
 
 
@@ -148,7 +153,7 @@ def gsm8k(args: argparse.Namespace, method: str, rate: float, seed: int, validat
             settings = arguments(TrainingArguments, *made, remove_unused_columns=False, **common)
             trainer = Trainer(model, settings, studies.Documents(), train_dataset=studies.packed(train, LENGTH))
         else:
-            more = {"packing": True, "max_length": LENGTH, "bf16": False, "gradient_checkpointing": False, **common}
+            more = {"packing": True, "max_length": LENGTH, "gradient_checkpointing": False, **common}
             settings = arguments(LoraSFTConfig, *made, **more)
             trainer = LoraSFTTrainer(
                 model, settings, train_dataset=Dataset.from_list(train), processing_class=tokenizer
@@ -175,28 +180,52 @@ def run(args: argparse.Namespace) -> None:
     }  # fmt: skip
 
     def key(method: str, rate: float, seed: int, split: str) -> dict[str, Any]:
-        return {**where, "split": split, "method": method, "settings": f"rate={rate:g}", "seed": seed}
+        settings = f"rate={rate:g}{BF16 if args.bf16 else ''}"
+        return {**where, "split": split, "method": method, "settings": settings, "seed": seed}
 
-    def make(method: str, rate: float, seed: int, split: str) -> None:
-        """A run, unless it is there or the time is over."""
-        if runs.find(key(method, rate, seed, split)) is None and time.monotonic() < end:
+    def made(method: str, rate: float, seed: int, split: str) -> float | None:
+        """The result of a run as a number to be maximized; None if it is not there and the time is over."""
+        found = runs.find(key(method, rate, seed, split))
+        if found is None and time.monotonic() < end:
             value, seconds, megabytes = None, 0.0, 0.0
             try:
                 (value, seconds), megabytes = studies.alone(train, args, method, rate, seed, split != studies.TEST)
             except TrainingError as error:  # it diverged
                 print(error, file=sys.stderr)
             runs.add(key(method, rate, seed, split), metric, value, seconds, megabytes)
+            found = runs.find(key(method, rate, seed, split))
+        if found is None:
+            return None
+        return -math.inf if found["value"] is None else sign * found["value"]
 
     for method in args.methods:
-        part = 0.1 if method == FULL else 1.0
-        for rate in args.rates:
-            make(method, part * rate, 0, studies.HELD_OUT)
-        found = {rate: runs.find(key(method, part * rate, 0, studies.HELD_OUT)) for rate in args.grid}
-        if all(found.values()):
-            values = {rate: run["value"] for rate, run in found.items() if run and run["value"] is not None}
-            best = max(values, key=lambda rate: sign * values[rate])
+        rates = [rate * (0.1 if method == FULL else 1) for rate in args.rates]
+        best = best_of(rates, lambda rate, name=method: made(name, rate, 0, studies.HELD_OUT), args.climb)
+        if best is not None:
             for seed in args.seeds:
-                make(method, part * best, seed, studies.TEST)
+                made(method, best, seed, studies.TEST)
+
+
+def best_of(rates: list[float], value: Callable[[float], float | None], climb: bool) -> float | None:
+    """The rate with the highest value; None as soon as one has no value, or if all diverge.
+
+    Args:
+        climb: go from the middle to the higher and then to the lower rates, up to the first that is worse.
+    """
+    middle, highest = len(rates) // 2, -math.inf
+    best: float | None = None
+    for way in [rates[middle:], rates[:middle][::-1]] if climb else [rates]:
+        for rate in way:
+            found = value(rate)
+            if found is None:
+                return None
+            if found > highest:
+                best, highest = rate, found
+            elif climb and best is not None:
+                break
+        if best != rates[middle] and best is not None:
+            break
+    return best
 
 
 def tables(runs: studies.Runs) -> str:
@@ -204,7 +233,8 @@ def tables(runs: studies.Runs) -> str:
     groups: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for each in runs.all:
         if each["study"] == "methods" and each["split"] == studies.TEST:
-            groups[each["data"], each["metric"]][each["method"]].append(each)
+            data = each["data"] + (", products in bfloat16" if BF16 in each["settings"] else "")
+            groups[data, each["metric"]][each["method"]].append(each)
     lines = []
     for (data, metric), methods in groups.items():
         factor, digits = (100, 2) if metric == "accuracy" else (1, 3)
@@ -214,7 +244,8 @@ def tables(runs: studies.Runs) -> str:
             if found := methods.get(method):
                 value = studies.spread([factor * each["value"] for each in found], digits)
                 seconds = studies.spread([each["seconds"] for each in found], 0)
-                rate, peak = found[-1]["settings"].removeprefix("rate="), max(each["megabytes"] for each in found)
+                rate = found[-1]["settings"].removeprefix("rate=").removesuffix(BF16)
+                peak = max(each["megabytes"] for each in found)
                 lines.append(f"| {name} | {rate} | {value} | {len(found)} | {seconds} | {peak:,} |")
         lines.append("")
     return "\n".join(lines)
