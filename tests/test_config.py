@@ -14,8 +14,9 @@ import pytest
 from helpers import tiny_llama
 
 from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, apply_lora, inspect_adapter
-from hf_lora.config import _DESCRIPTIVE, OF_INITS
+from hf_lora.config import OF_INITS
 from hf_lora.errors import Faults
+from hf_lora.foreign_fields import DESCRIPTIVE
 
 FULL: dict[str, Any] = dict(
     r=5,
@@ -291,7 +292,7 @@ def test_every_argument_of_pefts_constructor_is_one_here(name: str) -> None:
     default = getattr(peft.LoraConfig(), name)
     given = {name: default} if name not in ("target_modules", "peft_type") else {}
     assert LoraConfig(**given) == LoraConfig(**{k: v for k, v in given.items() if k in OWN})
-    if name in _DESCRIPTIVE:
+    if name in DESCRIPTIVE:
         assert LoraConfig(**{name: "another"}) == LoraConfig()
     elif name not in (*OWN, "peft_type"):
         with pytest.raises(ConfigError, match=f"{name}='another' is not supported"):

@@ -33,6 +33,8 @@ METHODS = {
     "hf_lora": "hf_lora",
 }
 """How the page names the methods of the studies."""
+NO_BREAK = "\u2011"
+"""A hyphen at which no line ends."""
 HIGHER = {"accuracy", "exact match", "field F1"}
 """Metrics of which higher values are better; they are shown in percent."""
 
@@ -52,7 +54,11 @@ def section(data: str, metric: str, found: dict[tuple[str, ...], list[dict[str, 
     unit = f"{metric}, %" if metric in HIGHER else metric
     ordered = sorted(found.items(), key=lambda item: (sign * mean(item[1]), item[0]))
     commands = list(dict.fromkeys(run["command"] for _, group in ordered for run in group if run["command"]))
-    lines = [f"## {data}", "", f"| model | method | {unit} | seeds | seconds | peak memory, MB | date | command |"]
+    lines = [
+        f"## {data}: {metric}",
+        "",
+        f"| model | method | {unit} | seeds | seconds | peak memory, MB | date | command |",
+    ]
     lines.append("|---|---|--:|--:|--:|--:|---|--:|")
     for (model, method, settings), group in ordered:
         values = [factor * run["value"] for run in group]
@@ -62,7 +68,7 @@ def section(data: str, metric: str, found: dict[tuple[str, ...], list[dict[str, 
             model, f"{named}: {settings}" if settings else named, result, len(group),
             studies.spread(seconds, 0) if (seconds := given(group, "seconds")) else "–",
             f"{max(peaks):,}" if (peaks := given(group, "megabytes")) else "–",
-            max(run["date"] for run in group),
+            max(run["date"] for run in group).replace("-", NO_BREAK),
             ", ".join(sorted({str(commands.index(run["command"]) + 1) for run in group if run["command"]})) or "–",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(map(str, cells))} |")
