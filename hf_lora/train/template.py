@@ -58,7 +58,7 @@ def template(task: str, model: str | None = None) -> str:
 def template_of(found: Recommendation) -> str:
     """A YAML file for `hf-lora train --config` with what is recommended for a model and data, and the reasons."""
     known = TASKS[found.task]
-    active = {"output_dir": _OUTPUT, **found.given}
+    active = {**found.given, "output_dir": found.given.get("output_dir", _OUTPUT)}
     lines = _active(active)
     for choice in found.settings:
         lines += _commented(f"{choice.reason[0].upper()}{choice.reason[1:]}:")
