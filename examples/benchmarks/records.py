@@ -31,6 +31,7 @@ METHODS = {
     "peft_cls": "PEFT, first token",
     "peft_mean": "PEFT, mean",
     "hf_lora": "hf_lora",
+    "train": "hf-lora train",
 }
 """How the page names the methods of the studies."""
 NO_BREAK = "\u2011"
