@@ -50,6 +50,11 @@ class Average(Watch):
         self._aside: list[Tensor] | None = None
         """The weights, while the model has the averages."""
 
+    @property
+    def is_running(self) -> bool:
+        """Whether there are averages now."""
+        return bool(self._averages)
+
     def begin(self, decay: float) -> None:
         """Begin a run; with a decay of 0, without averages."""
         self.forget()

@@ -7,8 +7,9 @@ moves by s·(dB A + B dA). With a half of the step for each term, the steepest d
     dB = -rate / (2 s) · msign(G_B S_A^(-1/2)) S_A^(-1/2)        S_A = A Aᵀ
     dA = -rate / (2 s) · S_B^(-1/2) msign(S_B^(-1/2) G_A)        S_B = Bᵀ B
 
-where G are the averages of the gradients. `rate` thus bounds the spectral norm of what a step adds to the weight, so
-it depends neither on the rank nor on the sizes of A and B.
+where G are the averages of the gradients. To first order, `rate` thus bounds the spectral norm of what a step adds to
+the weight, so it depends neither on the rank nor on the sizes of A and B. The second order, s·dB dA, is small but
+where B lacks directions: in the first steps of a rank that is higher than that of the gradients.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ et al. 2025, The Polar Express (arXiv:2505.16932)."""
 
 
 class Pair(NamedTuple):
-    """The factors of a linear layer: A (R, I), B (O, R), and what multiplies their product."""
+    """The factors of a linear layer: A (R, I), B (O, R), and what multiplies their product, which is not 0."""
 
     a: nn.Parameter
     b: nn.Parameter
@@ -64,7 +65,7 @@ def factor_pairs(model: nn.Module) -> list[Pair]:
                 for kind, factor in layer.factors(name)
                 if (spec := adapter.specs[kind]).trainable and factor.weight.requires_grad
             }
-            if {"RI", "OR"} <= trained.keys():
+            if {"RI", "OR"} <= trained.keys() and adapter.scaling:
                 found.append(Pair(trained["RI"], trained["OR"], adapter.scaling))
     uses = defaultdict[int, int](int)
     for pair in found:
@@ -120,7 +121,7 @@ class LoraMuon(Optimizer):
             polar = inverse_roots([_gram(each) for each in mixed])
             steps = [r.mT @ (p @ each) for r, p, each in zip(inner, polar, mixed, strict=True)]
             for i, pair in enumerate(alike):
-                size = rate / (2 * pair.scaling)
+                size = rate / (2 * abs(pair.scaling))
                 for factor, step in ((pair.a, steps[i]), (pair.b, steps[len(alike) + i].mT)):
                     factor.mul_((1 - rate * decay) ** 0.5)  # so the product's decay is that of AdamW
                     factor.sub_((size * step).to(factor.dtype))
@@ -167,8 +168,10 @@ def inverse_roots(grams: Sequence[Tensor]) -> Tensor:
 def _normalized(grams: Sequence[Tensor], damping: float) -> tuple[Tensor, Tensor]:
     """(S / |S| + damping, |S|) with |S| the Frobenius norm: (N, R, R) and (N, 1, 1). A norm of zero counts as 1."""
     stack = torch.stack(list(grams))
-    norms = torch.linalg.matrix_norm(stack, keepdim=True)
-    norms = torch.where(norms > 0, norms, 1.0)
+    largest = stack.abs().amax((-2, -1), keepdim=True)  # squares of very small or large values are 0 or infinite
+    largest = torch.where(largest > 0, largest, 1.0)
+    norms = torch.linalg.matrix_norm(stack / largest, keepdim=True)
+    norms = torch.where(norms > 0, norms, 1.0) * largest
     stack = stack / norms
     stack.diagonal(dim1=-2, dim2=-1).add_(damping)
     return stack, norms

@@ -149,7 +149,7 @@ def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], obj
         model = adapted_part(trainer.model)
         lines = [summary_line(model, data, steps)]
         if report is not None:  # the trainer logs them too
-            start = start_lines(model, trainer.accelerator, parsed.training.optim)
+            start = start_lines(model, trainer.accelerator, None, parsed.training)
             lines += start if parsed.run.verbose else start[-1:]
         lines += [adapter_table(model)] if parsed.run.verbose else []
         lines += hints(trainer.args, steps, bool(getattr(trainer.args, "packing", False)))

@@ -62,9 +62,14 @@ def search_learning_rate(parsed: Parsed, data: Data) -> list[Trial]:
         The trials, in the order in which they ran.
 
     Raises:
-        ConfigError: there are too few rows, or every rate diverged.
+        ConfigError: there are too few rows, LoRA-Muon trains everything, or every rate diverged.
     """
     rows = data.rows["train"]
+    if parsed.training.muon_learning_rate is not None and not data.task.has_head:
+        raise ConfigError(
+            "--learning-rate auto searches for the rate of AdamW, which has nothing to train beside "
+            "--muon-learning-rate. Leave one of them out."
+        )
     if len(rows) < FEWEST_ROWS:
         raise ConfigError(
             f"--learning-rate auto needs at least {FEWEST_ROWS} rows, because a part of them is held out; there are "

@@ -219,23 +219,36 @@ def check_start(trainer: Trainer, model: nn.Module, call: str) -> None:
     check_same_adapters(model, call)
 
 
-def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any) -> list[str]:
-    """Lines with the trainable share, each active adapter and the precision. `optimizer` may be its name in `args`."""
+def start_lines(model: nn.Module, accelerator: Accelerator, optimizer: Any, args: TrainingArguments) -> list[str]:
+    """Lines with the trainable share, each active adapter and the precision.
+
+    Args:
+        optimizer: None if it will be made from `args`.
+    """
     state = require_state(model, "train")
     adapters = [summary(model, state, name) for name in state.activity.active]
-    own = getattr(optimizer, "optimizer", optimizer)  # in a second run it is wrapped
-    name = type(own).__name__ if hasattr(own, "param_groups") else str(getattr(own, "value", own))
+    if optimizer is not None:
+        name = type(getattr(optimizer, "optimizer", optimizer)).__name__  # in a second run it is wrapped
+    else:
+        name = str(getattr(args.optim, "value", args.optim))
+        if getattr(args, "muon_learning_rate", None) is not None:
+            name = f"LoRA-Muon and {name}"
     return [trainable_line(model), *adapters, precision_line(model, accelerator, name)]
 
 
-def warn_at_start(model: nn.Module, learning_rate: float | None, dtype: torch.dtype | None) -> None:
-    """Warn about random base weights, a base that no longer has its first `dtype`, and the default learning rate."""
+def warn_at_start(model: nn.Module, args: TrainingArguments | None, dtype: torch.dtype | None) -> None:
+    """Warn about random base weights, a base that no longer has its first `dtype`, and the default learning rate.
+
+    Args:
+        args: None if the optimizer was not made from them.
+    """
     if require_state(model, "train").random_base:
         logger.warning(
             "The base model was created from a config: its weights are random. LoRA does not train them, so results "
             "will be poor. Load a checkpoint with from_pretrained."
         )
-    if learning_rate == DEFAULT_RATE:
+    muon = getattr(args, "muon_learning_rate", None)
+    if args is not None and args.learning_rate == DEFAULT_RATE and muon is None:
         logger.warning_once(
             f"learning_rate is Trainer's default of {DEFAULT_RATE:g}, which is for full fine-tuning. LoRA usually "
             "needs 1e-4 to 5e-4, small models more."

@@ -149,9 +149,15 @@ class LoraTrainerMixin(HubMethods):
                 watch.finished()
             self._first_batch.finished()
 
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self.average.begin(getattr(self.args, "ema", 0.0))  # the trial's
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         initialize(self, self._adapted_model, resume_from_checkpoint)
         self._begin()
+        if resume_from_checkpoint is not None and self.average.is_running:  # again, as a batch was too large
+            self._load_from_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
             self.average.resume(Path(resume_from_checkpoint))
         # Under these engines Trainer would look for a full model there, and for the engine's files.
@@ -174,8 +180,8 @@ class LoraTrainerMixin(HubMethods):
         if self.is_fsdp_enabled:
             broadcast_trainable(model, self.args.device)
         if self.is_world_process_zero():
-            logger.info("\n".join(start.start_lines(model, self.accelerator, self.optimizer or self.args.optim)))
-            start.warn_at_start(model, self.args.learning_rate if self.optimizer is None else None, self._base_dtype)
+            logger.info("\n".join(start.start_lines(model, self.accelerator, self.optimizer, self.args)))
+            start.warn_at_start(model, self.args if self.optimizer is None else None, self._base_dtype)
         self._flops_per_token = self._step_loss = None
         self._first_batch.restart(self, model)
         self.head_loss.restart()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import adapter_values, sentences, tiny_bert
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_lora import LoraConfig, LoraModel, LoraTrainer, LoraTrainingArguments
 from hf_lora.errors import AdapterFileError, ConfigError
@@ -107,6 +107,51 @@ def test_resuming_changes_no_bit(arguments: Make, settings: dict[str, Any]) -> N
     again = Path(resumed.args.output_dir) / last.name
     if last != cut:
         assert_same_tensors(load_file(again / FILE), load_file(last / FILE))
+
+
+def test_a_batch_that_is_too_large_at_first_changes_no_average(arguments: Make) -> None:
+    """With `auto_find_batch_size`, Trainer prepares the training again, and does not load the checkpoint again."""
+    common = {**COMMON, "save_strategy": "steps", "save_steps": 6, "ema": 0.9}
+    cut = Path(run(arguments(name="whole", **common)).args.output_dir) / "checkpoint-6"
+    saved = LoraModel.from_pretrained(cut, base_model=tiny_bert(), is_trainable=True)
+    averages, failures = list[Values](), ["CUDA out of memory."]
+
+    class Failing(LoraTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            if failures:
+                raise RuntimeError(failures.pop())
+            return super().training_step(*args, **kwargs)
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with trainer.average.applied():
+                averages.append(adapter_values(trainer.model))
+
+    args = arguments(name="resumed", **common, auto_find_batch_size=True)
+    trainer = Failing(tiny_bert(), args, train_dataset=sentences(), lora_config=CONFIG, callbacks=[Look()])
+    trainer.train(resume_from_checkpoint=str(cut))
+    assert len(averages) == 2
+    for found in averages:
+        assert_same_tensors(found, adapter_values(saved))
+
+
+def test_a_trial_of_a_search_has_its_own_decay(arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer writes the values of a trial into the arguments when `train` has begun."""
+    seen = list[float]()
+    decays = [0.5, 0.7]
+    monkeypatch.setattr(
+        Trainer, "_hp_search_setup", lambda trainer, _: setattr(trainer.args, "ema", decays[len(seen)])
+    )
+
+    class Look(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(trainer.average.decay)
+
+    args = arguments(**{**COMMON, "max_steps": 1})
+    trainer = LoraTrainer(tiny_bert(), args, train_dataset=sentences(), lora_config=CONFIG, callbacks=[Look()])
+    for _ in decays:
+        trainer.train()
+    assert seen == decays
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

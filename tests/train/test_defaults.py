@@ -79,7 +79,10 @@ def test_the_rate_of_a_language_model_falls_with_its_width() -> None:
     assert 1.5e-4 < rate_for_width(4096) < 3e-4  # where others begin with several billion parameters
 
 
-@pytest.mark.parametrize(("optim", "fewest"), [(None, MUON_STEPS), ("adamw_torch", PACKED_STEPS)])
+@pytest.mark.parametrize(
+    ("options", "fewest"),
+    [("", MUON_STEPS), ("--muon-learning-rate 0.008", MUON_STEPS), ("--optim adamw_torch", PACKED_STEPS)],
+)
 @pytest.mark.parametrize(
     ("rows", "tokens", "muon", "adamw"),
     [
@@ -88,11 +91,11 @@ def test_the_rate_of_a_language_model_falls_with_its_width() -> None:
     ],
 )  # fmt: skip
 def test_packed_rows_are_as_long_as_the_steps_allow(
-    rows: int, tokens: int, muon: int, adamw: int, optim: str | None, fewest: int
+    rows: int, tokens: int, muon: int, adamw: int, options: str, fewest: int
 ) -> None:
     """Never shorter than the longest text, which would be cut."""
-    words = ["--model", "m", "--train-file", "f", "--use-cpu", *([] if optim is None else ["--optim", optim])]
-    parsed, expected = parse_arguments(words), muon if optim is None else adamw
+    words = ["--model", "m", "--train-file", "f", "--use-cpu", *options.split()]
+    parsed, expected = parse_arguments(words), muon if fewest == MUON_STEPS else adamw
     config = llama(576)
     parsed.training.per_device_train_batch_size = 1
     from datasets import Dataset
@@ -104,8 +107,8 @@ def test_packed_rows_are_as_long_as_the_steps_allow(
     assert data.length >= tokens
     steps = 3 * rows * tokens / data.length
     assert steps >= fewest or data.length == min(length for length in LENGTHS if length >= tokens)
-    rates = "--muon-learning-rate 0.008" if optim is None else "--loraplus-lr-ratio 4"
-    assert f"--learning-rate 0.001 {rates} (for the width 576)" in said
+    rates = {"": " --muon-learning-rate 0.008", "--optim adamw_torch": " --loraplus-lr-ratio 4"}.get(options, "")
+    assert f"--learning-rate 0.001{rates} (for the width 576)" in said
     assert (f"--max-length {expected}" in said) == (expected < 1024)
     given = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu", "--max-length", "900"])
     data.length = 900

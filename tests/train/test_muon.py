@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from hf_lora import LoraConfig, LoraTrainer, LoraTrainingArguments, apply_lora
+from hf_lora.adapt.walk import adapter_layers
 from hf_lora.errors import ConfigError
 from hf_lora.train import muon
 from hf_lora.train.muon import POLAR, WHITENING, LoraMuon, Pair, factor_pairs, inverse_roots, whitening
@@ -113,6 +114,26 @@ def test_roots_are_those_of_eigenvalues(condition: float, size: float) -> None:
     inner = whitening([s.float()])[0].double() @ root
     whole = (vectors * (values / (values + WHITENING * values.norm()))) @ vectors.T
     torch.testing.assert_close(inner.T @ inner, whole, rtol=0, atol=2e-3)
+
+
+def test_the_sign_of_the_scaling_changes_nothing() -> None:
+    """s and B give the weight that -s and -B give; PEFT's files may have a negative alpha."""
+    found, mirrored = with_gradient(pair()), pair()
+    mirrored = Pair(mirrored.a, nn.Parameter(-mirrored.b.detach()), -mirrored.scaling)
+    a, b = stepped(found)
+    a_too, b_too = stepped(with_gradient(mirrored))
+    assert torch.equal(a_too, a)
+    assert torch.equal(b_too, -b)
+
+
+@pytest.mark.parametrize("size", [2.0**-50, 2.0**40])
+def test_the_size_of_the_gradients_changes_nothing(size: float) -> None:
+    found, scaled = with_gradient(pair()), with_gradient(pair())
+    for factor in (scaled.a, scaled.b):
+        assert factor.grad is not None
+        factor.grad *= size
+    for step, expected in zip(stepped(scaled), stepped(found), strict=True):
+        torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_step_of_nothing_is_zero() -> None:
@@ -225,6 +246,9 @@ def test_pairs_are_those_of_linear_layers_that_are_trained_whole() -> None:
     assert len(factor_pairs(model)) == 2 * model.config.num_hidden_layers
     frozen = apply_lora(tiny_llama(), LoraConfig(r=4, method="lora_fa"))
     assert factor_pairs(frozen) == []
+    for layer in adapter_layers(model).values():
+        layer._lora.adapters["default"].scaling = 0.0  # as in a file with alpha=0, which learns nothing
+    assert factor_pairs(model) == []
 
 
 def test_settings_that_contradict_it_are_refused(arguments: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,12 @@ import torch
 from helpers import run_command, write_lines
 from safetensors.torch import load_file
 from tiny import OTHERS, TEXTS, bert_of_texts
+from transformers import LlamaConfig
 
 import hf_lora
 from hf_lora import ConfigError
+from hf_lora.tasks.base import Data
+from hf_lora.tasks.registry import CAUSAL_LM, TASKS
 from hf_lora.train import search
 from hf_lora.train.defaults import RATE
 from hf_lora.train.parsing import parse_arguments
@@ -131,3 +134,10 @@ def test_few_rows_and_a_word_that_is_not_auto_are_refused(base: str, tmp_path: P
     assert "invalid float value" in run_command(*common, "--learning-rate", "best", code=2).stderr
     for words in (["--learning-rate=auto"], ["--learning_rate", "auto"], ["--search-learning-rate"]):
         assert parse_arguments(["--model", "m", *words, "--seed", "3"]).run.search_learning_rate
+
+
+def test_it_is_refused_where_lora_muon_trains_everything(tmp_path: Path) -> None:
+    parsed = parse_arguments(["--model", "m", "--learning-rate", "auto", "--muon-learning-rate", "0.02"])
+    data = Data(TASKS[CAUSAL_LM], LlamaConfig(), None, length=8, rows={"train": [{}] * 30})
+    with pytest.raises(ConfigError, match="nothing to train beside --muon-learning-rate"):
+        search_learning_rate(parsed, data)
