@@ -73,6 +73,15 @@ class ImageRows(Sequence[dict[str, Any]]):
     def __init__(self, images: Sequence[Any], labels: Sequence[int], processor: Any) -> None:
         self._images, self._labels, self._processor = images, labels, processor
 
+    def select(self, indices: Sequence[int]) -> ImageRows:
+        """Some of the rows."""
+        chosen = [(self._images[i], self._labels[i]) for i in indices]
+        return ImageRows([image for image, _ in chosen], [label for _, label in chosen], self._processor)
+
+    def sources(self) -> list[tuple[Any, int]]:
+        """Where each image is, or itself, with its class index: what tells rows apart without reading them."""
+        return list(zip(self._images, self._labels, strict=True))
+
     def __len__(self) -> int:
         return len(self._images)
 

@@ -22,7 +22,7 @@ from ..tasks.registry import CAUSAL_LM
 from .defaults import Choice, as_words, choose, trained_tokens, width_of
 from .empty import empty_model, parameters_of_a_rank
 from .forecast import trained_rows
-from .parsing import Parsed, as_flag, parse_arguments
+from .parsing import Parsed, as_flag, parse_arguments, plain_values
 from .run_data import read_rows
 from .schedule import steps_of_rows
 
@@ -100,18 +100,14 @@ def arguments_for(
 
 def advise(parsed: Parsed) -> Recommendation:
     """The recommendation for the arguments of a run; see `recommend`."""
-    training, sources = parsed.training, (parsed.run, parsed.training)
-    given = {
-        field.name: getattr(source, field.name)
-        for source in sources
-        for field in dataclasses.fields(source)
-        if field.name in parsed.given
-    }
+    training, given = parsed.training, plain_values(parsed, parsed.given)
     data = read_rows(parsed, writes=False)
     settings = choose(parsed, data).made
     config, chosen = training.lora_config(), {name for each in settings for name in each.values}
     left = {name: getattr(training, name) for name in _OTHERS if name not in chosen and name not in parsed.given}
     left |= {"lora_alpha": config.alpha} if "lora_alpha" in left else {}
+    if training.lora_adapter is not None:  # which has its own rank
+        left = {name: value for name, value in left.items() if not name.startswith("lora_")}
     if left:
         settings.append(Choice(left, f"defaults of {data.task.name}, which do not depend on the data"))
     facts = {"rows": len(data.rows["train"])}
@@ -125,7 +121,8 @@ def advise(parsed: Parsed) -> Recommendation:
         setattr(data.config, name, value)
     model = empty_model(data.config, str(parsed.run.model), data.task.name, data.pooling)
     facts["parameters"] = trainable_parameters(model)[1]
-    facts["parameters_of_the_adapter"] = config.r * parameters_of_a_rank(model, config)
+    if training.lora_adapter is None:
+        facts["parameters_of_the_adapter"] = config.r * parameters_of_a_rank(model, config)
     batch = training.train_batch_size * training.world_size
     facts["steps"] = steps_of_rows(training, trained_rows(parsed, data), batch)
     return Recommendation(data.task.name, facts, settings, given, config)

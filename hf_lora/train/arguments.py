@@ -7,6 +7,7 @@ fields have types that it can parse (`list[str]`, a `re:` prefix, JSON text), an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -32,6 +33,8 @@ REGEX = "re:"
 LOWER_IS_BETTER = ("perplexity", "mean_perplexity", "wer", "cer", "ter", "mse", "mae", "rmse")
 """Metrics whose best value is the lowest, as `metric_for_best_model`."""
 _INIT = {"true": True, "false": False}
+_OF_NAMES = ("init_lora_weights", "method", "alora_invocation_tokens", *OF_INITS)
+"""The fields with names of methods and initializations, and what these need."""
 _IN_CONFIG = {"lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "lora_init": "init_lora_weights"}
 """The names in LoraConfig; other fields have the same name without the prefix lora_."""
 
@@ -223,8 +226,9 @@ class LoraArguments:
         if self.nonfinite not in ("stop", "skip"):
             faults.add(f"nonfinite={self.nonfinite!r} must be 'stop' or 'skip'")
         unknown = Faults("")
-        named = {name: values[name] for name in ("init_lora_weights", "method", *OF_INITS) if name in values}
-        check_names(LoraConfig(**named), unknown)
+        named = {name: values[name] for name in _OF_NAMES if name in values}
+        with contextlib.suppress(ConfigError):  # which the whole configuration raises too
+            check_names(LoraConfig(**named), unknown)
         faults.found += [_as_flag(fault) for fault in unknown.found]
         if self.lora_init_batches < 1:
             faults.add(f"lora_init_batches={self.lora_init_batches!r} must be an integer >= 1")

@@ -124,8 +124,8 @@ def typical(task: Task) -> dict[str, Any]:
     if not chooses(task):
         return {}
     if task.name == CAUSAL_LM:
-        return {"lora_r": RANKS[0], "learning_rate": rate_for_width(NARROW)}
-    return {"lora_r": CLASSIFIER_RANK, "learning_rate": RATE}
+        return {"lora_r": RANKS[0], "num_train_epochs": 3, "muon_learning_rate": MUON}
+    return {"lora_r": CLASSIFIER_RANK, "num_train_epochs": EPOCHS[0], "learning_rate": RATE}
 
 
 def choose(parsed: Parsed, data: Data) -> Choices:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.utils import logging
 
 from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
@@ -29,6 +30,7 @@ from .quantize import bits_of, dtype_of, quantized_bytes
 from .run_data import pooling_of, read_data
 from .schedule import steps_of_rows
 
+logger = logging.get_logger(__name__)
 ALLOCATOR = 1.4
 """Memory of a CPU per byte of activations: the C library keeps freed blocks (measured 1.3 to 1.5 with glibc)."""
 _ADAM = 2
@@ -46,7 +48,8 @@ class Forecast:
         steps: number of optimizer steps.
         weights, gradients, optimizer, activations: bytes of memory at the peak of a step; averages of the weights
             count with the optimizer; the activations are those of the longest batch, with what a backward pass needs
-            for a moment and what the allocator keeps; None where another library makes the batches.
+            for a moment and what the allocator keeps; None where another library makes the batches, or an operator
+            needs values.
         libraries: bytes of memory of Python and its libraries, if they share it with the tensors.
         adapter, checkpoint: bytes on disk.
     """
@@ -108,7 +111,10 @@ def forecast(parsed: Parsed) -> Forecast:
     libraries = _resident() if on_cpu else 0
     activations = None
     if data.task.name == CAUSAL_LM or type(data.task).collator is not Task.collator:  # else another library's batches
-        activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
+        try:
+            activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
+        except RuntimeError as error:  # an operator that has no form without values, such as grouped products
+            logger.info(f"The activations are not forecast: {error}")
     state = _ADAM * 4 * trained if "adam" in str(getattr(training.optim, "value", training.optim)) else 0
     if training.muon_learning_rate is not None:
         state -= 4 * sum(factor.numel() for pair in factor_pairs(model) for factor in (pair.a, pair.b))

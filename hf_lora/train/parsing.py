@@ -11,8 +11,9 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -221,17 +222,15 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
-    lines, argv = _with_search(lines), _with_search(argv)
-    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in (*lines, *argv) if w.startswith("--")}
-    parser.set_defaults(**{INTERVALS[name]: "steps" for name in _intervals_other_than_0([*lines, *argv])})
+    words = _with_search([*lines, *argv])
+    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+    parser.set_defaults(**{INTERVALS[name]: "steps" for name in _intervals_other_than_0(words)})
     try:
-        parsed = parser.parse_args_into_dataclasses([*lines, *argv], return_remaining_strings=True)
+        parsed = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     except LoraError:
         raise
     except FileNotFoundError as error:
-        option = next(
-            (word for word, value in itertools.pairwise([*lines, *argv]) if value == str(error.filename)), ""
-        )
+        option = next((word for word, value in itertools.pairwise(words) if value == str(error.filename)), "")
         raise ConfigError(f"hf-lora train: {option} {error.filename} does not exist.".replace("  ", " ")) from error
     except Exception as error:  # TrainingArguments found a conflict, an unknown value or a missing package
         if "load_best_model_at_end requires" in str(error):
@@ -271,17 +270,25 @@ def _is_zero(word: str) -> bool:
         return False
 
 
+_SEARCH = "--search_learning_rate=True"
+
+
 def _with_search(words: Sequence[str]) -> list[str]:
-    """The words, with `--learning-rate auto` as its own flag: the value is a number for the parser."""
+    """The words, with `--learning-rate auto` as its own flag: the value is a number for the parser.
+
+    The last rate counts: a number after `auto`, as on a command line behind a file, takes the flag away.
+    """
     found, skip = list[str](), False
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else ""
         name, _, value = word.partition("=")
         if skip:
             skip = False
-        elif name.replace("-", "_") == "__learning_rate" and (value or following) == "auto":
-            found.append("--search_learning_rate=True")
-            skip = not value
+        elif name.replace("-", "_") == "__learning_rate":
+            found = [each for each in found if each != _SEARCH]
+            is_auto = (value or following) == "auto"
+            found.append(_SEARCH if is_auto else word)
+            skip = is_auto and not value
         else:
             found.append(word)
     return found
@@ -304,6 +311,23 @@ def _read_yaml(config: str | os.PathLike[str]) -> dict[str, Any]:
     if twice:
         raise ConfigError(f"--config {config} sets {', '.join(twice)} more than once. Keep one line of each.")
     return values
+
+
+def plain_values(parsed: Parsed, names: Container[str]) -> dict[str, Any]:
+    """Some of the arguments, by name, as JSON and YAML have them."""
+    parts = (parsed.run, parsed.training)
+    found = {
+        f.name: _plain(getattr(part, f.name)) for part in parts for f in dataclasses.fields(part) if f.name in names
+    }
+    if found.get("report_to") == []:
+        found["report_to"] = "none"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def _flag_with(name: str, value: object) -> list[str]:

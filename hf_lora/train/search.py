@@ -29,6 +29,7 @@ from ..errors import ConfigError, TrainingError
 from ..safe_io.atomic import replace_together
 from ..tasks.base import Data
 from .build import build_trainer
+from .initialize import looks_at_batches
 from .parsing import Parsed
 from .schedule import steps_of
 from .template import as_yaml
@@ -62,7 +63,8 @@ def search_learning_rate(parsed: Parsed, data: Data) -> list[Trial]:
         The trials, in the order in which they ran.
 
     Raises:
-        ConfigError: there are too few rows, LoRA-Muon trains everything, or every rate diverged.
+        ConfigError: there are too few rows, LoRA-Muon trains everything, the initialization looks at batches,
+            or every rate diverged.
     """
     rows = data.rows["train"]
     if parsed.training.muon_learning_rate is not None and not data.task.has_head:
@@ -70,13 +72,18 @@ def search_learning_rate(parsed: Parsed, data: Data) -> list[Trial]:
             "--learning-rate auto searches for the rate of AdamW, which has nothing to train beside "
             "--muon-learning-rate. Leave one of them out."
         )
+    if looks_at_batches(parsed.training.lora_config()):
+        raise ConfigError(
+            f"--learning-rate auto: --lora-init {parsed.training.lora_init} looks at batches at the start of each "
+            "training, and the search starts every rate from one adapter. Pass a number, or another initialization."
+        )
     if len(rows) < FEWEST_ROWS:
         raise ConfigError(
             f"--learning-rate auto needs at least {FEWEST_ROWS} rows, because a part of them is held out; there are "
             f"{len(rows)}. Pass a number."
         )
     part, rest, held = _without_held_out(parsed, data)
-    store = _Store(Path(str(parsed.training.output_dir), FILE), parsed, len(rows))
+    store = _Store(Path(str(parsed.training.output_dir), FILE), parsed, data)
     rates = [parsed.training.learning_rate * factor for factor in FACTORS]
     trials: list[Trial] = []
     with contextlib.ExitStack() as stack:
@@ -162,11 +169,16 @@ class _Runner:
 class _Store:
     """The trials so far, in a file, for a search that was interrupted."""
 
-    def __init__(self, path: Path, parsed: Parsed, rows: int) -> None:
+    def __init__(self, path: Path, parsed: Parsed, data: Data) -> None:
         self._path = path
         given = {name: value for name, value in yaml.safe_load(as_yaml(parsed)).items() if name not in _NO_MATTER}
-        settings = json.dumps([given, rows, parsed.training.learning_rate], sort_keys=True, default=str)
-        self._key = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        settings = json.dumps([given, parsed.training.learning_rate], sort_keys=True, default=str)
+        digest = hashlib.sha256(settings.encode())
+        digest.update(data.config.to_json_string().encode())
+        rows = data.rows["train"]
+        for row in rows.sources() if hasattr(rows, "sources") else rows:
+            digest.update(repr(row).encode())
+        self._key = digest.hexdigest()[:16]
         try:
             self._held: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get(self._key, {})
         except (OSError, ValueError, AttributeError):
@@ -206,7 +218,7 @@ _NO_MATTER = ("resume_from_checkpoint", "overwrite", "verbose", "output_dir", "t
 """Arguments that have no effect on a trial."""
 _QUIET: dict[str, Any] = {
     "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
-    "resume_from_checkpoint": None,
+    "resume_from_checkpoint": None, "dataloader_drop_last": False,
 }  # fmt: skip
 
 

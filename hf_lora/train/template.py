@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 import re
 import textwrap
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 import yaml
 
 from ..errors import ConfigError, nearest
+from ..tasks.base import Task
 from ..tasks.registry import TASKS
 from .advice import Recommendation
 from .arguments import LoraTrainingArguments
 from .defaults import chooses, typical
-from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of
+from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of, plain_values
 
 WIDTH = 100
 _COMMON = {
@@ -41,7 +41,7 @@ def template(task: str, model: str | None = None) -> str:
         )
     known = TASKS[task]
     defaults = defaults_of(known, packing=True)
-    settings = {"lora_r": 8, "num_train_epochs": 3, "learning_rate": defaults.learning_rate, **typical(known)}
+    settings = typical(known) or {"lora_r": 8, "num_train_epochs": 3, "learning_rate": defaults.learning_rate}
     active: dict[str, Any] = {"model": model or "MODEL", "task": task, **known.files, "output_dir": _OUTPUT}
     if not chooses(known):
         active |= settings
@@ -52,7 +52,7 @@ def template(task: str, model: str | None = None) -> str:
             "Chosen from the data and the width of the model, where they are not set. Usual for small models:"
         )
         lines += [*(f"#{_line(name, value)}" for name, value in settings.items()), ""]
-    return _with_others(lines, {**known.options, **_COMMON}, active)
+    return _with_others(lines, _others(known), {**active, **settings})
 
 
 def template_of(found: Recommendation) -> str:
@@ -64,30 +64,31 @@ def template_of(found: Recommendation) -> str:
         lines += _commented(f"{choice.reason[0].upper()}{choice.reason[1:]}:")
         lines += [*(_line(name, value) for name, value in choice.values.items()), ""]
         active |= choice.values
-    return _with_others(lines, {**known.options, **_COMMON, **known.files}, active)
+    return _with_others(lines, {**_others(known), **known.files}, active)
+
+
+def _others(task: Task) -> dict[str, Any]:
+    """Options that a task has, each with an example."""
+    common = {name: value for name, value in _COMMON.items() if task.has_head or name != "head_learning_rate"}
+    return {**task.options, **common}
 
 
 def as_yaml(parsed: Parsed) -> str:
     """The arguments that a command line and its file set, and this command's own defaults, for `--config`."""
-    values: dict[str, Any] = {}
-    for part in (parsed.run, parsed.training):
-        for field in dataclasses.fields(part):
-            if field.name in parsed.given or field.name in DEFAULTS:
-                values[field.name] = _plain(getattr(part, field.name))
-    if values.get("report_to") == []:
-        values["report_to"] = "none"
+    values = plain_values(parsed, parsed.given | DEFAULTS.keys())
     return yaml.safe_dump(
         {name: v for name, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True
     )
 
 
-def _plain(value: object) -> object:
-    return value.value if isinstance(value, Enum) else value
-
-
 def _line(name: str, value: object) -> str:
-    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
-    return f"{name}: {value if plain else json.dumps(value)}"
+    if isinstance(value, list | tuple | Mapping):
+        return f"{name}: {_dumped(list(value) if isinstance(value, tuple) else value, flow=True)}"
+    return _dumped({name: value}, flow=False)
+
+
+def _dumped(value: object, flow: bool) -> str:
+    return yaml.safe_dump(value, default_flow_style=flow, sort_keys=False, allow_unicode=True, width=math.inf).rstrip()
 
 
 def _explained(name: str) -> list[str]:
@@ -111,10 +112,11 @@ def _active(values: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _with_others(lines: list[str], others: Mapping[str, Any], active: Mapping[str, Any]) -> str:
-    """The file of these lines, with other settings behind them as comments."""
+def _with_others(lines: list[str], others: Mapping[str, Any], named: Mapping[str, Any]) -> str:
+    """The file of these lines, which have some settings, with other ones behind them as comments."""
     lines = [*lines, "# Remove the # before a name to set it.", ""]
+    idle = {"loraplus_lr_ratio"} if "muon_learning_rate" in named else set()
     for name, value in others.items():
-        if name not in active:
+        if name not in named and name not in idle:
             lines += [*_explained(name), f"#{_line(name, value)}", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,29 @@ def test_a_template_of_data_has_the_settings_that_a_run_would_choose(
     assert "--data needs --model" in run("init", "causal-lm", tmp_path / "x", "--data", rows, code=2).stderr
     assert "--lora-r 4: these options" in run("init", "causal-lm", tmp_path / "x", "--lora-r", 4, code=2).stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--lr-scheduler-type", "cosine", "--optim", "adamw_torch", "--save-strategy", "no"),
+        ("--report-to", "none", "--lora-init-config", '{"rho": 1.5}', "--lora-init", "eva"),
+        ("--accelerator-config", '{"split_batches": true}', "--text-column", "no", "--label-column", "01"),
+    ],
+)
+def test_a_template_of_data_is_read_as_it_was_given(words: tuple[str, ...], bert_folder: str, tmp_path: Path) -> None:
+    """Enumerations, objects and words that mean something else in YAML."""
+    rows, file = tmp_path / "röws 🙂.jsonl", tmp_path / "run.yaml"
+    lines = [{"no": text, "01": label} for text, label in (("a dog", "x"), ("a cat", "y"))] * 4
+    rows.write_text("\n".join(map(json.dumps, lines)))
+    words = words if "01" in words else (*words, "--text-column", "no", "--label-column", "01")
+    run("init", "text-classification", file, "--model", bert_folder, "--data", rows, *words, "--use-cpu")
+    given = parse_arguments(["--task=text-classification", f"--model={bert_folder}", f"--train-file={rows}", *words])
+    again = parse_arguments([], file)
+    for name in given.given:
+        source = "run" if hasattr(given.run, name) else "training"
+        ours, theirs = (getattr(getattr(parsed, source), name) for parsed in (again, given))
+        assert ours == theirs or vars(ours) == vars(theirs), name
 
 
 def test_an_unknown_task_names_the_known_ones() -> None:

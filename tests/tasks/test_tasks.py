@@ -425,6 +425,10 @@ def test_images_of_a_dataset_stay_encoded(pictures: Path, vision: str) -> None:
     for row, same in zip(data.rows["train"], other.rows["train"], strict=True):
         assert torch.equal(row["pixel_values"], same["pixel_values"])
         assert row["labels"] == same["labels"]
+    chosen = other.rows["train"].select([2, 0])  # as the search for a learning rate holds rows out
+    assert chosen["labels"] == [1, 0]
+    assert torch.equal(chosen[1]["pixel_values"], other.rows["train"][0]["pixel_values"])
+    assert chosen.sources() == [other.rows["train"].sources()[i] for i in (2, 0)]
 
 
 # All tasks -----------------------------------------------------------------------------------------------------------

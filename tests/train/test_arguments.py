@@ -151,3 +151,10 @@ def test_beside_a_scripts_own_dataclasses() -> None:
     )
     assert type(training) is TrainingArguments
     assert lora.lora_config() == LoraConfig(r=2)
+
+
+def test_alora_by_its_name_and_its_tokens() -> None:
+    config = LoraTrainingArguments("out", lora_method="alora", lora_alora_invocation_tokens=[5]).lora_config()
+    assert (config.method, config.alora_invocation_tokens) == ("alora", [5])
+    with pytest.raises(ConfigError, match="lora_alora_invocation_tokens"):
+        LoraTrainingArguments("out", lora_method="alora")

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from helpers import run_command, tiny_bert, tiny_gpt2, tiny_llama, write_lines
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig
 
 from hf_lora import LoraConfig, apply_lora, finetune
 from hf_lora.tasks.registry import CAUSAL_LM
@@ -48,6 +48,21 @@ def test_the_peak_without_weights_is_that_of_a_real_step(make: Callable[[], Any]
         real(input_ids=torch.ones(shape, dtype=torch.long), **more).logits.float().sum().backward()
     head = 0 if task == CLASSIFICATION else 3 * 4 * shape[0] * shape[1] * real.config.vocab_size
     assert peak_of_step(empty, shape, task) - head == pytest.approx(live.peak, rel=0.1 if checkpointing else 0.02)
+
+
+def test_an_operator_without_a_form_without_values(chat_like: str, tmp_path: Path) -> None:
+    """The products of grouped experts in float32 on a CPU: all but the activations is forecast."""
+    folder = tmp_path / "experts"
+    MixtralConfig(
+        vocab_size=200, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, architectures=["MixtralForCausalLM"], dtype="float32",
+    ).save_pretrained(folder)  # fmt: skip
+    AutoTokenizer.from_pretrained(chat_like).save_pretrained(folder)
+    words = ["--model", folder, "--train-file", text_rows(tmp_path, 22, 5), "--task", "causal-lm", "--use-cpu"]
+    found = forecast(parse_arguments([str(word) for word in words]))
+    assert found.activations is None
+    assert found.trained > 0
+    assert "activations of a batch, which are not forecast" in str(found)
 
 
 @pytest.mark.parametrize("kind", ["classes", "packed", pytest.param("rows", marks=pytest.mark.slow)])

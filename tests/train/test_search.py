@@ -21,6 +21,7 @@ from hf_lora.tasks.registry import CAUSAL_LM, TASKS
 from hf_lora.train import search
 from hf_lora.train.defaults import RATE
 from hf_lora.train.parsing import parse_arguments
+from hf_lora.train.run_data import read_rows
 from hf_lora.train.search import FACTORS, FILE, RUNGS, Trial, describe, search_learning_rate
 
 TRIALS = sum(count for _, count in RUNGS)
@@ -98,6 +99,44 @@ def test_an_interrupted_search_goes_on(base: str, rows: Path, tmp_path: Path, mo
     assert not tried
     searched(tmp_path / "out", seed=3)  # another run
     assert len(tried) == TRIALS
+
+
+def test_other_rows_in_the_same_file_are_searched_anew(base: str, rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    keys = []
+    for text in (rows.read_text(), rows.read_text().replace("dog", "cat")):
+        file.write_text(text)
+        parsed = parse_arguments([], arguments(base, file, tmp_path / "out"))
+        keys.append(search._Store(tmp_path / FILE, parsed, read_rows(parsed, writes=False))._key)
+    assert keys[0] != keys[1]
+
+
+def test_initializations_that_look_at_batches_are_refused(base: str, rows: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--lora-init eva looks at batches"):
+        hf_lora.finetune(arguments(base, rows, tmp_path / "out", lora_init="eva"))
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_fewer_held_out_rows_than_a_batch(base: str, rows: Path, tmp_path: Path) -> None:
+    """They are evaluated whole, also if the training drops its last batch."""
+    more = {"dataloader_drop_last": True, "max_steps": 16}
+    lines: list[str] = []
+    hf_lora.finetune(arguments(base, rows, tmp_path / "out", **more), lines.append)
+    assert "by the loss on held-out rows" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "rate"),
+    [
+        ("auto", [], None), ("auto", ["--learning-rate", "1e-3"], 1e-3), ("1e-3", ["--learning-rate=auto"], None),
+        ("1e-3", ["--learning_rate", "2e-3"], 2e-3),
+    ],
+)  # fmt: skip
+def test_the_last_rate_counts(file: str, words: list[str], rate: float | None) -> None:
+    """Flags override a file, whether it has a number or `auto`."""
+    parsed = parse_arguments(words, {"model": "m", "learning_rate": file})
+    assert parsed.run.search_learning_rate == (rate is None)
+    assert rate is None or parsed.training.learning_rate == rate
 
 
 def test_a_rate_that_diverges_loses(base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
