@@ -27,6 +27,7 @@ from ..layers.copies import base_bias
 from ..layers.distributed import is_sharded, whole_shape
 from ..layers.parts import Bias, Copy, bias_key
 from ..layers.site import Site
+from ..pooled.pooling import POOLING, Pooling
 from .base_config import base_settings, other_settings
 from .biases import biases_in, is_of_base, modules_called_bias
 from .format import (
@@ -84,6 +85,9 @@ def _load(
         raise BaseMismatchError(
             f"{call}: {difference}. Load the base that the adapter was trained on, or pass allow_other_base=True."
         )
+    pooling = _other_pooling(model, file)
+    if pooling and getattr(getattr(model, "config", None), POOLING, None):  # its tensors fit
+        raise AdapterFileError(f"{call}: {pooling}")
     file, plan, frozen = _plan(model, file, call)
     if left_apart(model, file):
         file = replace(file, config=replace(file.config, ensure_weight_tying=False))
@@ -117,7 +121,8 @@ def _load(
     _check_base_copies(model, frozen, allow_other_base, call)
     compare(expected, tensors, faults)
     compare_kinds(copies, tensors, faults)
-    faults.check(AdapterFileError, "Nothing was changed. Check that the adapter was trained for this model.")
+    next_step = pooling or "Check that the adapter was trained for this model."
+    faults.check(AdapterFileError, f"Nothing was changed. {next_step}")
     heads = new_heads(model, plan, other)
     others = other_settings(model, file.extras)
     uncalled = uncalled_embeddings(model)
@@ -195,6 +200,19 @@ def load_adapter_weights(
         for tensor, values in zip(held, before, strict=True):
             tensor.copy_(values)
         raise
+
+
+def _other_pooling(model: nn.Module, file: AdapterFile) -> str:
+    """What to do about a classifier that pools in another way than that of the adapter; else empty."""
+    trained = file.extras.get(POOLING)
+    own = getattr(getattr(model, "config", None), POOLING, None)
+    if not trained or trained == own:
+        return ""
+    this = f"and this model's reads {Pooling.from_json(own)}" if own else "and this model's class has its own way"
+    return (
+        f"The adapter's classifier reads {Pooling.from_json(trained)}, {this}. Pass that pooling: "
+        "build_classifier(…, pooling=…), hf-lora train --pooling."
+    )
 
 
 def _own_tensors(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

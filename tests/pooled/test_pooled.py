@@ -407,6 +407,19 @@ def test_odd_files_of_a_checkpoint_are_said_and_its_own_class_is_used(
         assert found == replace(DECLARED["normalized"], modes=("cls", "max") if old else ("mean",))
 
 
+def test_an_adapter_of_another_pooling_is_refused(declared: dict[str, str], tmp_path: Path) -> None:
+    """Also where all tensors fit."""
+    path = declared["normalized"]
+    model = randomize(apply_lora(build_classifier(path, LABELS, pooling="mean"), LoraConfig(r=2)))
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    for pooling, said in (("cls", "this model's reads cls"), ("own", "this model's class has its own way")):
+        other = build_classifier(path, LABELS, pooling=pooling)
+        with pytest.raises(AdapterFileError, match=f"classifier reads mean, and {said}"):
+            LoraModel.from_pretrained(tmp_path, base_model=other)
+        assert not hasattr(other, "lora_configs")
+    LoraModel.from_pretrained(tmp_path, base_model=build_classifier(path, LABELS, pooling="mean"))
+
+
 def test_a_broken_pooling_in_a_file_is_refused(declared: dict[str, str], tmp_path: Path) -> None:
     model = randomize(apply_lora(build_classifier(declared["normalized"], LABELS), LoraConfig(r=2)))
     model.save_pretrained(tmp_path)  # type: ignore[operator]
