@@ -50,7 +50,8 @@ def build_classifier(
         a class of hf_lora over the same body, whose head also pools.
 
     Raises:
-        ConfigError: the pooling is unknown, or does not fit the model; or no labels are given for a new head.
+        ConfigError: the pooling is unknown, or does not fit the model; or there are no labels for a new head, or not
+            different ones.
     """
     options = dict(kwargs) if revision is None else {**kwargs, "revision": revision}
     config = AutoConfig.from_pretrained(path, **({"revision": revision} if revision is not None else {}))
@@ -59,6 +60,11 @@ def build_classifier(
         _check_saved(path, config, pooling)
     else:
         names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else list(labels)
+        if isinstance(labels, str) or not names or len(set(names)) < len(names):
+            raise ConfigError(
+                f"build_classifier({os.fspath(path)!r}): labels={labels!r:.200} must be the names of the classes, "
+                "each once, or their number, at least 1."
+            )
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if saved is not None and pooling is None:
         return saved.from_pretrained(path, **options)

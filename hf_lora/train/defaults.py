@@ -176,19 +176,20 @@ def rate_for_classifier(width: int) -> float:
 
 
 def _language_model(parsed: Parsed, data: Data) -> list[Choice]:
-    training, width = parsed.training, data.config.get_text_config().hidden_size
-    tokens = trained_tokens(data)
+    training, width, tokens = parsed.training, width_of(data), trained_tokens(data)
     rank = training.lora_r if "lora_r" in parsed.given else _rank(parsed, data, tokens)
     choices = [
         Choice({"lora_r": rank, "lora_alpha": min(rank, RANKS[0])}, f"for {tokens:,} trained tokens", _DOUBTS["rank"])
     ]
-    rates: dict[str, Any] = {"learning_rate": rate_for_width(width)}
-    has_muon = training.muon_learning_rate is not None or (width <= NARROW and _bears_muon(parsed, data))
-    if has_muon:
-        rates["muon_learning_rate"] = MUON
-    elif width <= NARROW and bears_rates(training):
-        rates["loraplus_lr_ratio"] = 4
-    choices.append(Choice(rates, f"for the width {width:,}", _DOUBTS["muon" if has_muon else "rates"]))
+    has_muon, is_narrow = training.muon_learning_rate is not None, width is not None and width <= NARROW
+    if width is not None:
+        rates: dict[str, Any] = {"learning_rate": rate_for_width(width)}
+        has_muon = has_muon or (is_narrow and _bears_muon(parsed, data))
+        if has_muon:
+            rates["muon_learning_rate"] = MUON
+        elif is_narrow and bears_rates(training):
+            rates["loraplus_lr_ratio"] = 4
+        choices.append(Choice(rates, f"for the width {width:,}", _DOUBTS["muon" if has_muon else "rates"]))
     if parsed.run.packing and parsed.run.max_length is None and training.max_steps <= 0:
         sizes = {split: [len(ids) for ids in rows["input_ids"]] for split, rows in data.rows.items()}
         total = sum(sizes["train"]) * training.num_train_epochs

@@ -113,6 +113,8 @@ class LoraMuon(Optimizer):
     def _step_pairs(self, pairs: Sequence[Pair], group: dict[str, Any]) -> None:
         rate, beta, decay = group["lr"], group["betas"][0], group["weight_decay"]
         for alike in _alike(pairs):
+            # Both from the same point. The step of B first, and that of A in the geometry of the new B, would bound
+            # what they add together, but was worse: an F1 of 0.665 instead of 0.682 (answers.py, two seeds).
             changes = [self._average(pair.a, beta) for pair in alike]
             changes += [self._average(pair.b, beta).mT for pair in alike]
             # A is changed in the geometry of B, and the reverse.

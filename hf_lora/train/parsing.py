@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from ..errors import ConfigError, Faults, LoraError, nearest
 from ..tasks.base import Defaults, Task
 from ..tasks.causal_lm import CausalLM
-from ..tasks.registry import TASKS, TEXT_CLASSIFICATION
+from ..tasks.registry import TASKS
 from .arguments import LoraTrainingArguments, flag
 
 DEFAULTS: dict[str, Any] = {
@@ -51,14 +51,14 @@ TASK_DEFAULTS: dict[str, Defaults] = {name: task.defaults for name, task in TASK
 
 
 CHOSEN = {
-    "lora_r": "8; 32 for text-classification, 64 for causal-lm",
-    "lora_alpha": "2 r; r for text-classification and, up to 64, causal-lm",
-    "lora_bias": "none; all for text-classification",
-    "loraplus_lr_ratio": "1; 4 for text-classification, and for causal-lm with AdamW up to a width of 1,024",
+    "lora_r": "8; 32 for text and multi-label classification, 64 for causal-lm",
+    "lora_alpha": "2 r; r for text and multi-label classification and, up to 64, causal-lm",
+    "lora_bias": "none; all for text and multi-label classification",
+    "loraplus_lr_ratio": "1; 4 for text and multi-label classification, and causal-lm with AdamW up to a width of 1,024",
     "muon_learning_rate": "AdamW; 0.008 for causal-lm up to a width of 1,024, if no setting of AdamW is given",
-    "head_learning_rate": "learning_rate; 0.0015 for text-classification, less beyond a width of 384",
-    "num_train_epochs": "3; up to 20 for text-classification with few rows",
-    "train_sampling_strategy": "random; group_by_length for text-classification",
+    "head_learning_rate": "learning_rate; 0.0015 for text and multi-label classification, less beyond a width of 384",
+    "num_train_epochs": "3; up to 20 for text and multi-label classification with few rows",
+    "train_sampling_strategy": "random; group_by_length for text and multi-label classification",
 }
 """Option -> its default where a task chooses one, see `train.defaults`."""
 
@@ -185,7 +185,7 @@ def describe_arguments() -> str:
     for name in (f.name for f in dataclasses.fields(Defaults)):
         values: dict[str, list[str]] = {}
         for task, defaults in TASK_DEFAULTS.items():
-            by_width = name == "learning_rate" and task in (TEXT_CLASSIFICATION, CausalLM.name, PACKED)
+            by_width = name == "learning_rate" and (task in (CausalLM.name, PACKED) or TASKS[task].pools)
             values.setdefault("by the width" if by_width else f"{getattr(defaults, name):g}", []).append(task)
         found = "; ".join(f"{value} for {', '.join(tasks)}" for value, tasks in values.items())
         text = _with_default(text, name, found)

@@ -365,6 +365,12 @@ def test_training_takes_the_declared_vector_and_starts_at_the_means(
     assert own.model.config.pooling == Pooling(("cls",)).to_json()
 
 
+@pytest.mark.parametrize("labels", [[], 0, -1, ["a", "a"], "ab"])
+def test_labels_that_are_no_classes_are_refused(labels: Any, declared: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="must be the names of the classes"):
+        build_classifier(declared["mean"], labels)
+
+
 def test_a_pooling_that_cannot_be_used_is_refused(declared: dict[str, str], rows: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'meen' is unknown"):
         run(declared["mean"], rows, tmp_path / "a", pooling="meen")

@@ -143,6 +143,21 @@ def chosen_for_a_language_model(*words: str, width: int = 576) -> LoraTrainingAr
     return parsed.training
 
 
+def test_a_language_model_whose_config_names_no_width_keeps_its_rates() -> None:
+    from datasets import Dataset
+
+    class Config:
+        def get_text_config(self) -> Config:
+            return self
+
+    parsed, config = parse_arguments(["--model", "m", "--train-file", "f", "--use-cpu"]), Config()
+    before = parsed.training.learning_rate
+    rows = {"train": Dataset.from_dict({"input_ids": [[1] * 50] * 400})}
+    choose(parsed, Data(TASKS[CAUSAL_LM], config, None, length=1024, rows=rows))  # type: ignore[arg-type]
+    assert (parsed.training.lora_r, parsed.training.learning_rate) == (64, before)
+    assert parsed.training.muon_learning_rate is None
+
+
 def llama(width: int) -> Any:
     return LlamaConfig(
         hidden_size=width, intermediate_size=64, num_hidden_layers=1, num_attention_heads=8, vocab_size=64
