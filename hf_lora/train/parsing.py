@@ -54,7 +54,7 @@ CHOSEN = {
     "lora_r": "8; 32 for text and multi-label classification, 64 for causal-lm",
     "lora_alpha": "2 r; r for text and multi-label classification and, up to 64, causal-lm",
     "lora_bias": "none; all for text and multi-label classification",
-    "loraplus_lr_ratio": "1; 4 for text and multi-label classification, and causal-lm with AdamW up to a width of 1,024",
+    "loraplus_lr_ratio": "1; 4 for text and multi-label classification, and causal-lm with AdamW up to width 1,024",
     "muon_learning_rate": "AdamW; 0.008 for causal-lm up to a width of 1,024, if no setting of AdamW is given",
     "head_learning_rate": "learning_rate; 0.0015 for text and multi-label classification, less beyond a width of 384",
     "num_train_epochs": "3; up to 20 for text and multi-label classification with few rows",
