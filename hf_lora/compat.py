@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
     "_load_best_model": (),
+    "_hp_search_setup": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_load_optimizer_and_scheduler": ("checkpoint",),
     "_prepare_for_training": ("max_steps", "train_dataloader", "resume_from_checkpoint"),
