@@ -270,24 +270,24 @@ def _is_zero(word: str) -> bool:
         return False
 
 
-_SEARCH = "--search_learning_rate=True"
-
-
 def _with_search(words: Sequence[str]) -> list[str]:
     """The words, with `--learning-rate auto` as its own flag: the value is a number for the parser.
 
     The last rate counts: a number after `auto`, as on a command line behind a file, takes the flag away.
     """
     found, skip = list[str](), False
+    at: int | None = None  # the place of `auto`
     for place, word in enumerate(words):
         following = words[place + 1] if place + 1 < len(words) else ""
         name, _, value = word.partition("=")
         if skip:
             skip = False
         elif name.replace("-", "_") == "__learning_rate":
-            found = [each for each in found if each != _SEARCH]
+            if at is not None:
+                del found[at]
             is_auto = (value or following) == "auto"
-            found.append(_SEARCH if is_auto else word)
+            at = len(found) if is_auto else None
+            found.append("--search_learning_rate=True" if is_auto else word)
             skip = is_auto and not value
         else:
             found.append(word)

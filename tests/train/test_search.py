@@ -139,6 +139,14 @@ def test_the_last_rate_counts(file: str, words: list[str], rate: float | None) -
     assert rate is None or parsed.training.learning_rate == rate
 
 
+@pytest.mark.parametrize("words", [[], ["--learning-rate", "1e-3"]])
+def test_a_search_that_is_asked_for_by_its_own_name_stays(words: list[str]) -> None:
+    """It is around the rate that is given."""
+    parsed = parse_arguments(words, {"model": "m", "search_learning_rate": True, "learning_rate": 1e-3})
+    assert parsed.run.search_learning_rate
+    assert parsed.training.learning_rate == 1e-3
+
+
 def test_a_rate_that_diverges_loses(base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_lora.train.run_data import read_data
 
