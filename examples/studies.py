@@ -51,11 +51,16 @@ class Runs:
                 if self.find(key) is None:
                     yield key
 
-    def add(self, key: dict[str, Any], metric: str, value: float | None, seconds: float, megabytes: float) -> None:
+    def add(
+        self, key: dict[str, Any], metric: str, value: float | None, seconds: float, megabytes: float
+    ) -> dict[str, Any]:
         """Add a run to those that are in the file now.
 
         Args:
             value: None if it diverged.
+
+        Returns:
+            The run.
         """
         self.all = Runs(self.file).all
         run = {
@@ -68,6 +73,7 @@ class Runs:
         aside.write_text(json.dumps(self.all, indent=1) + "\n", encoding="utf-8")
         os.replace(aside, self.file)
         print(json.dumps(run), flush=True)
+        return run
 
 
 def command() -> str:

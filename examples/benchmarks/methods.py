@@ -192,8 +192,7 @@ def run(args: argparse.Namespace) -> None:
                 (value, seconds), megabytes = studies.alone(train, args, method, rate, seed, split != studies.TEST)
             except TrainingError as error:  # it diverged
                 print(error, file=sys.stderr)
-            runs.add(key(method, rate, seed, split), metric, value, seconds, megabytes)
-            found = runs.find(key(method, rate, seed, split))
+            found = runs.add(key(method, rate, seed, split), metric, value, seconds, megabytes)
         if found is None:
             return None
         return -math.inf if found["value"] is None else sign * found["value"]

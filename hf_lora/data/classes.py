@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -217,6 +217,10 @@ class TokenRows(list[dict[str, Any]]):
     """
 
     cut = 0
+
+    def select(self, indices: Iterable[int]) -> Self:
+        """Some of the rows."""
+        return type(self)(self[i] for i in indices)
 
 
 def classification_rows(

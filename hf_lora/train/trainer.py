@@ -141,7 +141,6 @@ class LoraTrainerMixin(HubMethods):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Like `Trainer.train`; `resume_from_checkpoint=True` uses the newest complete checkpoint in `output_dir`."""
         resume_from_checkpoint = checkpoint_to_resume(resume_from_checkpoint, str(self.args.output_dir))
-        self.average.begin(getattr(self.args, "ema", 0.0))
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -150,15 +149,15 @@ class LoraTrainerMixin(HubMethods):
             self._first_batch.finished()
 
     def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
-        self.average.begin(getattr(self.args, "ema", 0.0))  # the trial's
+        super()._hp_search_setup(trial)  # every run calls it; in a search, it sets the arguments of the trial
+        self.average.begin(getattr(self.args, "ema", 0.0))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         initialize(self, self._adapted_model, resume_from_checkpoint)
         self._begin()
-        if resume_from_checkpoint is not None and self.average.is_running:  # again, as a batch was too large
-            self._load_from_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint is not None:
+            if self.average.is_running:  # again, as a batch was too large
+                self._load_from_checkpoint(resume_from_checkpoint)
             self.average.resume(Path(resume_from_checkpoint))
         # Under these engines Trainer would look for a full model there, and for the engine's files.
         own = None if self._is_sharded else resume_from_checkpoint
