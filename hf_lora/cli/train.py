@@ -125,13 +125,16 @@ def train(
 def _run(parsed: Parsed) -> RunResult:
     from ..train.checkpoint.manifest import checkpoints, why_incomplete
     from ..train.run import finetune
+    from ..train.search import FILE
 
     try:
         return finetune(parsed, report=typer.echo)
     except KeyboardInterrupt as end:
         folder = str(parsed.training.output_dir)
         saved = next((path for path in checkpoints(folder) if not why_incomplete(path)), None)
-        if saved is None:
+        if saved is None and parsed.run.search_learning_rate and Path(folder, FILE).is_file():
+            text = f"Interrupted. The trials of learning rates are in {Path(folder, FILE)}; the same command goes on."
+        elif saved is None:
             text = "Interrupted before the first checkpoint: nothing was saved. --save-steps sets how often one is."
         else:
             text = f"Interrupted. {saved} is saved. Continue with:\n{_continued(sys.argv)}"

@@ -151,16 +151,18 @@ def _classifier(parsed: Parsed, data: Data) -> list[Choice]:
     training = parsed.training
     rank = training.lora_r if "lora_r" in parsed.given else CLASSIFIER_RANK
     width = width_of(data) or CLASSIFIERS
-    rate = rate_for_classifier(width)
+    rate, reason = rate_for_classifier(width), f"for the width {width:,}"
+    if "learning_rate" in parsed.given:
+        rate, reason = training.learning_rate, f"for the rate {training.learning_rate:g}"
     rates: dict[str, Any] = {"learning_rate": rate}
     if bears_rates(training):
-        rates |= {"loraplus_lr_ratio": 4, "head_learning_rate": float(f"{HEAD * rate:.1e}")}
+        rates |= {"loraplus_lr_ratio": 4, "head_learning_rate": head_rate(rate)}
     choices = [
         Choice(
             {"lora_r": rank, "lora_alpha": rank, "lora_bias": "all"}, "measured best for small encoders",
             _DOUBTS["classifier"],
         ),
-        Choice(rates, f"for the width {width:,}", _DOUBTS["rates of a classifier"]),
+        Choice(rates, reason, _DOUBTS["rates of a classifier"]),
         Choice({"train_sampling_strategy": "group_by_length"}, "less padding"),
     ]  # fmt: skip
     steps = steps_of_epoch(training, len(data.rows["train"]), training.train_batch_size * training.world_size)
@@ -168,6 +170,11 @@ def _classifier(parsed: Parsed, data: Data) -> list[Choice]:
     if training.max_steps <= 0 and epochs > EPOCHS[0]:
         choices.append(Choice({"num_train_epochs": epochs}, f"{epochs * steps} steps", _DOUBTS["epochs"]))
     return choices
+
+
+def head_rate(rate: float) -> float:
+    """The default rate of a classifier's head, beside this one of A."""
+    return float(f"{HEAD * rate:.1e}")
 
 
 def rate_for_classifier(width: int) -> float:

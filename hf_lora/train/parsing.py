@@ -56,7 +56,7 @@ CHOSEN = {
     "lora_bias": "none; all for text and multi-label classification",
     "loraplus_lr_ratio": "1; 4 for text and multi-label classification, and causal-lm with AdamW up to width 1,024",
     "muon_learning_rate": "AdamW; 0.008 for causal-lm up to a width of 1,024, if no setting of AdamW is given",
-    "head_learning_rate": "learning_rate; 0.0015 for text and multi-label classification, less beyond a width of 384",
+    "head_learning_rate": "learning_rate; 3 times as much for text and multi-label classification",
     "num_train_epochs": "3; up to 20 for text and multi-label classification with few rows",
     "train_sampling_strategy": "random; group_by_length for text and multi-label classification",
 }

@@ -15,7 +15,7 @@ import gc
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,9 @@ from transformers.utils import logging
 from ..errors import ConfigError, TrainingError
 from ..safe_io.atomic import replace_together
 from ..tasks.base import Data
+from .arguments import LoraTrainingArguments
 from .build import build_trainer
+from .defaults import head_rate
 from .initialize import looks_at_batches
 from .parsing import Parsed
 from .schedule import steps_of
@@ -104,7 +106,7 @@ def search_learning_rate(parsed: Parsed, data: Data) -> list[Trial]:
     best = min(trials[-RUNGS[-1][1] :], key=lambda trial: trial.loss)
     if not math.isfinite(best.loss):
         raise ConfigError("--learning-rate auto: the training diverged with every rate that was tried. Pass a number.")
-    parsed.training.learning_rate = best.rate
+    _set_rate(parsed.training, best.rate, parsed.given)
     data.lines.append(describe(trials, best))
     return trials
 
@@ -123,6 +125,13 @@ def describe(trials: Sequence[Trial], best: Trial) -> str:
 
 def _loss(trial: Trial) -> str:
     return f"{trial.loss:.3f}" if math.isfinite(trial.loss) else "diverged"
+
+
+def _set_rate(training: LoraTrainingArguments, rate: float, given: Container[str]) -> None:
+    """Set the learning rate, and that of a head as a run with this rate would, if it is not `given`."""
+    training.learning_rate = rate
+    if training.head_learning_rate is not None and "head_learning_rate" not in given:
+        training.head_learning_rate = head_rate(rate)
 
 
 class _Runner:
@@ -154,7 +163,7 @@ class _Runner:
                 if name in self._start:
                     parameter.copy_(self._start[name])
         set_seed(trainer.args.seed)  # the same batches and dropout for every rate
-        trainer.args.learning_rate = rate
+        _set_rate(trainer.args, rate, self._parsed.given)
         trainer.args.max_steps = max(2, self._steps // divisor)
         trainer.optimizer = trainer.lr_scheduler = None
         loss = math.inf
@@ -210,8 +219,8 @@ def _without_held_out(parsed: Parsed, data: Data) -> tuple[Parsed, Data, Any]:
     for name, value in _QUIET.items():
         setattr(training, name, value)
     part = dataclasses.replace(parsed, training=training)
-    rest = dataclasses.replace(data, rows={"train": _rows(rows, kept)}, lines=[])
-    return part, rest, _rows(rows, held)
+    rest = dataclasses.replace(data, rows={"train": rows.select(kept)}, lines=[])
+    return part, rest, rows.select(held)
 
 
 _NO_MATTER = ("resume_from_checkpoint", "overwrite", "verbose", "output_dir", "test_file", "eval_file")
@@ -220,7 +229,3 @@ _QUIET: dict[str, Any] = {
     "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "push_to_hub": False,
     "resume_from_checkpoint": None, "dataloader_drop_last": False,
 }  # fmt: skip
-
-
-def _rows(rows: Any, indices: list[int]) -> Any:
-    return rows.select(indices) if hasattr(rows, "select") else type(rows)(rows[i] for i in indices)

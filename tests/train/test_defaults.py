@@ -57,6 +57,12 @@ def test_what_the_user_gave_stays(base: str, tmp_path: Path) -> None:
     assert read(base, file, "--max-steps", "5")[0].training.num_train_epochs == 3
 
 
+def test_the_rate_of_the_head_follows_one_that_is_given(base: str, tmp_path: Path) -> None:
+    file = labeled(tmp_path / "rows.jsonl", 32)
+    training = read(base, file, "--learning-rate", "2e-5")[0].training
+    assert (training.learning_rate, training.loraplus_lr_ratio, training.head_learning_rate) == (2e-5, 4, 6e-5)
+
+
 def test_rates_are_chosen_only_where_they_can_be_set(base: str, tmp_path: Path) -> None:
     file = labeled(tmp_path / "rows.jsonl", 32)
     for words in (("--lora-init", "mica"), ("--optim", "sgd")):

@@ -19,7 +19,7 @@ from hf_lora import ConfigError
 from hf_lora.tasks.base import Data
 from hf_lora.tasks.registry import CAUSAL_LM, TASKS
 from hf_lora.train import search
-from hf_lora.train.defaults import RATE
+from hf_lora.train.defaults import RATE, head_rate
 from hf_lora.train.parsing import parse_arguments
 from hf_lora.train.run_data import read_rows
 from hf_lora.train.search import FACTORS, FILE, RUNGS, Trial, describe, search_learning_rate
@@ -101,6 +101,22 @@ def test_an_interrupted_search_goes_on(base: str, rows: Path, tmp_path: Path, mo
     assert len(tried) == TRIALS
 
 
+def test_ctrl_c_says_that_the_trials_are_kept(
+    base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Any, rate: float, divisor: int) -> Trial:
+        if rate > RATE:
+            raise KeyboardInterrupt
+        return Trial(rate, 80 // divisor, 1.0)
+
+    monkeypatch.setattr(search._Runner, "run", run)
+    given = arguments(base, rows, tmp_path / "out")
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    said = run_command("train", *words, code=130).stderr
+    assert f"{tmp_path / 'out' / FILE}; the same command goes on" in " ".join(said.split())
+    assert "nothing was saved" not in said
+
+
 def test_other_rows_in_the_same_file_are_searched_anew(base: str, rows: Path, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     keys = []
@@ -160,6 +176,10 @@ def test_a_rate_that_diverges_loses(base: str, rows: Path, tmp_path: Path, monke
     assert words.training.learning_rate == pytest.approx(RATE / 2)
     assert data.lines[-1].startswith("learning rate 0.00025")
     assert "0.001: diverged" in data.lines[-1]
+    assert words.training.head_learning_rate == head_rate(words.training.learning_rate)
+    words = parse_arguments([], arguments(base, rows, tmp_path / "head", head_learning_rate=0.01))
+    search_learning_rate(words, read_data(words))
+    assert (words.training.learning_rate, words.training.head_learning_rate) == (pytest.approx(RATE / 2), 0.01)
     losses.update(dict.fromkeys(losses, float("inf")))
     words = parse_arguments([], arguments(base, rows, tmp_path / "none"))
     with pytest.raises(ConfigError, match="diverged with every rate"):
