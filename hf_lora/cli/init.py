@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from ..errors import ConfigError
-from .options import OTHER_ARGUMENTS, path
+from .options import OTHER_ARGUMENTS, path, refuse_repeated
 from .threads import threads_for_free_cores
 
 
@@ -30,6 +30,8 @@ def init(
     With --model and --data, it holds the settings that `hf-lora recommend` prints, and the options of `hf-lora train`
     apply: --label-column category.
     """
+    options = {"--task": "the first argument", **dict.fromkeys(("--train-file", "--dataset"), "the option --data")}
+    refuse_repeated("init", ctx.args, options)
     with threads_for_free_cores():
         from ..train.advice import advise, arguments_for
         from ..train.parsing import parse_arguments

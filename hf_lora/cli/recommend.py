@@ -6,7 +6,7 @@ import json
 
 import typer
 
-from .options import OTHER_ARGUMENTS
+from .options import OTHER_ARGUMENTS, refuse_repeated
 from .threads import threads_for_free_cores
 
 
@@ -28,6 +28,8 @@ def recommend(
 
     The weights are not loaded. The options of `hf-lora train` apply: --label-column category, --max-steps 500.
     """
+    options = {"--model": "the first argument", **dict.fromkeys(("--train-file", "--dataset"), "the second argument")}
+    refuse_repeated("recommend", ctx.args, options)
     with threads_for_free_cores():
         from ..train.advice import advise, arguments_for
         from ..train.parsing import parse_arguments

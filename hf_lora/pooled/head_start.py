@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -55,11 +56,8 @@ def start_head(
     Raises:
         ConfigError: the head cannot be started: no linear layer makes the logits, or a label does not fit.
     """
-    head = last_linear(model)
-    labels = torch.tensor([int(label) for label in _column(dataset, label_column)])
-    classes = int(model.config.num_labels)
-    if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ConfigError(f"start_head: the labels must be 0 to {classes - 1}, and there must be rows.")
+    head, classes = last_linear(model), int(model.config.num_labels)
+    labels = _labels(dataset, label_column, classes)
     chosen = _first_of_each(labels, per_class)
     rows = Subset(dataset, chosen.tolist())
     with kept_random_states():
@@ -130,8 +128,29 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor,
     return weight, -scale * squared / 2 - weight @ center, loss
 
 
-def _column(dataset: Any, name: str) -> Any:
-    return dataset[name] if hasattr(dataset, "column_names") else [row[name] for row in dataset]
+def _labels(dataset: Any, name: str, classes: int) -> Tensor:
+    """The labels of the rows, [rows].
+
+    Raises:
+        ConfigError: there is no such column, there are no rows, or a label is not the index of a class.
+    """
+    try:
+        found = list(dataset[name] if hasattr(dataset, "column_names") else [row[name] for row in dataset])
+    except KeyError:
+        raise ConfigError(
+            f"start_head: the rows have no column {name!r}. Name that of the labels: label_column=…"
+        ) from None
+    wrong = [label for label in found if not _is_index(label, classes)]
+    if wrong or not found:
+        what = f"{len(wrong)} of {len(found)} labels are not, such as {wrong[0]!r}" if found else "there are no rows"
+        raise ConfigError(f"start_head: the labels must be indices of classes, 0 to {classes - 1}; {what}.")
+    return torch.tensor([int(label) for label in found])
+
+
+def _is_index(label: Any, classes: int) -> bool:
+    if isinstance(label, Tensor):
+        label = label.item() if label.numel() == 1 and not label.is_floating_point() else None
+    return isinstance(label, Integral) and 0 <= int(label) < classes
 
 
 def _first_of_each(labels: Tensor, count: int) -> Tensor:

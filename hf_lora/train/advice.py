@@ -18,6 +18,8 @@ from typing import Any
 from ..adapt.report import trainable_parameters
 from ..config import LoraConfig
 from ..data.tables import READERS
+from ..files.format import read_adapter
+from ..hub.download import local_adapter
 from ..tasks.registry import CAUSAL_LM
 from .defaults import Choice, as_words, choose, trained_tokens, width_of
 from .empty import empty_model, parameters_of_a_rank
@@ -121,7 +123,11 @@ def advise(parsed: Parsed) -> Recommendation:
         setattr(data.config, name, value)
     model = empty_model(data.config, str(parsed.run.model), data.task.name, data.pooling)
     facts["parameters"] = trainable_parameters(model)[1]
-    if training.lora_adapter is None:
+    if training.lora_adapter is not None:  # which goes on as it is
+        file = read_adapter(local_adapter(training.lora_adapter))
+        config, facts["rank_of_the_adapter"] = file.config, file.config.r
+        facts["parameters_of_the_adapter"] = sum(tensor.numel() for tensor in file.tensors.values())
+    else:
         facts["parameters_of_the_adapter"] = config.r * parameters_of_a_rank(model, config)
     batch = training.train_batch_size * training.world_size
     facts["steps"] = steps_of_rows(training, trained_rows(parsed, data), batch)

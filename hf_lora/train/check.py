@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from ..adapt.labels import generates
-from ..data.classes import PROBLEM_TYPES, suggest_columns
+from ..data.classes import PROBLEM_TYPES, REGRESSION, suggest_columns
 from ..data.columns import ANSWERS, CHATS
 from ..data.tables import READERS, Table
 from ..data.trained import is_prose
@@ -76,6 +76,10 @@ def check_run(parsed: Parsed, writes: bool = True) -> None:
         faults.add(f"--model-revision {run.model_revision} has no effect, since {run.model} is a folder")
     if training.lora_adapter is not None and (reason := check_adapter(training.lora_adapter)):
         faults.add(reason)
+    if "head_init" in parsed.given and training.lora_adapter is not None:
+        faults.add("--head-init has no effect with --lora-adapter, which has its head")
+    elif "head_init" in parsed.given and run.head_init != "random" and run.problem_type == REGRESSION:
+        faults.add(f"--head-init {run.head_init} needs classes, and --problem-type {REGRESSION} has none")
     for option, why in _WITHOUT_EFFECT.items():
         if option in parsed.given:
             faults.add(f"{as_flag(option)} has no effect: {why}")

@@ -27,7 +27,7 @@ from .check import checkpoint_of
 from .output import remove_checkpoints, remove_results
 from .parsing import Parsed, RunArguments, parse_arguments
 from .run_data import read_data
-from .schedule import hints, set_warmup, steps_of
+from .schedule import check_batches, hints, set_warmup, steps_of
 from .scores import add_scores, scores
 from .search import search_learning_rate
 from .start import start_lines
@@ -140,6 +140,7 @@ def _push(trainer: Any, card: Mapping[str, Any]) -> str:
 def _begin(parsed: Parsed, data: Data, trainer: Any, report: Callable[[str], object] | None) -> None:
     """Set the warm-up, add the watches, and report what the run trains."""
     steps = steps_of(trainer)
+    check_batches(trainer)
     set_warmup(trainer.args, steps, parsed.given)
     for watch in (LossRise(), Slowdown()):
         trainer.add_callback(watch)

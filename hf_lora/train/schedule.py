@@ -7,6 +7,8 @@ from collections.abc import Container, Sized
 
 from transformers import Trainer, TrainingArguments
 
+from ..errors import ConfigError
+
 FEW_STEPS = 20
 """Below this many steps, a run rarely learns much."""
 SHORTEST_WARMUP = 3
@@ -35,6 +37,21 @@ def steps_of_epoch(args: TrainingArguments, rows: int, batch: int) -> int:
     count = rows / batch
     batches = math.floor(count) if args.dataloader_drop_last else math.ceil(count)
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1)
+
+
+def check_batches(trainer: Trainer) -> None:
+    """Check that an epoch has a batch.
+
+    Raises:
+        ConfigError: `dataloader_drop_last` drops the only one.
+    """
+    args, data = trainer.args, trainer.train_dataset
+    batch = args.train_batch_size * args.world_size
+    if args.dataloader_drop_last and isinstance(data, Sized) and len(data) < batch:
+        raise ConfigError(
+            f"dataloader_drop_last leaves nothing to train on: {len(data)} rows are fewer than a batch of {batch}. "
+            "Set it to false, or make the batch smaller: per_device_train_batch_size."
+        )
 
 
 def set_warmup(args: TrainingArguments, steps: int | None, given: Container[str]) -> None:

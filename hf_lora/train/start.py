@@ -248,7 +248,8 @@ def warn_at_start(model: nn.Module, args: TrainingArguments | None, dtype: torch
             "will be poor. Load a checkpoint with from_pretrained."
         )
     muon = getattr(args, "muon_learning_rate", None)
-    if args is not None and args.learning_rate == DEFAULT_RATE and muon is None:
+    own = None if args is None else type(args).__dataclass_fields__["learning_rate"].default
+    if args is not None and args.learning_rate == own == DEFAULT_RATE and muon is None:
         logger.warning_once(
             f"learning_rate is Trainer's default of {DEFAULT_RATE:g}, which is for full fine-tuning. LoRA usually "
             "needs 1e-4 to 5e-4, small models more."

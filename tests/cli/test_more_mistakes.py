@@ -88,6 +88,8 @@ EARLY = [
     (ROWS + "--label-names foo", "--label-names has no effect: the task has its own"),
     (ROWS + "--do-train false", "--do-train has no effect: the command trains"),
     (ROWS + "--hub-model-id user/x", "--hub-model-id needs --push-to-hub"),
+    (ROWS + "--head-init class-means --problem-type regression", "--head-init class-means needs classes, and"),
+    (ROWS + "--head-init random --lora-adapter {clf}", "--head-init has no effect with --lora-adapter, which has its"),
     (ROWS + "--dry-run --show-batch", "pass only one of --dry-run, --show-batch."),
     # Names.
     (
@@ -106,6 +108,7 @@ LATE = [
     (ROWS + "--lora-layers-to-transform 99", "--lora-layers-to-transform: layer 99 contains no target"),
     (ROWS + "--lora-modules-to-save nope", "--lora-modules-to-save: 'nope' matches no module|Train them whole: "
      "--lora-modules-to-save classifier"),
+    (ROWS + "--dataloader-drop-last true --per-device-train-batch-size 999", "are fewer than a batch of 999."),
     (ROWS + "--use-liger-kernel true", "hf-lora train: a package is missing (|liger-kernel|). Install it, or omit"),
 ]  # fmt: skip
 OTHERS = [

@@ -320,6 +320,13 @@ def test_start_head_keeps_modes_and_random_numbers_and_refuses_what_it_cannot_do
     assert logits(model, batch).argmax(1).tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match="0 to 2"):
         hf_lora.start_head(model, [{**row, "labels": 5} for row in rows])
+    for wrong in ("a", 0.5, None, torch.tensor([0, 1])):
+        with pytest.raises(ConfigError, match=r"0 to 2; \d+ of \d+ labels are not"):
+            hf_lora.start_head(model, [{**row, "labels": wrong} for row in rows])
+    with pytest.raises(ConfigError, match="have no column 'label'"):
+        hf_lora.start_head(model, rows, label_column="label")
+    with pytest.raises(ConfigError, match="there are no rows"):
+        hf_lora.start_head(model, [])
     own = AutoModelForSequenceClassification.from_pretrained(declared["normalized"], num_labels=3)
     assert hf_lora.start_head(own, rows, collator=DataCollatorWithPadding(tokenizer), progress=False) < 1.1
     own.classifier = torch.nn.Conv1d(1, 3, 1)

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from helpers import run_command, write_lines
 from tiny import OTHERS, TEXTS, bert_of_texts
-from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from hf_lora import ConfigError, recommend
+from hf_lora import ConfigError, LoraConfig, apply_lora, recommend
 from hf_lora.tasks.base import Data
 from hf_lora.tasks.causal_lm import rate_for_width
 from hf_lora.tasks.registry import CAUSAL_LM, TASKS
@@ -117,6 +117,28 @@ def test_bad_arguments_are_errors_before_the_model_is_loaded(base: str, files: d
         recommend(base, files[CAUSAL_LM], lora_rr=3)
     with pytest.raises(ConfigError, match="is unknown"):
         recommend(base, files[CAUSAL_LM], task="chat")
+
+
+def test_an_argument_that_is_said_again_is_refused(base: str, files: dict[str, str], tmp_path: Path) -> None:
+    said = run_command("recommend", base, files[CAUSAL_LM], "--model", "x", "--train_file=y", code=2).stderr
+    assert "--model is the first argument" in said
+    assert "--train-file is the second argument" in said
+    file, given = tmp_path / "run.yaml", ("--model", base, "--data", files[CAUSAL_LM])
+    said = run_command("init", CAUSAL_LM, file, *given, "--task", "dpo", "--dataset=x", code=2).stderr
+    assert "--task is the first argument" in said
+    assert "--dataset is the option --data" in said
+    assert not file.exists()
+
+
+def test_an_adapter_that_goes_on_keeps_its_rank(base: str, files: dict[str, str], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    adapted = apply_lora(model, LoraConfig(r=5, target_modules=["query"]))
+    adapted.save_pretrained(tmp_path)
+    file = files["text-classification"]
+    found = recommend(base, file, label_column="category", lora_adapter=str(tmp_path), use_cpu=True)
+    assert found.to_config().r == found.facts["rank_of_the_adapter"] == 5
+    assert found.facts["parameters_of_the_adapter"] == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert not {name for name in found.arguments() if name.startswith("lora_")} - {"lora_adapter"}
 
 
 def test_a_model_of_billions_needs_its_config_only(large: str, files: dict[str, str]) -> None:

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
 import hf_lora
-from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, TargetError, apply_lora
+from hf_lora import LoraConfig, LoraModel, LoraTrainerMixin, LoraTrainingArguments, TargetError, apply_lora
+from hf_lora.train.start import warn_at_start
 
 trl = pytest.importorskip("trl", reason="the extra chat is not installed")
 peft = pytest.importorskip("peft")
@@ -147,6 +148,16 @@ def runs_of_both(name: str, base: str, folder: Path, **settings: Any) -> list[An
 @pytest.mark.parametrize("name", ["DPO", "GRPO"])
 def test_the_first_steps_are_pefts(name: str, base: str, tmp_path: Path) -> None:
     runs_of_both(name, base, tmp_path, max_steps=3, save_strategy="no", **({"beta": 0.3} if name == "GRPO" else {}))
+
+
+@pytest.mark.parametrize("name", ["DPO", "plain"])
+def test_only_the_rate_that_nobody_chose_is_warned_of(name: str, base: str, messages: list[str]) -> None:
+    """5e-5 is Trainer's default, and not that of TRL."""
+    model = apply_lora(AutoModelForCausalLM.from_pretrained(base))
+    cls = hf_lora.LoraDPOConfig if name == "DPO" else LoraTrainingArguments
+    args = cls("out", learning_rate=5e-5, use_cpu=True)
+    warn_at_start(model, args, model.dtype)
+    assert len(messages) == (name == "plain")
 
 
 @pytest.mark.slow
