@@ -162,6 +162,11 @@ def test_the_comparison_of_methods_on_gsm8k(load: Any, gsm8k: tuple[Path, Path],
     runs = json.loads(file.read_text())
     assert [run["method"] for run in runs] == ["lora", "lora", "full", "full"]
     assert all(run["metric"] == "nats a token" and 1 < run["value"] < 10 for run in runs)
+    methods.main([*words, "lora", "full", "--bf16"])
+    rounded = json.loads(file.read_text())[len(runs) :]
+    assert [run["settings"] for run in rounded] == [f"{run['settings']} bf16" for run in runs]
+    for run, exact in zip(rounded, runs, strict=True):
+        assert run["value"] == pytest.approx(exact["value"], rel=0.01)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import (
     AutoModelForCausalLM,
@@ -106,7 +107,7 @@ def arguments(
     return cls(
         folder, learning_rate=rate, lr_scheduler_type="cosine", warmup_steps=0.06, save_strategy="no",
         report_to="none", disable_tqdm=True, logging_strategy="no", seed=seed, max_steps=args.max_steps,
-        dataloader_pin_memory=False, bf16=args.bf16, **adapter, **more,
+        dataloader_pin_memory=False, bf16=args.bf16, use_cpu=not torch.accelerator.is_available(), **adapter, **more,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def forecast(parsed: Parsed) -> Forecast:
     # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
     apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
     if training.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.24
     trained, total = trainable_parameters(model)
     sizes = {p: p.numel() * p.element_size() for p in model.parameters()}
     bits = bits_of(run)

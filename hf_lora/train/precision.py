@@ -100,15 +100,16 @@ def _dense_products(model: nn.Module, accelerator: Accelerator) -> str:
 
 
 @contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Multiply float32 matrices in float32, whatever was allowed to be faster: TF32, and bfloat16 on CPUs."""
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices of a device in float32, whatever was allowed: TF32, bfloat16 on CPUs, autocast."""
     backends: Any = torch.backends
     kinds = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [kind.fp32_precision for kind in kinds]
     try:
         for kind in kinds:
             kind.fp32_precision = "ieee"
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         for kind, value in zip(kinds, before, strict=True):
             kind.fp32_precision = value

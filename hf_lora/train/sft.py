@@ -167,8 +167,10 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
 
         @functools.wraps(type(model).forward)  # TRL's, Trainer and generate read the parameters
         def forward(own: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-            wanted = fused_lm_head and not args and self._leaves_logits_out()
-            head = self.head_loss.find(self._bare_model, kwargs) if wanted else None
+            head = None
+            if fused_lm_head and not args and self._leaves_logits_out():
+                with _with_forward(own, inner):  # it may call the model
+                    head = self.head_loss.find(self._bare_model, kwargs)
             if head is None:
                 return fused(*args, fused_lm_head=fused_lm_head, **kwargs)
             outputs, fault = _over_head(head, plain, own, kwargs)
@@ -177,7 +179,21 @@ class LoraSFTTrainer(LoraTrainerMixin, SFTTrainer):
                 return fused(fused_lm_head=True, **kwargs)
             return outputs
 
-        model.forward = types.MethodType(forward, model)
+        inner = model.forward = types.MethodType(forward, model)
+
+
+@contextlib.contextmanager
+def _with_forward(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within, the model has this forward in place of Accelerate's around it.
+
+    That is inside of one autocast for all calls; entered again within a call, it would stay on for good.
+    """
+    outer = model.__dict__["forward"]
+    model.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = outer
 
 
 def _over_head(

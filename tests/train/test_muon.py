@@ -189,6 +189,14 @@ def run(args: Any, config: LoraConfig | None = None, resume: Any = None) -> Any:
     return trainer
 
 
+def test_a_step_under_autocast_is_in_float32() -> None:
+    first, second = (with_gradient(pair(8, 64, 16)) for _ in range(2))
+    plain = stepped(first)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stepped(second)
+    assert all(torch.equal(*each) for each in zip(plain, found, strict=True))
+
+
 def test_everything_else_has_the_groups_of_adamw(arguments: Make) -> None:
     trainer = run(arguments(max_steps=2, head_learning_rate=3e-3, muon_learning_rate=RATE, weight_decay=0.1))
     model, groups = trainer.model, trainer.optimizer.param_groups

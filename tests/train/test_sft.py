@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from helpers import adapter_gradients, assert_same_tensors, randomize, snapshot, tiny_llama
 from test_chat import PLAIN, byte_tokenizer
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_lora import Conversation, LoraConfig, LoraModel, apply_lora, build_compute_metrics, generate_texts
 from hf_lora.adapt.state import trained_format
@@ -151,6 +152,25 @@ def test_it_trains_saves_the_adapter_alone_and_resumes(tokenizer: Any, chats: An
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert_same_tensors(snapshot(resumed.model), snapshot(whole.model))
     assert whole.model.config._attn_implementation == "sdpa"
+
+
+class HearsAutocast(TrainerCallback):
+    def __init__(self) -> None:
+        self.heard: list[bool] = []
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.heard.append(torch.is_autocast_enabled("cpu"))
+
+
+def test_autocast_ends_with_the_forward(tokenizer: Any, chats: Any, tmp_path: Path) -> None:
+    """Also where the loss over the head is compared with the model's own within it."""
+    trainer = sft(adapted(llama()), tokenizer, chats, tmp_path, bf16=True, max_steps=2, muon_learning_rate=0.01)
+    trainer.add_callback(hears := HearsAutocast())
+    result = trainer.train()
+    assert hears.heard == [False, False]
+    assert not torch.is_autocast_enabled("cpu")
+    assert math.isfinite(result.training_loss)
+    assert trainer.head_loss.line().startswith("loss: over the frozen lm_head")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
