@@ -13,7 +13,7 @@ import torch
 from helpers import randomize
 from safetensors.torch import load_file
 from test_chat import PLAIN, byte_tokenizer
-from test_sft import llama
+from test_sft import HearsAutocast, llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
 
@@ -86,10 +86,10 @@ def made(name: str, ours: bool, model: Any, folder: Path, **settings: Any) -> An
         config, trainer = trl.SFTConfig, type("OurTrainer", (LoraTrainerMixin, trl.SFTTrainer), {})
     fields = {"target_modules": "all-linear", "modules_to_save": None}
     fields |= {name: settings.pop(name) for name in fields.keys() & settings.keys()}
+    common = {"bf16": False, "num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
     args = config(
-        str(folder), per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, bf16=False,
-        disable_tqdm=True,
-        **{"num_train_epochs": 1, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2, **settings},
+        str(folder), per_device_train_batch_size=2, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True,
+        **common | settings,
         **(OF_REINFORCED if name in REINFORCED else {}),
     )  # fmt: skip
     whole = {"task_type": "SEQ_CLS", "modules_to_save": ["score"]} if name == "Reward" else {"task_type": "CAUSAL_LM"}
@@ -178,6 +178,16 @@ def test_the_losses_are_pefts_and_a_run_goes_on(name: str, base: str, tmp_path: 
     if name in ("SFT", "Reward"):  # the reference of the others would be the adapter
         evaluated = made(name, True, LoraModel.from_pretrained(tmp_path / "True"), tmp_path / "evaluated")
         assert evaluated.evaluate()["eval_loss"] == pytest.approx(records(runs[0])[-1]["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DATA)
+def test_autocast_ends_with_each_forward(name: str, base: str, tmp_path: Path) -> None:
+    trainer = made(name, True, base, tmp_path, bf16=True, max_steps=2, save_strategy="no")
+    trainer.add_callback(hears := HearsAutocast())
+    assert math.isfinite(trainer.train().training_loss)
+    trainer.evaluate()
+    assert [*hears.heard, torch.is_autocast_enabled("cpu")] == [False] * 3
 
 
 @pytest.mark.slow
