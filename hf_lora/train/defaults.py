@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..adapt.walk import adapter_layers
 from ..apply import apply_lora
 from ..tasks.base import Data, Task
 from ..tasks.causal_lm import rate_for_width
@@ -262,7 +263,8 @@ def _bears_muon(parsed: Parsed, data: Data) -> bool:
         return False
     model = empty_model(data.config, str(parsed.run.model), CAUSAL_LM)
     apply_lora(model, config)
-    return bool(factor_pairs(model))
+    linear = [layer._lora.shape.is_matrix for layer in adapter_layers(model).values()]
+    return all(linear) and bool(factor_pairs(model))
 
 
 def as_words(values: Mapping[str, Any]) -> str:

@@ -128,7 +128,8 @@ def test_packed_rows_are_as_long_as_the_steps_allow(
         "--learning-rate 5e-4", "--learning-rate auto", "--loraplus-lr-ratio 2", "--optim adafactor",
         "--lora-init pissa", "--lora-use-dora", "--lora-alora-invocation-tokens 3", "--lora-method lora_fa",
         "--lora-adapter folder",
-        "--lora-target-modules embed_tokens", "--fsdp full_shard --accept-ddp-fallback",
+        "--lora-target-modules embed_tokens", "--lora-target-modules embed_tokens q_proj",
+        "--fsdp full_shard --accept-ddp-fallback",
     ],
 )  # fmt: skip
 def test_lora_muon_is_chosen_only_for_runs_as_they_were_measured(line: str) -> None:
