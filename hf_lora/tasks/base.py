@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, PretrainedConfig
+from transformers import EvalPrediction, PretrainedConfig, default_data_collator
 
 from ..data.chat import marked
 from ..data.prompts import AnswerFile
@@ -137,7 +138,7 @@ class Asked:
         return self.max_new_tokens or 256
 
 
-class Task:
+class Task(ABC):
     """One task. It has no state; everything about a run is in its arguments.
 
     Attributes:
@@ -182,17 +183,17 @@ class Task:
     metrics_of_rows: ClassVar[bool] = False
     """Whether `compute_metrics` reads the rows, so that each split has its own."""
 
+    @abstractmethod
     def claims(self, table: Table, options: Options, config: PretrainedConfig) -> bool:
         """Whether the columns of a table are those of this task."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, tables: Mapping[str, Table], given: Given) -> Data:
         """The rows of each split.
 
         Raises:
             DataError: a column is missing, or cells do not fit; lists every such cell.
         """
-        raise NotImplementedError
 
     def settings(self, data: Data) -> dict[str, Any]:
         """What the model's config says about the data."""
@@ -215,8 +216,8 @@ class Task:
         return f"{decoded(data.processor, row['input_ids'])} → {marked(label_of(data, row['labels']))}"
 
     def collator(self, data: Data) -> Collator:
-        """What makes batches of rows, for training and evaluation."""
-        raise NotImplementedError
+        """What makes batches of rows, for training and evaluation; not where another library does."""
+        return default_data_collator
 
     def compute_metrics(self, data: Data, split: str) -> Any:
         """The `compute_metrics` of Trainer for one split."""

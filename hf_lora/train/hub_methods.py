@@ -25,9 +25,10 @@ class HubMethods(_Trainer):
     _card: CardWriter
     _pusher: Pusher
 
-    @property
-    def _adapted_model(self) -> Any:
-        raise NotImplementedError
+    if TYPE_CHECKING:
+
+        @property
+        def _adapted_model(self) -> Any: ...
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the card of the adapter to `output_dir`: see `write_card`.

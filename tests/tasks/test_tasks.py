@@ -33,6 +33,7 @@ FAST = ("--use-cpu", "--disable-tqdm", "true", "--save-strategy", "no", "--per-d
 OPTIONS = {
     "masked-lm": ["--task", "masked-lm"],  # the columns do not say it
     "seq2seq-lm": ["--max-target-length", "6", "--num-train-epochs", "8"],
+    "multi-label-classification": ["--num-train-epochs", "4", "--head-learning-rate", "1e-2"],
 }
 FILES = {
     "token-classification": ("encoder", "tags.jsonl"), "question-answering": ("encoder", "spans.jsonl"),
