@@ -33,7 +33,7 @@ from .errors import AdapterFileError, StateError, listed
 from .files.format import AdapterFile
 from .files.keys import PREFIX
 from .files.load import load_adapter, load_adapter_weights
-from .files.save import adapter_state_dict, refuse_arguments, save_adapters
+from .files.save import adapter_state_dict, refuse_arguments, save_adapter, save_adapters
 from .hub.download import local_adapter
 from .hub.share import push_model
 from .layers.base import MERGED_TRAINING
@@ -155,13 +155,10 @@ class LoraModel(Extension, PreTrainedModel):
         refuse_arguments(kwargs)
         if not is_main_process:
             return
-        names = [adapter_name] if adapter_name is not None else list(state.adapters)
-        if not names:
-            raise StateError(
-                "save_pretrained: the model has no adapters. Add one, or save the base with "
-                "model.unload().save_pretrained(folder)."
-            )
-        save_adapters(self, save_directory, names, state_dict, allow_nonfinite, dtype)
+        if adapter_name is None:
+            save_adapters(self, save_directory, state_dict, allow_nonfinite, dtype)
+        else:
+            save_adapter(self, save_directory, adapter_name, state_dict, allow_nonfinite, dtype)
         if not re.fullmatch(r"checkpoint-\d+", Path(save_directory).name):
             logger.info(f'Saved. Load it with: LoraModel.from_pretrained("{os.fspath(save_directory)}")')
         elif not state.resumable:
@@ -230,11 +227,8 @@ class LoraModel(Extension, PreTrainedModel):
     ) -> None:
         """Add an adapter from a folder or the Hub, and make it the active one: see `files.load.load_adapter`."""
         _state(self, "load_adapter")
-        source: Any = adapter
-        if not isinstance(adapter, AdapterFile):
-            source = local_adapter(
-                adapter, revision, token, subfolder=subfolder, cache_dir=cache_dir, local_files_only=local_files_only
-            )
+        where: Any = {"subfolder": subfolder, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        source = adapter if isinstance(adapter, AdapterFile) else local_adapter(adapter, revision, token, **where)
         load_adapter(self, source, adapter_name, is_trainable=is_trainable, allow_other_base=allow_other_base)
 
     def load_adapter_weights(self, adapter: str | os.PathLike[str], adapter_name: str | None = None) -> None:

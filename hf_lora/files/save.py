@@ -31,7 +31,7 @@ from ..adapt.walk import (
     parts,
 )
 from ..config import OF_INITS, PLAIN_IN_FILES
-from ..errors import AdapterFileError, ConfigError, Faults, listed, nearest
+from ..errors import AdapterFileError, ConfigError, Faults, StateError, listed, nearest
 from ..layers.class_swap import unwrap_class
 from ..layers.distributed import is_sharded
 from ..layers.inits import Init, find_init
@@ -151,17 +151,29 @@ def _modules_with_rows(model: nn.Module, name: str) -> list[str]:
 def save_adapters(
     model: nn.Module,
     folder: str | os.PathLike[str],
-    names: Sequence[str],
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write several adapters: a single one, and one named "default", to the folder itself; others to subfolders with
-    their names. Raises the errors of `save_adapter`.
+    """Write every adapter of a model, each to its `adapter_folder`.
+
+    Raises:
+        StateError: there is none. Also the errors of `save_adapter`.
     """
+    names = list(require_state(model, "save_pretrained").adapters)
+    if not names:
+        raise StateError(
+            "save_pretrained: the model has no adapters. Add one, or save the base with "
+            "model.unload().save_pretrained(folder)."
+        )
     for name in names:
-        inner = len(names) > 1 and name != "default"
-        save_adapter(model, Path(folder) / name if inner else folder, name, state_dict, allow_nonfinite, dtype)
+        save_adapter(model, adapter_folder(model, folder, name), name, state_dict, allow_nonfinite, dtype)
+
+
+def adapter_folder(model: nn.Module, folder: str | os.PathLike[str], name: str) -> Path:
+    """Where an adapter of a model is saved: a single one and "default" in the folder itself, others in subfolders."""
+    several = len(require_state(model, "save_pretrained").adapters) > 1
+    return Path(folder, name) if several and name != "default" else Path(folder)
 
 
 def config_on_disk(model: nn.Module, name: str, names: Written | None = None) -> dict[str, Any]:

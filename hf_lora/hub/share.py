@@ -10,9 +10,8 @@ from typing import Any
 from huggingface_hub import CommitInfo
 from torch import nn
 
-from ..adapt.state import require_state
 from ..files.format import CONFIG_NAME
-from ..files.save import save_adapter
+from ..files.save import save_adapter, save_adapters
 from .card.write import write_card
 from .upload import push
 
@@ -54,11 +53,12 @@ def push_model(
         HubError: the Hub rejected the push or could not be reached; the repository is unchanged, or has the whole
             commit.
     """
-    names = [adapter_name] if adapter_name is not None else list(require_state(model, "push_to_hub").adapters)
     with tempfile.TemporaryDirectory(prefix="hf_lora-") as folder:
         root = Path(folder)
-        for name in names:
-            save_adapter(model, root / name if len(names) > 1 and name != "default" else root, name)
+        if adapter_name is None:
+            save_adapters(model, root)
+        else:
+            save_adapter(model, root, adapter_name)
         if tokenizer is not None:
             tokenizer.save_pretrained(root)
         if card and (root / CONFIG_NAME).is_file():

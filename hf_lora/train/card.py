@@ -20,11 +20,11 @@ from ..adapt.report import trainable_parameters
 from ..adapt.state import require_state
 from ..compat import train_batch_size
 from ..errors import AdapterFileError
+from ..files.save import adapter_folder
 from ..hub.card.card_data import Run, Score, facts_of, is_repository, scores_of
 from ..hub.card.escape import command_line
 from ..hub.card.write import write_card
 from ..layers.storages import libraries_of
-from .checkpoint.store import adapter_folder
 from .precision import base_precision
 
 logger = logging.get_logger(__name__)

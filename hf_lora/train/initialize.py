@@ -22,12 +22,12 @@ from ..adapt.state import require_state
 from ..config import OF_INITS, LoraConfig
 from ..errors import ConfigError, LoraError, StateError
 from ..files.format import read_config
+from ..files.save import adapter_folder
 from ..layers.distributed import is_partitioned
 from ..layers.hosts import is_offloaded
 from ..layers.inits import find_init
 from ..layers.ops import kept_random_states
 from .arguments import LoraArguments
-from .checkpoint.store import adapter_folder
 
 logger = logging.get_logger(__name__)
 DEFAULT_BATCHES = 64

@@ -14,11 +14,12 @@ from transformers import TrainerState
 
 from hf_lora import LoraConfig, TrainingError, apply_lora
 from hf_lora.errors import AdapterFileError
+from hf_lora.files.save import save_adapters
 from hf_lora.testing import LocalHub
 from hf_lora.train.checkpoint.fields import FIELDS, Field
 from hf_lora.train.checkpoint.manifest import last_checkpoint, read_manifest, why_incomplete
 from hf_lora.train.checkpoint.pushing import Pusher, make_repository
-from hf_lora.train.checkpoint.store import CheckpointStore, save_adapters
+from hf_lora.train.checkpoint.store import CheckpointStore
 from hf_lora.train.head_loss import HeadLoss
 from hf_lora.train.watch.finite import FiniteWatch
 

@@ -13,9 +13,8 @@ from ...adapt.gather import gathered_state
 from ...adapt.state import require_state, state_of
 from ...errors import StateError
 from ...files.load import load_adapter_weights
-from ...files.save import save_adapter
+from ...files.save import adapter_folder, save_adapter
 from ..engines import running_engine
-from .store import adapter_folder
 
 
 def register_adapter_hooks(accelerator: Accelerator) -> tuple[RemovableHandle, RemovableHandle]:

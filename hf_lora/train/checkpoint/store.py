@@ -18,7 +18,7 @@ from ...compat import zero_partitions
 from ...errors import AdapterFileError
 from ...files.format import CONFIG_NAME
 from ...files.load import load_adapter_weights
-from ...files.save import save_adapter
+from ...files.save import adapter_folder, save_adapters
 from ..average import Average
 from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from ..watch.finite import check_finite
@@ -149,18 +149,6 @@ class CheckpointStore:
 
 def _has_optimizer(folder: str) -> bool:
     return any(Path(folder).glob(f"{Path(OPTIMIZER_NAME).stem}*"))
-
-
-def adapter_folder(model: nn.Module, folder: str | Path, name: str) -> Path:
-    """The folder in which `LoraModel.save_pretrained(folder)` writes one of the model's adapters."""
-    several = len(require_state(model, "save_pretrained").adapters) > 1
-    return Path(folder, name) if several and name != "default" else Path(folder)
-
-
-def save_adapters(model: nn.Module, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
-    """Write every adapter of a model to the folder that `LoraModel.save_pretrained` uses."""
-    for name in require_state(model, "save_pretrained").adapters:
-        save_adapter(model, adapter_folder(model, folder, name), name, state_dict)
 
 
 def save_run(
