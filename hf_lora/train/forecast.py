@@ -232,7 +232,7 @@ def targets_of(parsed: Parsed) -> Explanation:
     config = read_config(str(run.model), run.model_revision)
     if run.task is not None and (reason := why_not(TASKS[run.task], config)):
         raise ConfigError(f"hf-lora targets: --model {run.model} is {reason}. Pass another --task.")
-    pooling = None if run.task is None else pooling_of(run, TASKS[run.task], config)
+    pooling = None if run.task is None else pooling_of(parsed, TASKS[run.task], config)[0]
     return explain_targets(empty_model(config, str(run.model), run.task, pooling), parsed.training.lora_config())
 
 

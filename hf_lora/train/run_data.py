@@ -9,8 +9,10 @@ import torch
 from transformers import PretrainedConfig
 
 from ..data.tables import Table, read_table
+from ..files.format import read_adapter
+from ..hub.download import local_adapter
 from ..pooled.build import chosen_pooling
-from ..pooled.pooling import Pooling
+from ..pooled.pooling import POOLING, Pooling
 from ..tasks.base import Data, Given, Options, Task, check_packages
 from ..tasks.registry import TASKS, choose_task
 from .base_model import read_config, read_processor
@@ -58,20 +60,27 @@ def read_rows(parsed: Parsed, writes: bool = True) -> Data:
         for split, file in (("eval", run.eval_file), ("test", run.test_file))
         if file and run.train_file and Path(file).exists() and Path(file).samefile(run.train_file)
     ]
-    data.pooling = pooling_of(run, task, config)
+    data.pooling, why = pooling_of(parsed, task, config)
     if data.pooling is not None:
-        why = "--pooling" if run.pooling else "declared by the checkpoint"
         data.lines.append(f"the classifier reads a vector of all tokens: {data.pooling} ({why})")
     return data
 
 
-def pooling_of(run: RunArguments, task: Task, config: PretrainedConfig) -> Pooling | None:
-    """The pooling of a run's classifier; None if its class in transformers has its own way.
+def pooling_of(parsed: Parsed, task: Task, config: PretrainedConfig) -> tuple[Pooling | None, str]:
+    """The pooling of a run's classifier, and why; None if its class in transformers has its own way.
 
     Raises:
         ConfigError: --pooling is unknown.
     """
-    return chosen_pooling(str(run.model), config, run.pooling, run.model_revision) if task.pools else None
+    run, adapter = parsed.run, parsed.training.lora_adapter
+    if not task.pools:
+        return None, ""
+    if run.pooling is None and adapter is not None:
+        recorded = read_adapter(local_adapter(adapter)).extras.get(POOLING)
+        if recorded is not None:
+            return Pooling.from_json(recorded), "as in the adapter"
+    why = "--pooling" if run.pooling else "declared by the checkpoint"
+    return chosen_pooling(str(run.model), config, run.pooling, run.model_revision), why
 
 
 def _read_tables(run: RunArguments) -> dict[str, Table]:

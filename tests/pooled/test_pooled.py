@@ -372,6 +372,16 @@ def test_training_takes_the_declared_vector_and_starts_at_the_means(
     assert own.model.config.pooling == Pooling(("cls",)).to_json()
 
 
+def test_an_adapter_that_goes_on_keeps_its_pooling(declared: dict[str, str], rows: Path, tmp_path: Path) -> None:
+    """Whatever its checkpoint declares."""
+    first, _ = run(declared["mean"], rows, tmp_path / "first", pooling="max")
+    again, text = run(declared["mean"], rows, tmp_path / "again", lora_adapter=str(tmp_path / "first"))
+    assert again.model.config.pooling == first.model.config.pooling == Pooling(("max",)).to_json()
+    assert "max (as in the adapter)" in text
+    with pytest.raises(AdapterFileError, match="Pass that pooling"):
+        run(declared["mean"], rows, tmp_path / "cls", lora_adapter=str(tmp_path / "first"), pooling="cls")
+
+
 @pytest.mark.parametrize("labels", [[], 0, -1, ["a", "a"], "ab"])
 def test_labels_that_are_no_classes_are_refused(labels: Any, declared: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="must be the names of the classes"):
