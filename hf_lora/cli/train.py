@@ -51,11 +51,11 @@ def train(
     train_file: str | None = typer.Option(
         None, help="CSV, TSV, JSON, JSONL or parquet file to train on, or a folder of images."
     ),
-    eval_file: str | None = typer.Option(None, help="File for evaluations during training."),
+    eval_file: str | None = typer.Option(None, help="File for evaluations, after each epoch."),
     test_file: str | None = typer.Option(None, help="File for the final evaluation."),
     dataset: str | None = typer.Option(None, help="Name for datasets.load_dataset, instead of files."),
     train_split: str | None = typer.Option(None, help="Dataset split to train on; default: train."),
-    eval_split: str | None = typer.Option(None, help="Split for evaluations during training."),
+    eval_split: str | None = typer.Option(None, help="Split for evaluations, after each epoch."),
     test_split: str | None = typer.Option(None, help="Split for the final evaluation."),
     text_column: str | None = typer.Option(
         None, help="Column of texts, prompts, questions, words or images; default: found by name."

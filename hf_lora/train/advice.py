@@ -21,7 +21,7 @@ from ..data.tables import READERS
 from ..files.format import read_adapter
 from ..hub.download import local_adapter
 from ..tasks.registry import CAUSAL_LM
-from .defaults import Choice, as_words, choose, trained_tokens, width_of
+from .defaults import PASSES, Choice, as_words, choose, trained_tokens, width_of
 from .empty import empty_model, parameters_of_a_rank
 from .forecast import trained_rows
 from .parsing import Parsed, as_flag, parse_arguments, plain_values
@@ -111,7 +111,8 @@ def advise(parsed: Parsed) -> Recommendation:
     if training.lora_adapter is not None:  # which has its own rank
         left = {name: value for name, value in left.items() if not name.startswith("lora_")}
     if left:
-        settings.append(Choice(left, f"defaults of {data.task.name}, which do not depend on the data"))
+        doubt = PASSES if data.task.name == CAUSAL_LM and "num_train_epochs" in left else ""
+        settings.append(Choice(left, f"defaults of {data.task.name}, which do not depend on the data", doubt))
     facts = {"rows": len(data.rows["train"])}
     if data.labels is not None:
         facts["labels"] = len(data.labels)

@@ -94,6 +94,12 @@ _DOUBTS = {
     ),
 }
 """How sure the choices are, for `hf-lora recommend`."""
+PASSES = (
+    "Three passes made short structured answers better (an F1 of 0.75 instead of 0.69), but learned the answers to "
+    "300 problems of GSM8K by heart: 0.844 instead of 0.768 nats a token on others (docs/gsm8k.md). With --eval-file, "
+    "the loss after each pass shows it."
+)
+"""The same for the number of epochs of a language model, which is Trainer's."""
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,12 @@ class RunArguments:
     load_in_8bit: bool = flag(False, "Quantize the frozen linear layers to 8 bits when they are loaded.")
     task: str | None = flag(None, f"One of {', '.join(TASKS)}. Default: inferred from the columns.")
     train_file: str | None = flag(None, "CSV, TSV, JSON, JSONL or parquet file, or a folder of images.")
-    eval_file: str | None = flag(None, "File for evaluations during training.")
+    eval_file: str | None = flag(None, "File for evaluations during training, by default after each epoch.")
     test_file: str | None = flag(None, "File for the final evaluation.")
     dataset: str | None = flag(None, "Name for datasets.load_dataset, instead of files.")
     dataset_config: str | None = flag(None, "Configuration of the dataset.")
     train_split: str = flag("train", "Dataset split to train on.")
-    eval_split: str | None = flag(None, "Split for evaluations during training.")
+    eval_split: str | None = flag(None, "Split for evaluations during training, by default after each epoch.")
     test_split: str | None = flag(None, "Split for the final evaluation.")
     text_column: str | None = flag(None, "Column of texts, prompts, questions, lists of words, or images.")
     pair_column: str | None = flag(None, "Column of the second text of a pair, or of the contexts of questions.")
@@ -224,6 +224,8 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     lines = [word for name, value in values.items() for word in _flag_with(name, value)]
     words = _with_search([*lines, *argv])
     named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+    if named & {"eval_file", "eval_split"} and not named & {"eval_strategy", "evaluation_strategy"}:
+        parser.set_defaults(eval_strategy="epoch")
     parser.set_defaults(**{INTERVALS[name]: "steps" for name in _intervals_other_than_0(words)})
     try:
         parsed = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)

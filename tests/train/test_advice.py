@@ -91,6 +91,7 @@ def test_a_run_has_the_settings_that_are_recommended(
     assert not {name for setting in found.settings for name in setting.values} & more.keys()
     assert found.to_config() == plain.training.lora_config()
     assert found.facts["steps"] == first.steps
+    assert ("by heart" in str(found)) == (task == CAUSAL_LM and not more)
     if task == CAUSAL_LM:  # nothing but factors is trained
         assert found.facts["parameters_of_the_adapter"] == first.trained
         assert found.facts["parameters"] == first.total - first.trained

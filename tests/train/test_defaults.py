@@ -150,6 +150,21 @@ def chosen_for_a_language_model(*words: str, width: int = 576) -> LoraTrainingAr
     return parsed.training
 
 
+@pytest.mark.parametrize(
+    ("words", "strategy"),
+    [
+        ("", "no"), ("--eval-file e.csv", "epoch"), ("--eval_split=test", "epoch"),
+        ("--eval-file e.csv --eval-strategy no", "no"), ("--eval-file e.csv --eval-steps 5", "steps"),
+        ("--eval-file e.csv --evaluation-strategy steps", "steps"), ("--test-file e.csv", "no"),
+        ("--eval-file e.csv --load-best-model-at-end", "epoch"),
+    ],
+)  # fmt: skip
+def test_evaluation_data_are_used_after_each_epoch(words: str, strategy: str) -> None:
+    for argv, config in ((words.split(), {}), ([], {"eval_file": None})):
+        found = parse_arguments(["--model", "m", "--train-file", "f", *argv], config)
+        assert found.training.eval_strategy == (strategy if argv else "no")
+
+
 def test_a_language_model_whose_config_names_no_width_keeps_its_rates() -> None:
     from datasets import Dataset
 
