@@ -59,8 +59,9 @@ CHOSEN = {
     "head_learning_rate": "learning_rate; 3 times as much for text and multi-label classification",
     "num_train_epochs": "3; up to 20 for text and multi-label classification with few rows",
     "train_sampling_strategy": "random; group_by_length for text and multi-label classification",
+    "eval_strategy": "no; epoch with --eval-file",
 }
-"""Option -> its default where a task chooses one, see `train.defaults`."""
+"""Option -> its default where it depends on the task or the data, see `train.defaults`."""
 
 
 def defaults_of(task: Task, packing: bool) -> Defaults:
