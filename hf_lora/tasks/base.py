@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, PretrainedConfig, default_data_collator
+from transformers import EvalPrediction, PretrainedConfig
 
 from ..data.chat import marked
 from ..data.prompts import AnswerFile
@@ -216,8 +216,8 @@ class Task(ABC):
         return f"{decoded(data.processor, row['input_ids'])} → {marked(label_of(data, row['labels']))}"
 
     def collator(self, data: Data) -> Collator:
-        """What makes batches of rows, for training and evaluation; not where another library does."""
-        return default_data_collator
+        """What makes batches of rows, for training and evaluation. Tasks of other libraries' trainers have none."""
+        raise NotImplementedError
 
     def compute_metrics(self, data: Data, split: str) -> Any:
         """The `compute_metrics` of Trainer for one split."""

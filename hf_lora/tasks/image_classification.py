@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, default_data_collator
 
 from ..data import classes
 from ..data.chat import marked
@@ -17,7 +17,7 @@ from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import DataError, Faults
 from ..evaluation.metrics import build_compute_metrics
-from .base import Data, Defaults, Given, Options, Task, from_columns, label_of
+from .base import Collator, Data, Defaults, Given, Options, Task, from_columns, label_of
 
 
 class ImageClassification(Task):
@@ -57,6 +57,9 @@ class ImageClassification(Task):
     def show_row(self, data: Data, row: Mapping[str, Any]) -> str:
         size = " × ".join(map(str, row["pixel_values"].shape))
         return f"{size} numbers → {marked(label_of(data, row['labels']))}"
+
+    def collator(self, data: Data) -> Collator:
+        return default_data_collator
 
     def compute_metrics(self, data: Data, split: str) -> Any:
         return build_compute_metrics(list(self.metrics))

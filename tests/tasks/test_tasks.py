@@ -346,6 +346,13 @@ def test_several_labels_for_a_text(run_of: Callable[[str], Run]) -> None:
     assert 0 < run.found["f1"] < 1
 
 
+def test_the_activations_of_images_are_forecast(vision: str, pictures: Path, tmp_path: Path) -> None:
+    words = ("--model", vision, "--train-file", pictures, "--output-dir", tmp_path / "out", "--use-cpu", "--dry-run")
+    said = run_command("train", *words).stdout
+    assert re.search(r"activations [\d.]+ [kMG]B", said)
+    assert "not forecast" not in said
+
+
 def test_columns_of_zeros_and_ones_are_labels(encoder: str, rows: Path, tmp_path: Path) -> None:
     names = ["door", "open"]
     old = read_table(rows / "lists.jsonl").columns
