@@ -28,6 +28,14 @@ def _seeded(_one_thread: None) -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _warnings_again() -> None:
+    """What is warned of once in a process is warned of once in each test, whichever tests came before it."""
+    once = getattr(logging.Logger, "warning_once", None)  # added by transformers
+    if once is not None:
+        once.cache_clear()
+
+
 @pytest.fixture
 def arguments(tmp_path: Path) -> Callable[..., Any]:
     """Makes training arguments that are quiet, on the CPU, and write below the test's folder."""

@@ -155,7 +155,7 @@ def chosen_for_a_language_model(*words: str, width: int = 576) -> LoraTrainingAr
     [
         ("", "no"), ("--eval-file e.csv", "epoch"), ("--eval_split=test", "epoch"),
         ("--eval-file e.csv --eval-strategy no", "no"), ("--eval-file e.csv --eval-steps 5", "steps"),
-        ("--eval-file e.csv --evaluation-strategy no", "no"), ("--test-file e.csv", "no"),
+        ("--eval-file e.csv --evaluation-strategy steps", "steps"), ("--test-file e.csv", "no"),
         ("--eval-file e.csv --load-best-model-at-end", "epoch"),
     ],
 )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -192,6 +191,5 @@ def test_ligers_own_loss_is_left_to_it(liger: bool, arguments: Make) -> None:
 
 
 def test_a_flag_of_earlier_releases_is_accepted(arguments: Make, messages: list[str]) -> None:
-    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     LoraTrainer(tiny_bert(), arguments(max_steps=1, keep_freed_memory=True), train_dataset=sentences()).train()
     assert any("keep_freed_memory no longer has any effect" in m for m in messages)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,7 +208,6 @@ def test_the_mixin_over_a_trainer_of_ones_own(arguments: Make) -> None:
 
 
 def test_start_is_announced(arguments: Make, capsys: pytest.CaptureFixture[str], told: list[str]) -> None:
-    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     LoraTrainer(tiny_bert(), arguments(max_steps=4, learning_rate=5e-5), train_dataset=sentences()).train()
     out = "\n".join(told)
     assert "trainable params" in out
@@ -224,7 +222,6 @@ def test_start_is_announced(arguments: Make, capsys: pytest.CaptureFixture[str],
 
 
 def test_no_hint_where_a_rate_was_chosen(arguments: Make, messages: list[str]) -> None:
-    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     LoraTrainer(tiny_bert(), arguments(max_steps=4, learning_rate=1e-4), train_dataset=sentences()).train()
     assert not any("learning_rate" in m for m in messages)
 
