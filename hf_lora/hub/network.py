@@ -152,7 +152,7 @@ class Repository:
         try:
             with _limited():
                 refs = self.api.list_repo_refs(self.repo_id)
-        except Exception:
+        except Exception:  # it only adds to the message of another error
             return "Check the name."
         return f"It has {', '.join([ref.name for ref in (*refs.branches, *refs.tags)][:20])}."
 

@@ -20,8 +20,8 @@ from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
 from ..errors import ConfigError, Faults, nearest
 from ..loss.frozen_head import CHUNK_ELEMENTS
-from ..tasks.base import Data, Task
-from ..tasks.registry import CAUSAL_LM, TASKS, why_not
+from ..tasks.base import Data
+from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES, TASKS, why_not
 from .base_model import check_name, read_config
 from .empty import empty_model
 from .muon import factor_pairs
@@ -110,7 +110,7 @@ def forecast(parsed: Parsed) -> Forecast:
     on_cpu = training.device.type == "cpu"
     libraries = _resident() if on_cpu else 0
     activations = None
-    if data.task.name == CAUSAL_LM or type(data.task).collator is not Task.collator:  # else another library's batches
+    if data.task.name not in (EMBEDDING, *PREFERENCES):  # another library makes their batches
         try:
             activations = int(max(_peak(model.train(), parsed, data) - learned, 0) * (ALLOCATOR if on_cpu else 1))
         except RuntimeError as error:  # an operator that has no form without values, such as grouped products
