@@ -15,7 +15,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from ..errors import ConfigError
 from .declared import declared_pooling, dense_files
-from .model import body_of, class_for, class_named
+from .model import OF_SOURCE, PooledHead, body_of, class_for, class_named
 from .pooling import POOLING, Pooling
 
 OWN = "own"
@@ -45,6 +45,8 @@ def build_classifier(
         revision: branch, tag or commit of the repository.
         kwargs: of `from_pretrained`.
 
+    A saved classifier of hf_lora keeps its head, unless `labels` comes with another number of them or another pooling.
+
     Returns:
         A transformers model for sequence classification: of the task's own class if that reads this feature, else of
         a class of hf_lora over the same body, whose head also pools.
@@ -54,7 +56,8 @@ def build_classifier(
             different ones.
     """
     options = dict(kwargs) if revision is None else {**kwargs, "revision": revision}
-    config = AutoConfig.from_pretrained(path, **({"revision": revision} if revision is not None else {}))
+    where = {key: options[key] for key in OF_SOURCE if key in options}
+    config = AutoConfig.from_pretrained(path, **where)
     saved = class_named(next(iter(config.architectures or ()), None))
     if labels is None:
         _check_saved(path, config, pooling)
@@ -66,12 +69,19 @@ def build_classifier(
                 "each once, or their number, at least 1."
             )
         options |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if saved is not None and pooling is None:
-        return saved.from_pretrained(path, **options)
-    chosen = chosen_pooling(path, config, pooling, revision)
+    if saved is not None:
+        if labels is not None:  # with another number of them, the output layer is new
+            options.setdefault("ignore_mismatched_sizes", True)
+        if pooling is None:
+            return saved.from_pretrained(path, **options)
+    before = getattr(config, POOLING, None)
+    chosen = chosen_pooling(path, config, pooling, **where)
     if chosen is None:
         return AutoModelForSequenceClassification.from_pretrained(path, **options)
-    return load_pooled(path, config, chosen, options)
+    model = load_pooled(path, config, chosen, options)
+    if before is not None and before != chosen.to_json():
+        _renew_head(model[0] if isinstance(model, tuple) else model)
+    return model
 
 
 def is_pooled(folder: str | os.PathLike[str]) -> bool:
@@ -89,14 +99,18 @@ def _check_saved(path: str | os.PathLike[str], config: PretrainedConfig, pooling
 
 
 def chosen_pooling(
-    path: str | os.PathLike[str], config: PretrainedConfig, pooling: str | Pooling | None, revision: str | None = None
+    path: str | os.PathLike[str], config: PretrainedConfig, pooling: str | Pooling | None, **where: Any
 ) -> Pooling | None:
-    """The pooling of a new classifier for a checkpoint; None: its class in transformers has its own way."""
+    """The pooling of a new classifier for a checkpoint; None: its class in transformers has its own way.
+
+    Args:
+        where: of `from_pretrained`, see `declared_pooling`.
+    """
     if pooling is not None:
         return None if pooling == OWN else Pooling.of(pooling)
     if any(name.endswith(_CLASSIFIER) for name in config.architectures or ()):
         return None  # the checkpoint is a classifier already
-    return declared_pooling(path, revision)
+    return declared_pooling(path, **where)
 
 
 def load_pooled(path: str | os.PathLike[str], config: Any, pooling: Pooling, options: dict[str, Any]) -> Any:
@@ -108,8 +122,20 @@ def load_pooled(path: str | os.PathLike[str], config: Any, pooling: Pooling, opt
     model = cls.from_pretrained(path, pooling=pooling, **options)
     found = model[0] if isinstance(model, tuple) else model  # with output_loading_info
     if pooling.dense:
-        _load_dense(found, dense_files(path, options.get("revision")))
+        declared = declared_pooling(path, **options)
+        if declared is not None and declared.dense == pooling.dense:  # else they are new
+            _load_dense(found, dense_files(path, **options))
     return model
+
+
+def _renew_head(model: Any) -> None:
+    """Replace a head that was trained for another pooling."""
+    head: PooledHead = model.pooled_classifier
+    weight = head.out_proj.weight
+    width = model.config.get_text_config().hidden_size
+    new = PooledHead(head.pooling, width, head.out_proj.out_features, head.dropout.p)
+    model._init_weights(new)
+    model.pooled_classifier = new.to(weight.device, weight.dtype).train(head.training)
 
 
 def pooled_for(config: Any, pooling: Pooling) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .pooling import ACTIVATIONS, MODES, Dense, Pooling
 
 logger = logging.get_logger(__name__)
 
+OF_FILE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+"""Arguments of `from_pretrained` that say where a file of a repository is, as huggingface_hub names them."""
 MODULES = "modules.json"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -31,17 +34,18 @@ OLD_NAMES = {
 """Switch of a mode in the configs of older versions -> the mode, in the order in which vectors are concatenated."""
 
 
-def declared_pooling(name: str | os.PathLike[str], revision: str | None = None) -> Pooling | None:
+def declared_pooling(name: str | os.PathLike[str], **where: Any) -> Pooling | None:
     """The sentence vector that a checkpoint declares; None if it declares none, or one that is not built here.
 
     Args:
         name: a folder, or a repository on the Hub.
+        where: of `from_pretrained`; those of `OF_FILE` are used.
     """
-    modules = _read(name, MODULES, revision)
+    modules = _read(name, MODULES, where)
     if modules is None:
         return None
     try:
-        return _pooling_of(name, modules, revision)
+        return _pooling_of(name, modules, where)
     except (ConfigError, KeyError, TypeError, AttributeError) as error:
         logger.warning(
             f"{os.fspath(name)}: {MODULES} declares a sentence vector that cannot be built here ({error}), so the "
@@ -50,28 +54,28 @@ def declared_pooling(name: str | os.PathLike[str], revision: str | None = None) 
         return None
 
 
-def dense_files(name: str | os.PathLike[str], revision: str | None = None) -> list[Path]:
-    """The weights of the declared dense layers, in order.
+def dense_files(name: str | os.PathLike[str], **where: Any) -> list[Path]:
+    """The weights of the declared dense layers, in order; arguments as those of `declared_pooling`.
 
     Raises:
         ConfigError: a file is missing.
     """
-    paths = [f"{m['path']}/{WEIGHTS}" for m in _read(name, MODULES, revision) or () if _kind(m) == "Dense"]
-    found = [_file(name, path, revision) for path in paths]
+    paths = [f"{m['path']}/{WEIGHTS}" for m in _read(name, MODULES, where) or () if _kind(m) == "Dense"]
+    found = [_file(name, path, where) for path in paths]
     missing = [path for path, file in zip(paths, found, strict=True) if file is None]
     if missing:
         raise ConfigError(f"{os.fspath(name)}: {', '.join(missing)} is missing, which {MODULES} names.")
     return [file for file in found if file is not None]
 
 
-def _pooling_of(name: str | os.PathLike[str], modules: Any, revision: str | None) -> Pooling | None:
+def _pooling_of(name: str | os.PathLike[str], modules: Any, where: Mapping[str, Any]) -> Pooling | None:
     found: Pooling | None = None
     for module in modules[1:]:  # the first is the transformer
         kind, path = _kind(module), module["path"]
         if kind == "Normalize":
             found = replace(_after(found, kind), normalize=True)
             continue
-        config = _read(name, f"{path}/{CONFIG}", revision)
+        config = _read(name, f"{path}/{CONFIG}", where)
         if config is None:
             raise ConfigError(f"{path}/{CONFIG} is missing")
         if kind == "Pooling" and found is None:
@@ -113,8 +117,8 @@ def _dense(config: Any) -> Dense:
     return Dense(config["in_features"], config["out_features"], bool(config.get("bias", True)), activation)
 
 
-def _read(name: str | os.PathLike[str], file: str, revision: str | None) -> Any:
-    path = _file(name, file, revision)
+def _read(name: str | os.PathLike[str], file: str, where: Mapping[str, Any]) -> Any:
+    path = _file(name, file, where)
     try:
         return None if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -122,11 +126,14 @@ def _read(name: str | os.PathLike[str], file: str, revision: str | None) -> Any:
         return None
 
 
-def _file(name: str | os.PathLike[str], file: str, revision: str | None) -> Path | None:
+def _file(name: str | os.PathLike[str], file: str, where: Mapping[str, Any]) -> Path | None:
     if os.path.isdir(name):
-        path = Path(name, file)
+        path = Path(name, where.get("subfolder") or "", file)
         return path if path.is_file() else None
     try:
-        return Path(hf_hub_download(os.fspath(name), file, revision=revision))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return Path(hf_hub_download(os.fspath(name), file, **{key: where[key] for key in OF_FILE if key in where}))
+    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError):
+        return None
+    except (HfHubHTTPError, OSError) as error:
+        logger.warning(f"{os.fspath(name)}: {file} could not be read ({error}).")
         return None

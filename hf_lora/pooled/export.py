@@ -53,7 +53,10 @@ def _modules(model: Any, tokenizer: Any, folder: Path) -> None:
     body.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     kinds: list[str] = ["Transformer", "Pooling"]
-    modes = {key: mode in head.pooling.modes for key, mode in OLD_NAMES.items()}
+    chosen = head.pooling.modes
+    modes: dict[str, Any] = {key: mode in chosen for key, mode in OLD_NAMES.items()}
+    if chosen != tuple(mode for mode in OLD_NAMES.values() if mode in chosen):  # which switches cannot say
+        modes = {"pooling_mode": list(chosen)}
     _write(folder / "1_Pooling" / CONFIG, {"word_embedding_dimension": model.config.hidden_size, **modes})
     for layer, settings in zip(head.dense, head.pooling.dense, strict=True):
         name = f"{_ACTIVATIONS}.{settings.activation}" if settings.activation != "Identity" else _IDENTITY

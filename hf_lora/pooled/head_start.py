@@ -134,12 +134,14 @@ def _labels(dataset: Any, name: str, classes: int) -> Tensor:
     Raises:
         ConfigError: there is no such column, there are no rows, or a label is not the index of a class.
     """
+    missing = ConfigError(f"start_head: the rows have no column {name!r}. Name that of the labels: label_column=…")
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and name not in columns:
+        raise missing
     try:
-        found = list(dataset[name] if hasattr(dataset, "column_names") else [row[name] for row in dataset])
+        found = list(dataset[name] if columns is not None else [row[name] for row in dataset])
     except KeyError:
-        raise ConfigError(
-            f"start_head: the rows have no column {name!r}. Name that of the labels: label_column=…"
-        ) from None
+        raise missing from None
     wrong = [label for label in found if not _is_index(label, classes)]
     if wrong or not found:
         what = f"{len(wrong)} of {len(found)} labels are not, such as {wrong[0]!r}" if found else "there are no rows"
@@ -194,6 +196,11 @@ def _features(
         for batch in logging.tqdm(batches, desc="class means", disable=not progress, leave=False, delay=1):
             batch = {k: v.to(model.device) for k, v in batch.items() if k != label_column}
             logits = model(**batch).logits
+            if not read:
+                raise ConfigError(
+                    "start_head: the head that was added last does not run, because another adapter is active or "
+                    "adapters are disabled. Activate its adapter, or start the head before adapters are added."
+                )
             yield _of_the_row(*read.pop(), logits).float().cpu()
             read.clear()
     finally:

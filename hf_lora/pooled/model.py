@@ -18,11 +18,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ..compat import is_own_model
 from ..errors import ConfigError
+from .declared import OF_FILE
 from .pooling import ACTIVATIONS, Pooling
 
 _PREFIX, _SUFFIX = "Pooled", "ForSequenceClassification"
 _OF_LOADING = ("dtype", "quantization_config")
 """Arguments of `from_pretrained` that a config must not take."""
+OF_SOURCE = (*OF_FILE, "proxies", "trust_remote_code", "code_revision")
+"""Those that a config takes, and that the weights need too."""
 
 
 class PooledHead(nn.Module):
@@ -84,9 +87,10 @@ class PooledForSequenceClassification:
         held = {key: kwargs.pop(key) for key in _OF_LOADING if key in kwargs}
         config = kwargs.pop("config", None)
         if config is None:
-            asked = kwargs.pop("output_loading_info", False)
+            held["output_loading_info"] = kwargs.pop("output_loading_info", False)
+            source = {key: kwargs[key] for key in OF_SOURCE if key in kwargs}
             config, kwargs = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
-            held["output_loading_info"] = asked
+            kwargs |= source
         if pooling is not None:
             config.pooling = pooling.to_json() if isinstance(pooling, Pooling) else pooling
         return super().from_pretrained(name, *args, config=config, **kwargs, **held)  # type: ignore[misc]

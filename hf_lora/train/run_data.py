@@ -80,7 +80,7 @@ def pooling_of(parsed: Parsed, task: Task, config: PretrainedConfig) -> tuple[Po
         if recorded is not None:
             return Pooling.from_json(recorded), "as in the adapter"
     why = "--pooling" if run.pooling else "declared by the checkpoint"
-    return chosen_pooling(str(run.model), config, run.pooling, run.model_revision), why
+    return chosen_pooling(str(run.model), config, run.pooling, revision=run.model_revision), why
 
 
 def _read_tables(run: RunArguments) -> dict[str, Table]:
