@@ -70,12 +70,12 @@ def chat(
     model, tokenizer = load_for_generation(
         source, base_model=base_model, merge=merge, revision=revision, subfolder=subfolder, dtype=dtype, device=device
     )
-    if merge and system is None:  # the adapter is gone, and its record with it
-        trained = recorded_format(source, revision=revision, subfolder=subfolder)
-        system = trained.system if trained is not None else None
+    # With --merge, the adapter is gone, and its record with it.
+    trained = recorded_format(source, revision=revision, subfolder=subfolder) if merge else None
     conversation = Conversation(
-        model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+        model, tokenizer, system=system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        seed=seed, trained=trained,
+    )  # fmt: skip
     if conversation.adapter_in_use:
         kind = f"adapter {source} on {model.config._name_or_path}, not merged"
     else:

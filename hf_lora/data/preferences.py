@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import DataError, Faults
-from .formats import Message, parsed, read_messages
+from .formats import Message, as_messages, read_messages
 from .tables import Table
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
@@ -88,7 +88,7 @@ def _has(table: Table, name: str, row: int) -> bool:
 
 def _cell(table: Table, name: str, row: int, faults: Faults) -> Any:
     """A text or a list of messages; empty after adding a fault."""
-    cell, where = parsed(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
+    cell, where = as_messages(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
     if isinstance(cell, list):
         before, messages = len(faults.found), list(read_messages(cell, where, faults))
         if not messages and len(faults.found) == before:

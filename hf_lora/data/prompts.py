@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,7 +16,7 @@ from ..safe_io.atomic import replace_together
 from .chat import is_templated
 from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
-from .formats import TEXT, Format, read_examples, read_list, read_messages
+from .formats import TEXT, Format, holds_messages, read_examples, read_list, read_messages
 from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat
 
@@ -47,13 +47,15 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
     added = pair_of(column, answers).more
     more = table.columns.get(added if added and added != answers else "", [None] * len(table))
     others = [(name, table.columns[name]) for name in (TOOLS, VARIABLES) if name in table.columns]
+    is_chat = column in CHATS or holds_messages(table, column)
+    variables = trained.variables if trained is not None else None
     prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
         where = f"{table.at(row)}, column {column!r}"
-        if isinstance(value, list) or column in CHATS:
+        if isinstance(value, list) or is_chat:
             prompts.append(_question(value, where, faults))
             for name, values in others:
-                if values[row]:
+                if values[row] and not (name == VARIABLES and values[row] == variables):
                     faults.add(f"{table.at(row)}, column {name!r}: {name} are not supported here")
             continue
         if not isinstance(value, str) or not value.strip():
@@ -115,8 +117,9 @@ def read_answered(
 class AnswerFile:
     """Writes a JSONL file of the rows of a table, each with its answer; a context manager.
 
-    Answers are appended to `<out>.partial` as they come. `finish` writes all rows in order and replaces an existing
-    file; if the block ends before, the partial file is kept and named in a warning, unless it is empty.
+    Answers are appended to `<out>.partial` as they come; that of an earlier run is kept until the first one. `finish`
+    writes all rows in order and replaces an existing file; if the block ends before, the partial file is kept and
+    named in a warning, unless it is empty.
 
     Args:
         table: the table that the prompts are from.
@@ -131,6 +134,7 @@ class AnswerFile:
         self.table, self.path = table, Path(out)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.lines: dict[int, str] = {}
+        self._file: IO[str] | None = None
         faults = Faults(f"writing {self.path}")
         if self.path.resolve() == Path(table.source).resolve():
             faults.add("this is the input itself")
@@ -141,8 +145,11 @@ class AnswerFile:
         if not self.path.parent.is_dir():
             faults.add(f"the folder {self.path.parent} does not exist")
         if not faults.found:
+            existed = self.partial.exists()
             try:
-                self._file = self.partial.open("w", encoding="utf-8")
+                self.partial.open("a").close()  # the rows of an interrupted run may be in it
+                if not existed:
+                    self.partial.unlink()
             except OSError as error:
                 faults.add(f"{self.partial.name} cannot be written in its folder ({error.strerror})")
         faults.check(ConfigError, "Nothing was generated. Name another file, or rename the column.")
@@ -155,6 +162,8 @@ class AnswerFile:
         values = {name: column[row] for name, column in self.table.columns.items()} | {GENERATED: answer}
         line = _json_line(values)
         try:
+            if self._file is None:
+                self._file = self.partial.open("w", encoding="utf-8")
             self._file.write(line)
             self._file.flush()
         except OSError as error:
@@ -171,6 +180,8 @@ class AnswerFile:
         self.lines = {}
 
     def __exit__(self, *_: object) -> None:
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):  # what could not be flushed is lost
             self._file.close()
         if self.lines:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, Faults, nearest
+from .columns import TO_ANSWER
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HALF = "half of a character (a lone surrogate, such as \\ud83d), of which no tokens can be made"
@@ -178,7 +179,7 @@ def _read_json(path: Path) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {_why_not_read(error)}.") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
-        lists = [value for value in content.values() if isinstance(value, list)]
+        lists = [v for name, v in content.items() if isinstance(v, list) and name not in TO_ANSWER]
         content = lists[0] if len(lists) == 1 else [content]
     if not isinstance(content, list):
         raise DataError(f"{path} contains a {type(content).__name__}; it must contain a list of objects.")

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from ..adapt.state import trained_format
 from ..data.encode import as_in_training, encode_prompts
+from ..data.trained import TrainedFormat
 from ..errors import ConfigError, DataError, Faults, StateError
 from ..model import LoraModel
 from .texts import answering, check_sampling, new_tokens, room_for, sampling, window_of
@@ -31,6 +32,7 @@ class Conversation:
         temperature: 0 is greedy decoding.
         top_p: the share of probability that is sampled from.
         seed: random seed of the first answer; each further answer uses the next seed.
+        trained: what the adapter of a merged model recorded; default: what the model's adapter did.
 
     Attributes:
         messages: the messages so far, without the system message; mappings with `role` and `content`.
@@ -51,6 +53,7 @@ class Conversation:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        trained: TrainedFormat | None = None,
     ) -> None:
         faults = Faults("Conversation(model, tokenizer)")
         check_sampling(faults, max_new_tokens, temperature, top_p, seed)
@@ -64,7 +67,7 @@ class Conversation:
             raise StateError(f"Conversation: {type(model).__name__} does not generate text. Pass a language model.")
         self.model = model
         self.tokenizer = tokenizer
-        trained = trained_format(model)
+        trained = trained or trained_format(model)
         self.system = as_in_training(trained, [[]], system)[1]
         self._variables = trained.variables if trained is not None else None
         if trained is not None and trained.use_chat_template is False:

@@ -180,6 +180,8 @@ class Task(ABC):
     """Whether its models classify a vector that is pooled from the tokens, which a checkpoint may declare."""
     starts_at_means: ClassVar[bool] = False
     """Whether a new head can start at the class means: each row has one class."""
+    smallest_batch: ClassVar[int] = 1
+    """The fewest rows of a batch with which its trainer works."""
     metrics_of_rows: ClassVar[bool] = False
     """Whether `compute_metrics` reads the rows, so that each split has its own."""
 

@@ -16,7 +16,7 @@ from ..data.formats import CHAT, RAW
 from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_marked, read_pairs
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, Faults
 from ..evaluation.result import Evaluation
 from ..generate.texts import evaluating
 from .base import Asked, Data, Defaults, Given, Options, Task, counts, padded
@@ -49,6 +49,7 @@ class Preference(Task):
         as_chat = bool(options.use_chat_template)
         rows = {split: self._rows(table, options, as_chat) for split, table in tables.items()}
         chat = any(map(is_chat, rows.values()))
+        _check_alike(self.name, rows)
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{self.name}: messages need a chat template, and the tokenizer has none. Start from a chat model, "
@@ -98,6 +99,7 @@ class KTO(Preference):
     """Kahneman-Tversky optimization: answers are marked as good or bad, and need not be of the same prompt."""
 
     name = "kto"
+    smallest_batch = 2  # it compares rows of a batch with each other
     trainer = "KTO"
     metrics = ("rewards/margins",)
     options = {"completion_column": "completion", "label_column": "label", **Preference.options}
@@ -138,6 +140,22 @@ class Reward(Preference):
         )
         margins = chosen - rejected
         return Evaluation({"accuracy": float((margins > 0).double().mean()), "margin": float(margins.mean())})
+
+
+def _check_alike(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Refuse a column with texts in some rows and messages in others.
+
+    Raises:
+        DataError: lists these columns.
+    """
+    faults = Faults(f"reading the rows of {name}")
+    for split, part in rows.items():
+        for column in part[0] if part else ():
+            lists = sum(isinstance(row[column], list) for row in part)
+            texts = sum(isinstance(row[column], str) for row in part)
+            if lists and texts:
+                faults.add(f"{split}, column {column!r}: {texts} texts and {lists} lists of messages")
+    faults.check(DataError, "Write all rows of a column in one form.")
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ _AT_LEAST: dict[str, float] = {
 _BELOW: dict[str, float] = {
     "adam_beta1": 1, "adam_beta2": 1, "label_smoothing_factor": 1, "seed": 2**32, "data_seed": 2**32,
 }  # fmt: skip
-_POSITIVE = ("learning_rate", "num_train_epochs", "eval_steps", "save_steps", "logging_steps")
+_POSITIVE = ("learning_rate", "num_train_epochs", "eval_steps", "save_steps", "logging_steps", "beta")
 _WITHOUT_EFFECT = {
     "do_train": "the command trains", "do_eval": "--eval-file is evaluated, if it is given",
     "do_predict": "`hf-lora generate` and `eval` do", "label_names": "the task has its own",
@@ -153,6 +153,11 @@ def check_task(parsed: Parsed, task: Task, config: PretrainedConfig, table: Tabl
     if reason is not None:
         raise ConfigError(f"hf-lora train: {reason}.")
     check_options(parsed.given, task)
+    if training.per_device_train_batch_size < task.smallest_batch:
+        raise ConfigError(
+            f"hf-lora train: the task {task.name} needs batches of at least {task.smallest_batch} rows. Pass "
+            f"--per-device-train-batch-size {task.smallest_batch}."
+        )
     wanted = training.metric_for_best_model
     known = ("loss", *task.metrics_of(Options.of(run), table))
     if wanted is not None and wanted.removeprefix("eval_") not in known:
@@ -187,7 +192,7 @@ def as_word(name: str) -> str:
 def _check_values(parsed: Parsed, faults: Faults) -> None:
     run, training = parsed.run, parsed.training
     values = {f.name: getattr(training, f.name) for f in dataclasses.fields(training)}
-    values |= {"max_length": run.max_length, "max_target_length": run.max_target_length}
+    values |= {"max_length": run.max_length, "max_target_length": run.max_target_length, "beta": run.beta}
     for name, value in values.items():
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             continue

@@ -19,6 +19,8 @@ from ..adapt.report import adapter_table, trainable_parameters
 from ..adapt.targets import Explanation, explain_targets
 from ..apply import apply_lora
 from ..errors import ConfigError, Faults, nearest
+from ..files.format import read_adapter
+from ..hub.download import local_adapter
 from ..loss.frozen_head import CHUNK_ELEMENTS
 from ..tasks.base import Data
 from ..tasks.registry import CAUSAL_LM, EMBEDDING, PREFERENCES, TASKS, why_not
@@ -99,7 +101,9 @@ def forecast(parsed: Parsed) -> Forecast:
     model = empty_model(data.config, str(run.model), data.task.name, data.pooling)
     model = model.to(dtype_of(run.dtype, data.config))
     # Dropout on a CPU draws the dropped elements themselves, whose number is not known without values.
-    apply_lora(model, dataclasses.replace(training.lora_config(), lora_dropout=0.0))
+    former = training.lora_adapter
+    config = training.lora_config() if former is None else read_adapter(local_adapter(former)).config
+    apply_lora(model, dataclasses.replace(config, lora_dropout=0.0))
     if training.gradient_checkpointing:
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # its name since 5.24
     trained, total = trainable_parameters(model)

@@ -251,7 +251,8 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         elif not faults.found:  # after an unknown name, it is its value
             faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
-    return Parsed(run, training, frozenset(named | set(empty)))
+    given = {name if name in known else name.removeprefix("no_") for name in named}  # --no-packing is about packing
+    return Parsed(run, training, frozenset(given | set(empty)))
 
 
 def _intervals_other_than_0(words: Sequence[str]) -> list[str]:

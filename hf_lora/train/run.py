@@ -24,7 +24,7 @@ from ..tasks.preference import Preference
 from ..tasks.registry import CAUSAL_LM
 from .build import build_trainer
 from .check import checkpoint_of
-from .output import remove_checkpoints, remove_results
+from .output import continues, files_of_inputs, remove_checkpoints, remove_results, remove_unchanged
 from .parsing import Parsed, RunArguments, parse_arguments
 from .run_data import read_data
 from .schedule import check_batches, hints, set_warmup, steps_of
@@ -83,7 +83,7 @@ def finetune(
     add_scores(trainer, data)
     _begin(parsed, data, trainer, report)
     resume = checkpoint_of(parsed)
-    if parsed.run.overwrite and not resume and trainer.is_world_process_zero():
+    if parsed.run.overwrite and not continues(str(training.output_dir), resume) and trainer.is_world_process_zero():
         remove_checkpoints(str(training.output_dir))
     trainer.accelerator.wait_for_everyone()
     start = time.perf_counter()
@@ -99,12 +99,15 @@ def finetune(
         if trainer.is_world_process_zero():
             trainer.save_metrics(split, values)
     card = _data_of_card(parsed.run, list(found))
+    former = files_of_inputs(str(training.output_dir))
     pushed = ""
     if training.push_to_hub:  # saves, and writes the card, before it pushes
         pushed = _push(trainer, card)
     else:
         trainer.save_model()
         trainer.create_model_card(**card)
+    if parsed.run.overwrite and trainer.is_world_process_zero():
+        remove_unchanged(former)
     out = Path(str(training.output_dir))
     size = sum(f.stat().st_size for f in out.glob("adapter_*"))
     return RunResult(trainer.model, metrics, out, seconds, size, trainer.head_loss.line(), pushed, data.task)
@@ -117,7 +120,11 @@ def _evaluate(trainer: Any, data: Data, split: str) -> dict[str, float]:
     values: dict[str, float] = trainer.evaluate(data.rows[split], metric_key_prefix=split)
     if isinstance(data.task, Preference):  # whose trainers only log their metrics, and always as those of eval
         logged = trainer.state.log_history[-1]
-        values |= {f"{split}_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
+        values |= {f"eval_{name}": logged[f"eval_{name}"] for name in data.task.metrics if f"eval_{name}" in logged}
+        values = {
+            f"{split}_{name.removeprefix('eval_')}" if name.startswith("eval_") else name: value
+            for name, value in values.items()
+        }
     if data.task.scored:
         values |= scores(trainer, data, split, split)
     return values

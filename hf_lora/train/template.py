@@ -17,7 +17,7 @@ from ..tasks.registry import TASKS
 from .advice import Recommendation
 from .arguments import LoraTrainingArguments
 from .defaults import chooses, typical
-from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of, plain_values
+from .parsing import Parsed, RunArguments, defaults_of, plain_values
 
 WIDTH = 100
 _COMMON = {
@@ -74,8 +74,11 @@ def _others(task: Task) -> dict[str, Any]:
 
 
 def as_yaml(parsed: Parsed) -> str:
-    """The arguments that a command line and its file set, and this command's own defaults, for `--config`."""
-    values = plain_values(parsed, parsed.given | DEFAULTS.keys())
+    """The arguments that a command line and its file set, for `--config`.
+
+    No defaults: they would count as given, and some depend on what is given.
+    """
+    values = plain_values(parsed, parsed.given)
     return yaml.safe_dump(
         {name: v for name, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True
     )

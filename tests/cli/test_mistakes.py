@@ -245,6 +245,9 @@ def test_an_earlier_run_is_replaced_only_on_request_and_at_the_end(
     first = (out / WEIGHTS).read_bytes()
     assert (out / "checkpoint-4").is_dir()
     assert "--overwrite" in run(*words, code=2).stderr
+    elsewhere = shutil.copytree(out / "checkpoint-4", tmp_path / "other" / "checkpoint-4")
+    assert "--overwrite" in run(*words, "--resume-from-checkpoint", elsewhere, code=2).stderr
+    (out / "chat_template.jinja").write_text("of another tokenizer")
     assert (out / WEIGHTS).read_bytes() == first
 
     def ends(self: Any, *_: object, **__: object) -> None:
@@ -259,6 +262,8 @@ def test_an_earlier_run_is_replaced_only_on_request_and_at_the_end(
     assert LoraModel.from_pretrained(out).lora_configs["default"].r == 3
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
     assert not (out / "test_results.json").exists()  # it was of the earlier adapter
+    assert not (out / "chat_template.jinja").exists()
+    assert (out / "tokenizer.json").exists()
 
 
 def test_ctrl_c_names_what_was_saved_and_the_command_that_goes_on(

@@ -50,6 +50,15 @@ def test_the_printed_configuration_gives_the_same_arguments(line: str, tmp_path:
     assert run("train", *words, "--print-config").stdout == file.read_text()
 
 
+def test_the_printed_configuration_fixes_nothing_that_was_left_open(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(as_yaml(parse_arguments(["--model", "m", "--no-packing"])))
+    assert yaml.safe_load(file.read_text()) == {"model": "m", "packing": False}
+    found = parse_arguments(["--save-steps", "1", "--logging-steps", "1"], file)
+    assert found.given == {"model", "packing", "save_steps", "logging_steps"}
+    assert found.training.save_strategy == found.training.logging_strategy == "steps"
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_template_is_valid_also_with_every_comment_removed(task: str, tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"

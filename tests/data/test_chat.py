@@ -18,6 +18,7 @@ from hf_lora.data.chat import chat_rows, is_templated, label_chat, label_pair, l
 from hf_lora.data.formats import recognize_format
 from hf_lora.data.prompts import read_answered, read_prompts
 from hf_lora.data.tables import Table, read_table
+from hf_lora.data.trained import TrainedFormat
 from hf_lora.errors import ConfigError, DataError
 from hf_lora.versions import is_older
 
@@ -533,3 +534,14 @@ def test_every_wrong_variable_is_listed(bytes_: Any) -> None:
     for read in (lambda: read_prompts(table), lambda: read_answered(table, recognize_format(table), bytes_)):
         with pytest.raises(DataError, match=r"row 1.*chat_template_kwargs.*not supported here"):
             read()
+
+
+def test_prompts_are_lists_of_messages_in_json_as_for_training() -> None:
+    asked = [{"role": "user", "content": "q"}]
+    rows = Table(
+        "rows.csv", {"prompt": [json.dumps(asked)] * 2, "chat_template_kwargs": [{"x": 1}] * 2}, [2, 3], "line"
+    )
+    trained = TrainedFormat("chat", "prompt", "completion", variables={"x": 1})
+    assert read_prompts(rows, trained=trained) == [asked] * 2
+    with pytest.raises(DataError, match="chat_template_kwargs"):
+        read_prompts(rows)

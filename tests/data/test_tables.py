@@ -162,3 +162,10 @@ def test_the_tables_of_a_real_line_of_json_keep_its_objects(tmp_path: Path) -> N
     row = {"text": "a", "slots": {"time": "now"}, "n": None}
     file = put(tmp_path, "a.jsonl", json.dumps(row) + "\n")
     assert read_table(file).columns == {"text": ["a"], "slots": [{"time": "now"}], "n": [None]}
+
+
+def test_a_file_with_one_chat_is_one_row(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for content in ({"messages": chat}, {"data": [{"messages": chat}]}):
+        (tmp_path / "rows.json").write_text(json.dumps(content))
+        assert read_table(tmp_path / "rows.json").columns == {"messages": [chat]}

@@ -31,6 +31,8 @@ from hf_lora import (
 from hf_lora.data.encode import encode_prompts
 from hf_lora.data.prompts import AnswerFile
 from hf_lora.data.tables import read_table
+from hf_lora.data.trained import TrainedFormat
+from hf_lora.errors import LoraError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('who?') }}"
@@ -348,6 +350,18 @@ def test_answers_are_kept_when_a_run_is_cut_off(
     assert [json.loads(line)["generated"] for line in out.read_text().splitlines()] == expected
 
 
+def test_a_run_that_does_not_begin_keeps_the_answers_of_the_one_before(tmp_path: Path) -> None:
+    file, partial = tmp_path / "in.txt", tmp_path / "out.jsonl.partial"
+    file.write_text("w9\n")
+    for text in ("answers", None):
+        if text is not None:
+            partial.write_text(text)
+        with pytest.raises(LoraError):
+            generate_answers("no-such-model", file=file, out=tmp_path / "out.jsonl")
+        assert (partial.read_text() if partial.exists() else None) == text
+        partial.unlink(missing_ok=True)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
     file = tmp_path / "in.txt"
     file.write_text("w9\n")
@@ -438,6 +452,12 @@ def test_the_pipeline_of_an_adapter_answers_as_generate_texts_does(folders: Path
 
 
 # Conversations -------------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_with_a_merged_model_is_told_what_its_adapter_recorded(tokenizer: Any) -> None:
+    trained = TrainedFormat("chat", "messages", system="w10", variables={"x": 1})
+    chat = Conversation(tiny_llama(), tokenizer, trained=trained)
+    assert (chat.system, chat._variables) == ("w10", {"x": 1})
 
 
 def test_a_conversation_keeps_what_was_said_and_streams(adapted: Any, tokenizer: Any) -> None:

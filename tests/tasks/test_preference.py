@@ -56,6 +56,12 @@ def test_every_form_of_a_pair_is_the_same_row() -> None:
     assert chat == expected
 
 
+@pytest.mark.parametrize("text", ['[{"name": "x"}]', "[1, 2]", "[]"])
+def test_an_answer_that_is_a_list_in_json_is_a_text(text: str) -> None:
+    assert only(prompt="a", chosen=text, rejected="b")["chosen"] == text
+    assert only(prompt=ASKED, chosen=json.dumps(GOOD), rejected=BAD)["chosen"] == GOOD
+
+
 def test_every_row_that_is_not_a_pair_is_listed() -> None:
     cells = [
         (ASKED, GOOD, GOOD, "'chosen' and 'rejected' are equal"), (None, GOOD, BAD, "no common beginning"),
@@ -108,6 +114,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "equal.jsonl", equal)
     other = [{"role": "user", "content": "why"}]
     write_lines(folder / "other.jsonl", [{"prompt": ASKED, "chosen": other + GOOD, "rejected": BAD}])
+    written = {"prompt": "was it good", "chosen": "very good", "rejected": "so so"}
+    write_lines(folder / "mixed.jsonl", [*pairs[:2], written])
+    write_lines(folder / "swapped.jsonl", [{"prompt": ASKED, "chosen": BAD, "rejected": GOOD}] * 6)
     write_lines(folder / "chats.jsonl", [{"messages": ASKED + GOOD}] * 2)
     return folder
 
@@ -149,6 +158,17 @@ def test_the_command_trains_on_preferences(
         assert answer.strip()
 
 
+def test_each_split_has_its_own_metrics(base: str, files: Path, tmp_path: Path) -> None:
+    rows = {name: str(files / f"{name}.jsonl") for name in ("pairs", "swapped")}
+    words = ("--train-file", rows["pairs"], "--eval-file", rows["pairs"], "--test-file", rows["swapped"])
+    said = run_command("train", "--model", base, "--output-dir", tmp_path / "out", *words, *FAST).stdout
+    found = json.loads((tmp_path / "out" / "all_results.json").read_text())
+    assert (found["eval_rewards/accuracies"], found["test_rewards/accuracies"]) == (1.0, 0.0)
+    assert found["eval_rewards/margins"] == pytest.approx(-found["test_rewards/margins"], rel=1e-4)
+    assert not any("eval" in name for name in json.loads((tmp_path / "out" / "test_results.json").read_text()))
+    assert "rewards/accuracies" in said
+
+
 def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
     words = ("--model", base, "--train-file", files / "pairs.jsonl", "--output-dir", tmp_path / "out")
     shown = run_command("train", *words, "--show-batch").stdout
@@ -171,6 +191,12 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
             "--beta has no effect on the task reward; it is for dpo, kto",
         ),
         (["--train-file", "pairs.jsonl", "--metric-for-best-model", "accuracy"], "rewards/accuracies"),
+        (["--train-file", "pairs.jsonl", "--beta", "-0.5"], "--beta -0.5 must be greater than 0"),
+        (["--train-file", "mixed.jsonl"], "column 'chosen': 1 texts and 2 lists of messages"),
+        (
+            ["--task", "kto", "--train-file", "marked.jsonl", "--per-device-train-batch-size", "1"],
+            "Pass --per-device-train-batch-size 2",
+        ),
     ],
 )
 def test_mistakes_are_one_message_before_the_model_is_loaded(

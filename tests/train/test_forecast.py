@@ -91,6 +91,8 @@ def test_counts_are_those_of_the_run(
     state = torch.load(next((tmp_path / "out").glob("checkpoint-*")) / "optimizer.pt", weights_only=True)["state"]
     moments = sum(t.numel() * 4 for entry in state.values() for name, t in entry.items() if name != "step")
     assert found.optimizer == moments
+    going_on = [word for word in arguments if word not in ("--lora-r", "4")]  # it has its own rank
+    assert forecast(parse_arguments([*going_on, "--lora-adapter", str(tmp_path / "out")])).trained == trained
 
 
 @pytest.fixture(scope="module")
