@@ -42,6 +42,8 @@ FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 """The rates that are tried, as multiples of the default."""
 RUNGS = ((8, 5), (4, 2))
 """(divisor of the run's steps, number of rates) of each round."""
+SHORTEST = 16
+"""Shorter runs are treated as having so many steps, so that each round is longer than the one before."""
 HELD_OUT, MOST_HELD_OUT = 10, 1000
 """One of so many rows is held out, and at most so many rows."""
 FEWEST_ROWS = 20
@@ -164,7 +166,7 @@ class _Runner:
                     parameter.copy_(self._start[name])
         set_seed(trainer.args.seed)  # the same batches and dropout for every rate
         _set_rate(trainer.args, rate, self._parsed.given)
-        trainer.args.max_steps = max(2, self._steps // divisor)
+        trainer.args.max_steps = max(SHORTEST, self._steps) // divisor
         trainer.optimizer = trainer.lr_scheduler = None
         loss = math.inf
         try:

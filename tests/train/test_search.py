@@ -99,6 +99,8 @@ def test_an_interrupted_search_goes_on(base: str, rows: Path, tmp_path: Path, mo
     assert not tried
     searched(tmp_path / "out", seed=3)  # another run
     assert len(tried) == TRIALS
+    few = searched(tmp_path / "few", max_steps=3)  # each round is longer than the one before
+    assert [trial.steps for trial in few] == [2] * 5 + [4] * 2
 
 
 def test_ctrl_c_says_that_the_trials_are_kept(
