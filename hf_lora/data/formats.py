@@ -220,7 +220,7 @@ def _known_formats() -> str:
 def _named(table: Table, text: str | None, completion: str | None) -> Format:
     if completion is None:
         assert text is not None
-        return Format(text, CHAT if _holds_messages(table, text) else TEXT, (text,))
+        return Format(text, CHAT if holds_messages(table, text) else TEXT, (text,))
     text = text or next((name for name in columns.PROMPTS if name in table.columns and name != completion), None)
     if text is None:
         raise DataError(
@@ -244,7 +244,7 @@ def _candidates(table: Table) -> list[Format]:
 
 def _pair(table: Table, prompt: str, completion: str) -> Format:
     name = f"{prompt}+{completion}"
-    if _holds_messages(table, prompt) and _holds_messages(table, completion):
+    if holds_messages(table, prompt) and holds_messages(table, completion):
         return Format(name, CHAT, (prompt, completion))
     pair = pair_of(prompt, completion)
     more = (pair.more,) if pair.more in table.columns and pair.more != completion else ()
@@ -281,7 +281,7 @@ def _check_one_form(table: Table, found: list[Format]) -> None:
                 )
 
 
-def _holds_messages(table: Table, column: str) -> bool:
+def holds_messages(table: Table, column: str) -> bool:
     """Whether the first non-empty cell of a column holds a list of messages."""
     cell = next((value for value in table.column(column) if value not in (None, "")), None)
     value = parsed(cell)
@@ -289,12 +289,13 @@ def _holds_messages(table: Table, column: str) -> bool:
 
 
 def parsed(cell: object) -> Any:
-    """A cell; the list in it, if it is JSON text of one."""
+    """A cell; the list in it, if it is JSON text of messages. Other JSON text stays a text, such as an answer."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
-            return json.loads(cell)
+            value = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
+        return value if columns.is_messages(value) else cell
     return cell
 
 

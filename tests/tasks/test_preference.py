@@ -56,6 +56,17 @@ def test_every_form_of_a_pair_is_the_same_row() -> None:
     assert chat == expected
 
 
+@pytest.mark.parametrize(
+    "answer",
+    ['[{"name": "x1"}]', '[{"name": "Anna", "role": "nurse"}]', '[{"from": "Rome", "to": "Paris"}]', "[1, 2]", "[]"],
+)
+def test_an_answer_that_is_other_json_than_messages_is_a_text(answer: str) -> None:
+    pair = {"prompt": "list them", "chosen": answer, "rejected": "no"}
+    assert only(**pair) == pair
+    (row, _) = read_marked(table(prompt=["a", "b"], answer=[answer, "no"], good=[True, False]), "answer", "good")
+    assert row["completion"] == answer
+
+
 def test_every_row_that_is_not_a_pair_is_listed() -> None:
     cells = [
         (ASKED, GOOD, GOOD, "'chosen' and 'rejected' are equal"), (None, GOOD, BAD, "no common beginning"),
