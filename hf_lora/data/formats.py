@@ -312,11 +312,11 @@ def _read_chat(table: Table, data_format: Format, row: int, faults: Faults) -> E
     tools = table.columns[data_format.tools][row] if data_format.tools is not None else None
     if tools not in (None, "", []):
         tools = read_list(tools, f"{table.at(row)}, column {data_format.tools!r}", faults)
-    variables = {} if data_format.variables is None else _read_variables(table, data_format.variables, row, faults)
+    variables = {} if data_format.variables is None else read_variables(table, data_format.variables, row, faults)
     return Example(messages=messages, tools=tools or None, variables=variables, train_from=train_from)
 
 
-def _read_variables(table: Table, column: str, row: int, faults: Faults) -> dict[str, Any]:
+def read_variables(table: Table, column: str, row: int, faults: Faults) -> dict[str, Any]:
     """The variables of a row without those that are null, with which parquet fills the rows that do not have them."""
     where = f"{table.at(row)}, column {column!r}"
     cell = _from_json(table.columns[column][row], where, faults)

@@ -16,7 +16,7 @@ from ..safe_io.atomic import replace_together
 from .chat import is_templated
 from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
-from .formats import TEXT, Format, read_examples, read_list, read_messages
+from .formats import CHAT, TEXT, Format, holds_messages, read_examples, read_list, read_messages, read_variables
 from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat
 
@@ -46,15 +46,18 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
     faults = Faults(f"reading {table.source}")
     added = pair_of(column, answers).more
     more = table.columns.get(added if added and added != answers else "", [None] * len(table))
-    others = [(name, table.columns[name]) for name in (TOOLS, VARIABLES) if name in table.columns]
+    chats = _are_chats(table, column, answers, trained)
+    variables = VARIABLES if VARIABLES in table.columns else None
+    known_variables = trained.variables if trained is not None else None
     prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
         where = f"{table.at(row)}, column {column!r}"
-        if isinstance(value, list) or column in CHATS:
+        if isinstance(value, list) or chats:
             prompts.append(_question(value, where, faults))
-            for name, values in others:
-                if values[row]:
-                    faults.add(f"{table.at(row)}, column {name!r}: {name} are not supported here")
+            if TOOLS in table.columns and table.columns[TOOLS][row] not in (None, "", [], "[]"):
+                faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+            given = read_variables(table, variables, row, faults) if variables else {}
+            _check_variables(given, known_variables, table.at(row), faults)
             continue
         if not isinstance(value, str) or not value.strip():
             faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not text'}")
@@ -63,6 +66,23 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
         prompts.append(with_more(value, more[row]))
     faults.check(DataError, "Correct or remove these rows.")
     return prompts
+
+
+def _are_chats(table: Table, column: str, answers: str, trained: TrainedFormat | None) -> bool:
+    """Whether a column of prompts holds lists of messages, also as JSON text, by the rule of `recognize_format`.
+
+    Two columns are a chat only if both hold messages; rows of preferences may have one of both.
+    """
+    if column in CHATS:
+        return True
+    alone = answers not in table.columns or (trained is not None and trained.kind == CHAT)
+    return holds_messages(table, column) and (alone or holds_messages(table, answers))
+
+
+def _check_variables(given: dict[str, Any], known: dict[str, Any] | None, where: str, faults: Faults) -> None:
+    """Add a fault for variables of a template that the prompts would not be rendered with."""
+    if given and given != known:
+        faults.add(f"{where}: {VARIABLES} other than those of the training are not supported here")
 
 
 def _question(cell: object, where: str, faults: Faults) -> list[Any]:
@@ -104,8 +124,7 @@ def read_answered(
             faults.add(f"{table.at(row)}: the assistant message is the first, so there is nothing to answer")
         if example.tools:
             faults.add(f"{table.at(row)}: it has tools, which are not supported here")
-        if example.variables and example.variables != known:
-            faults.add(f"{table.at(row)}: {VARIABLES} other than those of the training are not supported here")
+        _check_variables(example.variables, known, table.at(row), faults)
         prompts.append(example.messages[:last])
         answers.append(example.messages[last]["content"])
     faults.check(DataError, "Correct or remove these rows.")

@@ -18,6 +18,7 @@ from hf_lora.data.chat import chat_rows, is_templated, label_chat, label_pair, l
 from hf_lora.data.formats import recognize_format
 from hf_lora.data.prompts import read_answered, read_prompts
 from hf_lora.data.tables import Table, read_table
+from hf_lora.data.trained import TrainedFormat
 from hf_lora.errors import ConfigError, DataError
 from hf_lora.versions import is_older
 
@@ -533,3 +534,15 @@ def test_every_wrong_variable_is_listed(bytes_: Any) -> None:
     for read in (lambda: read_prompts(table), lambda: read_answered(table, recognize_format(table), bytes_)):
         with pytest.raises(DataError, match=r"row 1.*chat_template_kwargs.*not supported here"):
             read()
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_the_variables_of_the_training_may_be_in_a_file_of_prompts(text: bool) -> None:
+    """`generate` takes the training file, as `eval --generate` does: prompts are rendered with these variables."""
+    given = [{"tone": "kind", "more": None}, {}]
+    cells = [json.dumps(cell) for cell in given] if text else given
+    columns = {"messages": [chat(CHATS["one"])] * 2, "chat_template_kwargs": cells, "tools": ["[]", None]}
+    table = Table("t", columns, [1, 2], "row")
+    assert len(read_prompts(table, trained=TrainedFormat("chat", "messages", variables={"tone": "kind"}))) == 2
+    with pytest.raises(DataError, match="row 1: chat_template_kwargs other than those of the training"):
+        read_prompts(table, trained=TrainedFormat("chat", "messages", variables={"tone": "cold"}))
