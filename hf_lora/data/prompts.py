@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -135,7 +136,8 @@ class AnswerFile:
     """Writes a JSONL file of the rows of a table, each with its answer; a context manager.
 
     Answers are appended to `<out>.partial` as they come. `finish` writes all rows in order and replaces an existing
-    file; if the block ends before, the partial file is kept and named in a warning, unless it is empty.
+    file; if the block ends before, the partial file is kept and named in a warning, unless it is empty. That of an
+    earlier run is renamed to `<out>.partial.1`, or the next number, at the first answer.
 
     Args:
         table: the table that the prompts are from.
@@ -150,6 +152,7 @@ class AnswerFile:
         self.table, self.path = table, Path(out)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.lines: dict[int, str] = {}
+        self._file: TextIO | None = None
         faults = Faults(f"writing {self.path}")
         if self.path.resolve() == Path(table.source).resolve():
             faults.add("this is the input itself")
@@ -161,7 +164,10 @@ class AnswerFile:
             faults.add(f"the folder {self.path.parent} does not exist")
         if not faults.found:
             try:
-                self._file = self.partial.open("w", encoding="utf-8")
+                is_new = not os.path.lexists(self.partial)
+                self.partial.open("a").close()  # an earlier run's is kept: this one may still fail before it answers
+                if is_new:
+                    self.partial.unlink()
             except OSError as error:
                 faults.add(f"{self.partial.name} cannot be written in its folder ({error.strerror})")
         faults.check(ConfigError, "Nothing was generated. Name another file, or rename the column.")
@@ -174,6 +180,9 @@ class AnswerFile:
         values = {name: column[row] for name, column in self.table.columns.items()} | {GENERATED: answer}
         line = _json_line(values)
         try:
+            if self._file is None:
+                self._keep_earlier()
+                self._file = self.partial.open("w", encoding="utf-8")
             self._file.write(line)
             self._file.flush()
         except OSError as error:
@@ -181,6 +190,14 @@ class AnswerFile:
                 f"writing {self.partial}: {error.strerror}. It holds {len(self.lines)} of {len(self.table)} rows."
             ) from error
         self.lines[row] = line
+
+    def _keep_earlier(self) -> None:
+        if not self.partial.exists() or not self.partial.stat().st_size:
+            return
+        names = (self.path.with_name(f"{self.partial.name}.{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(name))
+        self.partial.rename(kept)
+        logger.warning(f"{self.partial} of an earlier run is now {kept}.")
 
     def finish(self) -> None:
         """Replace `out`, once all rows are added."""
@@ -190,6 +207,8 @@ class AnswerFile:
         self.lines = {}
 
     def __exit__(self, *_: object) -> None:
+        if self._file is None:
+            return
         with contextlib.suppress(OSError):  # what could not be flushed is lost
             self._file.close()
         if self.lines:
