@@ -6,6 +6,7 @@ messages that goes through the chat template.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..errors import DataError, Faults
@@ -80,6 +81,25 @@ def joined(row: dict[str, Any]) -> dict[str, Any]:
 def is_chat(rows: list[dict[str, Any]]) -> bool:
     """Whether any cell holds messages."""
     return any(isinstance(cell, list) for row in rows for cell in row.values())
+
+
+def check_one_form(tables: Mapping[str, Table], rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Check that the rows of all tables hold texts, or that all hold messages: a chat template is for all or none.
+
+    Args:
+        rows: split -> what was read of each row of its table.
+
+    Raises:
+        DataError: lists every row of texts beside others of messages.
+    """
+    if not any(map(is_chat, rows.values())):
+        return
+    faults = Faults("reading preferences: some rows hold messages, and others texts")
+    for split, part in rows.items():
+        for i, row in enumerate(part):
+            if not is_chat([row]):
+                faults.add(f"{tables[split].at(i)}: this row holds texts")
+    faults.check(DataError, "Provide messages in these rows too, or make messages of texts: --use-chat-template true.")
 
 
 def _has(table: Table, name: str, row: int) -> bool:

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from ..data.chat import marked
 from ..data.columns import ANSWERS, LABELS
 from ..data.formats import CHAT, RAW
-from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_marked, read_pairs
+from ..data.preferences import CHOSEN, PROMPT, REJECTED, check_one_form, is_chat, joined, read_marked, read_pairs
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..errors import ConfigError
@@ -48,6 +48,7 @@ class Preference(Task):
         data = Data(self, given.config, tokenizer, length=self.length_of(given))
         as_chat = bool(options.use_chat_template)
         rows = {split: self._rows(table, options, as_chat) for split, table in tables.items()}
+        check_one_form(tables, rows)
         chat = any(map(is_chat, rows.values()))
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(

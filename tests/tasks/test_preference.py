@@ -119,6 +119,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "equal.jsonl", equal)
     other = [{"role": "user", "content": "why"}]
     write_lines(folder / "other.jsonl", [{"prompt": ASKED, "chosen": other + GOOD, "rejected": BAD}])
+    texts = {"prompt": "why", "chosen": "yes", "rejected": "no"}
+    write_lines(folder / "texts.jsonl", [texts, texts])
+    write_lines(folder / "mixed.jsonl", [texts, pairs[0], texts])
     write_lines(folder / "chats.jsonl", [{"messages": ASKED + GOOD}] * 2)
     return folder
 
@@ -165,6 +168,9 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
     shown = run_command("train", *words, "--show-batch").stdout
     assert shown.count("chosen: ⟦") == 3
     assert "rejected: [" in shown
+    words = ("--model", base, "--train-file", files / "mixed.jsonl", "--output-dir", tmp_path / "out")
+    shown = run_command("train", *words, "--use-chat-template", "true", "--show-batch").stdout
+    assert shown.count("chosen: ⟦[{") == 3
 
 
 @pytest.mark.parametrize(
@@ -174,6 +180,8 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
         (["--train-file", "equal.jsonl"], "line 1: 'chosen' and 'rejected' are equal"),
         (["--train-file", "equal.jsonl"], "line 2, column 'rejected': the cell is empty"),
         (["--train-file", "other.jsonl"], "and not with 'prompt'"),
+        (["--train-file", "mixed.jsonl"], "line 3: this row holds texts"),
+        (["--train-file", "pairs.jsonl", "--test-file", "texts.jsonl"], "texts.jsonl, line 1: this row holds texts"),
         (["--task", "reward", "--train-file", "chats.jsonl"], "pairs need the columns 'chosen' and 'rejected'"),
         (["--task", "kto", "--train-file", "good.jsonl"], "'label' is True in every row"),
         (["--train-file", "chats.jsonl", "--beta", "0.2"], "--beta has no effect on the task causal-lm"),
