@@ -74,6 +74,10 @@ def pair_of(prompt: str, answer: str = "") -> Pair:
     return next((pair for pair in rows if pair.answer == answer), Pair(prompt, answer, more))
 
 
+LISTS = (*CHATS, *PROMPTS, *ANSWERS, *TOKENS, *TAGS, *LABELS)
+"""Columns whose cells may be lists."""
+
+
 def is_messages(value: Any) -> bool:
     """Whether a value is a list of messages, and not other JSON: objects, of which at least one has a known role."""
     if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
