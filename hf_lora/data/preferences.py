@@ -7,11 +7,13 @@ messages that goes through the chat template.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, Faults
-from .formats import Message, parsed, read_messages
+from .formats import CHAT, RAW, Message, holds_messages, parsed, read_messages
 from .tables import Table
+from .trained import TrainedFormat
 
 PROMPT, CHOSEN, REJECTED = "prompt", "chosen", "rejected"
 MARKED = {True: True, "true": True, "1": True, False: False, "false": False, "0": False}
@@ -71,6 +73,34 @@ def read_marked(table: Table, answers: str, marks: str, as_chat: bool = False) -
             "ones. Add rows of the other kind."
         )
     return rows
+
+
+def as_trained(table: Table, trained: TrainedFormat | None) -> Table:
+    """The table with prompts and answers as an adapter's training on preferences read them; any other as it is.
+
+    Answers that repeat the prompt are cut to what follows it, and a text beside messages is a turn.
+
+    Raises:
+        DataError: see `read_pairs`; or a cell beside messages is neither a text nor messages.
+    """
+    if trained is None or trained.kind not in (CHAT, RAW):
+        return table
+    prompts, answers = trained.text_column or "", trained.completion_column or ""
+    if answers == CHOSEN and {CHOSEN, REJECTED} <= table.columns.keys():
+        rows = read_pairs(table)
+        if is_chat(rows):
+            rows = read_pairs(table, as_chat=True)
+        return replace(table, columns=table.columns | {name: [row[name] for row in rows] for name in rows[0]})
+    if trained.kind != CHAT or not {prompts, answers} <= table.columns.keys():
+        return table
+    if holds_messages(table, prompts) == holds_messages(table, answers):
+        return table
+    faults = Faults(f"reading {table.source}")
+    cells = [tuple(_cell(table, name, row, faults) for name in (prompts, answers)) for row in range(len(table))]
+    faults.check(DataError, "Correct or remove these rows.")
+    turns = [_alike(prompt, answer, True) for prompt, answer in cells]
+    first, second = (list(column) for column in zip(*turns, strict=True))
+    return replace(table, columns=table.columns | {prompts: first, answers: second})
 
 
 def joined(row: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from ..data.chat import chat_rows, is_templated
 from ..data.columns import ANSWERS, CHATS
 from ..data.formats import describe, recognize_format
+from ..data.preferences import as_trained
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
 from ..evaluation import language
@@ -85,6 +86,7 @@ class CausalLM(Task):
 
     def evaluate(self, model: Any, table: Table, given: Given, asked: Asked) -> Evaluation:
         trained, options, tokenizer = given.trained, given.options, given.processor
+        table = as_trained(table, trained)
         if asked.system is not None:
             trained = replace(trained or TrainedFormat(), system=asked.system)
         form = recognize_format(table, options.text_column, options.completion_column, trained)

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 from helpers import run_command, write_lines
+from transformers import LlamaConfig
 
 from hf_lora import DataError, LoraModel
 from hf_lora.data.preferences import joined, read_marked, read_pairs
 from hf_lora.data.tables import Table
+from hf_lora.data.trained import TrainedFormat
+from hf_lora.tasks.base import Asked, Given
+from hf_lora.tasks.causal_lm import CausalLM
 
 data_utils = pytest.importorskip("trl.data_utils", reason="the extra chat is not installed")
 ASKED, GOOD, BAD = (
@@ -171,6 +175,36 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
     words = ("--model", base, "--train-file", files / "mixed.jsonl", "--output-dir", tmp_path / "out")
     shown = run_command("train", *words, "--use-chat-template", "true", "--show-batch").stdout
     assert shown.count("chosen: ⟦[{") == 3
+
+
+WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
+
+
+@pytest.mark.parametrize(
+    ("kind", "answers", "rows"),
+    [
+        ("chat", "chosen", [{"prompt": ASKED, **WHOLE}, {"prompt": "was it good", **WHOLE}, WHOLE]),
+        ("chat", "chosen", [{name: json.dumps(cell) for name, cell in WHOLE.items()}]),
+        ("chat", "chosen", [{"prompt": ASKED, "chosen": "very good", "rejected": "so so"}]),
+        ("chat", "completion", [{"prompt": "was it good", "completion": GOOD}]),
+        ("chat", "completion", [{"prompt": ASKED, "completion": "very good"}]),
+        ("raw", "chosen", [{"prompt": "it was", "chosen": "it was very good", "rejected": "it was so so"}]),
+    ],
+)
+def test_an_evaluation_reads_the_rows_of_the_training(
+    kind: str, answers: str, rows: list[dict[str, Any]], base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt is there once, and the answer that training prefers is labeled, in every form of a pair."""
+    from test_chat import PLAIN, byte_tokenizer
+
+    tokenizer, seen = byte_tokenizer(PLAIN["chatml"]), []
+    monkeypatch.setattr("hf_lora.evaluation.language.score_rows", lambda model, found, size: seen.append(found) or {})
+    trained = TrainedFormat(kind, "prompt", answers, use_chat_template=kind == "chat", separator="")
+    given = Given(LlamaConfig(), tokenizer, trained=trained)
+    plain = {"prompt": ASKED, answers: GOOD} if kind == "chat" else {"prompt": "it was", answers: " very good"}
+    for row in (plain, *rows):
+        CausalLM().evaluate(None, table(**{name: [cell] for name, cell in row.items()}), given, Asked())
+    assert seen[1:] == seen[:1] * len(rows)
 
 
 @pytest.mark.parametrize(
