@@ -83,7 +83,8 @@ def as_trained(table: Table, trained: TrainedFormat | None) -> Table:
     Raises:
         DataError: see `read_pairs`; or a cell beside messages is neither a text nor messages.
     """
-    if trained is None or trained.kind not in (CHAT, RAW):
+    # Only the record of a language model's own training says which turns were trained; it joins columns as they are.
+    if trained is None or trained.kind not in (CHAT, RAW) or trained.last_turn_only is not None:
         return table
     prompts, answers = trained.text_column or "", trained.completion_column or ""
     if answers == CHOSEN and {CHOSEN, REJECTED} <= table.columns.keys():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from helpers import run_command, write_lines
 from transformers import LlamaConfig
 
 from hf_lora import DataError, LoraModel
-from hf_lora.data.preferences import joined, read_marked, read_pairs
+from hf_lora.data.preferences import as_trained, joined, read_marked, read_pairs
 from hf_lora.data.tables import Table
 from hf_lora.data.trained import TrainedFormat
 from hf_lora.tasks.base import Asked, Given
@@ -205,6 +206,8 @@ def test_an_evaluation_reads_the_rows_of_the_training(
     for row in (plain, *rows):
         CausalLM().evaluate(None, table(**{name: [cell] for name, cell in row.items()}), given, Asked())
     assert seen[1:] == seen[:1] * len(rows)
+    other = table(prompt=[ASKED], chosen=[ASKED + GOOD], rejected=[ASKED + BAD])
+    assert as_trained(other, replace(trained, last_turn_only=False)) is other  # that of causal-lm on the same columns
 
 
 @pytest.mark.parametrize(
