@@ -5,7 +5,7 @@ A new data format is an entry here: `PAIRS` for a prompt and its answer, `CHATS`
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Pair(NamedTuple):
@@ -72,6 +72,18 @@ def pair_of(prompt: str, answer: str = "") -> Pair:
     rows = [pair for pair in PAIRS if pair.prompt == prompt]
     more = rows[0].more if rows else None
     return next((pair for pair in rows if pair.answer == answer), Pair(prompt, answer, more))
+
+
+LISTS = (*CHATS, *PROMPTS, *ANSWERS, *TOKENS, *TAGS, *LABELS)
+"""Columns whose cells may be lists."""
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list of messages, and not other JSON: objects, of which at least one has a known role."""
+    if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+        return False
+    known = {*ROLES, *ALIASES}
+    return any(str(part.get("role") or part.get("from")).lower() in known for part in value)
 
 
 def with_more(prompt: str, more: object) -> str:

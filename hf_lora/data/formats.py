@@ -282,26 +282,20 @@ def _check_one_form(table: Table, found: list[Format]) -> None:
 
 
 def holds_messages(table: Table, column: str) -> bool:
-    """Whether the first non-empty cell of a column holds a list of messages, see `as_messages`."""
+    """Whether the first non-empty cell of a column holds a list of messages."""
     cell = next((value for value in table.column(column) if value not in (None, "")), None)
-    value = as_messages(cell)
+    value = parsed(cell)
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
-def as_messages(cell: object) -> Any:
-    """A cell; the list in it, if it is JSON text of messages, and not of another list."""
-    value = parsed(cell)
-    known = {"role", "from", "content"}
-    return value if isinstance(value, list) and any(isinstance(p, dict) and known & p.keys() for p in value) else cell
-
-
 def parsed(cell: object) -> Any:
-    """A cell; the list in it, if it is JSON text of one."""
+    """A cell; the list in it, if it is JSON text of messages. Other JSON text stays a text, such as an answer."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
-            return json.loads(cell)
+            value = json.loads(cell)
         except (ValueError, RecursionError):
             return cell
+        return value if columns.is_messages(value) else cell
     return cell
 
 
@@ -318,11 +312,11 @@ def _read_chat(table: Table, data_format: Format, row: int, faults: Faults) -> E
     tools = table.columns[data_format.tools][row] if data_format.tools is not None else None
     if tools not in (None, "", []):
         tools = read_list(tools, f"{table.at(row)}, column {data_format.tools!r}", faults)
-    variables = {} if data_format.variables is None else _read_variables(table, data_format.variables, row, faults)
+    variables = {} if data_format.variables is None else read_variables(table, data_format.variables, row, faults)
     return Example(messages=messages, tools=tools or None, variables=variables, train_from=train_from)
 
 
-def _read_variables(table: Table, column: str, row: int, faults: Faults) -> dict[str, Any]:
+def read_variables(table: Table, column: str, row: int, faults: Faults) -> dict[str, Any]:
     """The variables of a row without those that are null, with which parquet fills the rows that do not have them."""
     where = f"{table.at(row)}, column {column!r}"
     cell = _from_json(table.columns[column][row], where, faults)

@@ -6,11 +6,12 @@ messages that goes through the chat template.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, Faults
-from .formats import CHAT, RAW, Message, as_messages, holds_messages, read_messages
+from .formats import CHAT, RAW, Message, holds_messages, parsed, read_messages
 from .tables import Table
 from .trained import TrainedFormat
 
@@ -113,13 +114,32 @@ def is_chat(rows: list[dict[str, Any]]) -> bool:
     return any(isinstance(cell, list) for row in rows for cell in row.values())
 
 
+def check_one_form(tables: Mapping[str, Table], rows: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Check that the rows of all tables hold texts, or that all hold messages: a chat template is for all or none.
+
+    Args:
+        rows: split -> what was read of each row of its table.
+
+    Raises:
+        DataError: lists every row of texts beside others of messages.
+    """
+    if not any(map(is_chat, rows.values())):
+        return
+    faults = Faults("reading preferences: some rows hold messages, and others texts")
+    for split, part in rows.items():
+        for i, row in enumerate(part):
+            if not is_chat([row]):
+                faults.add(f"{tables[split].at(i)}: this row holds texts")
+    faults.check(DataError, "Provide messages in these rows too, or make messages of texts: --use-chat-template true.")
+
+
 def _has(table: Table, name: str, row: int) -> bool:
     return name in table.columns and table.columns[name][row] not in (None, "")
 
 
 def _cell(table: Table, name: str, row: int, faults: Faults) -> Any:
     """A text or a list of messages; empty after adding a fault."""
-    cell, where = as_messages(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
+    cell, where = parsed(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
     if isinstance(cell, list):
         before, messages = len(faults.found), list(read_messages(cell, where, faults))
         if not messages and len(faults.found) == before:

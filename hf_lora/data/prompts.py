@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TextIO
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,7 +17,7 @@ from ..safe_io.atomic import replace_together
 from .chat import is_templated
 from .columns import CHATS, GENERATED, TO_ANSWER, TOOLS, VARIABLES, pair_of, with_more
 from .encode import Prompt
-from .formats import TEXT, Format, holds_messages, read_examples, read_list, read_messages
+from .formats import CHAT, TEXT, Format, holds_messages, read_examples, read_list, read_messages, read_variables
 from .tables import HALF, Table, is_unicode
 from .trained import TrainedFormat
 
@@ -46,17 +47,18 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
     faults = Faults(f"reading {table.source}")
     added = pair_of(column, answers).more
     more = table.columns.get(added if added and added != answers else "", [None] * len(table))
-    others = [(name, table.columns[name]) for name in (TOOLS, VARIABLES) if name in table.columns]
-    is_chat = column in CHATS or holds_messages(table, column)
-    variables = trained.variables if trained is not None else None
+    chats = _are_chats(table, column, answers, trained)
+    variables = VARIABLES if VARIABLES in table.columns else None
+    known_variables = trained.variables if trained is not None else None
     prompts: list[Prompt] = []
     for row, value in enumerate(table.column(column)):
         where = f"{table.at(row)}, column {column!r}"
-        if isinstance(value, list) or is_chat:
+        if isinstance(value, list) or chats:
             prompts.append(_question(value, where, faults))
-            for name, values in others:
-                if values[row] and not (name == VARIABLES and values[row] == variables):
-                    faults.add(f"{table.at(row)}, column {name!r}: {name} are not supported here")
+            if TOOLS in table.columns and table.columns[TOOLS][row] not in (None, "", [], "[]"):
+                faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+            given = read_variables(table, variables, row, faults) if variables else {}
+            _check_variables(given, known_variables, table.at(row), faults)
             continue
         if not isinstance(value, str) or not value.strip():
             faults.add(f"{where}: {'the text is empty' if isinstance(value, str) else 'this is not text'}")
@@ -65,6 +67,23 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
         prompts.append(with_more(value, more[row]))
     faults.check(DataError, "Correct or remove these rows.")
     return prompts
+
+
+def _are_chats(table: Table, column: str, answers: str, trained: TrainedFormat | None) -> bool:
+    """Whether a column of prompts holds lists of messages, also as JSON text, by the rule of `recognize_format`.
+
+    Two columns are a chat only if both hold messages; rows of preferences may have one of both.
+    """
+    if column in CHATS:
+        return True
+    alone = answers not in table.columns or (trained is not None and trained.kind == CHAT)
+    return holds_messages(table, column) and (alone or holds_messages(table, answers))
+
+
+def _check_variables(given: dict[str, Any], known: dict[str, Any] | None, where: str, faults: Faults) -> None:
+    """Add a fault for variables of a template that the prompts would not be rendered with."""
+    if given and given != known:
+        faults.add(f"{where}: {VARIABLES} other than those of the training are not supported here")
 
 
 def _question(cell: object, where: str, faults: Faults) -> list[Any]:
@@ -106,8 +125,7 @@ def read_answered(
             faults.add(f"{table.at(row)}: the assistant message is the first, so there is nothing to answer")
         if example.tools:
             faults.add(f"{table.at(row)}: it has tools, which are not supported here")
-        if example.variables and example.variables != known:
-            faults.add(f"{table.at(row)}: {VARIABLES} other than those of the training are not supported here")
+        _check_variables(example.variables, known, table.at(row), faults)
         prompts.append(example.messages[:last])
         answers.append(example.messages[last]["content"])
     faults.check(DataError, "Correct or remove these rows.")
@@ -117,9 +135,9 @@ def read_answered(
 class AnswerFile:
     """Writes a JSONL file of the rows of a table, each with its answer; a context manager.
 
-    Answers are appended to `<out>.partial` as they come; that of an earlier run is kept until the first one. `finish`
-    writes all rows in order and replaces an existing file; if the block ends before, the partial file is kept and
-    named in a warning, unless it is empty.
+    Answers are appended to `<out>.partial` as they come. `finish` writes all rows in order and replaces an existing
+    file; if the block ends before, the partial file is kept and named in a warning, unless it is empty. That of an
+    earlier run is renamed to `<out>.partial.1`, or the next number, at the first answer.
 
     Args:
         table: the table that the prompts are from.
@@ -134,7 +152,7 @@ class AnswerFile:
         self.table, self.path = table, Path(out)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
         self.lines: dict[int, str] = {}
-        self._file: IO[str] | None = None
+        self._file: TextIO | None = None
         faults = Faults(f"writing {self.path}")
         if self.path.resolve() == Path(table.source).resolve():
             faults.add("this is the input itself")
@@ -145,10 +163,10 @@ class AnswerFile:
         if not self.path.parent.is_dir():
             faults.add(f"the folder {self.path.parent} does not exist")
         if not faults.found:
-            existed = self.partial.exists()
             try:
-                self.partial.open("a").close()  # the rows of an interrupted run may be in it
-                if not existed:
+                is_new = not os.path.lexists(self.partial)
+                self.partial.open("a").close()  # an earlier run's is kept: this one may still fail before it answers
+                if is_new:
                     self.partial.unlink()
             except OSError as error:
                 faults.add(f"{self.partial.name} cannot be written in its folder ({error.strerror})")
@@ -163,6 +181,7 @@ class AnswerFile:
         line = _json_line(values)
         try:
             if self._file is None:
+                self._keep_earlier()
                 self._file = self.partial.open("w", encoding="utf-8")
             self._file.write(line)
             self._file.flush()
@@ -171,6 +190,14 @@ class AnswerFile:
                 f"writing {self.partial}: {error.strerror}. It holds {len(self.lines)} of {len(self.table)} rows."
             ) from error
         self.lines[row] = line
+
+    def _keep_earlier(self) -> None:
+        if not self.partial.exists() or not self.partial.stat().st_size:
+            return
+        names = (self.path.with_name(f"{self.partial.name}.{number}") for number in itertools.count(1))
+        kept = next(name for name in names if not os.path.lexists(name))
+        self.partial.rename(kept)
+        logger.warning(f"{self.partial} of an earlier run is now {kept}.")
 
     def finish(self) -> None:
         """Replace `out`, once all rows are added."""

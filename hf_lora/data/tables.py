@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, Faults, nearest
-from .columns import TO_ANSWER
+from .columns import LISTS, is_messages
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HALF = "half of a character (a lone surrogate, such as \\ud83d), of which no tokens can be made"
@@ -179,11 +179,16 @@ def _read_json(path: Path) -> Table:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: {_why_not_read(error)}.") from error
     if isinstance(content, dict):  # {"data": [...]} and the like
-        lists = [v for name, v in content.items() if isinstance(v, list) and name not in TO_ANSWER]
-        content = lists[0] if len(lists) == 1 else [content]
+        lists = [(name, value) for name, value in content.items() if isinstance(value, list)]
+        content = lists[0][1] if len(lists) == 1 and not _is_cell(*lists[0]) else [content]
     if not isinstance(content, list):
         raise DataError(f"{path} contains a {type(content).__name__}; it must contain a list of objects.")
     return _from_records(path, list(enumerate(content, 1)), "item")
+
+
+def _is_cell(name: str, value: list[Any]) -> bool:
+    """Whether a list in an object is a cell of one row, such as the messages of a chat, and not the rows of a file."""
+    return name in LISTS and (is_messages(value) or not all(isinstance(part, dict) for part in value))
 
 
 def _from_records(path: Path, records: list[tuple[int, Any]], unit: str) -> Table:

@@ -13,10 +13,10 @@ from transformers import PretrainedConfig
 from ..data.chat import marked
 from ..data.columns import ANSWERS, LABELS
 from ..data.formats import CHAT, RAW
-from ..data.preferences import CHOSEN, PROMPT, REJECTED, is_chat, joined, read_marked, read_pairs
+from ..data.preferences import CHOSEN, PROMPT, REJECTED, check_one_form, is_chat, joined, read_marked, read_pairs
 from ..data.tables import Table
 from ..data.trained import TrainedFormat
-from ..errors import ConfigError, DataError, Faults
+from ..errors import ConfigError
 from ..evaluation.result import Evaluation
 from ..generate.texts import evaluating
 from .base import Asked, Data, Defaults, Given, Options, Task, counts, padded
@@ -48,8 +48,8 @@ class Preference(Task):
         data = Data(self, given.config, tokenizer, length=self.length_of(given))
         as_chat = bool(options.use_chat_template)
         rows = {split: self._rows(table, options, as_chat) for split, table in tables.items()}
+        check_one_form(tables, rows)
         chat = any(map(is_chat, rows.values()))
-        _check_alike(self.name, rows)
         if chat and not getattr(tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{self.name}: messages need a chat template, and the tokenizer has none. Start from a chat model, "
@@ -140,22 +140,6 @@ class Reward(Preference):
         )
         margins = chosen - rejected
         return Evaluation({"accuracy": float((margins > 0).double().mean()), "margin": float(margins.mean())})
-
-
-def _check_alike(name: str, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Refuse a column with texts in some rows and messages in others.
-
-    Raises:
-        DataError: lists these columns.
-    """
-    faults = Faults(f"reading the rows of {name}")
-    for split, part in rows.items():
-        for column in part[0] if part else ():
-            lists = sum(isinstance(row[column], list) for row in part)
-            texts = sum(isinstance(row[column], str) for row in part)
-            if lists and texts:
-                faults.add(f"{split}, column {column!r}: {texts} texts and {lists} lists of messages")
-    faults.check(DataError, "Write all rows of a column in one form.")
 
 
 @torch.no_grad()

@@ -75,6 +75,10 @@ CASES = {
     "messages in a named column": Case(chats("talk"), {"text_column": "talk"}),
     "conversations": Case(chats("conversations", role="from", text="value")),
     "lists of messages": Case(LISTS),
+    "lists of messages as JSON text": Case([{name: json.dumps(cell) for name, cell in row.items()} for row in LISTS]),
+    "JSON text of messages before a text": Case(
+        [{"prompt": json.dumps([SYSTEM]), "completion": a} for a in ANSWERS], {"max_length": 128}
+    ),
     "text": Case(pairs("text", "other")),
     "text, named": Case(pairs("asked", "other"), {"text_column": "asked"}),
     "short": Case(chats("messages"), {"max_length": 9}),

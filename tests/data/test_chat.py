@@ -536,12 +536,13 @@ def test_every_wrong_variable_is_listed(bytes_: Any) -> None:
             read()
 
 
-def test_prompts_are_lists_of_messages_in_json_as_for_training() -> None:
-    asked = [{"role": "user", "content": "q"}]
-    rows = Table(
-        "rows.csv", {"prompt": [json.dumps(asked)] * 2, "chat_template_kwargs": [{"x": 1}] * 2}, [2, 3], "line"
-    )
-    trained = TrainedFormat("chat", "prompt", "completion", variables={"x": 1})
-    assert read_prompts(rows, trained=trained) == [asked] * 2
-    with pytest.raises(DataError, match="chat_template_kwargs"):
-        read_prompts(rows)
+@pytest.mark.parametrize("text", [True, False])
+def test_the_variables_of_the_training_may_be_in_a_file_of_prompts(text: bool) -> None:
+    """`generate` takes the training file, as `eval --generate` does: prompts are rendered with these variables."""
+    given = [{"tone": "kind", "more": None}, {}]
+    cells = [json.dumps(cell) for cell in given] if text else given
+    columns = {"messages": [chat(CHATS["one"])] * 2, "chat_template_kwargs": cells, "tools": ["[]", None]}
+    table = Table("t", columns, [1, 2], "row")
+    assert len(read_prompts(table, trained=TrainedFormat("chat", "messages", variables={"tone": "kind"}))) == 2
+    with pytest.raises(DataError, match="row 1: chat_template_kwargs other than those of the training"):
+        read_prompts(table, trained=TrainedFormat("chat", "messages", variables={"tone": "cold"}))

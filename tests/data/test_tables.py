@@ -51,6 +51,21 @@ def test_every_kind_of_file_gives_the_same_table(tmp_path: Path, name: str, text
     assert read_table(put(tmp_path, name, text)).columns == {"text": ["a, b", "c\nd"], "label": ["x", "y"]}
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"id": 1, "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": "b"},
+        {"text": "a", "labels": ["x", "y"]},
+    ],
+)
+def test_an_object_with_a_list_in_a_known_column_is_one_row(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert read_table(put(tmp_path, "a.json", json.dumps(row))).columns == {name: [row[name]] for name in row}
+    wrapped = {"conversations": [row, row]}
+    assert len(read_table(put(tmp_path, "a.json", json.dumps(wrapped)))) == 2
+
+
 def test_values_of_csv_stay_text(tmp_path: Path) -> None:
     assert read_table(put(tmp_path, "a.csv", "text,label\n1e3,01\nNA,\n")).columns == {
         "text": ["1e3", "NA"],

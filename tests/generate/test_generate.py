@@ -32,7 +32,6 @@ from hf_lora.data.encode import encode_prompts
 from hf_lora.data.prompts import AnswerFile
 from hf_lora.data.tables import read_table
 from hf_lora.data.trained import TrainedFormat
-from hf_lora.errors import LoraError
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('who?') }}"
@@ -350,16 +349,25 @@ def test_answers_are_kept_when_a_run_is_cut_off(
     assert [json.loads(line)["generated"] for line in out.read_text().splitlines()] == expected
 
 
-def test_a_run_that_does_not_begin_keeps_the_answers_of_the_one_before(tmp_path: Path) -> None:
-    file, partial = tmp_path / "in.txt", tmp_path / "out.jsonl.partial"
-    file.write_text("w9\n")
-    for text in ("answers", None):
-        if text is not None:
-            partial.write_text(text)
-        with pytest.raises(LoraError):
-            generate_answers("no-such-model", file=file, out=tmp_path / "out.jsonl")
-        assert (partial.read_text() if partial.exists() else None) == text
-        partial.unlink(missing_ok=True)
+def test_the_answers_of_an_earlier_run_are_kept(adapted: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """A later run renames them with its first answer, and leaves them as they are if it fails before."""
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "w9", "completion": "w10"}\n')
+    partial = tmp_path / "out.jsonl.partial"
+    partial.write_text("earlier")
+    for call in (
+        lambda: generate_answers("no-such-model", file=file, out=out),
+        lambda: hf_lora.evaluate("no-such-model", file, generate=True, predictions=out),
+    ):
+        with pytest.raises(AdapterFileError):
+            call()
+        assert partial.read_text() == "earlier"
+    options: Any = {"file": file, "out": out, "tokenizer": tokenizer, "max_new_tokens": 2}
+    generate_answers(adapted, **options)
+    assert (tmp_path / "out.jsonl.partial.1").read_text() == "earlier"
+    partial.write_text("second")
+    generate_answers(adapted, **options)
+    assert [file.read_text() for file in sorted(tmp_path.glob("*.partial*"))] == ["earlier", "second"]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -61,10 +61,15 @@ def test_every_form_of_a_pair_is_the_same_row() -> None:
     assert chat == expected
 
 
-@pytest.mark.parametrize("text", ['[{"name": "x"}]', "[1, 2]", "[]"])
-def test_an_answer_that_is_a_list_in_json_is_a_text(text: str) -> None:
-    assert only(prompt="a", chosen=text, rejected="b")["chosen"] == text
-    assert only(prompt=ASKED, chosen=json.dumps(GOOD), rejected=BAD)["chosen"] == GOOD
+@pytest.mark.parametrize(
+    "answer",
+    ['[{"name": "x1"}]', '[{"name": "Anna", "role": "nurse"}]', '[{"from": "Rome", "to": "Paris"}]', "[1, 2]", "[]"],
+)
+def test_an_answer_that_is_other_json_than_messages_is_a_text(answer: str) -> None:
+    pair = {"prompt": "list them", "chosen": answer, "rejected": "no"}
+    assert only(**pair) == pair
+    (row, _) = read_marked(table(prompt=["a", "b"], answer=[answer, "no"], good=[True, False]), "answer", "good")
+    assert row["completion"] == answer
 
 
 def test_every_row_that_is_not_a_pair_is_listed() -> None:
@@ -119,8 +124,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "equal.jsonl", equal)
     other = [{"role": "user", "content": "why"}]
     write_lines(folder / "other.jsonl", [{"prompt": ASKED, "chosen": other + GOOD, "rejected": BAD}])
-    written = {"prompt": "was it good", "chosen": "very good", "rejected": "so so"}
-    write_lines(folder / "mixed.jsonl", [*pairs[:2], written])
+    texts = {"prompt": "why", "chosen": "yes", "rejected": "no"}
+    write_lines(folder / "texts.jsonl", [texts, texts])
+    write_lines(folder / "mixed.jsonl", [texts, pairs[0], texts])
     write_lines(folder / "swapped.jsonl", [{"prompt": ASKED, "chosen": BAD, "rejected": GOOD}] * 6)
     write_lines(folder / "chats.jsonl", [{"messages": ASKED + GOOD}] * 2)
     return folder
@@ -179,6 +185,9 @@ def test_rows_are_shown(base: str, files: Path, tmp_path: Path) -> None:
     shown = run_command("train", *words, "--show-batch").stdout
     assert shown.count("chosen: ⟦") == 3
     assert "rejected: [" in shown
+    words = ("--model", base, "--train-file", files / "mixed.jsonl", "--output-dir", tmp_path / "out")
+    shown = run_command("train", *words, "--use-chat-template", "true", "--show-batch").stdout
+    assert shown.count("chosen: ⟦[{") == 3
 
 
 WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
@@ -220,6 +229,8 @@ def test_an_evaluation_reads_the_rows_of_the_training(
         (["--train-file", "equal.jsonl"], "line 1: 'chosen' and 'rejected' are equal"),
         (["--train-file", "equal.jsonl"], "line 2, column 'rejected': the cell is empty"),
         (["--train-file", "other.jsonl"], "and not with 'prompt'"),
+        (["--train-file", "mixed.jsonl"], "line 3: this row holds texts"),
+        (["--train-file", "pairs.jsonl", "--test-file", "texts.jsonl"], "texts.jsonl, line 1: this row holds texts"),
         (["--task", "reward", "--train-file", "chats.jsonl"], "pairs need the columns 'chosen' and 'rejected'"),
         (["--task", "kto", "--train-file", "good.jsonl"], "'label' is True in every row"),
         (["--train-file", "chats.jsonl", "--beta", "0.2"], "--beta has no effect on the task causal-lm"),
@@ -229,7 +240,6 @@ def test_an_evaluation_reads_the_rows_of_the_training(
         ),
         (["--train-file", "pairs.jsonl", "--metric-for-best-model", "accuracy"], "rewards/accuracies"),
         (["--train-file", "pairs.jsonl", "--beta", "-0.5"], "--beta -0.5 must be greater than 0"),
-        (["--train-file", "mixed.jsonl"], "column 'chosen': 1 texts and 2 lists of messages"),
         (
             ["--task", "kto", "--train-file", "marked.jsonl", "--per-device-train-batch-size", "1"],
             "Pass --per-device-train-batch-size 2",
