@@ -222,9 +222,11 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
     faults.check(ConfigError, "Correct these lines; `hf-lora train --all-options` lists every argument.")
     empty = {name: value for name, value in values.items() if value == []}  # argparse has no flag for an empty list
     parser.set_defaults(**empty)
-    lines = [word for name, value in values.items() for word in _flag_with(name, value)]
+    # An interval on the command line overrides the file's strategy too, which would leave it without effect.
+    replaced = {INTERVALS[name] for name in _intervals_other_than_0(argv)} - _names_in(argv, known)
+    lines = [w for name, value in values.items() if name not in replaced for w in _flag_with(name, value)]
     words = _with_search([*lines, *argv])
-    named = {w.lstrip("-").partition("=")[0].replace("-", "_") for w in words if w.startswith("--")}
+    named = _names_in(words, known)
     if named & {"eval_file", "eval_split"} and not named & {"eval_strategy", "evaluation_strategy"}:
         parser.set_defaults(eval_strategy="epoch")
     parser.set_defaults(**{INTERVALS[name]: "steps" for name in _intervals_other_than_0(words)})
@@ -251,8 +253,15 @@ def parse_arguments(argv: Sequence[str], config: str | os.PathLike[str] | Mappin
         elif not faults.found:  # after an unknown name, it is its value
             faults.add(f"{word} is not an argument: names start with --")
     faults.check(ConfigError, "Correct these; `hf-lora train --all-options` lists every argument.")
-    given = {name if name in known else name.removeprefix("no_") for name in named}  # --no-packing is about packing
-    return Parsed(run, training, frozenset(given | set(empty)))
+    return Parsed(run, training, frozenset(named | set(empty)))
+
+
+def _names_in(words: Sequence[str], known: Container[str]) -> set[str]:
+    """The names of the arguments that words of a command line set; `--no-packing` sets `packing`."""
+    names = {word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")}
+    return {
+        name.removeprefix("no_") if name not in known and name.removeprefix("no_") in known else name for name in names
+    }
 
 
 def _intervals_other_than_0(words: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ from ..tasks.registry import TASKS
 from .advice import Recommendation
 from .arguments import LoraTrainingArguments
 from .defaults import chooses, typical
-from .parsing import Parsed, RunArguments, defaults_of, plain_values
+from .parsing import DEFAULTS, Parsed, RunArguments, defaults_of, plain_values
 
 WIDTH = 100
 _COMMON = {
@@ -74,14 +74,16 @@ def _others(task: Task) -> dict[str, Any]:
 
 
 def as_yaml(parsed: Parsed) -> str:
-    """The arguments that a command line and its file set, for `--config`.
+    """The arguments that a command line and its file set, for `--config`; this command's own defaults as comments.
 
-    No defaults: they would count as given, and some depend on what is given.
+    As settings, the defaults would count as given, and a run would no longer adapt them to its length.
     """
-    values = plain_values(parsed, parsed.given)
-    return yaml.safe_dump(
-        {name: v for name, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True
-    )
+    values = {name: v for name, v in plain_values(parsed, parsed.given).items() if v is not None}
+    defaults = plain_values(parsed, DEFAULTS.keys() - parsed.given)
+    lines = [_dumped(values, flow=False)] if values else []
+    if defaults:
+        lines += ["# Defaults:", *(f"#{_line(name, value)}" for name, value in defaults.items())]
+    return "\n".join(lines) + "\n"
 
 
 def _line(name: str, value: object) -> str:

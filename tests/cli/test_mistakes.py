@@ -112,6 +112,7 @@ WRONG: list[tuple[str, str]] = [
         "--packing has no effect on the task text-classification; it is for causal-lm|--max-target-length has no|"
         "--beta has no effect",
     ),
+    (MODEL + TO + "--no-packing", "--packing has no effect on the task text-classification; it is for causal-lm"),
     (
         MODEL + TO + "--eval-split test --dataset-config en --eval-strategy epoch",
         "--eval-split needs --dataset|--dataset-config needs --dataset",
