@@ -284,18 +284,23 @@ def _check_one_form(table: Table, found: list[Format]) -> None:
 def holds_messages(table: Table, column: str) -> bool:
     """Whether the first non-empty cell of a column holds a list of messages."""
     cell = next((value for value in table.column(column) if value not in (None, "")), None)
-    value = parsed(cell)
+    value = as_messages(cell)
     return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
-def parsed(cell: object) -> Any:
+def as_messages(cell: object) -> Any:
     """A cell; the list in it, if it is JSON text of messages. Other JSON text stays a text, such as an answer."""
+    value = parsed(cell)
+    return value if columns.is_messages(value) else cell
+
+
+def parsed(cell: object) -> Any:
+    """A cell; the list in it, if it is JSON text of one."""
     if isinstance(cell, str) and cell.lstrip().startswith("["):
         try:
-            value = json.loads(cell)
+            return json.loads(cell)
         except (ValueError, RecursionError):
             return cell
-        return value if columns.is_messages(value) else cell
     return cell
 
 

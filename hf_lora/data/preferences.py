@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import DataError, Faults
-from .formats import CHAT, RAW, Message, holds_messages, parsed, read_messages
+from .formats import CHAT, RAW, Message, as_messages, holds_messages, read_messages
 from .tables import Table
 from .trained import TrainedFormat
 
@@ -139,7 +139,7 @@ def _has(table: Table, name: str, row: int) -> bool:
 
 def _cell(table: Table, name: str, row: int, faults: Faults) -> Any:
     """A text or a list of messages; empty after adding a fault."""
-    cell, where = parsed(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
+    cell, where = as_messages(table.columns[name][row]), f"{table.at(row)}, column {name!r}"
     if isinstance(cell, list):
         before, messages = len(faults.found), list(read_messages(cell, where, faults))
         if not messages and len(faults.found) == before:

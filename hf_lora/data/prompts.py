@@ -56,7 +56,7 @@ def read_prompts(table: Table, column: str | None = None, trained: TrainedFormat
         if isinstance(value, list) or chats:
             prompts.append(_question(value, where, faults))
             if TOOLS in table.columns and table.columns[TOOLS][row] not in (None, "", [], "[]"):
-                faults.add(f"{table.at(row)}: it has tools, which are not supported here")
+                faults.add(f"{table.at(row)}, column {TOOLS!r}: tools are not supported here")
             given = read_variables(table, variables, row, faults) if variables else {}
             _check_variables(given, known_variables, table.at(row), faults)
             continue
