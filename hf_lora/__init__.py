@@ -42,6 +42,7 @@ _WHERE = {
     "finetune": "train.run",
     "recommend": "train.advice",
     "build_classifier": "pooled.build",
+    "Pooling": "pooled.pooling",
     "start_head": "pooled.head_start",
     "save_as_sentence_transformer": "pooled.export",
     "LoraTrainer": "train.trainer",
@@ -134,6 +135,7 @@ __all__ = [
     "LoraTrainerMixin",
     "LoraTrainingArguments",
     "MergeError",
+    "Pooling",
     "StateError",
     "TargetError",
     "TrainingError",
@@ -208,6 +210,7 @@ if TYPE_CHECKING:
     from .pooled.build import build_classifier
     from .pooled.export import save_as_sentence_transformer
     from .pooled.head_start import start_head
+    from .pooled.pooling import Pooling
     from .tasks.run import evaluate
     from .train.advice import recommend
     from .train.arguments import LoraSeq2SeqTrainingArguments, LoraTrainingArguments

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..adapt.positions import check_positions, learned_positions
 from ..data.formats import Format
 from ..data.prompts import AnswerFile, read_answered
 from ..data.spans import IGNORED
@@ -39,6 +40,7 @@ def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], bat
 
     Raises:
         StateError: the model is not a causal language model.
+        DataError: no token has a label, or a row is longer than the model's table of positions.
     """
     head = find_frozen_head(model)
     if head is None:
@@ -46,9 +48,10 @@ def score_rows(model: PreTrainedModel, rows: Sequence[dict[str, list[int]]], bat
             f"score_rows: {type(model).__name__} is not a causal language model. Evaluate its generated answers "
             "instead (hf-lora eval --generate)."
         )
-    total, hits, tokens = 0.0, 0, 0
+    total, hits, tokens, positions = 0.0, 0, 0, learned_positions(model)
     with answering(model):
         for batch in _padded(rows, batch_size, model.device):
+            check_positions(positions, batch)
             head.prove(model, batch)
             if head.off is None:
                 with head.catch(model, batch["labels"]) as caught:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from ..adapt.gather import gathered_state
 from ..adapt.inner import adapted_part
+from ..adapt.positions import check_positions, learned_positions
 from ..compat import after_state_is_written, loads_to_plain_cpu, rotates_with
 from ..config import LoraConfig
 from ..model import LoraModel
@@ -135,6 +136,7 @@ class LoraTrainerMixin(HubMethods):
         self.adapter_is_new = start.adapt(adapted_part(model), *what)
         self._adapted = self._checkpoints.whole = self.average.model = model
         self._checkpoints.quantization = quantization(model)
+        self._positions = learned_positions(adapted_part(model))
 
     # The start of training -------------------------------------------------------------------------------------------
 
@@ -221,6 +223,7 @@ class LoraTrainerMixin(HubMethods):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Like `Trainer.compute_loss`; over the frozen head if the outputs are not needed."""
+        check_positions(self._positions, inputs)
         bare = self._bare_model
         trains = bare.training and torch.is_grad_enabled()
         own, result = super().compute_loss, None
