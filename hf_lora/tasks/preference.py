@@ -133,7 +133,9 @@ class Reward(Preference):
         tokenizer, trained = padded(given.processor), given.trained
         wanted = given.options.use_chat_template
         as_chat = bool(trained.use_chat_template if wanted is None and trained is not None else wanted)
-        rows = [joined(row) for row in read_pairs(table, as_chat)]
+        pairs = read_pairs(table, as_chat)
+        check_one_form({"": table}, {"": pairs})
+        rows = [joined(row) for row in pairs]
         chosen, rejected = (
             _rewards(model, tokenizer, [row[name] for row in rows], given.options.max_length, asked.batch_size)
             for name in (CHOSEN, REJECTED)

@@ -18,6 +18,7 @@ from hf_lora.data.tables import Table
 from hf_lora.data.trained import TrainedFormat
 from hf_lora.tasks.base import Asked, Given
 from hf_lora.tasks.causal_lm import CausalLM
+from hf_lora.tasks.preference import Reward
 
 data_utils = pytest.importorskip("trl.data_utils", reason="the extra chat is not installed")
 ASKED, GOOD, BAD = (
@@ -220,6 +221,15 @@ def test_an_evaluation_reads_the_rows_of_the_training(
     assert seen[1:] == seen[:1] * len(rows)
     other = table(prompt=[ASKED], chosen=[ASKED + GOOD], rejected=[ASKED + BAD])
     assert as_trained(other, replace(trained, last_turn_only=False)) is other  # that of causal-lm on the same columns
+
+
+def test_a_reward_model_is_not_evaluated_on_texts_beside_messages() -> None:
+    from test_chat import PLAIN, byte_tokenizer
+
+    rows = table(prompt=["it was", ASKED], chosen=["very good", GOOD], rejected=["so so", BAD])
+    given = Given(LlamaConfig(), byte_tokenizer(PLAIN["chatml"]), trained=TrainedFormat(use_chat_template=False))
+    with pytest.raises(DataError, match="line 1: this row holds texts"):
+        Reward().evaluate(None, rows, given, Asked())
 
 
 @pytest.mark.parametrize(
