@@ -132,9 +132,9 @@ def test_the_lines_of_the_loop_save_and_resume(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_line_of_fsdp2_saves_the_whole_adapter(tmp_path: Path) -> None:
+    from chat_templates import PLAIN, byte_tokenizer
     from helpers import tiny_llama
     from safetensors.torch import load_file
-    from test_chat import PLAIN, byte_tokenizer
 
     tokenizer = byte_tokenizer(PLAIN["chatml"])
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "base")

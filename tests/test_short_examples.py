@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import PLAIN, byte_tokenizer
 from helpers import tiny_bert, tiny_llama, tiny_t5
 from safetensors.torch import load_file
-from test_chat import PLAIN, byte_tokenizer
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = [

@@ -1,102 +1,32 @@
-"""Answers against transformers' own `generate`, and a conversation against the prompts that it should make."""
+"""Answers against transformers' own `generate`, and the prompts that they are to."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers import VOCABULARY, randomize, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny_chat import PROMPTS, own_answer, tiny_tokenizer
+from tokenizers import processors
 
 import hf_lora
 from hf_lora import (
     AdapterFileError,
     ConfigError,
-    Conversation,
     DataError,
     LoraConfig,
-    LoraModel,
     StateError,
     apply_lora,
     generate_answers,
     generate_texts,
-    load_for_generation,
 )
 from hf_lora.data.encode import encode_prompts
 from hf_lora.data.prompts import AnswerFile
 from hf_lora.data.tables import read_table
-from hf_lora.data.trained import TrainedFormat
-
-TEMPLATE = (
-    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('who?') }}"
-    "{% endif %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-)
-SPECIAL = ["<unk>", "<s>", "</s>", "<system>", "<user>", "<assistant>"]
-PROMPTS = ["w9", "w20 w21 w22 w23 w24 w25 w26", "w30 w31", "w11 w12 w13 w14", "w40 w41 w42"]
-
-
-def tiny_tokenizer(template: str | None = TEMPLATE) -> Any:
-    words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), VOCABULARY))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        additional_special_tokens=SPECIAL[3:],
-    )
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return tiny_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def adapted() -> Any:
-    """A float64 model with a random adapter."""
-    return randomize(apply_lora(tiny_llama().double(), LoraConfig(r=4))).eval()
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base` with its tokenizer, `adapter` on it, `merged`, and a classifier's adapter `three`."""
-    folder = tmp_path_factory.mktemp("models")
-    tiny_llama().save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    model = randomize(apply_lora(type(tiny_llama()).from_pretrained(folder / "base"), LoraConfig(r=4)))
-    model.save_pretrained(folder / "adapter")
-    model.merge_and_unload().save_pretrained(folder / "merged")
-    tiny_bert().save_pretrained(folder / "bert")
-    tiny_tokenizer().save_pretrained(folder / "bert")
-    bert = type(tiny_bert()).from_pretrained(folder / "bert")
-    apply_lora(bert, LoraConfig(r=2)).save_pretrained(folder / "three")
-    return folder
-
-
-@pytest.fixture
-def transformers_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
-
-
-def own_answer(model: Any, tokenizer: Any, ids: list[int], new: int = 8) -> str:
-    """transformers' greedy answer to one prompt."""
-    tokens = torch.tensor([ids])
-    found = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False)
-    return str(tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True))
-
 
 # Answers -------------------------------------------------------------------------------------------------------------
 
@@ -399,158 +329,3 @@ def test_a_lone_surrogate_in_a_row_is_escaped(tmp_path: Path) -> None:
         {"prompt": "w9", "id": "\ud800", "generated": "first \udc00"},
         {"prompt": "w10", "id": "\u00e9", "generated": "second"},
     ]
-
-
-# Loading -------------------------------------------------------------------------------------------------------------
-
-
-def test_adapter_merged_adapter_and_merged_model_answer_alike(folders: Path) -> None:
-    answers = []
-    for source, merge in (("adapter", False), ("adapter", True), ("merged", False)):
-        if source == "merged":
-            tiny_tokenizer().save_pretrained(folders / "merged")
-        model, tokenizer = load_for_generation(folders / source, merge=merge, device="cpu")
-        assert isinstance(model, LoraModel) is (source == "adapter" and not merge)
-        assert not model.training
-        answers.append(generate_texts(model.double(), tokenizer, PROMPTS, max_new_tokens=6))
-    assert answers[0] == answers[1] == answers[2]
-    base, tokenizer = load_for_generation(folders / "base", dtype="bfloat16")
-    assert base.dtype == torch.bfloat16
-    assert generate_texts(base.double(), tokenizer, PROMPTS, max_new_tokens=6) != answers[0]
-
-
-def test_the_tokenizer_of_the_training_comes_first(folders: Path, tmp_path: Path) -> None:
-    LoraModel.from_pretrained(folders / "adapter").save_pretrained(tmp_path)
-    assert load_for_generation(tmp_path)[1].chat_template == TEMPLATE
-    tiny_tokenizer("{{ 'mine' }}").save_pretrained(tmp_path)
-    assert load_for_generation(tmp_path)[1].chat_template == "{{ 'mine' }}"
-
-
-def test_what_cannot_be_loaded_is_said(folders: Path, tmp_path: Path) -> None:
-    with pytest.raises(AdapterFileError, match="not a local folder"):
-        load_for_generation("nobody/no-such-model")
-    with pytest.raises(AdapterFileError, match=r"no adapter_config\.json"):
-        load_for_generation(tmp_path)
-    with pytest.raises(StateError, match=r'adapter of a text-classification model.*pipeline\("text-classification"'):
-        load_for_generation(folders / "three")
-    with pytest.raises(StateError, match="BertForSequenceClassification, which does not generate text"):
-        load_for_generation(folders / "bert")
-    with pytest.raises(ConfigError, match=r"(?s)dtype='bf16'.*bfloat16.*device='gpu9'"):
-        load_for_generation(folders / "adapter", dtype="bf16", device="gpu9")
-    with pytest.raises(ConfigError, match="no adapter"):
-        load_for_generation(folders / "base", merge=True)
-    tiny_llama().save_pretrained(tmp_path)
-    with pytest.raises(AdapterFileError, match=r"no tokenizer.*tokenizer\.save_pretrained"):
-        load_for_generation(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(AdapterFileError, match="no language model could be loaded"):
-        load_for_generation(tmp_path)
-
-
-def test_the_pipeline_of_an_adapter_answers_as_generate_texts_does(folders: Path) -> None:
-    asked: Any = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
-    pipe = hf_lora.pipeline("text-generation", folders / "adapter")
-    model, tokenizer = load_for_generation(folders / "adapter")
-    [expected] = generate_texts(model, tokenizer, PROMPTS[1:2], max_new_tokens=6, use_chat_template=False)
-    assert pipe(PROMPTS[1], **asked)[0]["generated_text"].split() == expected.split()
-    with pipe.model.disable_adapter():
-        off = pipe(PROMPTS[1], **asked)[0]["generated_text"]
-    [base] = generate_texts(tiny_llama(), tokenizer, PROMPTS[1:2], max_new_tokens=6, use_chat_template=False)
-    assert off.split() == base.split() != expected.split()
-
-
-# Conversations -------------------------------------------------------------------------------------------------------
-
-
-def test_a_conversation_with_a_merged_model_is_told_what_its_adapter_recorded(tokenizer: Any) -> None:
-    trained = TrainedFormat("chat", "messages", system="w10", variables={"x": 1})
-    chat = Conversation(tiny_llama(), tokenizer, trained=trained)
-    assert (chat.system, chat._variables) == ("w10", {"x": 1})
-
-
-def test_a_conversation_keeps_what_was_said_and_streams(adapted: Any, tokenizer: Any) -> None:
-    chat = Conversation(adapted, tokenizer, system="w10", max_new_tokens=5)
-    pieces: list[str] = []
-    first = chat.say("w9 w8", pieces.append)
-    assert "".join(pieces) == first
-    assert len(pieces) > 1
-    prompt = "<system> w10 </s> <user> w9 w8 </s> <assistant>"
-    assert first == own_answer(adapted, tokenizer, tokenizer(prompt)["input_ids"], 5)
-    second = chat.say("w7")
-    prompt += f" {first} </s> <user> w7 </s> <assistant>"
-    assert second == own_answer(adapted, tokenizer, tokenizer(prompt)["input_ids"], 5)
-    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
-    chat.reset()
-    assert chat.messages == []
-    assert chat.say("w9 w8") == first
-
-
-def test_the_base_answers_while_the_adapter_is_off(adapted: Any, tokenizer: Any) -> None:
-    base = tiny_llama().double()
-    chat, plain = Conversation(adapted, tokenizer, max_new_tokens=6), Conversation(base, tokenizer, max_new_tokens=6)
-    chat.use_adapter(False)
-    assert not chat.adapter_in_use
-    answer = chat.say("w9")
-    assert answer == plain.say("w9")
-    other = Conversation(adapted, tokenizer, max_new_tokens=6)  # shares the model, which was not left disabled
-    with_adapter = other.say("w9")
-    assert with_adapter != answer
-    chat.use_adapter(True)
-    chat.reset()
-    assert chat.say("w9") == with_adapter
-    with pytest.raises(StateError, match="plain or merged"):
-        plain.use_adapter(True)
-
-
-def test_the_oldest_exchanges_are_left_out_when_the_window_is_full(adapted: Any, tokenizer: Any) -> None:
-    """64 tokens; each exchange has at most 3 + 10 + 2 + 8, and an answer may want 8."""
-    chat = Conversation(adapted, tokenizer, max_new_tokens=8)
-    for turn in range(4):
-        last = chat.say(" ".join(f"w{10 * turn + i + 6}" for i in range(10)))
-    assert chat.forgotten == 8 - len(chat.messages) > 0
-    assert chat.messages[0]["role"] == "user"
-    prompt = tokenizer.apply_chat_template(chat.messages[:-1], add_generation_prompt=True, tokenize=False)
-    assert last == own_answer(adapted, tokenizer, tokenizer(prompt)["input_ids"])
-    before = list(chat.messages)
-    with pytest.raises(DataError, match=r"has 73 tokens.*window has 64"):
-        chat.say(" ".join(["w9"] * 70))
-    assert chat.messages == before
-    assert chat.say(" ".join(["w9"] * 57))  # alone, with four tokens for the answer
-    assert len(chat.messages) == 2
-
-
-def test_an_interrupted_answer_is_kept_as_far_as_it_came(adapted: Any, tokenizer: Any) -> None:
-    whole = Conversation(adapted, tokenizer, max_new_tokens=8).say("w9")
-    chat = Conversation(adapted, tokenizer, max_new_tokens=8)
-    pieces: list[str] = []
-
-    def stop(piece: str) -> None:
-        pieces.append(piece)
-        if len(pieces) == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        chat.say("w9", stop)
-    assert chat.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
-    assert whole.startswith("".join(pieces))
-    chat.reset()
-    with pytest.raises(ZeroDivisionError):
-        chat.say("w9", lambda _: [1 / 0])
-    assert chat.messages == []
-
-
-def test_what_no_conversation_can_be_had_with(adapted: Any, tokenizer: Any) -> None:
-    with pytest.raises(ConfigError, match=r"(?s)top_p=2.*no chat template"):
-        Conversation(adapted, tiny_tokenizer(None), top_p=2)
-    with pytest.raises(StateError, match="does not generate text"):
-        Conversation(tiny_bert(), tokenizer)
-    with pytest.raises(DataError, match="empty"):
-        Conversation(adapted, tokenizer).say("  ")
-
-
-def test_a_seed_makes_a_drawn_conversation_repeatable(adapted: Any, tokenizer: Any) -> None:
-    def talk(seed: int) -> list[str]:
-        chat = Conversation(adapted, tokenizer, max_new_tokens=6, temperature=3.0, seed=seed)
-        return [chat.say("w9"), chat.say("w9")]
-
-    assert talk(1) == talk(1) != talk(2)

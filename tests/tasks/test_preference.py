@@ -103,8 +103,8 @@ def test_marks(cells: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from chat_templates import PLAIN, byte_tokenizer
     from helpers import tiny_llama
-    from test_chat import PLAIN, byte_tokenizer
 
     folder = str(tmp_path_factory.mktemp("preference") / "base")
     tiny_llama(vocab_size=400, max_position_embeddings=256).save_pretrained(folder)
@@ -209,7 +209,7 @@ def test_an_evaluation_reads_the_rows_of_the_training(
     kind: str, answers: str, rows: list[dict[str, Any]], base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prompt is there once, and the answer that training prefers is labeled, in every form of a pair."""
-    from test_chat import PLAIN, byte_tokenizer
+    from chat_templates import PLAIN, byte_tokenizer
 
     tokenizer, seen = byte_tokenizer(PLAIN["chatml"]), []
     monkeypatch.setattr("hf_lora.evaluation.language.score_rows", lambda model, found, size: seen.append(found) or {})
@@ -224,7 +224,7 @@ def test_an_evaluation_reads_the_rows_of_the_training(
 
 
 def test_a_reward_model_is_not_evaluated_on_texts_beside_messages() -> None:
-    from test_chat import PLAIN, byte_tokenizer
+    from chat_templates import PLAIN, byte_tokenizer
 
     rows = table(prompt=["it was", ASKED], chosen=["very good", GOOD], rejected=["so so", BAD])
     given = Given(LlamaConfig(), byte_tokenizer(PLAIN["chatml"]), trained=TrainedFormat(use_chat_template=False))

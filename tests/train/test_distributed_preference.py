@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from chat_templates import PLAIN, byte_tokenizer
 from processes import run_processes
 from safetensors.torch import load_file
-from test_chat import PLAIN, byte_tokenizer
 from test_sft import llama
 from tiny import bert_of_texts
 

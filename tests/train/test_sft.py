@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import PLAIN, byte_tokenizer
 from helpers import adapter_gradients, assert_same_tensors, randomize, snapshot, tiny_llama
-from test_chat import PLAIN, byte_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_lora import Conversation, LoraConfig, LoraModel, apply_lora, build_compute_metrics, generate_texts

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from chat_templates import byte_tokenizer
 from helpers import assert_same_tensors, snapshot, tiny_llama
 from packaging.version import Version
-from test_chat import byte_tokenizer
 from test_sft import QUIET, adapted, llama, one_step
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import PLAIN, byte_tokenizer
 from helpers import randomize
 from safetensors.torch import load_file
-from test_chat import PLAIN, byte_tokenizer
 from test_sft import HearsAutocast, llama
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Trainer, TrainerCallback, set_seed
