@@ -1,17 +1,26 @@
-"""Tiny base models of every kind, and a file of rows for each task."""
+"""Tiny base models of every kind, a file of rows for each task, and a run on it."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import VOCABULARY, tiny_bert, tiny_t5, why_no_images, write_lines
+from tasks.task_runs import FILES, Run
+
+from hf_lora.data.tables import Table
 
 WORDS = ["open", "close", "door", "window", "the", "a", "please", "now", "light", "on", "off", "turn", "Anna", "Rome"]
 PIECES = ["##s", "##ed", "##ing", ".", ",", "?", "old", "new", "house", "in"]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def table(**columns: list[Any]) -> Table:
+    count = len(next(iter(columns.values())))
+    return Table("rows.csv", columns, list(range(2, count + 2)), "line", {})
 
 
 def text(source: random.Random, count: int) -> str:
@@ -130,3 +139,20 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.putdata([(red, source.randint(0, red), source.randint(0, 60)) for _ in range(size[0] * size[1])])
         made.save(folder / name / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def run_of(
+    request: pytest.FixtureRequest, rows: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Run]:
+    """The run of a task, once for all tests."""
+    runs: dict[str, Run] = {}
+
+    def get(task: str) -> Run:
+        if task not in runs:
+            base, name = FILES[task]
+            file = rows / name if name else request.getfixturevalue("pictures")
+            runs[task] = Run(task, request.getfixturevalue(base), file, tmp_path_factory.mktemp("run") / "out")
+        return runs[task]
+
+    return get
