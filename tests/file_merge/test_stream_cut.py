@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from file_merge.test_stream import assert_same_bits, save_adapter, save_base, tensors_of
+from file_merge.merges import assert_same_bits, save_adapter, save_base, tensors_of
 from helpers import ending_at, tiny_llama
 
 from hf_lora import AdapterFileError, merge_files

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from generate.tiny_chat import tiny_tokenizer
 from helpers import randomize, tiny_bert, tiny_llama
-from tiny_chat import tiny_tokenizer
 
 from hf_lora import LoraConfig, apply_lora
 

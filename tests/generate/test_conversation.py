@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from generate.tiny_chat import own_answer, tiny_tokenizer
 from helpers import tiny_bert, tiny_llama
-from tiny_chat import own_answer, tiny_tokenizer
 
 from hf_lora import ConfigError, Conversation, DataError, StateError
 from hf_lora.data.trained import TrainedFormat

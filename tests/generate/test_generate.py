@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from generate.tiny_chat import PROMPTS, own_answer, tiny_tokenizer
 from helpers import VOCABULARY, randomize, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
-from tiny_chat import PROMPTS, own_answer, tiny_tokenizer
 from tokenizers import processors
 
 import hf_lora

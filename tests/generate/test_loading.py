@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from generate.tiny_chat import PROMPTS, TEMPLATE, tiny_tokenizer
 from helpers import tiny_llama
-from tiny_chat import PROMPTS, TEMPLATE, tiny_tokenizer
 
 import hf_lora
 from hf_lora import AdapterFileError, ConfigError, LoraModel, StateError, generate_texts, load_for_generation
