@@ -92,6 +92,12 @@ _IN_PEFT = {
     "get_peft_model_state_dict": "model.get_adapter_state_dict()",
     "set_peft_model_state_dict": "model.load_state_dict(values)",
     "get_peft_config": "LoraConfig.from_any(…)",
+    "create_loraplus_optimizer": "LoraTrainingArguments(loraplus_lr_ratio=…)",
+    "create_lorafa_optimizer": 'LoraConfig(method="lora_fa")',
+    "initialize_lora_eva_weights": 'LoraConfig(init_lora_weights="eva")',
+    "preprocess_corda": 'LoraConfig(init_lora_weights="corda")',
+    "preprocess_loraga": 'LoraConfig(init_lora_weights="lora_ga")',
+    "hotswap_adapter": "model.load_adapter_weights(folder, name)",
 }
 """Name in PEFT -> what takes its place here."""
 

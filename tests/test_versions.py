@@ -66,6 +66,7 @@ def test_they_are_checked_before_anything_heavy_is_imported() -> None:
         ("TaskType", 'task_type="SEQ_CLS"'), ("PeftModel", "LoraModel"), ("PeftModelForCausalLM", "LoraModel"),
         ("AutoPeftModelForSequenceClassification", 'LoraModel.from_pretrained("adapter")'),
         ("PeftConfig", "LoraConfig"), ("prepare_model_for_kbit_training", "apply_lora"),
+        ("initialize_lora_eva_weights", "LoraConfig"), ("preprocess_loraga", "LoraConfig"),
     ],
 )  # fmt: skip
 def test_names_of_peft_say_what_takes_their_place(name: str, instead: str) -> None:
@@ -80,9 +81,12 @@ def test_names_of_peft_say_what_takes_their_place(name: str, instead: str) -> No
 
 
 def test_every_replacement_is_for_a_name_of_peft() -> None:
-    import peft
+    import peft.optimizers
+    import peft.tuners.lora.corda
+    import peft.utils.hotswap
 
-    assert [name for name in hf_lora._IN_PEFT if not hasattr(peft, name)] == []
+    modules = (peft, peft.optimizers, peft.tuners.lora.corda, peft.utils.hotswap)
+    assert [name for name in hf_lora._IN_PEFT if not any(hasattr(module, name) for module in modules)] == []
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def measure(options: argparse.Namespace) -> Table:
         {"variant": "variant", "ratio": "over one pass of fused AdamW", "ms": "median ms"},
         rows,
         settings_of(options),
-        ["One pass is AdamW alone over one tensor: what clips must read the gradients once more."],
+        ["One pass is AdamW alone over one tensor; a variant that clips has to read the gradients once more."],
     )
 
 

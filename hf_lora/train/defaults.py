@@ -82,7 +82,7 @@ _DOUBTS = {
     ),
     "muon": (
         "LoRA-Muon trains the factors, AdamW anything else. Measured at the width 576: short structured answers have "
-        "an F1 of 0.687 ± 0.011, where AdamW at 1e-3, with B at 4 times, has 0.649 ± 0.004 (3 seeds); GSM8K 0.734 and "
+        "an F1 of 0.687 ± 0.012, where AdamW at 1e-3, with B at 4 times, has 0.649 ± 0.004 (3 seeds); GSM8K 0.734 and "
         "0.738 nats a token (one seed). Half and twice the rate were a little worse. A step takes longer than one of "
         "AdamW, which --learning-rate or --optim chooses."
     ),
