@@ -55,6 +55,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, help="default: 3, with --per-class 20; for hf_lora its own")
     parser.add_argument("--rate", type=float, help="learning rate of PEFT and of full fine-tuning")
+    parser.add_argument("--alpha", type=int, help="lora_alpha of PEFT; default: its own, 8")
     parser.add_argument(
         "--options", nargs="*", default=[], help="further options of hf-lora train: NAME=VALUE[,VALUE…]"
     )
@@ -94,7 +95,9 @@ def other(args: argparse.Namespace, method: str, seed: int, folder: Path, rows: 
     if kind == "peft":
         import peft
 
-        model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS"))
+        alpha = {"lora_alpha": args.alpha} if args.alpha else {}
+        config = peft.LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS", **alpha)
+        model = peft.get_peft_model(model, config)
     epochs = args.epochs or (20 if args.per_class else 3)
     arguments = TrainingArguments(
         str(folder), learning_rate=args.rate or RATES[method], lr_scheduler_type="cosine", num_train_epochs=epochs,
@@ -114,7 +117,11 @@ def other(args: argparse.Namespace, method: str, seed: int, folder: Path, rows: 
 
 def settings_of(args: argparse.Namespace, method: str) -> str:
     """What tells the runs of a method apart, in words; empty: its defaults."""
-    own = {"epochs": args.epochs, "rate": None if method == "hf_lora" else args.rate}
+    own = {
+        "epochs": args.epochs,
+        "rate": None if method == "hf_lora" else args.rate,
+        "alpha": args.alpha if method.startswith("peft") else None,
+    }
     words = [f"{name}={value:g}" for name, value in own.items() if value]
     return " ".join(words + (sorted(args.options) if method == "hf_lora" else []))
 
