@@ -23,9 +23,6 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-# Where the base comes from -------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
     """An adapter of the tiny Llama in `base`, beside it."""

@@ -72,9 +72,6 @@ def assert_merges_alike(base: Path, adapter: Path, folder: Path, **options: Any)
     return out
 
 
-# What is refused -----------------------------------------------------------------------------------------------------
-
-
 def refused(error: type[LoraError], base: Path, adapter: Path, out: Path, **options: Any) -> str:
     with pytest.raises(error) as caught:
         merge_files(base, adapter, out, **options)

@@ -11,8 +11,6 @@ from helpers import tiny_bert, tiny_llama
 from hf_lora import ConfigError, Conversation, DataError, StateError
 from hf_lora.data.trained import TrainedFormat
 
-# Conversations -------------------------------------------------------------------------------------------------------
-
 
 def test_a_conversation_with_a_merged_model_is_told_what_its_adapter_recorded(tokenizer: Any) -> None:
     trained = TrainedFormat("chat", "messages", system="w10", variables={"x": 1})

@@ -13,8 +13,6 @@ from helpers import tiny_llama
 import hf_lora
 from hf_lora import AdapterFileError, ConfigError, LoraModel, StateError, generate_texts, load_for_generation
 
-# Loading -------------------------------------------------------------------------------------------------------------
-
 
 def test_adapter_merged_adapter_and_merged_model_answer_alike(folders: Path) -> None:
     answers = []

@@ -36,9 +36,6 @@ def model(with_base: LocalHub) -> Any:
     return randomize(apply_lora(LlamaForCausalLM.from_pretrained("user/base")))
 
 
-# Pulling -------------------------------------------------------------------------------------------------------------
-
-
 def test_one_commit_and_only_what_an_adapter_needs(hub: LocalHub, adapter_folder: Path) -> None:
     put(hub, adapter_folder)
     hub.add_files("user/ad", {"model.bin": b"x", "optimizer.pt": b"x", "checkpoint-3/adapter_config.json": b"{}"})

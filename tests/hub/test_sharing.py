@@ -1,4 +1,4 @@
-"""Pushing and pulling with the real client: what goes up, what comes down, and what each refusal says."""
+"""Pushing with the real client: what goes up, and what each refusal says; round trips."""
 
 from __future__ import annotations
 

@@ -21,8 +21,6 @@ from hf_lora.tasks.base import Given
 from hf_lora.tasks.question_answering import SpanMetrics
 from hf_lora.tasks.registry import TASKS, choose_task
 
-# Extractive question answering ---------------------------------------------------------------------------------------
-
 
 def windows_of(run: Run) -> Any:
     """The windows of `prepare_train_features` of transformers' example of question answering."""

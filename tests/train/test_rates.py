@@ -18,9 +18,6 @@ from hf_lora.errors import ConfigError
 Make = Callable[..., Any]
 
 
-# Rates.
-
-
 def rates(trainer: Any) -> dict[str, float]:
     names = {id(p): n for n, p in trainer.model.named_parameters()}
     return {names[id(p)]: group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
