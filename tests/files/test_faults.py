@@ -1,4 +1,4 @@
-"""Loud failures: each fault of a file or a save is an error that lists them all, and nothing was changed before it."""
+"""Loud failures: each fault of a file is an error that lists them all, and nothing was changed before it."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ def test_every_body_can_be_pooled(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(LoraModel.from_pretrained(tmp_path / "adapter"), batch), expected)
 
 
-# The command ----------------------------------------------------------------------------------------------------------
+# The command --------------------------------------------------------------------------------------------------------
 
 
 def run(folder: str, rows: Path, out: Path, **options: Any) -> Any:
