@@ -1,4 +1,4 @@
-"""A Hub on this machine for each test, adapters to push, and no waiting between attempts."""
+"""A Hub on this machine for each test, adapters to push or to write cards for, and no waiting between attempts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import randomize, tiny_llama
+from helpers import randomize, tiny_bert, tiny_llama
+from hub.cards import WORDS, save_tokenizer
 from huggingface_hub import constants
 
-from hf_lora import apply_lora
+from hf_lora import LoraConfig, apply_lora
 from hf_lora.hub import network
 from hf_lora.testing import LocalHub
 
@@ -76,3 +77,37 @@ def with_base(hub: LocalHub, base_folder: Path) -> LocalHub:
 def contents(folder: Path) -> dict[str, Any]:
     """Every file below a folder, with its bytes."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / "bert-base"
+    tiny_bert().bert.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(bert_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What `hf-lora train` made of 24 texts of two classes."""
+    from hf_lora.train.parsing import parse_arguments
+    from hf_lora.train.run import finetune
+
+    folder = tmp_path_factory.mktemp("trained")
+    lines = [f"{'open' if i % 2 else 'close'} the {WORDS[3 + i % 2]},{'yes' if i % 2 else 'no'}" for i in range(24)]
+    for name in ("rows.csv", "held out.csv"):
+        (folder / name).write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+    flags = {
+        "model": bert_base, "train-file": folder / "rows.csv", "test-file": folder / "held out.csv", "lora-r": 4,
+        "output-dir": folder / "my-adapter", "num-train-epochs": 3, "per-device-train-batch-size": 4, "use-cpu": True,
+        "learning-rate": 3e-3, "seed": 7, "lora-alpha-pattern": '{"query": 2.0}', "disable-tqdm": True,
+    }  # fmt: skip
+    return finetune(parse_arguments([f"--{name}={value}" for name, value in flags.items()]))
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A classifier's adapter that was saved without a Trainer."""
+    model = randomize(apply_lora(tiny_bert(), LoraConfig(r=4)))
+    model.save_pretrained(tmp_path / "three")
+    return tmp_path / "three"

@@ -1,100 +1,20 @@
-"""The card of an adapter: its numbers are those of the run and the files, and its snippets run."""
+"""The card of an adapter: its numbers are those of the run and the files, and who writes it."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import markdown
 import pytest
 import torch
 import yaml
-from helpers import VOCABULARY, assert_near, batch_for, randomize, tiny_bert, tiny_llama, token_ids
+from helpers import randomize
+from hub.cards import content, make_trainer, table
 from huggingface_hub import EvalResult, ModelCard, metadata_eval_result
 from safetensors.torch import load_file
-from torch import Tensor
 
-from hf_lora import (
-    AdapterFileError,
-    LoraConfig,
-    LoraModel,
-    LoraTrainer,
-    LoraTrainingArguments,
-    apply_lora,
-    build_classifier,
-    write_card,
-)
-
-WORDS = ["open", "close", "the", "door", "window", "A", "text", "to", "classify", "beginning", "of", "a", "The"]
-
-
-def save_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[EOS]"}
-    words = [*special.values(), *WORDS]
-    words += [f"w{i}" for i in range(VOCABULARY - len(words))]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=32, **special).save_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def bert_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / "bert-base"
-    tiny_bert().bert.save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def trained(bert_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What `hf-lora train` made of 24 texts of two classes."""
-    from hf_lora.train.parsing import parse_arguments
-    from hf_lora.train.run import finetune
-
-    folder = tmp_path_factory.mktemp("trained")
-    lines = [f"{'open' if i % 2 else 'close'} the {WORDS[3 + i % 2]},{'yes' if i % 2 else 'no'}" for i in range(24)]
-    for name in ("rows.csv", "held out.csv"):
-        (folder / name).write_text("\n".join(["text,label", *lines]), encoding="utf-8")
-    flags = {
-        "model": bert_base, "train-file": folder / "rows.csv", "test-file": folder / "held out.csv", "lora-r": 4,
-        "output-dir": folder / "my-adapter", "num-train-epochs": 3, "per-device-train-batch-size": 4, "use-cpu": True,
-        "learning-rate": 3e-3, "seed": 7, "lora-alpha-pattern": '{"query": 2.0}', "disable-tqdm": True,
-    }  # fmt: skip
-    return finetune(parse_arguments([f"--{name}={value}" for name, value in flags.items()]))
-
-
-@pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    """A classifier's adapter that was saved without a Trainer."""
-    model = randomize(apply_lora(tiny_bert(), LoraConfig(r=4)))
-    model.save_pretrained(tmp_path / "three")
-    return tmp_path / "three"
-
-
-def make_trainer(folder: Path, **values: Any) -> Any:
-    rows = [{k: v[0] for k, v in batch_for(tiny_bert()).items()} | {"labels": torch.tensor(i % 3)} for i in range(12)]
-    settings = {
-        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
-        "per_device_train_batch_size": 4, "save_strategy": "no", "learning_rate": 1e-2, "num_train_epochs": 2,
-    } | values  # fmt: skip
-    return LoraTrainer(tiny_bert(), LoraTrainingArguments(**settings), None, rows, rows[:5])
-
-
-def content(folder: Path) -> str:
-    return (folder / "README.md").read_text(encoding="utf-8")
-
-
-def table(text: str) -> dict[str, str]:
-    """The rows of two cells of a card."""
-    return dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE))
-
+from hf_lora import AdapterFileError, write_card
 
 # True numbers --------------------------------------------------------------------------------------------------------
 
@@ -199,105 +119,6 @@ def test_of_the_best_model_its_own_evaluation_counts(tmp_path: Path) -> None:
     assert [score.value for score in final_scores(trainer)] == [0.25]
     trainer.args.load_best_model_at_end = False
     assert [score.value for score in final_scores(trainer)] == [0.75]
-
-
-# Snippets ------------------------------------------------------------------------------------------------------------
-
-
-def run_snippets(folder: Path, names: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Run each Python block of a card by itself; the names that it loads are folders here."""
-    monkeypatch.chdir(folder.parent)
-    blocks = re.findall(r"^```python\n(.*?)^```", content(folder), re.MULTILINE | re.DOTALL)
-    results = []
-    for block in blocks:
-        for name, path in names.items():
-            block = block.replace(json.dumps(name), json.dumps(path))
-        values: dict[str, Any] = {}
-        exec(compile(block, "a snippet of the card", "exec"), values)
-        results.append(values)
-    return results
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=token_ids()).logits
-
-
-def test_the_snippets_of_a_classifier_run(
-    trained: Any, bert_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    folder = trained.output_dir
-    expected = logits(trained.model)
-    found = run_snippets(folder, {"my-adapter": str(folder), "bert-base": str(bert_base)}, monkeypatch)
-    own, merged, piped, peft = found
-    assert isinstance(own["model"], LoraModel)
-    assert torch.equal(logits(own["model"]), expected)
-    assert own["tokenizer"]("open the door")["input_ids"] == [3, 5, 6]
-    assert not isinstance(merged["model"], LoraModel)
-    assert_near(logits(merged["model"]), expected, torch.float32, 40)
-    assert (folder.parent / "merged" / "model.safetensors").is_file()
-    assert piped["pipe"]("open the door")[0]["label"] in ("yes", "no")
-    assert "score" in capsys.readouterr().out
-    assert_near(logits(peft["model"]), expected, torch.float32, 40)
-
-
-def test_the_snippets_of_a_pooled_classifier_run_and_its_biases_are_no_whole_modules(
-    bert_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """PEFT needs the class of hf_lora: an auto class of transformers has another head."""
-    model = build_classifier(str(bert_base), ["no", "yes"], pooling="mean")
-    model = randomize(apply_lora(model, LoraConfig(r=4, bias="all")))
-    folder = tmp_path / "pooled"
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    write_card(folder, repo_id="somebody/pooled", base_model="someone/base")
-    names = {"somebody/pooled": str(folder), "someone/base": str(bert_base)}
-    own, merged, _, peft = run_snippets(folder, names, monkeypatch)
-    expected = logits(model)
-    assert torch.equal(logits(own["model"]), expected)
-    assert_near(logits(merged["model"]), expected, torch.float32, 40)
-    assert_near(logits(build_classifier(str(tmp_path / "merged"))), expected, torch.float32, 40)
-    assert_near(logits(peft["model"]), expected, torch.float32, 40)
-    assert "| Fully trained | `pooled_classifier.out_proj` |" in content(folder)
-    assert "and all weights of `pooled_classifier.out_proj`; it" in content(folder)
-
-
-def test_the_snippets_of_a_causal_language_model_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    from transformers import LlamaForCausalLM
-
-    tiny_llama().save_pretrained(tmp_path / "base-of-mine")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "base-of-mine")
-    model = randomize(apply_lora(model, LoraConfig(r=4)))
-    folder = tmp_path / "adapter"
-    model.save_pretrained(folder)
-    save_tokenizer(folder)
-    write_card(folder, repo_id="somebody/their-adapter", base_model="someone/their-base")
-    names = {"somebody/their-adapter": str(folder), "someone/their-base": str(tmp_path / "base-of-mine")}
-    own, merged, piped, peft = run_snippets(folder, names, monkeypatch)
-    expected = logits(model)
-    assert torch.equal(logits(own["model"]), expected)
-    assert_near(logits(merged["model"]), expected, torch.float32, 40)
-    assert piped["pipe"].task == "text-generation"
-    assert "generated_text" in capsys.readouterr().out
-    assert_near(logits(peft["model"]), expected, torch.float32, 40)
-
-
-def test_a_base_from_the_hub_is_found_by_the_adapter_itself(adapter: Path) -> None:
-    config, extras = (json.loads((adapter / n).read_text()) for n in ("adapter_config.json", "hf_lora.json"))
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
-    (adapter / "hf_lora.json").write_text(json.dumps(extras | {"base": {"name": "org/base", "commit": commit}}))
-    write_card(adapter)
-    text = content(adapter)
-    assert 'LoraModel.from_pretrained("three")' in text
-    assert f'from_pretrained("org/base", num_labels=3, revision="{commit}")' in text
-    assert ModelCard.load(adapter / "README.md").data.base_model == "org/base"
-    (adapter / "hf_lora.json").write_text(json.dumps(extras | {"base": {"name": "org/base", "files": "00"}}))
-    write_card(adapter)  # a folder that is no longer here
-    assert ModelCard.load(adapter / "README.md").data.base_model is None
-    assert "huggingface.co/org" not in content(adapter)
 
 
 # Who writes it -------------------------------------------------------------------------------------------------------
@@ -448,75 +269,3 @@ def test_without_matplotlib_there_is_no_picture_and_no_error(adapter: Path, monk
     write_card(adapter, history=HISTORY)
     assert not (adapter / "training_loss.png").exists()
     assert "training_loss" not in content(adapter)
-
-
-# Hostile names -------------------------------------------------------------------------------------------------------
-
-HOSTILE = [
-    "a|b", "`code` ``x``", "<script>alert(1)</script>", "[link](javascript:alert(1))", "![x](http://evil/x.png)",
-    "--> <!-- hf_lora:end {} -->", "**bold** _it_ ~~no~~ $x^2$", "'quote' \"double\" \\ back", "{{ 7*7 }} {% raw %}",
-    "# heading", "---", "!!python/object:os.system", "&amp; &lt;", "naïve 模型 🙂", "- item", "1. item",
-]  # fmt: skip
-BROKEN_UP = [
-    "two\nlines\n---\nthree",
-    "tab\there\x00\x1b[31m",
-    "\ud800 lone",
-    "\u202e turned",
-    "<!-- hf_lora:end {} -->\n",
-]
-
-
-class Page(HTMLParser):
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: set[str] = set()
-        self.links: set[str] = set()
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.links |= {value or "" for name, value in attrs if name in ("href", "src")}
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def render(text: str) -> Page:
-    return Page(markdown.markdown(text, extensions=["tables", "fenced_code"]))
-
-
-@pytest.mark.parametrize("name", [*HOSTILE, *BROKEN_UP])
-def test_a_hostile_name_shows_as_it_is_and_is_no_markup(tmp_path: Path, name: str) -> None:
-    from hf_lora.hub.card.escape import clean
-
-    model = apply_lora(tiny_bert(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}))
-    plain, folder = tmp_path / "plain", tmp_path / "hostile"
-    for place in (plain, folder):
-        model.save_pretrained(place)
-    if name in HOSTILE:  # with others in them the files themselves are refused
-        extras = json.loads((folder / "hf_lora.json").read_text())
-        extras["id2label"]["0"] = extras["architecture"] = extras["base"]["name"] = name
-        (folder / "hf_lora.json").write_text(json.dumps(extras))
-        config = json.loads((folder / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = name.replace("://", "")  # an address is refused, too
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    words = {"results": {name: 0.5}, "data": name, "model_name": name, "tags": [name], "license": name}
-    write_card(plain, results={"x": 0.5}, data="y", model_name="z")
-    write_card(folder, **words)  # type: ignore[arg-type]
-    first = (folder / "README.md").read_bytes()
-    write_card(folder, **words)  # type: ignore[arg-type]
-    assert (folder / "README.md").read_bytes() == first
-
-    card = ModelCard.load(folder / "README.md")
-    shown = clean(name)
-    assert "\n" not in shown
-    assert shown in card.data.tags
-    assert card.data.license == shown
-    assert card.data.eval_results[0].metric_type == shown
-    harmless, page = render(ModelCard.load(plain / "README.md").text), render(card.text)
-    assert page.tags <= harmless.tags
-    assert page.links == harmless.links
-    squeezed = " ".join(page.text.split())
-    assert squeezed.count(" ".join(shown.split())) >= (4 if name in HOSTILE else 2), squeezed[:1500]
-    assert len(re.findall(r"^<!-- hf_lora:", card.text, re.MULTILINE)) == 2
