@@ -15,6 +15,7 @@ from ..errors import ConfigError, Faults, StateError, listed
 from ..layers.distributed import how_sharded
 from ..layers.parts import Bias, Copy, Factors, Part
 from ..layers.storages import end_differentiable, keep_differentiable
+from ..safe_io.reading import is_one_line
 from .activation import set_active, switch, update_requires_grad
 from .bypass import bias_readers
 from .embeddings import checkpoint_vocabulary
@@ -219,7 +220,7 @@ def _remove(model: nn.Module, owned: Iterable[Part], keep: Sequence[str] = ()) -
 
 
 def _check_name(name: object) -> None:
-    text = name if isinstance(name, str) and name.isprintable() else ""
+    text = name if isinstance(name, str) and is_one_line(name) else ""
     too_long = len(text.encode()) > LONGEST_NAME
     if too_long or not re.fullmatch(r"[^.\s/\\]+", text) or hasattr(nn.ModuleDict(), text):
         raise ConfigError(

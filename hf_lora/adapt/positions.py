@@ -36,15 +36,18 @@ class Positions(NamedTuple):
 def learned_positions(model: nn.Module) -> Positions | None:
     """The table of positions of a transformers model; None for a model without one.
 
-    It is found by its number of rows: that of the positions in the config, and a few more if they start later.
+    It is found by its number of rows: that of the positions in the config, and a few more if they start later. A table
+    of relative positions may have as many.
     """
     config = model.config.get_text_config() if isinstance(model, PreTrainedModel) else None
     window = getattr(config, "max_position_embeddings", None)
     if not isinstance(window, int):
         return None
     words = input_embedding(model)
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not words and 0 <= module.num_embeddings - window <= _OFFSET:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or module is words or name.rpartition(".")[2].startswith("rel"):
+            continue
+        if 0 <= module.num_embeddings - window <= _OFFSET:
             first = 0 if module.padding_idx is None else module.padding_idx + 1
             return Positions(min(window, module.num_embeddings - first), module.num_embeddings)
     return None

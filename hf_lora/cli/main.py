@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -124,4 +125,7 @@ def _options(
 
 def main() -> None:
     """Run the command with `sys.argv`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # such as a pipe on Windows, whose encoding lacks most characters
+            stream.reconfigure(errors="backslashreplace")
     app()

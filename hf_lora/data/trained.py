@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from inspect import signature
 from typing import Any
 
+from ..safe_io.reading import is_one_line
+
 LANGUAGE = ("chat", "pair", "raw", "text")
 """The kinds of `Format`, for language models."""
 KINDS = (
@@ -85,7 +87,7 @@ class TrainedFormat:
 
 def is_prose(value: object) -> bool:
     """Whether a value is a text of printable lines, and not too long for a record."""
-    return isinstance(value, str) and len(value) <= MAX_PROSE and value.translate(_WHITE).isprintable()
+    return isinstance(value, str) and len(value) <= MAX_PROSE and is_one_line(value.translate(_WHITE))
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -152,12 +152,16 @@ def _load(
 
 
 def load_adapter_weights(
-    model: nn.Module, source: str | os.PathLike[str] | Mapping[str, Tensor], name: str = "default"
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    name: str = "default",
+    without: Collection[str] = (),
 ) -> None:
     """Load saved values into an existing adapter of the model, exactly.
 
     Args:
         source: an adapter's folder, or tensors by file key.
+        without: layers that lost the adapter since; what a file has for them is left out.
 
     Raises:
         AdapterFileError: lists every tensor that is missing, unexpected, not finite or of the wrong shape, and layers
@@ -182,6 +186,8 @@ def load_adapter_weights(
                 "load_adapter(…, allow_other_base=True) to load it onto another one."
             )
         _compare_scalings(state.adapters[name].config, file.config, adapter_layers(model), name, faults)
+    for start in (key_of(path, "lora_") for path in without):
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(start)}
     own = stored(parts(model, name))
     if any(tensor.is_meta for each in own.values() for _, tensor in each.members):
         faults.add(f"the adapter {name!r} is offloaded; load its values before the model is offloaded")

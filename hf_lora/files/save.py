@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from ..adapt.embeddings import input_embedding, output_embedding, vocabulary_of
 from ..adapt.gather import offloaded_tensors
@@ -41,7 +42,10 @@ from ..pooled.pooling import POOLING
 from .base_config import changed_settings
 from .foreign import with_biases_of_rows
 from .format import (
+    CONFIG_NAME,
+    EXTRAS_NAME,
     FULL_MODEL_FILES,
+    WEIGHTS_NAME,
     stored,
     write_adapter,
 )
@@ -49,6 +53,8 @@ from .identity import is_absent, renewed
 from .joined import Joined, joined_modules, names_in_config, under_called_names
 from .keys import key_of
 from .names import Written, names_to_write
+
+logger = logging.get_logger(__name__)
 
 
 def adapter_state_dict(
@@ -166,8 +172,26 @@ def save_adapters(
             "save_pretrained: the model has no adapters. Add one, or save the base with "
             "model.unload().save_pretrained(folder)."
         )
-    for name in names:
-        save_adapter(model, adapter_folder(model, folder, name), name, state_dict, allow_nonfinite, dtype)
+    places = [adapter_folder(model, folder, name) for name in names]
+    for name, place in zip(names, places, strict=True):
+        save_adapter(model, place, name, state_dict, allow_nonfinite, dtype)
+    if Path(folder) not in places:
+        _remove_former(Path(folder), places)
+
+
+def _remove_former(folder: Path, places: Sequence[Path]) -> None:
+    """Remove an adapter from a folder whose subfolder has it now: it was the only one when it was saved."""
+    config = folder / CONFIG_NAME
+    if not config.is_file():
+        return
+    if config.read_bytes() not in [(place / CONFIG_NAME).read_bytes() for place in places]:
+        logger.warning(
+            f"{folder} has an adapter of an earlier save beside {', '.join(place.name for place in places)}. "
+            f"Remove its {CONFIG_NAME}, {WEIGHTS_NAME} and {EXTRAS_NAME} if it is not needed."
+        )
+        return
+    for name in (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME):  # without the first it is no adapter
+        (folder / name).unlink(missing_ok=True)
 
 
 def adapter_folder(model: nn.Module, folder: str | os.PathLike[str], name: str) -> Path:
@@ -187,8 +211,9 @@ def config_on_disk(model: nn.Module, name: str, names: Written | None = None) ->
     values = config.to_dict() | (names or written_names(model, name)).fields
     layers = adapter_layers(model)
     adapted = [(path, module_of(path, layer)) for path, layer in layers.items() if name in layer._lora.names]
-    for field in ("rank_pattern", "alpha_pattern"):
-        values[field] = _in_any_order(values[field], adapted)
+    for field, own, usual in (("rank_pattern", "r", config.r), ("alpha_pattern", "alpha", config.alpha)):
+        held = {path: getattr(layers[path]._lora.adapters[name], own) for path, _ in adapted}
+        values[field] = _in_any_order(values[field], adapted, held, usual)
     values["fan_in_fan_out"] = any(layer._lora.shape.fan_in_fan_out for layer in layers.values())
     init, _ = cast(tuple[Init, str], find_init(config.init_lora_weights))
     inits = [layer._lora.adapters[name].init for layer in layers.values() if name in layer._lora.names]
@@ -259,19 +284,22 @@ def _resized_embeddings(model: nn.Module, name: str) -> dict[str, Tensor]:
     }
 
 
-def _in_any_order(table: dict[str, Any], names: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A table that gives `names` (each with its module's) the same values, with its keys sorted, as PEFT writes them.
+def _in_any_order(
+    table: dict[str, Any], names: Sequence[tuple[str, str]], values: Mapping[str, Any], usual: Any
+) -> dict[str, Any]:
+    """A table that gives `names` (each with its module's) their values, with its keys sorted, as PEFT writes them.
 
     The first pattern that matches applies, so patterns that overlap need their order: then each layer has an entry.
+
+    Args:
+        usual: the value of names that no pattern matches.
     """
-    given = PatternTable(table)
-    values = {name: given.of(name, path, None) for name, path in names}
 
     def gives_them(other: dict[str, Any]) -> bool:
         found = PatternTable(dict(sorted(other.items())))
-        return all(found.of(name, path, None) == values[name] for name, path in names)
+        return all(found.of(name, path, usual) == values[name] for name, path in names)
 
-    full = {name: value for name, value in values.items() if value is not None}
+    full = {name: values[name] for name, _ in names if values[name] != usual}
     tables = (table, full, {f"^{re.escape(name)}": value for name, value in full.items()})
     return dict(sorted(next(each for each in tables if each is tables[-1] or gives_them(each)).items()))
 

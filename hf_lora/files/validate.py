@@ -16,7 +16,7 @@ from ..config import PLAIN_IN_FILES, TASK_TYPES
 from ..data.trained import KINDS, is_prose, is_variables
 from ..errors import AdapterFileError, Faults
 from ..pooled.pooling import POOLING, check_pooling
-from ..safe_io.reading import REPAIR
+from ..safe_io.reading import REPAIR, is_one_line
 from .base_config import check_settings
 
 MAX_RANK = 2**20
@@ -99,8 +99,8 @@ def check_extras(values: Mapping[str, Any], place: str) -> None:
 
 
 def is_text(value: object) -> TypeGuard[str]:
-    """Whether a value is a printable name or path."""
-    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+    """Whether a value is a name or path that can be shown in a line."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and is_one_line(value)
 
 
 def is_revision(value: object) -> bool:

@@ -16,6 +16,7 @@ from ..safe_io.reading import MAX_JSON_BYTES, own_folder
 from .names import (
     ADAPTER,
     CARD_NAME,
+    MODULES,
     PICTURES,
     PROCESSING,
     check_repository,
@@ -111,7 +112,7 @@ def pull(
     inside = check_subfolder(subfolder, call)
     repo = Repository(repo_id, revision, token, endpoint, call)
     cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
-    patterns = (*ADAPTER, *PROCESSING, *((CARD_NAME, PICTURES) if out is not None else ()))
+    patterns = (*ADAPTER, *PROCESSING, *MODULES, *((CARD_NAME, PICTURES) if out is not None else ()))
 
     def download(snapshot: Snapshot) -> Path:
         _require(snapshot, inside)
@@ -184,7 +185,7 @@ def _copy(source: Path, out: Path, patterns: tuple[str, ...]) -> Path:
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / name, out / name)
     writers = {name: partial(shutil.copyfile, source / name) for name in sorted(names) if "/" not in name}
-    left = set(chosen(files_below(out), (EXTRAS_NAME, *PROCESSING))) - set(names)
+    left = set(chosen(files_below(out), (EXTRAS_NAME, *PROCESSING, *MODULES))) - set(names)
     if EXTRAS_NAME in left:  # emptied atomically with the other files, then removed
         replace_together(out, {**writers, EXTRAS_NAME: lambda place: place.write_text("{}")})
     else:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..errors import ConfigError, HubError, nearest
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
+from ..safe_io.reading import is_one_line
 
 ADAPTER = (CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME)
 CARD_NAME = "README.md"
@@ -26,9 +27,13 @@ PROCESSING = (
     "vocab.txt", "merges.txt", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model", "spiece.model",
     "sentencepiece.*", "source.spm", "target.spm", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json",
-    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
 )  # fmt: skip
-"""Files of tokenizers and processors, and of what sentence-transformers has around a model, such as `1_Pooling`."""
+"""Files of tokenizers and processors."""
+MODULES = (
+    "modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]*_*/config.json",
+    "[1-9]*_*/model.safetensors",
+)  # fmt: skip
+"""Files of what sentence-transformers has around a model, such as `1_Pooling`; a trained `2_Dense` has weights."""
 
 
 def is_folder(name: str) -> bool:
@@ -107,7 +112,7 @@ def check_subfolder(subfolder: str | None, call: str) -> str:
     """
     plain = (subfolder or "").strip("/")
     out = plain and any(part in ("", ".", "..") for part in plain.split("/"))
-    if out or not plain.isprintable() or "\\" in plain or (subfolder or "").startswith("/"):
+    if out or not is_one_line(plain) or "\\" in plain or (subfolder or "").startswith("/"):
         raise HubError(f"{call}: subfolder={subfolder!r} is not a folder inside a repository. Use one such as 'mine'.")
     return plain
 

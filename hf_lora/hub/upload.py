@@ -19,7 +19,17 @@ from ..errors import AdapterFileError, Faults, HubError
 from ..files.format import CONFIG_NAME, EXTRAS_NAME, FULL_MODEL_FILES, read_adapter
 from ..safe_io.reading import own_file, own_folder
 from .card.readme import card_to_push
-from .names import ADAPTER, CARD_NAME, PICTURES, PROCESSING, check_repository, check_subfolder, chosen, files_below
+from .names import (
+    ADAPTER,
+    CARD_NAME,
+    MODULES,
+    PICTURES,
+    PROCESSING,
+    check_repository,
+    check_subfolder,
+    chosen,
+    files_below,
+)
 from .network import Repository, cause, root, status_of
 from .snapshot import Snapshot, snapshot_of
 
@@ -110,7 +120,7 @@ def pushed_files(folder: str | os.PathLike[str], call: str, tokenizer: bool = Tr
         also = f" It holds a full model ({', '.join(full)}): push it with its own push_to_hub." if full else ""
         raise AdapterFileError(f"{call}: {top} has no adapter (no {CONFIG_NAME}).{also}")
     files, found = dict[str, Path](), dict[str, None]()
-    others = (CARD_NAME, PICTURES, *(PROCESSING if tokenizer else ()))
+    others = (CARD_NAME, PICTURES, *MODULES, *(PROCESSING if tokenizer else ()))
     for place in {top: None, **dict.fromkeys(adapters)}:  # several adapters share the card and tokenizer of `top`
         patterns = (*ADAPTER, *others) if place in adapters else others
         prefix = "" if place == top else f"{place.name}/"

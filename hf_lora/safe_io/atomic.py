@@ -57,7 +57,7 @@ def replace_together(
         for name, write in writers.items():
             staged[name] = _new_temporary(folder, name)
             write(staged[name])
-            with staged[name].open("rb") as file:
+            with staged[name].open("rb+") as file:  # Windows syncs no file that is open for reading alone
                 os.fsync(file.fileno())
             staged[name].chmod(0o666 & ~umask)
         name = JOURNAL_NAME

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import AdapterFileError, Faults
-from .reading import REPAIR, parse_json, refuse_pointer
+from .reading import REPAIR, is_one_line, parse_json, refuse_pointer
 
 HEADER_BYTES = 2**20
 """Size of a header that is always allowed. …"""
@@ -127,7 +127,7 @@ def _are_texts(metadata: object) -> bool:
 def _fault_of_name(name: str) -> str | None:
     if not name or len(name) > MAX_NAME:
         return f"a name must have 1 to {MAX_NAME} characters"
-    if not name.isprintable():
+    if not is_one_line(name):
         return "a name must not have unprintable characters"
     return None
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any, NoReturn, TypeGuard
 
@@ -22,7 +23,19 @@ MAX_JSON_VALUES = 250_000
 MAX_JSON_DEPTH = 32
 REPAIR = "Copy or download it again."
 
+_BREAKS = frozenset({"Cc", "Cs", "Zl", "Zp"})
+_TURNS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 _JSON_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text can be shown in a line: no control characters, line ends, lone surrogates or turned direction.
+
+    `str.isprintable` also refuses spaces and joiners that names in many languages have.
+    """
+    return text.isprintable() or not any(
+        unicodedata.category(c) in _BREAKS or unicodedata.bidirectional(c) in _TURNS for c in text
+    )
 
 
 def is_name(name: object) -> TypeGuard[str]:

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..adapt.inner import adapted_part
 from ..adapt.merge import disabled
 from ..adapt.state import require_state
-from ..adapt.walk import parts
+from ..adapt.walk import adapter_layers, parts
 from ..compat import name_or_path, second_models
 from ..errors import ConfigError, Faults
 from ..files.format import CONFIG_NAME
@@ -71,14 +71,19 @@ class Reference(nn.Module):
             with disabled(adapted_part(self.trainer._bare_model)):
                 yield
             return
+        layers = adapter_layers(adapted_part(self.trainer._bare_model)).values()
         now = [parameter.data for parameter, _ in self.kept]
         try:
             for parameter, value in self.kept:
                 parameter.data = value.to(parameter.device)
+            for layer in layers:
+                layer._lora.evaluated.clear()  # of the other values; an assignment to `data` is no new version
             yield
         finally:
             for (parameter, _), values in zip(self.kept, now, strict=True):
                 parameter.data = values
+            for layer in layers:
+                layer._lora.evaluated.clear()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """That of the model in training, whose hash is the key of a cache."""

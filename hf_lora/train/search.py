@@ -26,6 +26,7 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 from transformers.utils import logging
 
 from ..errors import ConfigError, TrainingError
+from ..layers.distributed import of_all_ranks
 from ..safe_io.atomic import replace_together
 from ..tasks.base import Data
 from .arguments import LoraTrainingArguments
@@ -194,6 +195,7 @@ class _Store:
             self._held: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")).get(self._key, {})
         except (OSError, ValueError, AttributeError):
             self._held = {}
+        self._held = of_all_ranks(self._held)[0]  # the file may be on the first node alone
 
     def find(self, rate: float, divisor: int) -> Trial | None:
         """A trial of the same search that is finished."""

@@ -67,6 +67,18 @@ def test_computed_positions_have_no_limit(build: Any) -> None:
     check_positions(None, {"input_ids": token_ids(1, 1000)})
 
 
+def test_relative_positions_have_no_limit() -> None:
+    """Although their table has as many rows as the config has positions."""
+    config = transformers.DebertaV2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, position_buckets=16, relative_attention=True, position_biased_input=False,
+        pos_att_type=["p2c", "c2p"], pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.DebertaV2ForSequenceClassification(config).eval()
+    assert learned_positions(model) is None
+    assert reads(model, 80)
+
+
 def test_packed_rows_may_be_longer_than_their_documents() -> None:
     model, ids = tiny_gpt2(), token_ids(1, 40)
     positions = torch.arange(40)[None] % 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_lora import __version__
-from hf_lora.cli.main import app
+from hf_lora.cli.main import app, main
 from hf_lora.cli.quiet import LOGGERS
 
 HEAVY = ("torch", "transformers", "numpy", "datasets", "accelerate")
@@ -62,3 +63,15 @@ def test_warnings_of_imported_libraries_are_dropped(caplog: pytest.LogCaptureFix
         logger.error("what matters in %s", name)
     assert "what nobody can change" not in caplog.text
     assert [r.name for r in caplog.records if "what matters" in r.getMessage()] in (list(LOGGERS), list(LOGGERS[:3]))
+
+
+def test_characters_that_the_console_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["hf-lora", "generate", "adapter", "--prompt", "hi"])
+    monkeypatch.setattr("hf_lora.generate.texts.generate_answers", lambda *args, **options: ["5 € → 日本"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    sys.stdout.flush()
+    assert end.value.code == 0
+    assert raw.getvalue().decode("cp1252").strip() == "5 € \\u2192 \\u65e5\\u672c"

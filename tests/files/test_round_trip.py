@@ -14,8 +14,12 @@ import transformers
 from families import FAMILIES, batch_of
 from helpers import randomize, tiny_bert, token_ids
 from round_trip import check_round_trip, skip_unless_peft_converts
+from torch import Tensor, nn
 
 from hf_lora import LoraConfig, apply_lora
+from hf_lora.adapt.walk import adapter_layers
+from hf_lora.files.load import load_adapter
+from hf_lora.files.save import save_adapter
 
 
 def tiny_distilbert(cls: str = "DistilBertForSequenceClassification", labels: int = 3) -> Any:
@@ -115,3 +119,36 @@ def test_what_was_saved_loads_again_here_and_in_peft(name: str, config: dict[str
     base = (TEXT | IMAGES)[name]()
     model = randomize(apply_lora(copy.deepcopy(base), LoraConfig(**{"r": 4, **config})))
     check_round_trip(model, base, batch_for(name, base), tmp_path)
+
+
+def test_ranks_of_layers_whose_names_end_alike_come_back(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__()
+            self.proj = nn.Linear(*sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.proj(x))
+
+    class Net(Block):
+        def __init__(self) -> None:
+            super().__init__(8, 16)
+            self.encoder = Block(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(super().forward(x))
+
+    def ranks(model: nn.Module) -> dict[str, tuple[int, float]]:
+        found = {name: layer._lora.adapters["default"] for name, layer in adapter_layers(model).items()}
+        return {name: (adapter.r, adapter.scaling) for name, adapter in found.items()}
+
+    torch.manual_seed(0)
+    model = Net()
+    plain = copy.deepcopy(model)
+    config = LoraConfig(r=4, target_modules=["proj"], init_lora_weights="eva", eva_config={"rho": 2.0})
+    narrow = torch.tensor([5.0, 1.0, *[0.1] * 6])
+    apply_lora(model, config, batches=[torch.randn(40, 8) * narrow for _ in range(4)])
+    assert len(set(ranks(model).values())) == 2
+    save_adapter(model, tmp_path)
+    load_adapter(plain, tmp_path)
+    assert ranks(plain) == ranks(model)

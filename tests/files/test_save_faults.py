@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, tiny_bert, tiny_llama, tiny_t5
+from helpers import assert_same_tensors, randomize, tiny_bert, tiny_llama, tiny_t5
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file
 
@@ -148,3 +148,19 @@ def test_labels_that_json_cannot_hold_are_saved_as_texts(tmp_path: Path) -> None
     assert saved == {"0": "nan", "1": "half ?", "2": "['a', 'list']"}
     again = LoraModel.from_pretrained(tmp_path, base_model=tiny_bert())
     assert again.config.id2label == {0: "nan", 1: "half ?", 2: "['a', 'list']"}
+
+
+def test_an_adapter_that_moves_to_a_subfolder_leaves_no_older_one_behind(tmp_path: Path, messages: list[str]) -> None:
+    model = randomize(apply_lora(tiny_llama(), LoraConfig(r=4), "first"))
+    model.save_pretrained(tmp_path)
+    model.add_adapter("second", LoraConfig(r=2))
+    randomize(model, seed=5)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second"]
+    for name in ("first", "second"):
+        again = LoraModel.from_pretrained(tmp_path / name, base_model=tiny_llama())
+        assert_same_tensors(again.get_adapter_state_dict(), model.get_adapter_state_dict(name))
+    messages.clear()
+    apply_lora(tiny_llama(), LoraConfig(r=8)).save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    assert "has an adapter of an earlier save beside first, second" in messages[-1]  # which is no earlier one of these

@@ -190,3 +190,19 @@ def test_nothing_is_left_of_an_adapter_that_is_replaced(hub: LocalHub, adapter_f
     push(adapter_folder, "user/ad", subfolder="inner")
     push(tmp_path / "theirs", "user/ad")
     assert "inner/hf_lora.json" in hub.files("user/ad"), "another adapter's"
+
+
+def test_the_trained_modules_of_a_sentence_vector_travel_too(
+    hub: LocalHub, adapter_folder: Path, tmp_path: Path
+) -> None:
+    folder, weights = tmp_path / "made", "2_Dense/model.safetensors"
+    for name in (*ADAPTER, "hf_lora.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(adapter_folder / name, folder / name)
+    for name in ("modules.json", "1_Pooling/config.json", "2_Dense/config.json", weights, "0_Base/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}" if name.endswith("json") else "the weights", encoding="utf-8")
+    push(folder, "user/vector")
+    assert "0_Base/model.safetensors" not in hub.files("user/vector")  # the base's
+    pull("user/vector", tmp_path / "out")
+    assert (tmp_path / "out" / weights).read_text(encoding="utf-8") == "the weights"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from hf_lora import AdapterFileError, LoraConfig, apply_lora
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME, read_adapter, read_config
 from hf_lora.safe_io.atomic import JOURNAL_NAME, finish_moves, is_full, replace_together
+from hf_lora.train.checkpoint.manifest import _sha256
 
 NAMES = {CONFIG_NAME, WEIGHTS_NAME, EXTRAS_NAME}
 
@@ -152,3 +154,15 @@ def test_nan_is_written_only_where_it_is_asked_for(tmp_path: Path) -> None:
     assert sum(int(t.isnan().sum()) for t in load_file(tmp_path / WEIGHTS_NAME).values()) == 1
     with pytest.raises(AdapterFileError, match="values: "):
         apply_lora(tiny_llama(), LoraConfig(r=2, target_modules=["v_proj"])).load_adapter_weights(tmp_path)
+
+
+def test_what_is_synced_is_open_for_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows flushes no handle without it."""
+    fcntl = pytest.importorskip("fcntl")
+    modes: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    replace_together(tmp_path, {"a": lambda place: place.write_text("a")})
+    (tmp_path / "b").write_text("b")
+    assert _sha256(tmp_path / "b", sync=True) == hashlib.sha256(b"b").hexdigest()
+    files = [mode for mode in modes if mode in (os.O_RDWR, os.O_WRONLY)]
+    assert len(files) >= 3

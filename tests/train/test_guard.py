@@ -235,3 +235,32 @@ def test_gradient_checkpointing_and_evaluation_in_between(arguments: Make, messa
     trainer.train()
     assert SPARE not in adapter_layers(trainer.model)
     assert not any("no gradient" in m for m in messages)
+
+
+def test_the_best_checkpoint_may_be_older_than_the_verdict(arguments: Make) -> None:
+    """Its tensors of a layer that lost the adapter since are left out; all others are loaded."""
+    from safetensors.torch import load_file
+
+    args = arguments(
+        max_steps=6, save_strategy="steps", eval_strategy="steps", save_steps=2, eval_steps=2, learning_rate=1e-1,
+        load_best_model_at_end=True, metric_for_best_model="worse",
+    )  # fmt: skip
+    steps: list[int] = []
+
+    def worse(prediction: Any) -> dict[str, float]:
+        steps.append(len(steps))
+        return {"worse": -float(len(steps))}
+
+    rows = texts_of_three()
+    trainer = LoraTrainer(
+        tiny_tokens(), args, train_dataset=rows, eval_dataset=Rows(rows.rows[:4]), compute_metrics=worse
+    )
+    trainer.train()
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.name == "checkpoint-2"
+    saved = load_file(best / "adapter_model.safetensors")
+    assert any("spare" in key for key in saved)
+    found = trainer.model.get_adapter_state_dict()
+    assert SPARE not in adapter_layers(trainer.model)
+    assert found.keys() == {key for key in saved if "spare" not in key}
+    assert all(torch.equal(value, saved[key]) for key, value in found.items())

@@ -254,3 +254,19 @@ def test_a_synchronized_reference_mixes_the_factors(
         for value, want in zip(values, wanted, strict=True):
             assert torch.allclose(value, want, rtol=4e-7, atol=1e-9)
     assert not torch.equal(found[-1][1], found[0][1])
+
+
+def test_norms_that_are_cached_in_evaluation_are_those_of_the_values_that_act(base: str) -> None:
+    config = LoraConfig(method="dora", r=4, target_modules=["q_proj", "v_proj"])
+    model = randomize(apply_lora(AutoModelForCausalLM.from_pretrained(base), config)).eval()
+    trainer = type("Trainer", (), {"model": model, "_bare_model": model, "adapter_is_new": False})()
+    reference, ids = Reference(trainer), torch.tensor([[4, 5, 6, 7, 8]])
+    first = model(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.2)  # in place, as an optimizer does
+    trained = model(input_ids=ids).logits
+    assert torch.equal(reference(input_ids=ids).logits, first)
+    assert torch.equal(model(input_ids=ids).logits, trained)
+    assert not torch.allclose(first, trained)

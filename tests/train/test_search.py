@@ -210,3 +210,14 @@ def test_it_is_refused_where_lora_muon_trains_everything(tmp_path: Path) -> None
     data = Data(TASKS[CAUSAL_LM], LlamaConfig(), None, length=8, rows={"train": [{}] * 30})
     with pytest.raises(ConfigError, match="nothing to train beside --muon-learning-rate"):
         search_learning_rate(parsed, data)
+
+
+def test_every_process_reads_the_trials_of_the_first(
+    base: str, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of a search may be on the first node alone; another process would train what it waits for."""
+    parsed = parse_arguments([], arguments(base, rows, tmp_path / "here"))
+    data = Data(TASKS[CAUSAL_LM], LlamaConfig(), None, rows={"train": [{"input_ids": [1]}]})
+    first = {"0.0005/8": {"steps": 10, "loss": 1.0}}
+    monkeypatch.setattr(search, "of_all_ranks", lambda mine: [first, mine])
+    assert search._Store(tmp_path / "nowhere" / FILE, parsed, data).find(5e-4, 8) == Trial(5e-4, 10, 1.0)

@@ -310,9 +310,10 @@ def _file_fault(path: Path, entry: int | Mapping[str, Any], contents: bool) -> s
 
 
 def _sha256(path: Path, sync: bool = False) -> str:
-    with open(path, "rb") as file:
-        if sync:
+    if sync:
+        with open(path, "rb+") as file:  # Windows syncs no file that is open for reading alone
             os.fsync(file.fileno())
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -22,6 +22,7 @@ from ...files.save import adapter_folder, save_adapters
 from ..average import Average
 from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from ..watch.finite import check_finite
+from ..watch.guard import NEVER_CALLED
 from .fields import FIELDS, Run, resume_fields
 from .manifest import (
     adapter_folders,
@@ -107,8 +108,9 @@ class CheckpointStore:
         if optimizer is not None and _has_optimizer(folder):
             resume_fields(Path(folder), manifest, self._run(model, optimizer()), of_optimizer=True)
         rest = outside_of(self.whole, folder)
-        for name in require_state(model, "load_adapter_weights").adapters:
-            load_adapter_weights(model, adapter_folder(model, folder, name), name)
+        for name, record in require_state(model, "load_adapter_weights").adapters.items():
+            dropped = [path for path, why in record.skipped.items() if why == NEVER_CALLED]  # after this checkpoint
+            load_adapter_weights(model, adapter_folder(model, folder, name), name, without=dropped)
         with torch.no_grad():
             for tensor, value in rest:
                 tensor.copy_(value)
