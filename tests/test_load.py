@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES, batch_of, minilm
+from families import FAMILIES, llama_adapter, logits, minilm
 from helpers import assert_near, assert_same_tensors, drop_modules, randomize, snapshot, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,12 +20,6 @@ from transformers import BertForSequenceClassification, BertModel
 import hf_lora
 from hf_lora import AdapterFileError, ConfigError, LoraConfig, LoraModel, StateError, apply_lora, merge_files
 from hf_lora.files.format import CONFIG_NAME, EXTRAS_NAME, WEIGHTS_NAME
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(**batch_of(model)).logits
-    return found
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -135,11 +129,7 @@ def test_a_half_precision_file_becomes_float32_masters(trained: tuple[Path, Any]
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter of the tiny Llama in `base`, beside it."""
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = randomize(apply_lora(type(tiny_llama()).from_pretrained(tmp_path / "base")))
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return llama_adapter(tmp_path)
 
 
 def test_a_base_given_as_a_model_or_a_path(adapter: Path) -> None:

@@ -8,28 +8,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import batch_of, tiny_vit
+from families import batch_of, llama_adapter, logits, tiny_vit
 from helpers import assert_near, assert_same_tensors, drop_modules, randomize, snapshot, tiny_bert, tiny_llama
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from hf_lora import AdapterFileError, BaseMismatchError, LoraConfig, LoraModel, apply_lora
 from hf_lora.files.format import WEIGHTS_NAME
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model.eval()(**batch_of(model)).logits
-    return found
-
-
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    """An adapter of the tiny Llama in `base`, beside it."""
-    tiny_llama().save_pretrained(tmp_path / "base")
-    model = randomize(apply_lora(type(tiny_llama()).from_pretrained(tmp_path / "base")))
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+    return llama_adapter(tmp_path)
 
 
 # Heads ---------------------------------------------------------------------------------------------------------------

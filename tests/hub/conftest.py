@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import randomize, tiny_bert, tiny_llama
+import torch
+from helpers import randomize, tiny_bert, tiny_llama, token_ids
 from hub.cards import WORDS, save_tokenizer
 from huggingface_hub import constants
+from transformers import LlamaForCausalLM
 
 from hf_lora import LoraConfig, apply_lora
 from hf_lora.hub import network
@@ -27,7 +29,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def adapter_folder(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """An adapter of `user/base`, with things beside it that belong to no adapter."""
-    from transformers import LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("hub-adapter")
     with LocalHub() as hub, hub.active(tmp_path_factory.mktemp("hub-home")):
@@ -111,3 +112,21 @@ def adapter(tmp_path: Path) -> Path:
     model = randomize(apply_lora(tiny_bert(), LoraConfig(r=4)))
     model.save_pretrained(tmp_path / "three")
     return tmp_path / "three"
+
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
+
+
+def put(hub: LocalHub, folder: Path, repo_id: str = "user/ad", **kwargs: Any) -> None:
+    hub.add_repo(repo_id, {name: (folder / name).read_bytes() for name in EXPECTED}, **kwargs)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(token_ids()).logits
+    return found
+
+
+@pytest.fixture
+def model(with_base: LocalHub) -> Any:
+    return randomize(apply_lora(LlamaForCausalLM.from_pretrained("user/base")))

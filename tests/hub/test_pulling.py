@@ -9,31 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, run_command, tiny_llama, token_ids
-from hub.conftest import EXPECTED, contents
+from helpers import randomize, run_command, tiny_llama
+from hub.conftest import ADAPTER, EXPECTED, contents, logits, put
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from hf_lora import AdapterFileError, BaseMismatchError, HubError, LoraConfig, LoraModel, apply_lora, pull, push
 from hf_lora.hub.download import local_adapter
 from hf_lora.testing import LocalHub
-
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
-
-
-def put(hub: LocalHub, folder: Path, repo_id: str = "user/ad", **kwargs: Any) -> None:
-    hub.add_repo(repo_id, {name: (folder / name).read_bytes() for name in EXPECTED}, **kwargs)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(token_ids()).logits
-    return found
-
-
-@pytest.fixture
-def model(with_base: LocalHub) -> Any:
-    return randomize(apply_lora(LlamaForCausalLM.from_pretrained("user/base")))
 
 
 def test_one_commit_and_only_what_an_adapter_needs(hub: LocalHub, adapter_folder: Path) -> None:

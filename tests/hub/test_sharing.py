@@ -11,32 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randomize, run_command, token_ids
-from hub.conftest import EXPECTED, contents
-from transformers import LlamaForCausalLM
+from helpers import randomize, run_command
+from hub.conftest import ADAPTER, EXPECTED, contents, logits
 
-from hf_lora import AdapterFileError, HubError, LoraModel, StateError, apply_lora, pull, push, write_card
+from hf_lora import AdapterFileError, HubError, LoraModel, StateError, pull, push, write_card
 from hf_lora.hub.download import local_adapter
 from hf_lora.hub.upload import pushed_files
 from hf_lora.testing import LocalHub
-
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "hf_lora.json"}
-
-
-def put(hub: LocalHub, folder: Path, repo_id: str = "user/ad", **kwargs: Any) -> None:
-    hub.add_repo(repo_id, {name: (folder / name).read_bytes() for name in EXPECTED}, **kwargs)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model.eval()(token_ids()).logits
-    return found
-
-
-@pytest.fixture
-def model(with_base: LocalHub) -> Any:
-    return randomize(apply_lora(LlamaForCausalLM.from_pretrained("user/base")))
-
 
 FRESH = """
 import sys, torch

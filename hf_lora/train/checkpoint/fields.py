@@ -17,7 +17,7 @@ from ...adapt.state import require_state
 from ...compat import zero_partitions
 from ...errors import AdapterFileError
 from ..average import FIELD, Average
-from ..watch.guard import NEVER_CALLED
+from ..watch.guard import NEVER_CALLED, layers_left_out
 
 FIRST_RUN = "Resume with the arguments of the first run, or start a new run from the adapter alone."
 
@@ -130,7 +130,7 @@ def _same_quantization(folder: Path, saved: list[str], run: Run) -> None:
 def _left_out(folder: Path, run: Run) -> dict[str, list[str]]:
     """Adapter -> layers that the guard removed it from; it must also be removed from them in a resumed model."""
     records = require_state(run.model, "save_model").adapters
-    found = {n: [p for p, why in r.skipped.items() if why == NEVER_CALLED] for n, r in records.items()}
+    found = {name: layers_left_out(record) for name, record in records.items()}
     return {name: paths for name, paths in found.items() if paths}
 
 

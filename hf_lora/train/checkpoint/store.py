@@ -22,7 +22,7 @@ from ...files.save import adapter_folder, save_adapters
 from ..average import Average
 from ..engines import groups_of, load_optimizer_state, load_schedule_state, optimizer_state, schedule_state
 from ..watch.finite import check_finite
-from ..watch.guard import NEVER_CALLED
+from ..watch.guard import layers_left_out
 from .fields import FIELDS, Run, resume_fields
 from .manifest import (
     adapter_folders,
@@ -109,8 +109,8 @@ class CheckpointStore:
             resume_fields(Path(folder), manifest, self._run(model, optimizer()), of_optimizer=True)
         rest = outside_of(self.whole, folder)
         for name, record in require_state(model, "load_adapter_weights").adapters.items():
-            dropped = [path for path, why in record.skipped.items() if why == NEVER_CALLED]  # after this checkpoint
-            load_adapter_weights(model, adapter_folder(model, folder, name), name, without=dropped)
+            since = layers_left_out(record)  # a checkpoint from before has tensors of them
+            load_adapter_weights(model, adapter_folder(model, folder, name), name, without=since)
         with torch.no_grad():
             for tensor, value in rest:
                 tensor.copy_(value)

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from ...adapt.inject import drop_layers
 from ...adapt.inner import adapted_part
-from ...adapt.state import require_state, state_of
+from ...adapt.state import AdapterRecord, require_state, state_of
 from ...adapt.walk import adapter_layers
 from ...errors import TrainingError
 from ...layers.contract import FactorSpec
@@ -232,6 +232,11 @@ class LayerGuard(Watch):
         ):
             if found and main:
                 logger.warning(text.format(steps, listed([w.name for w in found])))
+
+
+def layers_left_out(record: AdapterRecord) -> list[str]:
+    """The layers that the guard removed an adapter from."""
+    return [path for path, why in record.skipped.items() if why == NEVER_CALLED]
 
 
 def _drop(model: nn.Module, optimizer: Optimizer | None, dropped: list[_Watched]) -> None:
